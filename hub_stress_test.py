@@ -1,0 +1,2052 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["requests>=2.28", "urllib3>=1.26.12"]
+# ///
+"""Will this JupyterHub hold, and how far does it go?
+
+Three commands answer, from a shell or a CI job:
+
+  stress-test            make users, start their servers as people logging in would, measure what each waited, remove them
+  activity-stress-test   make users without servers and send the hub the activity reports that running servers send
+  purge                  remove what earlier runs left behind
+
+What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
+stops their servers, and deletes them. It writes to no user that it did not make; purge writes only to users whose whole
+name follows that pattern, and never to an admin. Unless --keep is given, every user it made is deleted before it ends,
+whatever happened, and the hub is listed once more to be sure; what could not be removed is named, with exit code 4.
+
+What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
+that the server is ready, throttling included. Every other latency runs from sending a request to its final answer,
+without the time the tool itself slept because the hub asked it to wait. "Ping" is one user being read five times a second
+all the while, from when each ping was due: what everybody else on the hub feels. Latencies are of what succeeded;
+failures are counted beside them, never averaged in. Percentiles are within 1 %.
+
+Exit codes: 0 done and nothing failed; 1 done, but something failed; 2 bad usage; 3 no hub there, token refused or too
+weak (nothing was changed); 4 something this run made is still on the hub; 130 and 143 interrupted by SIGINT and SIGTERM,
+cleaned up.
+
+What it does not promise: it logs nobody in through a browser and opens no notebook, so what a login page, a proxy or a
+user's own server costs is not measured. Two runs at one time on one hub need different --run names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import enum
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import datetime, timezone
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import requests
+from requests.adapters import BaseAdapter, HTTPAdapter
+from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError, ReadTimeoutError, SSLError
+from urllib3.util.retry import Retry
+
+# ==== Constants and exit codes =======================================================================================
+
+__version__ = "0.1.0"
+
+LOG = logging.getLogger("hub-stress-test")
+
+USERNAME_PREFIX = "hub-stress-test"
+DEFAULT_TIMEOUT = 30  # seconds that one request may take
+SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to stop
+CLEANUP_PATIENCE_S = 300.0  # how long cleaning up goes on without getting anywhere
+RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
+RETRY_AFTER_MAX_S = 120.0
+THROTTLE_PAUSE_S = 5.0  # before a throttled start is asked again when the hub names no time
+STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
+PING_RATE_PER_S = 5.0
+PROGRESS_EVERY_S = 5.0
+PAGE = 200  # users a page: the most that a hub gives
+DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
+LOG_HEADER = "hub-stress-test log"
+
+Model = dict[str, Any]  # what the hub says of a user
+Results = dict[str, Any]  # what a command found, with the keys of the results file
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ExitCode(enum.IntEnum):
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    SETUP = 3
+    LEFT_BEHIND = 4
+    SIGINT = 130
+    SIGTERM = 143
+
+
+# ==== Errors, by what the user does next =============================================================================
+
+
+class HubStressError(Exception):
+    """Something the user can be told in a sentence."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(HubStressError):
+    """The command line is wrong: nothing was sent."""
+
+    exit_code = ExitCode.USAGE
+
+
+class SetupError(HubStressError):
+    """No hub there, or its token is refused or too weak: nothing was changed."""
+
+    exit_code = ExitCode.SETUP
+
+
+class HubRefused(HubStressError):
+    """The hub would not do, in the middle of a run, what the run needs to go on."""
+
+
+class Stopped(Exception):
+    """The run was told to stop while this request waited for another try."""
+
+
+# ==== Records ========================================================================================================
+
+
+class Secret(str):
+    """A string that shows itself to no repr, so that no traceback, debugger or log can print it by accident."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One operation on one user, and what came of it. Moments are seconds of a monotonic clock."""
+
+    operation: str
+    user: str
+    due_s: float
+    sent_s: float
+    answered_s: float
+    error: str | None = None  # a status or a short reason; None when it succeeded
+    tries: int = 1
+    backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
+
+    @property
+    def latency_s(self) -> float:
+        return self.answered_s - self.due_s - self.backoff_s
+
+    @property
+    def lateness_s(self) -> float:
+        """How late the tool itself was in sending."""
+        return self.sent_s - self.due_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The final answer to a request, or why there was none."""
+
+    status: int  # 0 when no answer came
+    answered_s: float
+    data: Any = None  # the body, where it is JSON
+    reason: str = ""  # why no answer came, or the hub's own message
+    lost: bool = False  # an answer to this request was lost: the hub may have acted on it without our knowing
+    tries: int = 1
+    backoff_s: float = 0.0
+    retry_after_s: float | None = None
+    location: str | None = None  # where a redirect, which is not followed, points
+
+    def __str__(self) -> str:
+        if not self.status:
+            return self.reason
+        return f"{self.status} ({self.reason})" if self.reason else str(self.status)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerStart:
+    """What became of one server. `ready_s` is what its user waited; None when it did not become ready."""
+
+    user: str
+    ready_s: float | None
+    throttled: int = 0
+    reason: str = ""
+    running: bool = False  # whether something may be running on the hub
+
+    @property
+    def ready(self) -> bool:
+        return self.ready_s is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanUp:
+    """What cleaning up did: how many users are gone, and who is still there."""
+
+    deleted: int = 0
+    left: tuple[str, ...] = ()
+    kept: int = 0
+
+
+class ServerState(enum.Enum):
+    """What the hub says of a user and their server."""
+
+    GONE = "no such user"
+    STOPPED = "no server"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    UNKNOWN = "not known"
+
+
+# ==== Pure rules: names ==============================================================================================
+
+RUN_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
+_ANY_RUN = re.compile(rf"{USERNAME_PREFIX}-(?:{RUN_NAME.pattern}-)?(?:0|[1-9][0-9]*)")
+
+
+def username(index: int, run: str = "") -> str:
+    """The name of a run's n-th user."""
+    return f"{USERNAME_PREFIX}-{run}-{index}" if run else f"{USERNAME_PREFIX}-{index}"
+
+
+def index_of(name: str, run: str = "") -> int | None:
+    """The number in a name of this very run; None for any other name."""
+    prefix = username(0, run)[:-1]
+    digits = name.removeprefix(prefix)
+    if digits == name or not re.fullmatch("0|[1-9][0-9]*", digits):
+        return None
+    return int(digits)
+
+
+def is_test_user(name: str, run: str | None = None) -> bool:
+    """Whether this tool's naming made the name: of one run, or (None) of any."""
+    return bool(_ANY_RUN.fullmatch(name)) if run is None else index_of(name, run) is not None
+
+
+def first_free_index(names: Iterable[str], run: str = "") -> int:
+    """One more than the highest index that is in use; gaps are not filled, since a gap may be in use a moment later."""
+    return 1 + max((index for name in names if (index := index_of(name, run)) is not None), default=0)
+
+
+# ==== Pure rules: pacing and metrics =================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """A fixed schedule: the n-th request (from 0) is due n / rate after the start, however slowly the hub answers."""
+
+    rate_per_s: float
+    started_s: float
+
+    def due_s(self, n: int) -> float:
+        return self.started_s + n / self.rate_per_s
+
+
+class Distribution:
+    """Durations folded into buckets 1 % wide, so that an hour costs no more memory than a minute.
+
+    Count, mean, minimum and maximum are exact; a percentile (nearest rank) is within 0.5 %.
+    """
+
+    GROWTH = math.log(1.01)
+    SMALLEST_S = 1e-6
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_s = 0.0
+        self.min_s = math.inf
+        self.max_s = -math.inf
+        self.buckets: collections.Counter[int] = collections.Counter()
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.total_s += seconds
+        self.min_s = min(self.min_s, seconds)
+        self.max_s = max(self.max_s, seconds)
+        self.buckets[math.floor(math.log(max(seconds, self.SMALLEST_S)) / self.GROWTH)] += 1
+
+    def percentile(self, percent: float) -> float | None:
+        """The smallest duration that `percent` of all do not exceed; None when there are none."""
+        rank = math.ceil(percent / 100 * self.count)
+        seen = 0
+        for bucket in sorted(self.buckets):
+            seen += self.buckets[bucket]
+            if seen >= rank:
+                return min(max(math.exp((bucket + 0.5) * self.GROWTH), self.min_s), self.max_s)
+        return None
+
+    def summary(self) -> dict[str, float | None]:
+        """Seconds for each statistic of the results file; each None when nothing was measured."""
+        if not self.count:
+            return dict.fromkeys(("min", "mean", "p50", "p90", "p95", "p99", "max"))
+        percentiles = {f"p{percent}": self.percentile(percent) for percent in (50, 90, 95, 99)}
+        return {"min": self.min_s, "mean": self.total_s / self.count, **percentiles, "max": self.max_s}
+
+
+class _Operation:
+    """The samples of one operation, folded."""
+
+    def __init__(self) -> None:
+        self.latency, self.lateness = Distribution(), Distribution()
+        self.count = 0
+        self.backoff_s = 0.0
+        self.errors: collections.Counter[str] = collections.Counter()
+        self.first_due_s, self.last_answered_s = math.inf, -math.inf
+
+
+class Metrics:
+    """Samples folded into numbers: `add` from any thread, `summarise` at the end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._operations: dict[str, _Operation] = {}
+
+    def add(self, sample: Sample) -> None:
+        with self._lock:
+            folded = self._operations.setdefault(sample.operation, _Operation())
+            folded.count += 1
+            folded.backoff_s += sample.backoff_s
+            folded.first_due_s = min(folded.first_due_s, sample.due_s)
+            folded.last_answered_s = max(folded.last_answered_s, sample.answered_s)
+            folded.lateness.add(max(0.0, sample.lateness_s))
+            if sample.error is None:
+                folded.latency.add(max(0.0, sample.latency_s))
+            else:
+                folded.errors[sample.error] += 1
+
+    def summarise(self) -> dict[str, dict[str, Any]]:
+        """Operation name to count, failures, rate, latency and lateness in seconds."""
+        with self._lock:
+            return {name: self._summary(folded) for name, folded in self._operations.items()}
+
+    @staticmethod
+    def _summary(folded: _Operation) -> dict[str, Any]:
+        span_s = folded.last_answered_s - folded.first_due_s
+        return {
+            "count": folded.count,
+            "failed": sum(folded.errors.values()),
+            "rate_per_s": folded.count / span_s if span_s > 0 else None,
+            "latency_s": folded.latency.summary(),
+            "lateness_s": folded.lateness.summary(),
+            "backoff_s": folded.backoff_s,
+            "errors": dict(folded.errors),
+        }
+
+
+class Traffic:
+    """Every request that went to the hub, counted where it is sent; `observer` ones only to watch."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.requests = self.retries = self.observer_requests = 0
+        self.statuses: collections.Counter[int] = collections.Counter()
+
+    def sent(self, observer: bool, again: bool = False) -> None:
+        with self._lock:
+            self.requests += 1
+            self.retries += again
+            self.observer_requests += observer
+
+    def answered(self, status: int) -> None:
+        with self._lock:
+            self.statuses[status] += 1
+
+    def summarise(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "requests": self.requests,
+                "retries": self.retries,
+                "throttled": self.statuses[429],
+                "statuses": {str(status): n for status, n in sorted(self.statuses.items())},
+                "observer_requests": self.observer_requests,
+            }
+
+
+# ==== Pure rules: what the hub's answers mean ========================================================================
+
+
+def server_state(model: Mapping[str, Any]) -> ServerState:
+    """What a user model means. One without `servers` comes from a token that may not read servers: not known."""
+    if "servers" not in model:
+        return ServerState.UNKNOWN
+    server = (model["servers"] or {}).get("")
+    if server is None or server.get("stopped"):
+        return ServerState.STOPPED
+    if server.get("pending") == "spawn":
+        return ServerState.STARTING
+    if server.get("pending") == "stop":
+        return ServerState.STOPPING
+    return ServerState.READY
+
+
+def state_after_stop(status: int) -> ServerState:
+    """What `DELETE server` answered: 400 (pending spawn on hubs before 5.1) and 500 mean that one has to look again."""
+    known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
+    return known.get(status, ServerState.UNKNOWN)
+
+
+def state_after_delete(status: int) -> ServerState:
+    """What `DELETE user` answered: 400 (still stopping) and 500 (still starting) mean that one has to look again."""
+    return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
+
+
+def missing_scopes(granted: Iterable[str], needed: Iterable[str]) -> list[str]:
+    """The scopes that a token lacks. One that is limited to some users or groups (`users!user=x`) does not count."""
+    have = {scope for scope in granted if "!" not in scope}
+    have |= {implied for scope in have for implied in IMPLIED_SCOPES.get(scope, ())}
+    return sorted(set(needed) - have)
+
+
+# A hub lists a token's scopes expanded; this is for those that do not.
+IMPLIED_SCOPES = {
+    "admin:users": ("list:users", "delete:users", "users:activity"),
+    "admin:servers": ("servers", "delete:servers"),
+    "servers": ("delete:servers",),
+}
+NEEDED_SCOPES = {
+    "stress-test": ("admin:users", "delete:users", "list:users", "servers", "delete:servers"),
+    "activity-stress-test": ("admin:users", "delete:users", "list:users", "users:activity", "servers", "delete:servers"),
+    "purge": ("delete:users", "list:users", "servers", "delete:servers"),
+}
+ROLE_TO_PASTE = """\
+c.JupyterHub.load_roles = [
+    {
+        "name": "hub-stress-test",
+        "scopes": ["admin:users", "servers", "read:metrics"],
+        "services": ["hub-stress-test"],
+    }
+]"""
+
+
+def likely_endpoint(endpoint: str, location: str | None) -> str:
+    """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
+    if location and endpoint.startswith("http:") and location.startswith("https:"):
+        endpoint = "https:" + endpoint.removeprefix("http:")
+    if endpoint.endswith("/hub/api"):
+        return endpoint
+    return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
+
+
+def exit_code(left: Collection[str], interrupted_by: int | None, failed: int) -> ExitCode:
+    """The one decision on how a run ends.
+
+    | left on the hub | interrupted | failed | code        |
+    | yes             | any         | any    | 4           |
+    | no              | SIGINT      | any    | 130         |
+    | no              | SIGTERM     | any    | 143         |
+    | no              | no          | yes    | 1           |
+    | no              | no          | no     | 0           |
+    """
+    if left:
+        return ExitCode.LEFT_BEHIND
+    if interrupted_by is not None:
+        return ExitCode(128 + interrupted_by)
+    return ExitCode.FAILED if failed else ExitCode.OK
+
+
+# ==== The hub: session, retry, dry run ===============================================================================
+
+
+@dataclasses.dataclass
+class Call:
+    """How one request is to be sent, and what happened to it on the way."""
+
+    observer: bool = False  # made only to watch
+    seen: frozenset[int] = frozenset()  # statuses that the caller wants to see itself: not retried
+    retry_until_s: float = math.inf  # no more tries after this moment
+    tries: int = 0
+    backoff_s: float = 0.0
+    lost: bool = False
+
+
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, SSLError)  # the hub has not seen a request that ended so
+
+
+class HubRetry(Retry):
+    """urllib3's retries, whose back-off a stop can end, is accounted for, and can be declined by a call.
+
+    Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400 "already
+    running", a second stop 204 or 202, a second delete 404. `Call.lost` tells the caller to expect that.
+    """
+
+    def __init__(self, *args: Any, session: HubSession, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.session = session
+
+    def new(self, **kwargs: Any) -> HubRetry:
+        return super().new(session=self.session, **kwargs)
+
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        call = self.session.call
+        if status_code in call.seen or self.session.clock() >= call.retry_until_s:
+            return False
+        return super().is_retry(method, status_code, has_retry_after)
+
+    def increment(
+        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, _pool: Any = None, _stacktrace: Any = None
+    ) -> Retry:
+        call = self.session.call
+        if response is not None:
+            self.session.traffic.answered(response.status)
+            call.lost |= response.status == 504
+        elif error is not None:
+            call.lost |= not isinstance(error, NEVER_SENT)
+            if self.session.clock() >= call.retry_until_s:
+                raise MaxRetryError(_pool, url, error)
+        return super().increment(method, url, response, error, _pool, _stacktrace)
+
+    def sleep(self, response: Any = None) -> None:
+        asked_s = self.get_retry_after(response) if response is not None else None
+        self.session.back_off(min(asked_s or self.get_backoff_time(), RETRY_AFTER_MAX_S))
+        self.session.traffic.sent(self.session.call.observer, again=True)
+
+
+class HubSession(requests.Session):
+    """The one place that talks HTTP: a time-out on every call, no redirect followed, every request counted.
+
+    Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
+    """
+
+    def __init__(self, token: str, transport: BaseAdapter | None = None, pool_maxsize: int = 100) -> None:
+        super().__init__()
+        self.token = Secret(token)
+        self.headers["Authorization"] = Secret(f"token {token}")
+        self.auth = _keep_as_it_is  # so that neither a .netrc file nor the URL replaces the header
+        self.clock = time.monotonic
+        self.metrics, self.traffic = Metrics(), Traffic()
+        self.stopping = threading.Event()
+        self._local = threading.local()
+        self._streams: dict[requests.Response, float] = {}
+        self.transport = transport or HTTPAdapter(
+            pool_connections=1,
+            pool_maxsize=pool_maxsize,
+            max_retries=HubRetry(
+                total=RETRIES,
+                backoff_factor=0.5,
+                status_forcelist={429, 503, 504},
+                allowed_methods=None,
+                raise_on_status=False,
+                session=self,
+            ),
+        )
+        self.mount("http://", self.transport)
+        self.mount("https://", self.transport)
+
+    @property
+    def call(self) -> Call:
+        """What this thread is sending."""
+        call: Call = getattr(self._local, "call", None) or Call()
+        return call
+
+    def request(self, method: str, url: str, *args: Any, call: Call | None = None, **kwargs: Any) -> requests.Response:  # type: ignore[override]
+        """requests' own, with a time-out and without redirects."""
+        self._local.call = call or Call()
+        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
+        kwargs["allow_redirects"] = False
+        return super().request(method, url, *args, **kwargs)
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        self.call.tries += 1
+        self.traffic.sent(self.call.observer)
+        response = super().send(request, **kwargs)
+        self.traffic.answered(response.status_code)
+        return response
+
+    def ask(
+        self,
+        method: str,
+        url: str,
+        *,
+        operation: str | None = None,
+        user: str = "",
+        due_s: float | None = None,
+        ok: Collection[int] = (200, 201, 202, 204),
+        call: Call | None = None,
+        **kwargs: Any,
+    ) -> Reply:
+        """The final answer, or why there is none; never raises. With `operation` it is measured: `ok` are its successes."""
+        if self.stopping.is_set():
+            return Reply(0, self.clock(), reason="the run was stopped before this was sent")
+        call = call or Call()
+        sent_s = self.clock()
+        try:
+            reply = _read_reply(self.request(method, url, call=call, **kwargs), call, self.clock())
+        except Stopped:
+            return Reply(0, self.clock(), reason="the run was stopped", lost=call.lost)
+        except requests.RequestException as error:
+            lost = call.lost or not _never_sent(error)
+            reply = Reply(0, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
+        if operation:
+            error_label = None if reply.status in ok else str(reply.status or reply.reason)
+            due_s = sent_s if due_s is None else due_s
+            self.metrics.add(
+                Sample(operation, user, due_s, sent_s, reply.answered_s, error_label, reply.tries, reply.backoff_s)
+            )
+        return reply
+
+    def events(self, url: str, until_s: float) -> Iterator[Model]:
+        """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
+        call = Call(observer=True, retry_until_s=until_s)
+        try:
+            with self.request("GET", url, call=call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
+                self._streams[response] = until_s
+                try:
+                    for line in response.iter_lines() if response.status_code == 200 else ():
+                        if line.startswith(b"data:"):
+                            yield json.loads(line.removeprefix(b"data:"))
+                finally:
+                    del self._streams[response]
+        except (requests.RequestException, ValueError, Stopped) as error:
+            LOG.debug("Progress stream of %s broke: %s", url, why(error))
+
+    def cut_streams(self) -> None:
+        """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
+        for response, until_s in list(self._streams.items()):
+            if self.stopping.is_set() or self.clock() >= until_s:
+                try:
+                    getattr(response.raw, "shutdown", response.close)()
+                except (RuntimeError, ValueError, OSError):
+                    pass  # it has just ended by itself
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; False when told to stop meanwhile. The only sleep of the program."""
+        return not self.stopping.wait(max(0.0, seconds))
+
+    def back_off(self, seconds: float) -> None:
+        """Wait before another try, raising `Stopped` when told to stop meanwhile."""
+        began_s = self.clock()
+        going_on = self.pause(seconds)
+        self.call.backoff_s += self.clock() - began_s
+        self.call.tries += 1
+        if not going_on:
+            raise Stopped
+
+    def stop(self) -> None:
+        """No further request; everything that waits goes on at once."""
+        self.stopping.set()
+        self.cut_streams()
+
+    def for_cleaning_up(self) -> HubSession:
+        """A session on the same hub with the same counts, which the stop of this one does not reach."""
+        transport = self.transport if isinstance(self.transport, SimulatedHub) else None
+        other = HubSession(self.token, transport)
+        other.metrics, other.traffic = self.metrics, self.traffic
+        return other
+
+
+def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _read_reply(response: requests.Response, call: Call, answered_s: float) -> Reply:
+    try:
+        data = response.json() if response.content else None
+    except ValueError:
+        data = None
+    message = data.get("message") if isinstance(data, dict) else None
+    if data is None and response.content:
+        message = "not JSON but " + response.headers.get("Content-Type", "something unnamed")
+    lost = call.lost or response.status_code in (502, 504)
+    return Reply(
+        response.status_code,
+        answered_s,
+        data,
+        message or "",
+        lost,
+        call.tries,
+        call.backoff_s,
+        _retry_after_s(response),
+        response.headers.get("Location"),
+    )
+
+
+def _retry_after_s(response: requests.Response) -> float | None:
+    try:
+        return Retry().parse_retry_after(response.headers["Retry-After"])
+    except Exception:  # absent, or one that urllib3 cannot read (an error type of its own)
+        return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised for, as far down as requests and urllib3 have wrapped it."""
+    while error is not None:
+        yield error
+        inner = [getattr(error, "reason", None), *error.args, error.__cause__, error.__context__]
+        error = next((e for e in inner if isinstance(e, BaseException)), None)  # type: ignore[assignment]
+
+
+def _never_sent(error: BaseException) -> bool:
+    return any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
+
+
+def why(error: BaseException) -> str:
+    """Why no answer came, in a few words without addresses or objects."""
+    for cause in _causes(error):
+        if isinstance(cause, ConnectionRefusedError):
+            return "connection refused"
+        if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
+            return "no answer in time"
+        if isinstance(cause, requests.exceptions.SSLError):
+            return f"the certificate was not accepted ({cause.args[0].reason if cause.args else cause})"
+        if isinstance(cause, ConnectionError):
+            return "connection reset"
+        if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
+            return "host name not found"
+    return type(error).__name__
+
+
+def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> None:
+    """A response hook: one debug line with method, path, status and seconds."""
+    request = resp.request
+    LOG.debug("%s %s: %d in %.3f s", request.method, request.path_url, resp.status_code, resp.elapsed.total_seconds())
+
+
+def get_session(token: str, dry_run: bool = False, pool_maxsize: int = 100) -> HubSession:
+    """A session that sends the token, retries connection failures, 429, 503 and 504 on every method, and counts.
+
+    With `dry_run` a simulated hub answers and nothing is sent. `pool_maxsize` connections are kept open.
+    """
+    session = HubSession(token, SimulatedHub() if dry_run else None, pool_maxsize)
+    if LOG.isEnabledFor(logging.DEBUG):
+        session.hooks["response"].append(log_response_time)
+    return session
+
+
+class SimulatedHub(BaseAdapter):
+    """A transport of requests that answers as an empty hub would: every server is ready at once, nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._users: dict[str, Model] = {}
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).partition("/hub/api/")[2]
+        body = json.loads(request.body or "null")
+        with self._lock:
+            status, data = self._answer(request.method or "", path.split("/"), body)
+        response = requests.Response()
+        response.status_code, response.url, response.request = status, request.url or "", request
+        response._content = b"" if data is None else json.dumps(data).encode()
+        return response
+
+    def close(self) -> None:
+        pass
+
+    def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
+        match method, path:
+            case "GET", [""]:
+                return 200, {"version": "simulated"}
+            case "GET", ["user"]:
+                return 200, {"name": "dry-run", "admin": True, "scopes": list(NEEDED_SCOPES["activity-stress-test"])}
+            case "GET", ["users"]:
+                return 200, list(self._users.values())
+            case "POST", ["users"]:
+                new = {name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]}
+                self._users.update(new)
+                return 201, list(new.values())
+            case _, ["users", name, *rest] if name in self._users:
+                return self._answer_user(method, name, rest)
+        return 404, {"status": 404, "message": None}
+
+    def _answer_user(self, method: str, name: str, rest: list[str]) -> tuple[int, Any]:
+        match method, rest:
+            case "GET", []:
+                return 200, self._users[name]
+            case "DELETE", []:
+                del self._users[name]
+                return 204, None
+            case "POST", ["server"]:
+                self._users[name]["servers"][""] = {"pending": None, "ready": True}
+                return 201, None
+            case "DELETE", ["server"]:
+                self._users[name]["servers"].clear()
+                return 204, None
+            case "POST", ["activity"]:
+                return 200, None
+        return 404, {"status": 404, "message": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """A hub that has answered, and whose token will do."""
+
+    endpoint: str
+    version: str
+
+
+def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
+    """The hub at `endpoint`, once it has shown its version and accepted the token for `command`; else `SetupError`.
+
+    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
+    """
+    version = _hub_version(endpoint, session)
+    reply = session.ask("GET", f"{endpoint}/user", call=Call(retry_until_s=0))
+    if reply.status in (401, 403):
+        raise SetupError(
+            f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, or "
+            "belongs to another hub. Put the token of the hub-stress-test service into JUPYTERHUB_API_TOKEN."
+        )
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user answered {reply}.")
+    _check_rights(reply.data, command)
+    return Hub(endpoint, version)
+
+
+def _hub_version(endpoint: str, session: HubSession) -> str:
+    reply = _probe(endpoint, session)
+    if version := _version_in(reply):
+        return version
+    if not reply.status:
+        raise SetupError(f"Nothing answers at {endpoint}: {reply.reason}. Is the hub running, and is this its URL?")
+    raise SetupError(f"No hub API at {endpoint}: {_what_came(reply)}. {_advice(endpoint, reply, session)}")
+
+
+def _probe(endpoint: str, session: HubSession) -> Reply:
+    """What `GET /` answers; sent without the token, which nobody gets before a hub has shown itself."""
+    return session.ask("GET", f"{endpoint}/", call=Call(retry_until_s=0), headers={"Authorization": None})
+
+
+def _version_in(reply: Reply) -> str | None:
+    return str(reply.data["version"]) if isinstance(reply.data, dict) and reply.data.get("version") else None
+
+
+def _what_came(reply: Reply) -> str:
+    if reply.location:
+        return f"it answers {reply.status} and redirects to {without_credentials(reply.location)}"
+    return f"it answers {reply}" if reply.status != 200 or reply.reason else "it answers JSON without a version"
+
+
+def _advice(endpoint: str, reply: Reply, session: HubSession) -> str:
+    guess = likely_endpoint(endpoint, reply.location)
+    if guess.startswith("https:") and endpoint.startswith("http:"):
+        return f"Use https: --endpoint {guess}"
+    if guess != endpoint and _version_in(_probe(guess, session)):
+        return f"The hub's API is at --endpoint {guess}"
+    return "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
+
+
+def _check_rights(owner: Model, command: str) -> None:
+    """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
+    if "scopes" not in owner:
+        if not owner.get("admin"):
+            raise SetupError(f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users.")
+        return
+    if missing := missing_scopes(owner["scopes"], NEEDED_SCOPES[command]):
+        raise SetupError(
+            f"The token lacks what {command} needs: {', '.join(missing)}. Put this into the hub's configuration, "
+            f"beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
+        )
+
+
+def without_credentials(url: str) -> str:
+    """The URL without the user and password that it may carry."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def user_url(endpoint: str, name: str, *rest: str) -> str:
+    return "/".join([f"{endpoint}/users", urllib.parse.quote(name, safe=""), *rest])
+
+
+# ==== Threads ========================================================================================================
+
+
+def timeit(f: Callable[..., R]) -> Callable[..., R]:
+    """The function, logging how long each call took, even when it raises."""
+
+    @functools.wraps(f)
+    def timed(*args: Any, **kwargs: Any) -> R:
+        began_s = time.monotonic()
+        try:
+            return f(*args, **kwargs)
+        finally:
+            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
+
+    return timed
+
+
+def fan_out(
+    work: Callable[[T], R],
+    items: Iterable[T],
+    concurrency: int,
+    session: HubSession,
+    on_tick: Callable[[Mapping[T, R | Exception]], None] | None = None,
+) -> dict[T, R | Exception]:
+    """What `work` gave, or the exception it raised, for each item, from `concurrency` threads.
+
+    Items are taken one by one as threads become free. Those not begun or not finished when the session is told to stop
+    are absent. `on_tick` sees the results ten times a second.
+    """
+    results: dict[T, R | Exception] = {}
+    source, lock = iter(items), threading.Lock()
+    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="hub-stress-test")
+    try:
+        running = {pool.submit(_drain, source, lock, work, results, session) for _ in range(concurrency)}
+        while running and not session.stopping.is_set():
+            running = wait(running, timeout=0.1).not_done
+            session.cut_streams()
+            if on_tick:
+                on_tick(results)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return dict(results)
+
+
+def _drain(
+    source: Iterator[T],
+    lock: threading.Lock,
+    work: Callable[[T], R],
+    results: dict[T, R | Exception],
+    session: HubSession,
+) -> None:
+    """Work on items until there are none left; what each gave is recorded, whatever it raised."""
+    while not session.stopping.is_set():
+        with lock:
+            following = list(itertools.islice(source, 1))
+        if not following:
+            return
+        item = following[0]
+        try:
+            results[item] = work(item)
+        except Exception as error:
+            LOG.exception("A worker failed on %s", item)
+            results[item] = error
+
+
+# ==== Users ==========================================================================================================
+
+
+def list_users(endpoint: str, session: HubSession) -> Iterator[Model]:
+    """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
+
+    `GET /users`: pages on hubs from 2.0, followed by `next.offset` since `next.url` may be wrong behind a proxy; a
+    plain list of all on 1.x. A page may be short while there is a next one.
+    """
+    offset: int | None = 0
+    while offset is not None:
+        reply = session.ask(
+            "GET",
+            f"{endpoint}/users",
+            operation="list_users",
+            params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
+            headers={"Accept": "application/jupyterhub-pagination+json"},
+            timeout=120,
+        )
+        if reply.status != 200 or not isinstance(reply.data, (dict, list)):
+            raise HubRefused(f"The hub would not list its users: {reply}")
+        if isinstance(reply.data, list):
+            yield from reply.data
+            return
+        yield from reply.data["items"]
+        following = reply.data["_pagination"]["next"]
+        offset = following["offset"] if following else None
+
+
+def find_existing_stress_test_users(endpoint: str, session: HubSession, *, run: str | None = None) -> list[Model]:
+    """The models of all users that this tool's naming made (of one run, if named), without admins. Raises `HubRefused`."""
+    found = [user for user in list_users(endpoint, session) if is_test_user(user["name"], run) and not user.get("admin")]
+    LOG.debug("Found %d users of ours", len(found))
+    return found
+
+
+class Claims:
+    """The users that this run has made, or may have made: all that it will delete, and nothing else.
+
+    A name is claimed before it is asked for, and given up when the hub says that it was taken. If the answer is lost,
+    the claim stands: the name was free when this run looked, just before, and is there since. Only a run with the same
+    --run name at the same time could have made it instead, and such a run betrays itself by taking other names of ours:
+    once `rivals` is set, a name whose making was not confirmed is not deleted.
+    """
+
+    def __init__(self) -> None:
+        self.confirmed: dict[str, None] = {}  # in order
+        self.unconfirmed: dict[str, None] = {}
+        self.rivals = False
+
+    def ask(self, names: Iterable[str]) -> None:
+        self.unconfirmed.update(dict.fromkeys(names))
+
+    def settle(self, asked: Iterable[str], made: Collection[str]) -> None:
+        for name in asked:
+            self.unconfirmed.pop(name, None)
+        self.confirmed.update(dict.fromkeys(made))
+
+    @property
+    def ours(self) -> list[str]:
+        return [*self.confirmed, *(() if self.rivals else self.unconfirmed)]
+
+
+@timeit
+def create_users(
+    count: int,
+    batch_size: int,
+    endpoint: str,
+    session: HubSession,
+    existing_users: Sequence[Model | str] = (),
+    *,
+    run: str = "",
+    claims: Claims | None = None,
+) -> list[list[str]]:
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+
+    Names that turn out to be taken are skipped. Raises `HubRefused`; those made by then are in `claims`, or, where the
+    caller keeps no claims, are deleted first.
+    """
+    kept = Claims() if claims is None else claims
+    taken = [user if isinstance(user, str) else user["name"] for user in existing_users]
+    indexes = itertools.count(first_free_index(taken, run))
+    batches: list[list[str]] = []
+    try:
+        while missing := count - sum(map(len, batches)):
+            wanted = [username(index, run) for index in itertools.islice(indexes, min(batch_size, missing))]
+            if made := _create_batch(wanted, endpoint, session, kept):
+                batches.append(made)
+    except HubRefused:
+        if claims is None:
+            delete_users(kept.ours, endpoint, session, batch_size)
+        raise
+    LOG.info("Created %d users", count)
+    return batches
+
+
+def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims: Claims) -> list[str]:
+    """Those of the wanted users that this call made.
+
+    `POST /users`: 201 with the new ones among them; 409 when all exist. After a lost answer both mean "look": see Claims.
+    """
+    claims.ask(wanted)
+    reply = session.ask(
+        "POST",
+        f"{endpoint}/users",
+        operation="create_users",
+        json={"usernames": wanted},
+        timeout=max(len(wanted), DEFAULT_TIMEOUT),
+        ok=(201, 409),
+    )
+    if reply.status not in (201, 409):
+        if reply.status and not reply.lost:
+            claims.settle(wanted, ())
+        raise HubRefused(f"The hub would not make users: {reply}")
+    if reply.lost:
+        there = {user["name"] for user in list_users(endpoint, session)}
+    else:
+        there = {user["name"] for user in reply.data} if reply.status == 201 else set()
+        claims.rivals |= not there.issuperset(wanted)
+    made = [name for name in wanted if name in there]
+    claims.settle(wanted, made)
+    return made
+
+
+def read_state(name: str, endpoint: str, session: HubSession) -> ServerState:
+    """What the hub says of a user now. `GET /users/{name}`: 200, or 404 when gone; anything else is not known."""
+    reply = session.ask("GET", user_url(endpoint, name))
+    if reply.status == 404:
+        return ServerState.GONE
+    return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
+
+
+# ==== Servers ========================================================================================================
+
+
+class Turns:
+    """Whose turn it is to ask again, among the starts that the hub has throttled.
+
+    Each start that ends frees a place on the hub, and the start that was due first takes it: sleeping for the whole of
+    the hub's Retry-After (30 to 60 s) would leave the place empty.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._freed = self._taken = 0
+        self._waiting: list[float] = []
+
+    @property
+    def freed(self) -> int:
+        return self._freed
+
+    def free(self) -> None:
+        with self._changed:
+            self._freed += 1
+            self._changed.notify_all()
+
+    def wait(self, due_s: float, freed_before: int, until_s: float, session: HubSession) -> None:
+        """Until a place was freed since `freed_before` and nobody due earlier waits for it, or `until_s`, or a stop."""
+        with self._changed:
+            self._taken = max(self._taken, freed_before)
+            self._waiting.append(due_s)
+            while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
+                if self._freed > self._taken and due_s == min(self._waiting):
+                    self._taken += 1
+                    break
+                self._changed.wait(min(left_s, 0.2))
+            self._waiting.remove(due_s)
+
+
+def profile_options(profile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The body that asks for a profile: a slug as {"profile": slug}; an object of user options as it is."""
+    return {"profile": profile} if isinstance(profile, str) else dict(profile) if profile else None
+
+
+def ask_to_start(
+    name: str, endpoint: str, session: HubSession, profile: str | Mapping[str, Any] | None, until_s: float
+) -> Reply:
+    """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
+    timeout_s = max(1.0, until_s - session.clock())
+    call = Call(seen=frozenset({429}), retry_until_s=until_s)
+    url = user_url(endpoint, name, "server")
+    return session.ask("POST", url, call=call, json=profile_options(profile), timeout=timeout_s)
+
+
+def start_server(
+    username: str, endpoint: str, session: HubSession, profile: str | Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the hub took the request to start this user's server; it may still be starting."""
+    reply = ask_to_start(username, endpoint, session, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
+    if reply.status not in (201, 202):
+        LOG.error("The server of %s did not start: %s", username, reply)
+        return False
+    LOG.debug("Starting the server of %s", username)
+    return True
+
+
+def await_ready(name: str, endpoint: str, session: HubSession, until_s: float) -> tuple[float | None, str, bool]:
+    """The moment at which a server became ready, or None, why, and whether it may still be running.
+
+    From `GET /users/{name}/server/progress`, a stream that ends with an event `ready` or `failed` (whose message is
+    the hub's reason); where no stream can be had, from the user model, which does not know why.
+    """
+    pause_s = 0.1
+    while session.clock() < until_s and not session.stopping.is_set():
+        moment_s, event = last_event(name, endpoint, session, until_s)
+        if event.get("ready"):
+            return moment_s, "", True
+        if event.get("failed"):
+            return None, str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason", False
+        state = read_state(name, endpoint, session)
+        if state is ServerState.READY:
+            return session.clock(), "", True
+        if state in (ServerState.STOPPED, ServerState.GONE):
+            return None, "", False
+        session.pause(min(pause_s, until_s - session.clock()))
+        pause_s = min(pause_s * 1.2, 1.0)
+    return None, "", True
+
+
+def last_event(name: str, endpoint: str, session: HubSession, until_s: float) -> tuple[float, Model]:
+    """The event that ends a progress stream and the moment at which it came; an empty one if none did by `until_s`.
+
+    The stream is read to its end, which follows at once, so that its connection can be used again.
+    """
+    moment_s, last = until_s, {}
+    for event in session.events(user_url(endpoint, name, "server", "progress"), until_s):
+        if not last and (event.get("ready") or event.get("failed")):
+            moment_s, last = session.clock(), event
+    return moment_s, last
+
+
+@dataclasses.dataclass(frozen=True)
+class Starter:
+    """Starts servers and follows each until it is ready or has failed; threads share it."""
+
+    endpoint: str
+    session: HubSession
+    profile: str | Mapping[str, Any] | None = None
+    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
+    turns: Turns = dataclasses.field(default_factory=Turns)
+    failed: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def bring_up(self, name: str) -> ServerStart:
+        """What became of one server, measured as `start_server` and `server_ready`."""
+        due_s = self.session.clock()
+        reply, throttled = self._ask_until_taken(name, due_s)
+        start = self._follow(name, reply, due_s, throttled)
+        if reply.status != 429:
+            self.turns.free()
+        if start.ready or not self.session.stopping.is_set():
+            self._measure(start, due_s)
+        if not start.ready:
+            LOG.debug("The server of %s failed: %s", name, start.reason)
+            self.failed.set()
+        return start
+
+    def _ask_until_taken(self, name: str, due_s: float) -> tuple[Reply, int]:
+        """The hub's answer other than "later", or the last "later" when time is up; and how often it said that."""
+        until_s = due_s + self.timeout_s
+        throttled, backoff_s = 0, 0.0
+        while True:
+            freed = self.turns.freed
+            reply = ask_to_start(name, self.endpoint, self.session, self.profile, until_s)
+            backoff_s += reply.backoff_s
+            throttled += reply.status == 429
+            if reply.status != 429 or reply.answered_s >= until_s or self.session.stopping.is_set():
+                break
+            ask_again_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
+            self.turns.wait(due_s, freed, ask_again_s, self.session)
+            backoff_s += self.session.clock() - reply.answered_s
+        if reply.status:
+            error = None if reply.status in (201, 202) else str(reply.status)
+            tries = throttled + reply.tries
+            self.session.metrics.add(
+                Sample("start_server", name, due_s, due_s, reply.answered_s, error, tries, backoff_s)
+            )
+        return reply, throttled
+
+    def _follow(self, name: str, reply: Reply, due_s: float, throttled: int) -> ServerStart:
+        """What became of a start that was answered with `reply`."""
+        if reply.status == 201:
+            return ServerStart(name, reply.answered_s - due_s, throttled, running=True)
+        if reply.status == 429:
+            reason = f"still throttled after {self.timeout_s:g} s: {reply.reason}"
+            return ServerStart(name, None, throttled, reason)
+        if reply.status in (401, 403, 404):
+            return ServerStart(name, None, throttled, f"the start was answered {reply}")
+        ready_at_s, reason, running = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
+        if ready_at_s is not None:
+            return ServerStart(name, ready_at_s - due_s, throttled, running=True)
+        if not reason and reply.status == 202:
+            reason = f"not ready after {self.timeout_s:g} s" if running else "it vanished while starting"
+        return ServerStart(name, None, throttled, reason or f"the start was answered {reply}", running)
+
+    def _measure(self, start: ServerStart, due_s: float) -> None:
+        answered_s = self.session.clock() if start.ready_s is None else due_s + start.ready_s
+        error = None if start.ready else start.reason.replace(start.user, "<user>")
+        self.session.metrics.add(Sample("server_ready", start.user, due_s, due_s, answered_s, error, start.throttled + 1))
+
+
+@timeit
+def start_servers(
+    users: Sequence[Sequence[str]],
+    endpoint: str,
+    session: HubSession,
+    profile: str | Mapping[str, Any] | None = None,
+    *,
+    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    fail_fast: bool = False,
+) -> dict[str, ServerStart]:
+    """What became of each user's server, for batches of users; as many start at one time as the largest batch has.
+
+    Users whose start was not begun (after a failure with `fail_fast`, or a stop) are absent.
+    """
+    starter = Starter(endpoint, session, profile, timeout_s)
+    names = [name for batch in users for name in batch]
+    wanted = itertools.takewhile(lambda _: not (fail_fast and starter.failed.is_set()), names)
+    progress = Progress("servers ready", len(names))
+    outcomes = fan_out(
+        starter.bring_up,
+        wanted,
+        max((len(batch) for batch in users), default=1),
+        session,
+        lambda starts: progress.tell(sum(isinstance(s, ServerStart) and s.ready for s in starts.values()), len(starts)),
+    )
+    return {
+        name: ServerStart(name, None, reason=repr(start), running=True) if isinstance(start, Exception) else start
+        for name, start in outcomes.items()
+    }
+
+
+def wait_for_servers_to_start(
+    users: Sequence[Sequence[str]], endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
+) -> dict[str, bool]:
+    """Whether each server, already asked for, was ready within `timeout_s`."""
+    until_s = session.clock() + timeout_s
+    names = [name for batch in users for name in batch]
+    concurrency = max((len(batch) for batch in users), default=1)
+    moments = fan_out(lambda name: await_ready(name, endpoint, session, until_s), names, concurrency, session)
+    return {name: isinstance(m := moments.get(name), tuple) and m[0] is not None for name in names}
+
+
+# ==== Stopping and cleaning up =======================================================================================
+
+
+def ask_to_stop(name: str, endpoint: str, session: HubSession) -> ServerState:
+    """The state after `DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user, else not known."""
+    url = user_url(endpoint, name, "server")
+    return state_after_stop(session.ask("DELETE", url, operation="stop_server", user=name, ok=(202, 204, 404)).status)
+
+
+def ask_to_delete(name: str, endpoint: str, session: HubSession) -> ServerState:
+    """The state after `DELETE /users/{name}`: 204 or 404 gone, else not known."""
+    url = user_url(endpoint, name)
+    return state_after_delete(session.ask("DELETE", url, operation="delete_user", user=name, ok=(204, 404)).status)
+
+
+def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
+    """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
+    state = ask_to_stop(username, endpoint, session)
+    if state is ServerState.STOPPING and wait:
+        return wait_for_server_to_stop(username, endpoint, session)
+    return state is not ServerState.UNKNOWN
+
+
+@timeit
+def stop_servers(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int) -> dict[str, bool]:
+    """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
+    stopped = fan_out(lambda name: stop_server(name, endpoint, session), usernames, batch_size, session)
+    return {name: stopped.get(name) is True for name in usernames}
+
+
+def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
+    """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
+    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    pause_s = 0.1
+    while session.clock() < until_s:
+        if read_state(username, endpoint, session) in (ServerState.STOPPED, ServerState.GONE):
+            return True
+        if not session.pause(pause_s):
+            return False
+        pause_s = min(pause_s * 1.5, 1.0)
+    LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
+    return False
+
+
+@timeit
+def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
+    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
+    asked = [name for name, was_asked in stopped.items() if was_asked]
+    outcomes = fan_out(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10, session)
+    stopped.update({name: outcomes.get(name) is True for name in asked})
+
+
+@timeit
+def delete_users_after_stopping_servers(stopped: Mapping[str, bool], endpoint: str, session: HubSession) -> bool:
+    """Whether every user is gone; those whose server has not stopped are left alone."""
+    names = [name for name, has_stopped in stopped.items() if has_stopped]
+    states = fan_out(lambda name: ask_to_delete(name, endpoint, session), names, 10, session)
+    return all(states.get(name) is ServerState.GONE for name in stopped)
+
+
+@timeit
+def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int = 10) -> bool:
+    """Whether every one of these users is gone, their servers stopped first."""
+    states = dict.fromkeys(usernames, ServerState.READY)
+    return not remove_users(states, set(usernames).__contains__, endpoint, session, batch_size).left
+
+
+def remove_user(name: str, state: ServerState, endpoint: str, session: HubSession) -> ServerState:
+    """The state after the next steps: a server is stopped, and a user without one deleted.
+
+    A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
+    """
+    if state in (ServerState.STARTING, ServerState.READY):
+        state = ask_to_stop(name, endpoint, session)
+    if state is ServerState.STOPPED:
+        state = ask_to_delete(name, endpoint, session)
+    return state
+
+
+@timeit
+def remove_users(
+    states: Mapping[str, ServerState],
+    ours: Callable[[str], bool],
+    endpoint: str,
+    session: HubSession,
+    concurrency: int,
+    patience_s: float = CLEANUP_PATIENCE_S,
+) -> CleanUp:
+    """Remove users until the hub lists none that are `ours`, or nothing has got any further for `patience_s` seconds.
+
+    `states` are what is thought of each user; the hub's own list corrects that after every round. Users thought to be
+    `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin.
+    """
+    remaining = {name: state for name, state in states.items() if ours(name)}
+    existing = {name for name, state in remaining.items() if state is not ServerState.UNKNOWN}
+    progress = Progress("users removed", len(remaining))
+    pause_s, progressed_s = 0.2, session.clock()
+    while True:
+        acted = fan_out(
+            lambda name: remove_user(name, remaining[name], endpoint, session),  # noqa: B023 (done before it changes)
+            list(remaining),
+            concurrency,
+            session,
+            lambda done: progress.tell(len(existing) - len(remaining) + len(done), len(done)),  # noqa: B023
+        )
+        gone = {name for name, state in acted.items() if state is ServerState.GONE}
+        before = len(remaining)
+        remaining = _what_is_left(remaining.keys() - gone, ours, endpoint, session)
+        existing |= remaining.keys()
+        if not remaining or not session.pause(pause_s):
+            break
+        if len(remaining) < before:
+            pause_s, progressed_s = 0.2, session.clock()
+        elif session.clock() - progressed_s >= patience_s:
+            break
+        pause_s = min(pause_s * 1.5, 5.0)
+    return CleanUp(len(existing - remaining.keys()), tuple(remaining))
+
+
+def _what_is_left(
+    unsure: Collection[str], ours: Callable[[str], bool], endpoint: str, session: HubSession
+) -> dict[str, ServerState]:
+    """Our users that the hub lists, with their states; those we are not sure of when it would not list any."""
+    try:
+        found = find_existing_stress_test_users(endpoint, session)
+    except HubRefused as error:
+        LOG.warning("Cleaning up: %s", error)
+        return dict.fromkeys(unsure, ServerState.READY)
+    return {user["name"]: server_state(user) for user in found if ours(user["name"])}
+
+
+# ==== Activity and ping ==============================================================================================
+
+
+def report_activity(username: str, endpoint: str, session: HubSession) -> requests.Response:
+    """`POST /users/{name}/activity`, as a running server sends it every 300 s: 200, 404 when there is no such user."""
+    now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+    body = {"servers": {"": {"last_activity": now}}, "last_activity": now}
+    return session.post(user_url(endpoint, username, "activity"), json=body)
+
+
+def perform(
+    operation: str,
+    send: Callable[[str, str, HubSession], requests.Response],
+    user: str,
+    endpoint: str,
+    session: HubSession,
+    due_s: float | None = None,
+) -> None:
+    """Do one operation on a user and measure it, whatever it raises; from when it was due, or (None) from now."""
+    sent_s = session.clock()
+    error: str | None
+    try:
+        response = send(user, endpoint, session)
+        error = None if response.ok else str(response.status_code)
+    except Stopped:
+        return
+    except requests.RequestException as failure:
+        error = why(failure)
+    except Exception as failure:
+        LOG.debug("The operation %s failed on %s", operation, user, exc_info=True)
+        error = f"{type(failure).__name__}: {failure}"
+    call = session.call
+    due_s = sent_s if due_s is None else due_s
+    session.metrics.add(Sample(operation, user, due_s, sent_s, session.clock(), error, call.tries, call.backoff_s))
+
+
+class Ping:
+    """While the `with` block runs, reads one user five times a second: what everybody else on the hub feels."""
+
+    def __init__(self, username: str, endpoint: str, session: HubSession) -> None:
+        self._username, self._endpoint, self._session = username, endpoint, session
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ping", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(DEFAULT_TIMEOUT)
+
+    def _run(self) -> None:
+        pace = Pace(PING_RATE_PER_S, self._session.clock())
+        for n in itertools.count():
+            due_s = pace.due_s(n)
+            if self._done.wait(max(0.0, due_s - self._session.clock())) or self._session.stopping.is_set():
+                return
+            perform("ping", self._read, self._username, self._endpoint, self._session, due_s)
+
+    def _read(self, username: str, endpoint: str, session: HubSession) -> requests.Response:
+        """`GET /users/{name}`, once: a retry would hide what it is there to see."""
+        return session.request("GET", user_url(endpoint, username), call=Call(observer=True, retry_until_s=0))
+
+
+def work_through(share: Sequence[str], endpoint: str, session: HubSession, until_s: float) -> None:
+    """One worker of the closed model: report each user of its share after a random 0 to 1 s; again until `until_s`."""
+    while True:
+        for user in share:
+            if not session.pause(random.random()):
+                return
+            perform("activity", report_activity, user, endpoint, session)
+            if until_s and session.clock() >= until_s:
+                return
+        if not until_s:
+            return
+
+
+# ==== The three commands =============================================================================================
+
+
+class Progress:
+    """A calm line in the log every few seconds while something goes on."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._next_s = time.monotonic() + PROGRESS_EVERY_S
+
+    def tell(self, good: int, done: int) -> None:
+        if time.monotonic() >= self._next_s:
+            self._next_s += PROGRESS_EVERY_S
+            failed = f", {done - good} not" if done > good else ""
+            LOG.info("%d of %d %s%s", good, self._total, self._what, failed)
+
+
+class Run:
+    """One run on one hub: what it talks through, whom it has made, what went wrong.
+
+    As a context it answers SIGINT and SIGTERM: the first ends the load, so that cleaning up begins; the second leaves.
+    """
+
+    def __init__(self, command: str, token: str, endpoint: str, dry_run: bool, name: str, concurrency: int) -> None:
+        self.command, self.name, self.dry_run = command, name, dry_run
+        self.session = get_session(token, dry_run, concurrency + 2)
+        self.started, self._began_s = datetime.now(timezone.utc), self.session.clock()
+        self.hub = check_hub(endpoint, self.session, command)
+        self.claims = Claims()
+        self.cleaned = CleanUp()
+        self.troubles: list[str] = []
+        self.interrupted_by: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Run:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted_by is not None:
+            _leave_at_once(number, len(self.claims.ours), self.purge_command)
+        self.interrupted_by = number
+        LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
+        self.session.stop()
+
+    @property
+    def purge_command(self) -> str:
+        return "hub-stress-test purge" + (f" --run {self.name}" if self.name else "")
+
+    def existing_users(self) -> list[Model]:
+        """The users of this run's naming; raises `SetupError`, since nothing has been changed yet."""
+        try:
+            return find_existing_stress_test_users(self.hub.endpoint, self.session, run=self.name)
+        except HubRefused as error:
+            raise SetupError(f"{error}. Nothing was changed.") from None
+
+    def clean_up(self, states: Mapping[str, ServerState], keep: bool, batch_size: int) -> None:
+        """Remove what this run made; `states` are what is thought of the servers that it started."""
+        ours = self.claims.ours
+        if keep:
+            self.cleaned = CleanUp(kept=len(ours))
+        elif ours:
+            LOG.info("Cleaning up %d users", len(ours))
+            guesses = dict.fromkeys(self.claims.unconfirmed, ServerState.UNKNOWN)
+            guesses |= {name: states.get(name, ServerState.STOPPED) for name in self.claims.confirmed}
+            session = self.session.for_cleaning_up()
+            self.cleaned = remove_users(guesses, set(ours).__contains__, self.hub.endpoint, session, batch_size)
+
+    def results(self, options: Mapping[str, Any], servers: Mapping[str, Any] | None, failed: int, tried: int) -> Results:
+        """All that there is to say, with the keys of the results file."""
+        metrics = self.session.metrics.summarise()
+        left = sorted(self.cleaned.left)
+        failed = failed or len(self.troubles)
+        return {
+            "schema": 1,
+            "tool": {"name": "hub-stress-test", "version": __version__},
+            "command": self.command,
+            "dry_run": self.dry_run,
+            "hub": {"endpoint": self.hub.endpoint, "version": self.hub.version, "restarts": None, "metrics": None},
+            "started": utc(self.started),
+            "finished": utc(datetime.now(timezone.utc)),
+            "duration_s": self.session.clock() - self._began_s,
+            "options": dict(options),
+            "users": {
+                "created": max(len(self.claims.confirmed), self.cleaned.deleted + len(left)) if self.command != "purge" else 0,
+                "deleted": self.cleaned.deleted,
+                "kept": self.cleaned.kept,
+                "left_behind": left,
+            },
+            "servers": servers,
+            "operations": metrics,
+            "http": self.session.traffic.summarise(),
+            "capacity": None,
+            "conditions": [{"condition": "failed > 0", "value": failed, "held": failed > 0}],
+            "warnings": [*self.troubles],
+            "purge_command": self.purge_command,
+            "exit_code": int(exit_code(left, self.interrupted_by, failed)),
+        }
+
+
+def _leave_at_once(number: int, users: int, purge_command: str) -> None:
+    sys.stderr.write(f"\nLeft at once: up to {users} users remain on the hub. Remove them with: {purge_command}\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def utc(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def run_stress_test(
+    count: int,
+    batch_size: int,
+    token: str,
+    endpoint: str,
+    dry_run: bool = False,
+    keep: bool = False,
+    profile: str | Mapping[str, Any] | None = None,
+    *,
+    run: str = "",
+    server_timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    fail_fast: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Results:
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
+
+    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
+    """
+    starts: dict[str, ServerStart] = {}
+    with Run("stress-test", token, endpoint, dry_run, run, batch_size) as this:
+        existing = this.existing_users()
+        try:
+            users = create_users(count, batch_size, this.hub.endpoint, this.session, existing, run=run, claims=this.claims)
+            with Ping(users[0][0], this.hub.endpoint, this.session):
+                starts = start_servers(
+                    users, this.hub.endpoint, this.session, profile, timeout_s=server_timeout_s, fail_fast=fail_fast
+                )
+        except HubRefused as error:
+            this.troubles.append(str(error))
+        finally:
+            this.clean_up(_states_after(starts, this.claims), keep, batch_size)
+        servers = _server_results(count, starts)
+        return this.results(options or {}, servers, servers["failed"], count)
+
+
+def _states_after(starts: Mapping[str, ServerStart], claims: Claims) -> dict[str, ServerState]:
+    """What to think of each user's server: one whose start was not seen to its end may be running."""
+    states = {name: ServerState.READY if start.running else ServerState.STOPPED for name, start in starts.items()}
+    unseen = claims.confirmed.keys() - states.keys()
+    return states | dict.fromkeys(unseen, ServerState.READY if starts else ServerState.STOPPED)
+
+
+def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
+    waited = sorted(((start.ready_s, start) for start in starts.values() if start.ready_s is not None), key=lambda w: -w[0])
+    return {
+        "requested": requested,
+        "ready": len(waited),
+        "failed": requested - len(waited),
+        "not_started": requested - len(starts),
+        "throttled": sum(start.throttled > 0 for start in starts.values()),
+        "slowest": [
+            {"user": start.user, "ready_s": ready_s, "throttled": start.throttled, "message": start.reason}
+            for ready_s, start in waited[:5]
+        ],
+    }
+
+
+def notebook_activity_test(
+    count: int,
+    token: str,
+    endpoint: str,
+    workers: int,
+    keep: bool = False,
+    dry_run: bool = False,
+    *,
+    run: str = "",
+    duration_s: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> Results:
+    """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
+
+    Users of this run's name that are there already come first; only those made here are deleted. Raises `SetupError`.
+    """
+    with Run("activity-stress-test", token, endpoint, dry_run, run, workers) as this:
+        existing = this.existing_users()
+        users = [user["name"] for user in existing][:count]
+        try:
+            if missing := count - len(users):
+                made = create_users(missing, 10, this.hub.endpoint, this.session, existing, run=run, claims=this.claims)
+                users += [name for batch in made for name in batch]
+            until_s = this.session.clock() + duration_s if duration_s else 0.0
+            shares = {tuple(share) for w in range(workers) if (share := users[w::workers])}
+            with Ping(users[0], this.hub.endpoint, this.session):
+                fan_out(lambda share: work_through(share, this.hub.endpoint, this.session, until_s), shares, workers, this.session)
+        except HubRefused as error:
+            this.troubles.append(str(error))
+        finally:
+            this.clean_up({}, keep, 10)
+        activity = this.session.metrics.summarise().get("activity", {"count": 0, "failed": 0})
+        return this.results(options or {}, None, activity["failed"], activity["count"])
+
+
+def purge_users(
+    token: str,
+    endpoint: str,
+    dry_run: bool = False,
+    *,
+    run: str | None = None,
+    batch_size: int = 10,
+    options: Mapping[str, Any] | None = None,
+) -> Results:
+    """Remove every user that this tool's naming made (of one run, if named), except admins; the results.
+
+    Finding nothing is success. Raises `SetupError`.
+    """
+    with Run("purge", token, endpoint, dry_run, run or "", batch_size) as this:
+        try:
+            found = find_existing_stress_test_users(this.hub.endpoint, this.session, run=run)
+        except HubRefused as error:
+            raise SetupError(f"{error}. Nothing was changed.") from None
+        LOG.info("Found %d users to remove", len(found))
+        states = {user["name"]: server_state(user) for user in found}
+        ours = functools.partial(is_test_user, run=run)
+        this.cleaned = remove_users(states, ours, this.hub.endpoint, this.session, batch_size) if found else CleanUp()
+        return this.results(options or {}, None, 0, len(found))
+
+
+# ==== Reporters ======================================================================================================
+
+OPERATION_TITLES = {
+    "server_ready": "server ready",
+    "start_server": "start request",
+    "stop_server": "stop request",
+    "create_users": "create users",
+    "delete_user": "delete user",
+    "list_users": "list users",
+    "activity": "activity report",
+    "ping": "ping",
+}
+
+
+def duration_text(seconds: float | None) -> str:
+    """Three digits and a unit: 840 ms, 1.25 s, 62.1 s; a dash for nothing measured."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.{1 if seconds < 0.00995 else 0}f} ms"
+    return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
+
+
+def render_summary(results: Results) -> str:
+    """The page that an operator reads: verdict, what was asked and came of it, what people waited, what was cleaned up."""
+    parts = [_verdict(results), *_facts(results)]
+    if not results["dry_run"] and results["operations"]:
+        parts += ["", *_latency_table(results["operations"])]
+    parts += [f"warning   {warning}" for warning in results["warnings"]]
+    return "\n".join(parts)
+
+
+def _verdict(results: Results) -> str:
+    code, servers = results["exit_code"], results["servers"]
+    words = {0: "PASSED", 1: "FAILED", 4: "LEFT SOMETHING BEHIND"}.get(code, "INTERRUPTED")
+    if results["dry_run"]:
+        return "DRY RUN: no request was sent; this is what would be done, on a hub where every server is ready at once."
+    if results["command"] == "purge":
+        return f"{words}: {results['users']['deleted']} users removed"
+    if servers:
+        return f"{words}: {servers['ready']} of {servers['requested']} servers became ready"
+    activity = results["operations"].get("activity", {"count": 0, "failed": 0})
+    return f"{words}: {activity['count'] - activity['failed']} of {activity['count']} activity reports were accepted"
+
+
+def _facts(results: Results) -> Iterator[str]:
+    options, servers, http = results["options"], results["servers"], results["http"]
+    yield f"hub       {results['hub']['version']} at {results['hub']['endpoint']}"
+    if servers:
+        yield f"asked     {servers['requested']} servers, at most {options.get('batch_size')} starting at a time"
+        yield f"came      {servers['ready']} ready, {servers['failed']} failed; {servers['throttled']} were throttled on the way"
+        for reason, number in results["operations"].get("server_ready", {"errors": {}})["errors"].items():
+            yield f"failed    {number} × {reason}"
+        if servers["not_started"]:
+            yield f"failed    {servers['not_started']} × never started"
+    for name in ("create_users", "activity", "stop_server", "delete_user"):
+        for reason, number in results["operations"].get(name, {"errors": {}})["errors"].items():
+            yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
+    yield f"took      {duration_text(results['duration_s'])}, {http['requests']} requests ({http['observer_requests']} only to observe, {http['retries']} repeated)"
+    yield from _cleaning(results)
+
+
+def _cleaning(results: Results) -> Iterator[str]:
+    users = results["users"]
+    if users["kept"]:
+        yield f"kept      {users['kept']} users, as asked; remove them with: {results['purge_command']}"
+    elif users["left_behind"]:
+        yield f"cleaned   {users['deleted']} users deleted; {len(users['left_behind'])} ARE STILL THERE:"
+        yield "          " + " ".join(users["left_behind"])
+        yield f"          remove them with: {results['purge_command']}"
+    else:
+        yield f"cleaned   {users['deleted']} users deleted, none left"
+
+
+def _latency_table(operations: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    columns = ("min", "mean", "p50", "p95", "max")
+    yield f"{'waited for':<16}{'count':>7}{'failed':>8}" + "".join(f"{column:>9}" for column in columns)
+    order = [*OPERATION_TITLES, *(name for name in operations if name not in OPERATION_TITLES)]
+    for name in order:
+        if measured := operations.get(name):
+            times = "".join(f"{duration_text(measured['latency_s'][column]):>9}" for column in columns)
+            yield f"{OPERATION_TITLES.get(name, name):<16}{measured['count']:>7}{measured['failed']:>8}{times}"
+
+
+# ==== Command line ===================================================================================================
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses bad usage in one sentence."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Seconds in a duration like 90, 90s, 5m or 1h."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
+    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
+        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
+    return seconds
+
+
+def run_name(text: str) -> str:
+    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
+    if not RUN_NAME.fullmatch(text) or len(text) > 40:
+        raise argparse.ArgumentTypeError(f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}")
+    return text
+
+
+def endpoint_url(text: str) -> str:
+    """An http or https URL without the slash at its end and without credentials."""
+    url = urllib.parse.urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+        raise argparse.ArgumentTypeError(
+            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
+        )
+    return without_credentials(text).rstrip("/")
+
+
+def token_text(text: str) -> Secret:
+    """A token, wrapped so that it cannot be printed by accident."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
+    return Secret(text)
+
+
+def profile_value(text: str) -> str | dict[str, Any]:
+    """A profile's slug, or an object of user options in JSON."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"this is not valid JSON ({error}): {text}") from None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"expected a profile's slug or a JSON object, not {text}")
+    return options
+
+
+def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
+    """The options accepted before and after the subcommand; there, `default` keeps them from undoing what stood before."""
+    add = functools.partial(parser.add_argument, default=default)
+    add("-e", "--endpoint", metavar="URL", type=endpoint_url, help="the hub's API, like https://hub.example.org/hub/api; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL")
+    add("-t", "--token", type=token_text, help="the API token; else JUPYTERHUB_API_TOKEN (better: an argument shows in the process list)")
+    add("--dry-run", action="store_true", help="send no request; show what would be done, on a simulated empty hub")
+    add("--log-to-file", metavar="FILE", nargs="?", const=True, help="log to FILE, or to a new file in the directory for temporary files")
+    add("-v", "--verbose", action="store_true", help="debug log, one line for each request with its response time")
+    add("--run", metavar="NAME", type=run_name, help="call the users hub-stress-test-NAME-<n>, so that two jobs on one hub never meet")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hub-stress-test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
+    _add_global_options(parser, None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    command = functools.partial(commands.add_parser, allow_abbrev=False)
+
+    stress = command("stress-test", help="make users, start their servers, measure, remove them")
+    stress.add_argument("-c", "--count", metavar="N", type=whole_number, default=100, help="how many users and servers (100)")
+    stress.add_argument("-b", "--batch-size", metavar="N", type=whole_number, default=10, help="users made by one request, and servers starting at one time (10)")
+    stress.add_argument("-k", "--keep", action="store_true", help="leave the users and their servers on the hub")
+    stress.add_argument("-p", "--profile", metavar="P", type=profile_value, help="a profile's slug, or a JSON object of user options")
+    stress.add_argument("--server-timeout", metavar="DURATION", type=duration, default=float(SERVER_LIFECYCLE_TIMEOUT), help="how long a user waits for a server before it counts as failed (60s)")
+    stress.add_argument("--fail-fast", action="store_true", help="start no more servers once one has failed")
+
+    activity = command("activity-stress-test", help="send the activity reports of running servers, and measure")
+    activity.add_argument("-c", "--count", metavar="N", type=whole_number, default=100, help="how many users (100)")
+    activity.add_argument("-k", "--keep", action="store_true", help="leave the users on the hub")
+    activity.add_argument("--workers", metavar="N", type=whole_number, default=100, help="threads that report (100)")
+    activity.add_argument("--duration", metavar="DURATION", type=duration, default=0.0, help="go through the users again and again for this long; without it, once")
+
+    purge = command("purge", help="remove the users that earlier runs left")
+    purge.add_argument("-b", "--batch-size", metavar="N", type=whole_number, default=10, help="users removed at one time (10)")
+    for subparser in (stress, activity, purge):
+        _add_global_options(subparser, argparse.SUPPRESS)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, completed from the environment. Raises `UsageError`; ends the program for --help and --version."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for at, (word, following) in enumerate(zip(words, words[1:])):
+        if word == "--log-to-file" and following in NEEDED_SCOPES:  # a subcommand, not the optional FILE
+            words[at : at + 2] = [following, word]
+            break
+    args = _build_parser().parse_args(words)
+    env = os.environ
+    if args.endpoint is None and (found := env.get("JUPYTERHUB_ENDPOINT") or env.get("JUPYTERHUB_API_URL")):
+        args.endpoint = _from_environment(endpoint_url, found, "JUPYTERHUB_ENDPOINT")
+    if args.token is None and (found := env.get("JUPYTERHUB_API_TOKEN")):
+        args.token = _from_environment(token_text, found, "JUPYTERHUB_API_TOKEN")
+    return args
+
+
+def _from_environment(convert: Callable[[str], T], text: str, variable: str) -> T:
+    try:
+        return convert(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"environment variable {variable}: {error}") from None
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence."""
+    for option in ("count", "batch_size", "workers"):
+        value = getattr(args, option, None)
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} {value}: expected a whole number of at least 1")
+    if getattr(args, "dry_run", False):
+        args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("dry-run")
+    if args.token is None:
+        raise UsageError("no token: put it into the environment variable JUPYTERHUB_API_TOKEN, or give --token")
+    if args.endpoint is None:
+        raise UsageError("no endpoint: give --endpoint https://YOUR-HUB/hub/api, or set JUPYTERHUB_ENDPOINT")
+
+
+class _Redacting(logging.Formatter):
+    """Log lines, tracebacks included, from which the token is taken out."""
+
+    def __init__(self, token: str | None) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+        self._token = token
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line.replace(self._token, "***") if self._token else line
+
+
+def setup_logging(verbose: bool = False, log_to_file: bool | str = False, args: argparse.Namespace | None = None) -> None:
+    """Log to standard error, or to a file, and say where. Raises `UsageError` when that file cannot be used.
+
+    A file that is there already is added to if it is a log of ours, and refused otherwise.
+    """
+    token = getattr(args, "token", None)
+    handler: logging.Handler = logging.StreamHandler()
+    if log_to_file:
+        path = _log_path(log_to_file)
+        handler = logging.FileHandler(path, encoding="utf-8")
+        sys.stderr.write(f"Logging to {path}\n")
+    handler.setFormatter(_Redacting(token))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    if log_to_file and args is not None:
+        LOG.info("Started with %s", options_of(args))
+    sys.excepthook = _log_uncaught
+
+
+def _log_path(log_to_file: bool | str) -> str:
+    """The path of a file to which a log may be added, its first line written."""
+    try:
+        if log_to_file is True:
+            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+            path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+            if os.path.exists(path):
+                path = path.replace(".log", f"-{secrets.token_hex(3)}.log")
+        else:
+            path = str(log_to_file)
+        with open(path, "a+", encoding="utf-8", errors="replace") as file:
+            if not file.tell():
+                file.write(f"{LOG_HEADER}, version {__version__}\n")
+            file.seek(0)
+            if not file.readline().startswith(LOG_HEADER):
+                raise UsageError(f"--log-to-file {path}: this file is there already and is not a log of ours; name another")
+    except OSError as error:
+        raise UsageError(f"--log-to-file {log_to_file}: cannot be written ({error.strerror})") from None
+    return path
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    LOG.critical("This is a bug of hub-stress-test", exc_info=(kind, error, traceback))
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Every option with its value, the token left out."""
+    return {name: value for name, value in vars(args).items() if name not in ("token", "command")}
+
+
+def run_command(args: argparse.Namespace) -> Results:
+    """What the command that was asked for found."""
+    options = options_of(args)
+    if args.command == "stress-test":
+        return run_stress_test(
+            args.count,
+            min(args.batch_size, args.count),
+            args.token,
+            args.endpoint,
+            args.dry_run,
+            args.keep,
+            args.profile,
+            run=args.run or "",
+            server_timeout_s=args.server_timeout,
+            fail_fast=args.fail_fast,
+            options=options,
+        )
+    if args.command == "activity-stress-test":
+        return notebook_activity_test(
+            args.count,
+            args.token,
+            args.endpoint,
+            args.workers,
+            args.keep,
+            args.dry_run,
+            run=args.run or "",
+            duration_s=args.duration,
+            options=options,
+        )
+    return purge_users(
+        args.token, args.endpoint, args.dry_run, run=args.run, batch_size=args.batch_size, options=options
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command line `argv`, whose summary is on standard output."""
+    try:
+        args = parse_args(argv)
+        validate(args)
+        setup_logging(args.verbose, args.log_to_file, args)
+        results = run_command(args)
+    except HubStressError as error:
+        sys.stderr.write(f"hub-stress-test: {error}\n")
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.SIGINT)
+    print(render_summary(results))
+    return int(results["exit_code"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

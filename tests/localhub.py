@@ -1,0 +1,244 @@
+"""A real JupyterHub on this machine, for tests, benchmarks and trying things out.
+
+As a library: `with LocalHub(spawn_s=1.0) as hub: ...`. As a command it wraps another command:
+
+    python tests/localhub.py --spawn 1.0 -- hub-stress-test stress-test --count 20
+
+which finds the hub in JUPYTERHUB_ENDPOINT and JUPYTERHUB_API_TOKEN. There is no proxy and no container, and servers are
+stubs, so that hundreds start on two cores; `--real-servers` starts jupyterhub-singleuser. The hub ends with its launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROLE_SCOPES = ("admin:users", "servers", "read:metrics")  # the role that the README tells operators to paste
+PINS = {"1": ["sqlalchemy<2", "setuptools<80"], "2": ["sqlalchemy<2", "setuptools<80"], "3": ["sqlalchemy<2"]}
+START_TIMEOUT_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """How the hub behaves. Shares are exact: of ten spawns at 0.4, four fail."""
+
+    version: str | None = None  # another JupyterHub than the one beside this interpreter; installed on first use
+    spawn_s: float = 0.0  # how long a server takes to start
+    spawn_jitter_s: float = 0.0  # at most so much longer, at random
+    stop_s: float = 0.0  # how long a server takes to stop
+    fail_rate: float = 0.0  # share of spawns that fail with a reason
+    hang_rate: float = 0.0  # share of spawns that never end
+    slow_spawn_timeout_s: float = 10.0  # after which a start is answered with 202
+    slow_stop_timeout_s: float = 10.0
+    start_timeout_s: float = 60.0  # after which the hub gives a spawn up
+    concurrent_spawn_limit: int = 100
+    active_server_limit: int = 0
+    consecutive_failure_limit: int = 0  # failures in a row after which the hub exits
+    bystanders: int = 0  # users that are there beside alice and the look-alikes
+    admins: tuple[str, ...] = ()  # admins that are there
+    real_servers: bool = False  # jupyterhub-singleuser instead of stubs
+    database: str = "memory"  # or the path of an sqlite file, whose users outlive a restart
+    base_url: str = "/"
+    scopes: tuple[str, ...] = ROLE_SCOPES  # of the token
+
+
+def hub_python(version: str | None) -> str:
+    """The interpreter that has this JupyterHub: this one, or that of an environment made for it on first use."""
+    if version is None:
+        return sys.executable
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hub-stress-test"
+    home = cache / f"jupyterhub-{version}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    if not home.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=cache))
+        pins = PINS.get(version.partition(".")[0], [])
+        subprocess.run([sys.executable, "-m", "venv", building], check=True)
+        pip = [building / "bin/python", "-m", "pip", "install", "--quiet", f"jupyterhub=={version}", *pins]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+        try:
+            building.rename(home)
+        except OSError:  # somebody else was faster
+            shutil.rmtree(building)
+    return str(home / "bin/python")
+
+
+class LocalHub:
+    """A running hub, until `stop` or the end of the `with` block. What the hub says is asked with a token of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = HubOptions(**options)
+        self.token, self._oracle_token = secrets.token_hex(16), secrets.token_hex(16)
+        self.port = _free_port()
+        self.endpoint = f"http://127.0.0.1:{self.port}{self.options.base_url}hub/api"
+        self._directory = Path(tempfile.mkdtemp(prefix="localhub-"))
+        self.log_path = self._directory / "hub.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LocalHub:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs to find this hub."""
+        return {"JUPYTERHUB_ENDPOINT": self.endpoint, "JUPYTERHUB_API_TOKEN": self.token}
+
+    def start(self) -> None:
+        """Boot, and return when the hub answers. Raises `RuntimeError` with the end of its log."""
+        secret = {"port": self.port, "token": self.token, "oracle_token": self._oracle_token}
+        options = json.dumps(dataclasses.asdict(self.options) | secret)
+        config = Path(__file__).with_name("localhub_config.py")
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [hub_python(self.options.version), "-W", "ignore", "-m", "jupyterhub", "-f", config],
+                env=os.environ | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
+                cwd=self._directory,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until_s = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if not self.running or time.monotonic() > until_s:
+                raise RuntimeError(f"the hub did not start:\n{self.log()[-3000:]}")
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        try:
+            return self.call("GET", "/")[0] == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """End the hub and its servers: politely, then not."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def kill(self) -> None:
+        """End the hub as a crash would."""
+        assert self._process and self._process.stdin
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+
+    def restart(self) -> None:
+        """Crash and boot again, at the same port with the same tokens."""
+        self.kill()
+        self.start()
+
+    def call(self, method: str, path: str, body: Any = None, accept: str = "application/json") -> tuple[int, Any]:
+        """Status and JSON of a request with an admin's token. Raises `OSError` when the hub does not answer."""
+        headers = {"Authorization": f"token {self._oracle_token}", "Accept": accept}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.endpoint + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, json.loads(response.read() or b"null")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, None
+
+    def users(self) -> dict[str, dict[str, Any]]:
+        """What the hub says of every user, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        following: dict[str, Any] | None = {"offset": 0}
+        while following:
+            path = f"/users?limit=200&offset={following['offset']}"
+            _, data = self.call("GET", path, accept="application/jupyterhub-pagination+json")
+            items, following = (data, None) if isinstance(data, list) else (data["items"], data["_pagination"]["next"])
+            found |= {user["name"]: user for user in items}
+        return found
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_beside(hub: LocalHub, command: list[str]) -> int:
+    """The exit code of a command that finds the hub in its environment; signals go to it, and the hub outlives it."""
+    process = subprocess.Popen(command, env=os.environ | hub.environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: process.send_signal(number))
+    code = process.wait()
+    return 128 - code if code < 0 else code
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = {"slow_spawn_timeout_s": "--slow-spawn-timeout", "concurrent_spawn_limit": "--spawn-limit"}
+    flags |= {"spawn_jitter_s": "--jitter", "active_server_limit": "--server-limit", "scopes": "--scope"}
+    flags |= {"consecutive_failure_limit": "--failure-limit", "admins": "--admin"}
+    for field in dataclasses.fields(HubOptions):
+        flag = flags.get(field.name, "--" + field.name.removesuffix("_s").removesuffix("_rate").replace("_", "-"))
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, dest=field.name, action="store_true")
+        elif isinstance(field.default, tuple):
+            parser.add_argument(flag, dest=field.name, action="append", help=f"repeatable ({', '.join(field.default)})")
+        else:
+            kind = str if field.default is None else type(field.default)
+            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, help=f"({field.default})")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run beside the hub; without one it just stays up")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = vars(_parse_args())
+    command = options.pop("command")
+    command = command[1:] if command[:1] == ["--"] else command
+    began_s = time.monotonic()
+    with LocalHub(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if v is not None}) as hub:
+        version = hub.call("GET", "/")[1]["version"]
+        took_s = time.monotonic() - began_s
+        print(f"JupyterHub {version} at {hub.endpoint}, up after {took_s:.1f} s", file=sys.stderr, flush=True)
+        if command:
+            return run_beside(hub, command)
+        for name, value in hub.environment.items():
+            print(f"export {name}={value}", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

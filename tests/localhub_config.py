@@ -1,0 +1,145 @@
+"""The configuration of the local hub, loaded inside the hub's process: see localhub.py for what each option means."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from jupyterhub import version_info
+from jupyterhub.auth import DummyAuthenticator
+from jupyterhub.proxy import Proxy
+from jupyterhub.spawner import SimpleLocalProcessSpawner, Spawner
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, RequestHandler
+
+OPTIONS: dict[str, Any] = json.loads(os.environ["LOCALHUB_OPTIONS"])
+BYSTANDERS = ["alice", "hub-stress-tester", "hub-stress-test-admin"]
+
+
+class NoProxy(Proxy):
+    """Routes in a dictionary: nobody comes through the proxy, they ask the hub directly."""
+
+    should_start = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.routes: dict[str, dict[str, Any]] = {}
+
+    async def add_route(self, routespec: str, target: str, data: Any) -> None:
+        self.routes[routespec] = {"routespec": routespec, "target": target, "data": data}
+
+    async def delete_route(self, routespec: str) -> None:
+        self.routes.pop(routespec, None)
+
+    async def get_all_routes(self) -> dict[str, dict[str, Any]]:
+        return self.routes
+
+
+class AnyAnswer(RequestHandler):
+    def get(self) -> None:
+        self.finish("a server\n")
+
+
+class StubSpawner(Spawner):
+    """Servers that all are one port of the hub's own process, so that hundreds of them start on two cores."""
+
+    port = 0
+    spawned = 0
+    running = False
+
+    async def start(self) -> tuple[str, int]:
+        number = StubSpawner.spawned
+        StubSpawner.spawned += 1
+        self.running = True
+        wished_s = self.user_options.get("spawn_s", OPTIONS["spawn_s"])
+        await asyncio.sleep(wished_s + random.uniform(0, OPTIONS["spawn_jitter_s"]))
+        if _is_chosen(number, OPTIONS["hang_rate"]):
+            await asyncio.Event().wait()
+        if _is_chosen(number, OPTIONS["fail_rate"]):
+            self.running = False
+            raise RuntimeError("no node has 4 GB of memory free")
+        return "127.0.0.1", _stub_port()
+
+    async def stop(self, now: bool = False) -> None:
+        await asyncio.sleep(OPTIONS["stop_s"])
+        self.running = False
+
+    async def poll(self) -> int | None:
+        return None if self.running else 0
+
+
+def _is_chosen(number: int, rate: float) -> bool:
+    """Exactly the share `rate` of all numbers, evenly spread."""
+    return math.floor((number + 1) * rate) > math.floor(number * rate)
+
+
+def _stub_port() -> int:
+    if not StubSpawner.port:
+        sockets = bind_sockets(0, "127.0.0.1")
+        HTTPServer(Application([(".*", AnyAnswer)], log_function=lambda handler: None)).add_sockets(sockets)
+        StubSpawner.port = sockets[0].getsockname()[1]
+    return StubSpawner.port
+
+
+class RealSpawner(SimpleLocalProcessSpawner):
+    """Real notebook servers, in a temporary home, that end with the hub."""
+
+    cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
+
+    def make_preexec_fn(self, name: str) -> Callable[[], None]:
+        return lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL) and None  # 1: PR_SET_PDEATHSIG
+
+
+def _end_with_the_launcher() -> None:
+    """Standard input is a pipe that the launcher holds: it ends when the launcher has ended, even by SIGKILL."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+
+c = get_config()  # type: ignore[name-defined]  # noqa: F821
+c.JupyterHub.bind_url = f"http://127.0.0.1:{OPTIONS['port']}{OPTIONS['base_url']}"
+c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{OPTIONS['port']}{OPTIONS['base_url']}"
+c.JupyterHub.proxy_class = NoProxy
+c.JupyterHub.db_url = "sqlite://" if OPTIONS["database"] == "memory" else f"sqlite:///{OPTIONS['database']}"
+c.JupyterHub.cookie_secret = b"0" * 32
+c.JupyterHub.log_level = "INFO"
+c.JupyterHub.concurrent_spawn_limit = OPTIONS["concurrent_spawn_limit"]
+c.JupyterHub.active_server_limit = OPTIONS["active_server_limit"]
+c.JupyterHub.tornado_settings = {
+    "slow_spawn_timeout": OPTIONS["slow_spawn_timeout_s"],
+    "slow_stop_timeout": OPTIONS["slow_stop_timeout_s"],
+}
+c.JupyterHub.authenticator_class = DummyAuthenticator
+c.Authenticator.allowed_users = {
+    *BYSTANDERS,
+    *OPTIONS["admins"],
+    *(f"bystander-{n:04}" for n in range(1, OPTIONS["bystanders"] + 1)),
+}
+c.Authenticator.admin_users = set(OPTIONS["admins"])
+c.JupyterHub.spawner_class = RealSpawner if OPTIONS["real_servers"] else StubSpawner
+c.Spawner.start_timeout = OPTIONS["start_timeout_s"]
+c.Spawner.consecutive_failure_limit = OPTIONS["consecutive_failure_limit"]
+c.SimpleLocalProcessSpawner.home_dir_template = tempfile.gettempdir() + "/{username}"
+c.Spawner.args = ["--allow-root"] if OPTIONS["real_servers"] else []
+c.Spawner.environment = {"JUPYTERHUB_SINGLEUSER_APP": "jupyter_server.serverapp.ServerApp"}
+c.JupyterHub.services = [
+    {"name": "oracle", "api_token": OPTIONS["oracle_token"], "admin": True},
+    {"name": "hub-stress-test", "api_token": OPTIONS["token"], "admin": version_info[0] < 2},
+]
+if version_info[0] >= 2:
+    c.JupyterHub.load_roles = [
+        {"name": "hub-stress-test", "scopes": list(OPTIONS["scopes"]), "services": ["hub-stress-test"]}
+    ]
