@@ -7,8 +7,9 @@
 
 Three commands answer, from a shell or a CI job:
 
-  stress-test            make users, start their servers as people logging in would, measure what each waited, remove them
-  activity-stress-test   make users without servers and send the hub the activity reports that running servers send
+  stress-test            make users, start their servers as people logging in would, measure what each waited,
+                         remove them
+  activity-stress-test   make users without servers, send the activity reports that running servers send, measure
   purge                  remove what earlier runs left behind
 
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
@@ -16,15 +17,15 @@ stops their servers, and deletes them. It writes to no user that it did not make
 name follows that pattern, and never to an admin. Unless --keep is given, every user it made is deleted before it ends,
 whatever happened, and the hub is listed once more to be sure; what could not be removed is named, with exit code 4.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. Every other latency runs from sending a request to its final answer,
-without the time the tool itself slept because the hub asked it to wait. "Ping" is one user being read five times a second
-all the while, from when each ping was due: what everybody else on the hub feels. Latencies are of what succeeded;
-failures are counted beside them, never averaged in. Percentiles are within 1 %.
+What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub
+says that the server is ready, throttling included. Every other latency runs from sending a request to its final answer,
+without the time the tool itself slept because the hub asked it to wait. "Ping" is one user being read five times a
+second all the while, from when each ping was due: what everybody else on the hub feels. Latencies are of what
+succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and nothing failed; 1 done, but something failed; 2 bad usage; 3 no hub there, token refused or too
-weak (nothing was changed); 4 something this run made is still on the hub; 130 and 143 interrupted by SIGINT and SIGTERM,
-cleaned up.
+weak (nothing was changed); 4 something this run made is still on the hub; 130 and 143 interrupted by SIGINT and
+SIGTERM, cleaned up.
 
 What it does not promise: it logs nobody in through a browser and opens no notebook, so what a login page, a proxy or a
 user's own server costs is not measured. Two runs at one time on one hub need different --run names.
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -81,6 +83,7 @@ PROGRESS_EVERY_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
 LOG_HEADER = "hub-stress-test log"
+TIMED_OUT = "no answer in time"
 
 Model = dict[str, Any]  # what the hub says of a user
 Results = dict[str, Any]  # what a command found, with the keys of the results file
@@ -407,24 +410,24 @@ def state_after_delete(status: int) -> ServerState:
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
+NEEDED_SCOPES = {
+    "stress-test": {"admin:users", "delete:users", "list:users", "servers", "delete:servers", "read:servers"},
+    "activity-stress-test": {"admin:users", "delete:users", "list:users", "users:activity", "read:servers"},
+    "purge": {"delete:users", "list:users", "delete:servers", "read:servers"},
+}
+
+
 def missing_scopes(granted: Iterable[str], needed: Iterable[str]) -> list[str]:
-    """The scopes that a token lacks. One that is limited to some users or groups (`users!user=x`) does not count."""
+    """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
+
+    One that is limited to some users or groups (`users!user=x`) does not count.
+    """
     have = {scope for scope in granted if "!" not in scope}
-    have |= {implied for scope in have for implied in IMPLIED_SCOPES.get(scope, ())}
+    if "start:servers" in have:  # hubs from 6.0
+        have.add("servers")
     return sorted(set(needed) - have)
 
 
-# A hub lists a token's scopes expanded; this is for those that do not.
-IMPLIED_SCOPES = {
-    "admin:users": ("list:users", "delete:users", "users:activity"),
-    "admin:servers": ("servers", "delete:servers"),
-    "servers": ("delete:servers",),
-}
-NEEDED_SCOPES = {
-    "stress-test": ("admin:users", "delete:users", "list:users", "servers", "delete:servers"),
-    "activity-stress-test": ("admin:users", "delete:users", "list:users", "users:activity", "servers", "delete:servers"),
-    "purge": ("delete:users", "list:users", "servers", "delete:servers"),
-}
 ROLE_TO_PASTE = """\
 c.JupyterHub.load_roles = [
     {
@@ -499,9 +502,9 @@ class HubRetry(Retry):
             return False
         return super().is_retry(method, status_code, has_retry_after)
 
-    def increment(
-        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, _pool: Any = None, _stacktrace: Any = None
-    ) -> Retry:
+    def increment(  # type: ignore[override]
+        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, **kw: Any
+    ) -> HubRetry:
         call = self.session.call
         if response is not None:
             self.session.traffic.answered(response.status)
@@ -509,8 +512,8 @@ class HubRetry(Retry):
         elif error is not None:
             call.lost |= not isinstance(error, NEVER_SENT)
             if self.session.clock() >= call.retry_until_s:
-                raise MaxRetryError(_pool, url, error)
-        return super().increment(method, url, response, error, _pool, _stacktrace)
+                raise MaxRetryError(kw["_pool"], url, error)
+        return super().increment(method, url, response, error, **kw)
 
     def sleep(self, response: Any = None) -> None:
         asked_s = self.get_retry_after(response) if response is not None else None
@@ -581,7 +584,7 @@ class HubSession(requests.Session):
         call: Call | None = None,
         **kwargs: Any,
     ) -> Reply:
-        """The final answer, or why there is none; never raises. With `operation` it is measured: `ok` are its successes."""
+        """The final answer, or why there is none; never raises. Measured as `operation`; `ok` are its successes."""
         if self.stopping.is_set():
             return Reply(0, self.clock(), reason="the run was stopped before this was sent")
         call = call or Call()
@@ -620,10 +623,8 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                try:
+                with contextlib.suppress(RuntimeError, ValueError, OSError):  # it has just ended by itself
                     getattr(response.raw, "shutdown", response.close)()
-                except (RuntimeError, ValueError, OSError):
-                    pass  # it has just ended by itself
 
     def pause(self, seconds: float) -> bool:
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
@@ -647,7 +648,7 @@ class HubSession(requests.Session):
         """A session on the same hub with the same counts, which the stop of this one does not reach."""
         transport = self.transport if isinstance(self.transport, SimulatedHub) else None
         other = HubSession(self.token, transport)
-        other.metrics, other.traffic = self.metrics, self.traffic
+        other.metrics, other.traffic, other.hooks = self.metrics, self.traffic, self.hooks
         return other
 
 
@@ -702,7 +703,7 @@ def why(error: BaseException) -> str:
         if isinstance(cause, ConnectionRefusedError):
             return "connection refused"
         if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
-            return "no answer in time"
+            return TIMED_OUT
         if isinstance(cause, requests.exceptions.SSLError):
             return f"the certificate was not accepted ({cause.args[0].reason if cause.args else cause})"
         if isinstance(cause, ConnectionError):
@@ -801,8 +802,8 @@ def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
     reply = session.ask("GET", f"{endpoint}/user", call=Call(retry_until_s=0))
     if reply.status in (401, 403):
         raise SetupError(
-            f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, or "
-            "belongs to another hub. Put the token of the hub-stress-test service into JUPYTERHUB_API_TOKEN."
+            f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
+            "or belongs to another hub. Put the token of the hub-stress-test service into JUPYTERHUB_API_TOKEN."
         )
     if reply.status != 200 or not isinstance(reply.data, dict):
         raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user answered {reply}.")
@@ -847,7 +848,9 @@ def _check_rights(owner: Model, command: str) -> None:
     """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
     if "scopes" not in owner:
         if not owner.get("admin"):
-            raise SetupError(f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users.")
+            raise SetupError(
+                f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users."
+            )
         return
     if missing := missing_scopes(owner["scopes"], NEEDED_SCOPES[command]):
         raise SetupError(
@@ -950,19 +953,18 @@ def list_users(endpoint: str, session: HubSession) -> Iterator[Model]:
             headers={"Accept": "application/jupyterhub-pagination+json"},
             timeout=120,
         )
-        if reply.status != 200 or not isinstance(reply.data, (dict, list)):
+        page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
+        if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
             raise HubRefused(f"The hub would not list its users: {reply}")
-        if isinstance(reply.data, list):
-            yield from reply.data
-            return
-        yield from reply.data["items"]
-        following = reply.data["_pagination"]["next"]
-        offset = following["offset"] if following else None
+        yield from page["items"]
+        offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
 
 def find_existing_stress_test_users(endpoint: str, session: HubSession, *, run: str | None = None) -> list[Model]:
-    """The models of all users that this tool's naming made (of one run, if named), without admins. Raises `HubRefused`."""
-    found = [user for user in list_users(endpoint, session) if is_test_user(user["name"], run) and not user.get("admin")]
+    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    found = [
+        user for user in list_users(endpoint, session) if is_test_user(user["name"], run) and not user.get("admin")
+    ]
     LOG.debug("Found %d users of ours", len(found))
     return found
 
@@ -1030,7 +1032,7 @@ def create_users(
 def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims: Claims) -> list[str]:
     """Those of the wanted users that this call made.
 
-    `POST /users`: 201 with the new ones among them; 409 when all exist. After a lost answer both mean "look": see Claims.
+    `POST /users`: 201 with the new ones; 409 when all exist. After a lost answer both mean "look", see Claims.
     """
     claims.ask(wanted)
     reply = session.ask(
@@ -1139,7 +1141,11 @@ def await_ready(name: str, endpoint: str, session: HubSession, until_s: float) -
         if event.get("ready"):
             return moment_s, "", True
         if event.get("failed"):
-            return None, str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason", False
+            return (
+                None,
+                str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason",
+                False,
+            )
         state = read_state(name, endpoint, session)
         if state is ServerState.READY:
             return session.clock(), "", True
@@ -1155,7 +1161,7 @@ def last_event(name: str, endpoint: str, session: HubSession, until_s: float) ->
 
     The stream is read to its end, which follows at once, so that its connection can be used again.
     """
-    moment_s, last = until_s, {}
+    moment_s, last = until_s, Model()
     for event in session.events(user_url(endpoint, name, "server", "progress"), until_s):
         if not last and (event.get("ready") or event.get("failed")):
             moment_s, last = session.clock(), event
@@ -1221,14 +1227,16 @@ class Starter:
         ready_at_s, reason, running = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
         if ready_at_s is not None:
             return ServerStart(name, ready_at_s - due_s, throttled, running=True)
-        if not reason and reply.status == 202:
+        if not reason and (reply.status == 202 or reply.reason == TIMED_OUT):
             reason = f"not ready after {self.timeout_s:g} s" if running else "it vanished while starting"
         return ServerStart(name, None, throttled, reason or f"the start was answered {reply}", running)
 
     def _measure(self, start: ServerStart, due_s: float) -> None:
         answered_s = self.session.clock() if start.ready_s is None else due_s + start.ready_s
         error = None if start.ready else start.reason.replace(start.user, "<user>")
-        self.session.metrics.add(Sample("server_ready", start.user, due_s, due_s, answered_s, error, start.throttled + 1))
+        self.session.metrics.add(
+            Sample("server_ready", start.user, due_s, due_s, answered_s, error, start.throttled + 1)
+        )
 
 
 @timeit
@@ -1453,7 +1461,7 @@ class Ping:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join(DEFAULT_TIMEOUT)
+        self._thread.join(1.0)  # a ping that a silent hub holds up is left to itself
 
     def _run(self) -> None:
         pace = Pace(PING_RATE_PER_S, self._session.clock())
@@ -1517,7 +1525,9 @@ class Run:
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = {
+                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1554,7 +1564,7 @@ class Run:
             session = self.session.for_cleaning_up()
             self.cleaned = remove_users(guesses, set(ours).__contains__, self.hub.endpoint, session, batch_size)
 
-    def results(self, options: Mapping[str, Any], servers: Mapping[str, Any] | None, failed: int, tried: int) -> Results:
+    def results(self, options: Mapping[str, Any], failed: int, servers: Mapping[str, Any] | None = None) -> Results:
         """All that there is to say, with the keys of the results file."""
         metrics = self.session.metrics.summarise()
         left = sorted(self.cleaned.left)
@@ -1570,7 +1580,9 @@ class Run:
             "duration_s": self.session.clock() - self._began_s,
             "options": dict(options),
             "users": {
-                "created": max(len(self.claims.confirmed), self.cleaned.deleted + len(left)) if self.command != "purge" else 0,
+                "created": max(len(self.claims.confirmed), self.cleaned.deleted + len(left))
+                if self.command != "purge"
+                else 0,
                 "deleted": self.cleaned.deleted,
                 "kept": self.cleaned.kept,
                 "left_behind": left,
@@ -1618,7 +1630,9 @@ def run_stress_test(
     with Run("stress-test", token, endpoint, dry_run, run, batch_size) as this:
         existing = this.existing_users()
         try:
-            users = create_users(count, batch_size, this.hub.endpoint, this.session, existing, run=run, claims=this.claims)
+            users = create_users(
+                count, batch_size, this.hub.endpoint, this.session, existing, run=run, claims=this.claims
+            )
             with Ping(users[0][0], this.hub.endpoint, this.session):
                 starts = start_servers(
                     users, this.hub.endpoint, this.session, profile, timeout_s=server_timeout_s, fail_fast=fail_fast
@@ -1628,7 +1642,7 @@ def run_stress_test(
         finally:
             this.clean_up(_states_after(starts, this.claims), keep, batch_size)
         servers = _server_results(count, starts)
-        return this.results(options or {}, servers, servers["failed"], count)
+        return this.results(options or {}, servers["failed"], servers)
 
 
 def _states_after(starts: Mapping[str, ServerStart], claims: Claims) -> dict[str, ServerState]:
@@ -1639,7 +1653,9 @@ def _states_after(starts: Mapping[str, ServerStart], claims: Claims) -> dict[str
 
 
 def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
-    waited = sorted(((start.ready_s, start) for start in starts.values() if start.ready_s is not None), key=lambda w: -w[0])
+    waited = sorted(
+        ((start.ready_s, start) for start in starts.values() if start.ready_s is not None), key=lambda w: -w[0]
+    )
     return {
         "requested": requested,
         "ready": len(waited),
@@ -1679,13 +1695,18 @@ def notebook_activity_test(
             until_s = this.session.clock() + duration_s if duration_s else 0.0
             shares = {tuple(share) for w in range(workers) if (share := users[w::workers])}
             with Ping(users[0], this.hub.endpoint, this.session):
-                fan_out(lambda share: work_through(share, this.hub.endpoint, this.session, until_s), shares, workers, this.session)
+                fan_out(
+                    lambda share: work_through(share, this.hub.endpoint, this.session, until_s),
+                    shares,
+                    workers,
+                    this.session,
+                )
         except HubRefused as error:
             this.troubles.append(str(error))
         finally:
             this.clean_up({}, keep, 10)
-        activity = this.session.metrics.summarise().get("activity", {"count": 0, "failed": 0})
-        return this.results(options or {}, None, activity["failed"], activity["count"])
+        activity = this.session.metrics.summarise().get("activity", {"failed": 0})
+        return this.results(options or {}, activity["failed"])
 
 
 def purge_users(
@@ -1710,7 +1731,7 @@ def purge_users(
         states = {user["name"]: server_state(user) for user in found}
         ours = functools.partial(is_test_user, run=run)
         this.cleaned = remove_users(states, ours, this.hub.endpoint, this.session, batch_size) if found else CleanUp()
-        return this.results(options or {}, None, 0, len(found))
+        return this.results(options or {}, 0)
 
 
 # ==== Reporters ======================================================================================================
@@ -1737,7 +1758,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def render_summary(results: Results) -> str:
-    """The page that an operator reads: verdict, what was asked and came of it, what people waited, what was cleaned up."""
+    """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
     parts = [_verdict(results), *_facts(results)]
     if not results["dry_run"] and results["operations"]:
         parts += ["", *_latency_table(results["operations"])]
@@ -1763,7 +1784,8 @@ def _facts(results: Results) -> Iterator[str]:
     yield f"hub       {results['hub']['version']} at {results['hub']['endpoint']}"
     if servers:
         yield f"asked     {servers['requested']} servers, at most {options.get('batch_size')} starting at a time"
-        yield f"came      {servers['ready']} ready, {servers['failed']} failed; {servers['throttled']} were throttled on the way"
+        came = f"{servers['ready']} ready, {servers['failed']} failed"
+        yield f"came      {came}" + (f"; {servers['throttled']} were throttled" if servers["throttled"] else "")
         for reason, number in results["operations"].get("server_ready", {"errors": {}})["errors"].items():
             yield f"failed    {number} × {reason}"
         if servers["not_started"]:
@@ -1771,7 +1793,8 @@ def _facts(results: Results) -> Iterator[str]:
     for name in ("create_users", "activity", "stop_server", "delete_user"):
         for reason, number in results["operations"].get(name, {"errors": {}})["errors"].items():
             yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
-    yield f"took      {duration_text(results['duration_s'])}, {http['requests']} requests ({http['observer_requests']} only to observe, {http['retries']} repeated)"
+    extra = f"{http['observer_requests']} only to observe, {http['retries']} repeated"
+    yield f"took      {duration_text(results['duration_s'])}, {http['requests']} requests ({extra})"
     yield from _cleaning(results)
 
 
@@ -1825,7 +1848,9 @@ def duration(text: str) -> float:
 def run_name(text: str) -> str:
     """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
     if not RUN_NAME.fullmatch(text) or len(text) > 40:
-        raise argparse.ArgumentTypeError(f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
+        )
     return text
 
 
@@ -1860,19 +1885,44 @@ def profile_value(text: str) -> str | dict[str, Any]:
 
 
 def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
-    """The options accepted before and after the subcommand; there, `default` keeps them from undoing what stood before."""
+    """The options that stand before or after the subcommand; there, `default` keeps them from undoing earlier ones."""
     add = functools.partial(parser.add_argument, default=default)
-    add("-e", "--endpoint", metavar="URL", type=endpoint_url, help="the hub's API, like https://hub.example.org/hub/api; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL")
-    add("-t", "--token", type=token_text, help="the API token; else JUPYTERHUB_API_TOKEN (better: an argument shows in the process list)")
+    add(
+        "-e",
+        "--endpoint",
+        metavar="URL",
+        type=endpoint_url,
+        help="the hub's API, like https://hub.example.org/hub/api; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
+    )
+    add(
+        "-t",
+        "--token",
+        type=token_text,
+        help="the API token; else JUPYTERHUB_API_TOKEN (better: an argument shows in the process list)",
+    )
     add("--dry-run", action="store_true", help="send no request; show what would be done, on a simulated empty hub")
-    add("--log-to-file", metavar="FILE", nargs="?", const=True, help="log to FILE, or to a new file in the directory for temporary files")
+    add(
+        "--log-to-file",
+        metavar="FILE",
+        nargs="?",
+        const=True,
+        help="log to FILE, or to a new file in the directory for temporary files",
+    )
     add("-v", "--verbose", action="store_true", help="debug log, one line for each request with its response time")
-    add("--run", metavar="NAME", type=run_name, help="call the users hub-stress-test-NAME-<n>, so that two jobs on one hub never meet")
+    add(
+        "--run",
+        metavar="NAME",
+        type=run_name,
+        help="call the users hub-stress-test-NAME-<n>, so that two jobs on one hub never meet",
+    )
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="hub-stress-test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="hub-stress-test",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
     _add_global_options(parser, None)
@@ -1880,28 +1930,53 @@ def _build_parser() -> argparse.ArgumentParser:
     command = functools.partial(commands.add_parser, allow_abbrev=False)
 
     stress = command("stress-test", help="make users, start their servers, measure, remove them")
-    stress.add_argument("-c", "--count", metavar="N", type=whole_number, default=100, help="how many users and servers (100)")
-    stress.add_argument("-b", "--batch-size", metavar="N", type=whole_number, default=10, help="users made by one request, and servers starting at one time (10)")
+    stress.add_argument(
+        "-c", "--count", metavar="N", type=whole_number, default=100, help="how many users and servers (100)"
+    )
+    stress.add_argument(
+        "-b",
+        "--batch-size",
+        metavar="N",
+        type=whole_number,
+        default=10,
+        help="users made by one request, and servers starting at one time (10)",
+    )
     stress.add_argument("-k", "--keep", action="store_true", help="leave the users and their servers on the hub")
-    stress.add_argument("-p", "--profile", metavar="P", type=profile_value, help="a profile's slug, or a JSON object of user options")
-    stress.add_argument("--server-timeout", metavar="DURATION", type=duration, default=float(SERVER_LIFECYCLE_TIMEOUT), help="how long a user waits for a server before it counts as failed (60s)")
+    stress.add_argument(
+        "-p", "--profile", metavar="P", type=profile_value, help="a profile's slug, or a JSON object of user options"
+    )
+    stress.add_argument(
+        "--server-timeout",
+        metavar="DURATION",
+        type=duration,
+        default=float(SERVER_LIFECYCLE_TIMEOUT),
+        help="how long a user waits for a server before it counts as failed (60s)",
+    )
     stress.add_argument("--fail-fast", action="store_true", help="start no more servers once one has failed")
 
     activity = command("activity-stress-test", help="send the activity reports of running servers, and measure")
     activity.add_argument("-c", "--count", metavar="N", type=whole_number, default=100, help="how many users (100)")
     activity.add_argument("-k", "--keep", action="store_true", help="leave the users on the hub")
     activity.add_argument("--workers", metavar="N", type=whole_number, default=100, help="threads that report (100)")
-    activity.add_argument("--duration", metavar="DURATION", type=duration, default=0.0, help="go through the users again and again for this long; without it, once")
+    activity.add_argument(
+        "--duration",
+        metavar="DURATION",
+        type=duration,
+        default=0.0,
+        help="go through the users again and again for this long; without it, once",
+    )
 
     purge = command("purge", help="remove the users that earlier runs left")
-    purge.add_argument("-b", "--batch-size", metavar="N", type=whole_number, default=10, help="users removed at one time (10)")
+    purge.add_argument(
+        "-b", "--batch-size", metavar="N", type=whole_number, default=10, help="users removed at one time (10)"
+    )
     for subparser in (stress, activity, purge):
         _add_global_options(subparser, argparse.SUPPRESS)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, completed from the environment. Raises `UsageError`; ends the program for --help and --version."""
+    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program."""
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
         if word == "--log-to-file" and following in NEEDED_SCOPES:  # a subcommand, not the optional FILE
@@ -1949,7 +2024,9 @@ class _Redacting(logging.Formatter):
         return line.replace(self._token, "***") if self._token else line
 
 
-def setup_logging(verbose: bool = False, log_to_file: bool | str = False, args: argparse.Namespace | None = None) -> None:
+def setup_logging(
+    verbose: bool = False, log_to_file: bool | str = False, args: argparse.Namespace | None = None
+) -> None:
     """Log to standard error, or to a file, and say where. Raises `UsageError` when that file cannot be used.
 
     A file that is there already is added to if it is a log of ours, and refused otherwise.
@@ -1983,7 +2060,9 @@ def _log_path(log_to_file: bool | str) -> str:
                 file.write(f"{LOG_HEADER}, version {__version__}\n")
             file.seek(0)
             if not file.readline().startswith(LOG_HEADER):
-                raise UsageError(f"--log-to-file {path}: this file is there already and is not a log of ours; name another")
+                raise UsageError(
+                    f"--log-to-file {path}: this file is there already and is not a log of ours; name another"
+                )
     except OSError as error:
         raise UsageError(f"--log-to-file {log_to_file}: cannot be written ({error.strerror})") from None
     return path

@@ -21,10 +21,11 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException, HTTPResponse, IncompleteRead, responses
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
+from typing import Any
 from urllib.parse import urlsplit
 
 HOST = "127.0.0.1"
@@ -117,7 +118,7 @@ class Silence(Fault):
 
 # ---- Rules ---------------------------------------------------------------------------------------------------------
 
-Rule = Callable[[Request], Optional[Fault]]
+Rule = Callable[[Request], Fault | None]
 Match = Callable[[Request], bool]
 
 

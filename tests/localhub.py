@@ -5,12 +5,13 @@ As a library: `with LocalHub(spawn_s=1.0) as hub: ...`. As a command it wraps an
     python tests/localhub.py --spawn 1.0 -- hub-stress-test stress-test --count 20
 
 which finds the hub in JUPYTERHUB_ENDPOINT and JUPYTERHUB_API_TOKEN. There is no proxy and no container, and servers are
-stubs, so that hundreds start on two cores; `--real-servers` starts jupyterhub-singleuser. The hub ends with its launcher.
+stubs, so that hundreds start on two cores; `--real-servers` starts real ones. The hub ends with its launcher.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -77,7 +78,7 @@ def hub_python(version: str | None) -> str:
 
 
 class LocalHub:
-    """A running hub, until `stop` or the end of the `with` block. What the hub says is asked with a token of its own."""
+    """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own."""
 
     def __init__(self, **options: Any) -> None:
         self.options = HubOptions(**options)
@@ -142,10 +143,8 @@ class LocalHub:
         if self._process is None:
             return
         self._process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
         self.kill()
 
     def kill(self) -> None:
@@ -216,7 +215,9 @@ def _parse_args() -> argparse.Namespace:
         else:
             kind = str if field.default is None else type(field.default)
             parser.add_argument(flag, dest=field.name, type=kind, default=field.default, help=f"({field.default})")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run beside the hub; without one it just stays up")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, help="what to run beside the hub; without one it just stays up"
+    )
     return parser.parse_args()
 
 
@@ -225,7 +226,9 @@ def main() -> int:
     command = options.pop("command")
     command = command[1:] if command[:1] == ["--"] else command
     began_s = time.monotonic()
-    with LocalHub(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if v is not None}) as hub:
+    with LocalHub(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if v is not None}
+    ) as hub:
         version = hub.call("GET", "/")[1]["version"]
         took_s = time.monotonic() - began_s
         print(f"JupyterHub {version} at {hub.endpoint}, up after {took_s:.1f} s", file=sys.stderr, flush=True)

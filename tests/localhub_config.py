@@ -62,17 +62,17 @@ class StubSpawner(Spawner):
         number = StubSpawner.spawned
         StubSpawner.spawned += 1
         self.running = True
-        wished_s = self.user_options.get("spawn_s", OPTIONS["spawn_s"])
-        await asyncio.sleep(wished_s + random.uniform(0, OPTIONS["spawn_jitter_s"]))
-        if _is_chosen(number, OPTIONS["hang_rate"]):
+        wish = OPTIONS | self.user_options  # a profile may ask for a slower server, or one that fails
+        await asyncio.sleep(wish["spawn_s"] + random.uniform(0, wish["spawn_jitter_s"]))
+        if _is_chosen(number, wish["hang_rate"]):
             await asyncio.Event().wait()
-        if _is_chosen(number, OPTIONS["fail_rate"]):
+        if _is_chosen(number, wish["fail_rate"]):
             self.running = False
             raise RuntimeError("no node has 4 GB of memory free")
         return "127.0.0.1", _stub_port()
 
     async def stop(self, now: bool = False) -> None:
-        await asyncio.sleep(OPTIONS["stop_s"])
+        await asyncio.sleep((OPTIONS | self.user_options)["stop_s"])
         self.running = False
 
     async def poll(self) -> int | None:

@@ -1,0 +1,225 @@
+"""How close a whole run of the tool comes to what the hub itself allows.
+
+    python tests/bench/whole_run.py
+
+runs, in alternating order and each on a fresh local hub, the tool as its user runs it and a bare client that sends only
+the requests without which no server starts (bare_client.py), at the same concurrency; once on a hub that lets a start
+wait for its server (slow_spawn_timeout 10) and once on one that answers at once and is followed (0). Wall time is from
+spawning the process to its end; requests and CPU seconds are the hub's own count. Nothing is asserted about speed; the
+exit code is 1 when a run failed, left users, removed others, or counted its requests otherwise than the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from localhub import LocalHub  # noqa: E402
+
+SLOW_SPAWN_TIMEOUTS_S = (10.0, 0.0)
+PATIENCE_S = 600.0
+TOOL_PHASES = {"create_users": "create", "start_servers": "start", "remove_users": "clean up"}
+
+
+class RunFailed(Exception):
+    """A run that cannot be compared, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """What a client's process cost, and what it said."""
+
+    exit_code: int
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+    stdout: str
+    stderr: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a client says of its own run."""
+
+    requests: int
+    pings: int
+    phases_s: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One run, as the machine, the hub and the client saw it."""
+
+    process: Process
+    hub_requests: int
+    hub_cpu_s: float
+    report: Report
+
+    def seconds(self, phase: str) -> float:
+        """Of a phase; "the rest" is starting the interpreter, checking the hub and ending."""
+        phases_s = self.report.phases_s
+        return phases_s[phase] if phase in phases_s else self.process.wall_s - sum(phases_s.values())
+
+
+def tool_report(process: Process) -> Report:
+    """From the tool's summary and log."""
+    requests = re.search(r"^took .* (\d+) requests \(", process.stdout, re.MULTILINE)
+    pings = re.search(r"^ping +(\d+) ", process.stdout, re.MULTILINE)
+    if not requests or not pings:
+        raise RunFailed(f"the tool's summary does not read as expected:\n{process.stdout}")
+    took = re.findall(rf"Took ([\d.]+) seconds to ({'|'.join(TOOL_PHASES)})$", process.stderr, re.MULTILINE)
+    return Report(int(requests[1]), int(pings[1]), {TOOL_PHASES[name]: float(seconds) for seconds, name in took})
+
+
+def bare_report(process: Process) -> Report:
+    said = json.loads(process.stdout)
+    return Report(said["requests"], 0, said["phases_s"])
+
+
+def run_client(command: Sequence[str], environment: dict[str, str]) -> Process:
+    """Run a command to its end. Its peak memory is at least that of this process, which therefore stays small."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        began_s = time.monotonic()
+        client = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | environment)
+        limit = threading.Timer(PATIENCE_S, client.kill)
+        limit.start()
+        _, status, usage = os.wait4(client.pid, 0)
+        wall_s = time.monotonic() - began_s
+        limit.cancel()
+        client.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        cpu_s, peak_mb = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+        return Process(client.returncode, wall_s, cpu_s, peak_mb, out.read(), err.read())
+
+
+def hub_counts(hub: LocalHub) -> tuple[int, float]:
+    """Requests served, readings of this page apart, and CPU seconds used, from the hub's Prometheus page."""
+    url, headers = hub.endpoint.removesuffix("/api") + "/metrics", {"Authorization": f"token {hub.token}"}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+        page = response.read().decode()
+    served = re.findall(r"^jupyterhub_request_duration_seconds_count\{(.*)\} (\S+)$", page, re.MULTILINE)
+    cpu = re.search(r"^process_cpu_seconds_total (\S+)$", page, re.MULTILINE)
+    assert served and cpu, page
+    return int(sum(float(number) for labels, number in served if "MetricsHandler" not in labels)), float(cpu[1])
+
+
+def measure(what: str, slow_spawn_timeout_s: float, args: argparse.Namespace) -> Measured:
+    """One run on a fresh hub. Raises `RunFailed`."""
+    command = [args.tool, "stress-test"] if what == "tool" else [str(HERE / "bare_client.py")]
+    command = [sys.executable, *command, "--count", str(args.count), "--batch-size", str(args.batch_size)]
+    with LocalHub(
+        spawn_s=args.spawn,
+        spawn_jitter_s=args.jitter,
+        slow_spawn_timeout_s=slow_spawn_timeout_s,
+        concurrent_spawn_limit=100,
+    ) as hub:
+        users = hub.users().keys()
+        requests, cpu_s = hub_counts(hub)
+        process = run_client(command, hub.environment)
+        requests_after, cpu_after_s = hub_counts(hub)
+        changed = users ^ hub.users().keys()
+    if process.exit_code or changed:
+        said = process.stdout[-2000:] + process.stderr[-2000:]
+        raise RunFailed(f"the {what} ended with {process.exit_code}; users left or lost: {sorted(changed)}\n{said}")
+    report = tool_report(process) if what == "tool" else bare_report(process)
+    if report.requests != requests_after - requests:
+        raise RunFailed(f"the {what} counted {report.requests} requests, the hub {requests_after - requests}")
+    return Measured(process, requests_after - requests, cpu_after_s - cpu_s, report)
+
+
+def run_pairs(slow_spawn_timeout_s: float, args: argparse.Namespace) -> dict[str, list[Measured]]:
+    """The runs of each client, pair by pair; who goes first alternates."""
+    runs: dict[str, list[Measured]] = {"tool": [], "bare": []}
+    for pair in range(args.pairs):
+        for what in sorted(runs, reverse=pair % 2 == 0):
+            run = measure(what, slow_spawn_timeout_s, args)
+            runs[what].append(run)
+            print(
+                f"timeout {slow_spawn_timeout_s:g} s, pair {pair + 1}, {what}: {run.process.wall_s:.2f} s",
+                file=sys.stderr,
+            )
+    return runs
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def render(results: dict[float, dict[str, list[Measured]]], servers: int) -> Iterator[str]:
+    """One row for each setting and client, then the ratios, then where the time went. Numbers are medians."""
+    columns = f"{'wall s':>8}{'min-max':>14}{'requests/server':>17}{'hub CPU s':>11}{'client CPU s':>14}{'client peak MB':>16}"
+    yield f"{'slow_spawn_timeout':<20}{'what':<6}{columns}"
+    for setting, runs in results.items():
+        for what, measured in runs.items():
+            walls_s = [run.process.wall_s for run in measured]
+            yield (
+                f"{setting:<20g}{what:<6}{median(walls_s):>8.2f}{f'{min(walls_s):.2f}-{max(walls_s):.2f}':>14}"
+                f"{median([(run.hub_requests - run.report.pings) / servers for run in measured]):>17.2f}"
+                f"{median([run.hub_cpu_s for run in measured]):>11.2f}"
+                f"{median([run.process.cpu_s for run in measured]):>14.2f}"
+                f"{median([run.process.peak_mb for run in measured]):>16.1f}"
+            )
+    yield "\ntool / bare, pair by pair: median (each pair)"
+    for setting, runs in results.items():
+        pairs = list(zip(runs["tool"], runs["bare"]))
+        yield f"{setting:<20g}wall     " + ratios([(a.process.wall_s, b.process.wall_s) for a, b in pairs])
+        yield f"{setting:<20g}hub CPU  " + ratios([(a.hub_cpu_s, b.hub_cpu_s) for a, b in pairs])
+    phases = [*TOOL_PHASES.values(), "the rest"]
+    yield f"\n{'seconds in phase':<20}{'what':<6}" + "".join(f"{phase:>10}" for phase in phases)
+    for setting, runs in results.items():
+        for what, measured in runs.items():
+            times = (median([run.seconds(phase) for run in measured]) for phase in phases)
+            yield f"{setting:<20g}{what:<6}" + "".join(f"{time_s:>10.2f}" for time_s in times)
+
+
+def ratios(pairs: Sequence[tuple[float, float]]) -> str:
+    each = [a / b for a, b in pairs]
+    return f"{median(each):.3f}  (" + ", ".join(f"{ratio:.3f}" for ratio in each) + ")"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--spawn", metavar="SECONDS", type=float, default=1.0, help="how long a server takes to start")
+    parser.add_argument(
+        "--jitter", metavar="SECONDS", type=float, default=0.5, help="at most so much longer, at random"
+    )
+    parser.add_argument(
+        "--tool", default=str(HERE.parents[1] / "hub_stress_test.py"), help="another version of the tool"
+    )
+    args = parser.parse_args()
+    try:
+        results = {timeout_s: run_pairs(timeout_s, args) for timeout_s in SLOW_SPAWN_TIMEOUTS_S}
+    except RunFailed as failure:
+        print(f"FAILED: {failure}", file=sys.stderr)
+        return 1
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("jupyterhub", "requests", "urllib3", "aiohttp"))
+    print(f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {libraries}")
+    print(
+        f"{args.count} servers of {args.spawn:g} to {args.spawn + args.jitter:g} s, {args.batch_size} at a time, {args.pairs} pairs\n"
+    )
+    print("\n".join(render(results, args.count)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
