@@ -756,7 +756,7 @@ class SimulatedHub(BaseAdapter):
             case "GET", [""]:
                 return 200, {"version": "simulated"}
             case "GET", ["user"]:
-                return 200, {"name": "dry-run", "admin": True, "scopes": list(NEEDED_SCOPES["activity-stress-test"])}
+                return 200, {"name": "dry-run", "scopes": sorted(set().union(*NEEDED_SCOPES.values()))}
             case "GET", ["users"]:
                 return 200, list(self._users.values())
             case "POST", ["users"]:

@@ -39,7 +39,7 @@ BOOT_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
 
 # What a JupyterHub of this major version needs on Python 3.11 beside what its own metadata asks for.
-PINS = {1: ("sqlalchemy<2", "setuptools<81"), 2: ("sqlalchemy<2",), 3: ("sqlalchemy<2",)}
+PINS = {1: ("sqlalchemy<2",), 2: ("sqlalchemy<2",), 3: ("sqlalchemy<2",)}
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -120,7 +120,7 @@ def _install(version: str, home: Path) -> None:
     print(f"installing JupyterHub {version}, once, below {home.parent}", file=sys.stderr, flush=True)
     packages = (f"jupyterhub=={version}", *PINS.get(int(version.partition(".")[0]), ()))
     make = [sys.executable, "-m", "venv", str(home)]
-    fill = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
+    fill = [str(home / "bin" / "python"), "-m", "pip", "install", "-qq", *packages]
     for command in make, fill:
         if subprocess.run(command, stdout=sys.stderr).returncode:
             raise RuntimeError(f"JupyterHub {version} could not be installed: see above")

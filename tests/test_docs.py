@@ -1,0 +1,153 @@
+"""README, --help, docstring, pyproject and code tell one story."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import localhub
+import pytest
+from conftest import MODULE
+
+import hub_stress_test as hst
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = MODULE.parent
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+SEEDS = {
+    "setup_logging": ["verbose", "log_to_file", "args"],
+    "validate": ["args"],
+    "timeit": ["f"],
+    "get_session": ["token", "dry_run", "pool_maxsize"],
+    "find_existing_stress_test_users": ["endpoint", "session"],
+    "create_users": ["count", "batch_size", "endpoint", "session", "existing_users"],
+    "start_server": ["username", "endpoint", "session", "profile"],
+    "start_servers": ["users", "endpoint", "session", "profile"],
+    "wait_for_servers_to_start": ["users", "endpoint", "session"],
+    "stop_server": ["username", "endpoint", "session", "wait"],
+    "stop_servers": ["usernames", "endpoint", "session", "batch_size"],
+    "wait_for_server_to_stop": ["username", "endpoint", "session"],
+    "wait_for_servers_to_stop": ["stopped", "endpoint", "session"],
+    "delete_users_after_stopping_servers": ["stopped", "endpoint", "session"],
+    "delete_users": ["usernames", "endpoint", "session", "batch_size"],
+    "run_stress_test": ["count", "batch_size", "token", "endpoint", "dry_run", "keep", "profile"],
+    "purge_users": ["token", "endpoint", "dry_run"],
+    "notebook_activity_test": ["count", "token", "endpoint", "workers", "keep", "dry_run"],
+}
+
+
+def options() -> dict[str, set[str]]:
+    """The options of each command, and under "" those that stand before a command too."""
+    parser = hst._build_parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    parsers = {"": parser, **commands.choices}
+    return {
+        name: {o for action in p._actions for o in action.option_strings if o not in ("-h", "--help")}
+        for name, p in parsers.items()
+    }
+
+
+def readme_options(heading: str) -> set[str]:
+    """The options in the table of a README section."""
+    section = re.split(r"^#+ ", README.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = re.findall(r"^\| (`-.*?) \|", section, re.MULTILINE)
+    return {option for row in rows for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", row)}
+
+
+def test_the_readme_documents_exactly_the_options_that_there_are() -> None:
+    found = options()
+    assert readme_options("## The three commands") == found[""]
+    for command in ("stress-test", "activity-stress-test", "purge"):
+        assert found[command] >= found[""] - {"--version"}
+        assert readme_options(f"### {command}") == found[command] - found[""]
+
+
+def test_every_exit_code_stands_in_readme_and_help() -> None:
+    table = README.partition("## Exit codes")[2].partition("\n## ")[0]
+    said = re.sub(r"\s+", " ", (hst.__doc__ or "").partition("Exit codes:")[2])
+    for code in hst.ExitCode:
+        assert re.search(rf"^\|.*\b{int(code)}\b", table, re.MULTILINE)
+        assert re.search(rf"\b{int(code)}\b", said)
+
+
+def test_the_script_block_and_the_project_name_the_same_needs() -> None:
+    block = re.search(r"^# /// script\n(.*?)^# ///$", MODULE.read_text(), re.MULTILINE | re.DOTALL)
+    assert block
+    script = tomllib.loads(block[1].replace("# ", ""))
+    assert script["dependencies"] == PROJECT["dependencies"]
+    assert script["requires-python"] == PROJECT["requires-python"]
+    assert {re.split("[<>=]", need)[0] for need in PROJECT["dependencies"]} == {"requests", "urllib3"}
+
+
+def test_the_module_imports_nothing_but_its_two_dependencies() -> None:
+    tree = ast.parse(MODULE.read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported - sys.stdlib_module_names == {"requests", "urllib3"}
+
+
+def test_the_role_in_the_readme_is_the_one_that_is_printed_and_the_one_that_is_tested() -> None:
+    assert hst.ROLE_TO_PASTE in README
+    role = re.search(r'"scopes": (\[.*\])', hst.ROLE_TO_PASTE)
+    assert role and tuple(ast.literal_eval(role[1])) == localhub.ROLE_SCOPES
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_the_seeds_functions_have_the_seeds_parameters(name: str) -> None:
+    parameters = inspect.signature(getattr(hst, name)).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == SEEDS[name]
+    assert inspect.getdoc(getattr(hst, name))
+
+
+def test_the_seeds_constants_have_their_values() -> None:
+    assert (hst.DEFAULT_TIMEOUT, hst.SERVER_LIFECYCLE_TIMEOUT, hst.USERNAME_PREFIX) == (30, 60, "hub-stress-test")
+    assert hst.LOG.name == "hub-stress-test"
+
+
+def commands_in_readme() -> list[str]:
+    blocks = re.findall(r"^```(?:sh|console|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"(?<![\w/-])(?:\.venv/bin/)?hub-stress-test ((?:stress|activity|purge).*)", "\n".join(blocks))
+    assert len(found) >= 5
+    return found
+
+
+@pytest.mark.parametrize("line", commands_in_readme())
+def test_every_command_in_the_readme_is_understood(line: str) -> None:
+    words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line))
+    args = hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"])
+    hst.validate(args)
+    assert args.command in hst.NEEDED_SCOPES
+
+
+def test_every_public_name_is_documented() -> None:
+    for name, thing in vars(hst).items():
+        if inspect.isfunction(thing) and thing.__module__ == hst.__name__ and not name.startswith("_"):
+            assert thing.__doc__ or name in ("utc", "user_url"), name
+
+
+def test_the_tree_is_the_one_that_was_agreed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {Path(name).parts[0] for name in listed}
+    assert top <= {"hub_stress_test.py", "tests", "README.md", "pyproject.toml", ".gitignore", ".ci"}
