@@ -73,8 +73,10 @@ LOG = logging.getLogger("hub-stress-test")
 USERNAME_PREFIX = "hub-stress-test"
 DEFAULT_TIMEOUT = 30  # seconds that one request may take
 SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to stop
-CLEANUP_PATIENCE_S = 300.0  # how long cleaning up goes on without getting anywhere
+CLEANUP_TIMEOUT_S = 300.0  # how long cleaning up goes on without getting anywhere
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
+RETRY_WINDOW_S = 60.0  # no further try of a request so long after its first
+HUB_GONE_S = 120.0  # no further load once the hub has not answered for so long
 RETRY_AFTER_MAX_S = 120.0
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is asked again when the hub names no time
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
@@ -124,6 +126,10 @@ class SetupError(HubStressError):
 
 class HubRefused(HubStressError):
     """The hub would not do, in the middle of a run, what the run needs to go on."""
+
+    def __init__(self, doing: str, reply: Reply) -> None:
+        super().__init__(f"The hub would not {doing}: {reply}")
+        self.token_refused = reply.status in (401, 403)
 
 
 class Stopped(Exception):
@@ -473,7 +479,7 @@ class Call:
 
     observer: bool = False  # made only to watch
     seen: frozenset[int] = frozenset()  # statuses that the caller wants to see itself: not retried
-    retry_until_s: float = math.inf  # no more tries after this moment
+    retry_until_s: float | None = None  # no more tries after this moment; None: as long as the session's window
     tries: int = 0
     backoff_s: float = 0.0
     lost: bool = False
@@ -498,7 +504,7 @@ class HubRetry(Retry):
 
     def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
         call = self.session.call
-        if status_code in call.seen or self.session.clock() >= call.retry_until_s:
+        if status_code in call.seen or self.session.out_of_time(call):
             return False
         return super().is_retry(method, status_code, has_retry_after)
 
@@ -511,7 +517,7 @@ class HubRetry(Retry):
             call.lost |= response.status == 504
         elif error is not None:
             call.lost |= not isinstance(error, NEVER_SENT)
-            if self.session.clock() >= call.retry_until_s:
+            if self.session.out_of_time(call):
                 raise MaxRetryError(kw["_pool"], url, error)
         return super().increment(method, url, response, error, **kw)
 
@@ -527,12 +533,21 @@ class HubSession(requests.Session):
     Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
     """
 
-    def __init__(self, token: str, transport: BaseAdapter | None = None, pool_maxsize: int = 100) -> None:
+    def __init__(
+        self,
+        token: str,
+        transport: BaseAdapter | None = None,
+        pool_maxsize: int = 100,
+        retry_window_s: float = RETRY_WINDOW_S,
+        gone_after_s: float = HUB_GONE_S,
+    ) -> None:
         super().__init__()
-        self.token = Secret(token)
+        self.token = token = Secret(token)
         self.headers["Authorization"] = Secret(f"token {token}")
         self.auth = _keep_as_it_is  # so that neither a .netrc file nor the URL replaces the header
         self.clock = time.monotonic
+        self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
+        self.answered_s = self.clock()
         self.metrics, self.traffic = Metrics(), Traffic()
         self.stopping = threading.Event()
         self._local = threading.local()
@@ -560,7 +575,9 @@ class HubSession(requests.Session):
 
     def request(self, method: str, url: str, *args: Any, call: Call | None = None, **kwargs: Any) -> requests.Response:  # type: ignore[override]
         """requests' own, with a time-out and without redirects."""
-        self._local.call = call or Call()
+        call = self._local.call = call or Call()
+        if call.retry_until_s is None:
+            call.retry_until_s = self.clock() + self.retry_window_s
         kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
         kwargs["allow_redirects"] = False
         return super().request(method, url, *args, **kwargs)
@@ -570,7 +587,17 @@ class HubSession(requests.Session):
         self.traffic.sent(self.call.observer)
         response = super().send(request, **kwargs)
         self.traffic.answered(response.status_code)
+        if response.status_code not in (502, 503, 504):  # which a proxy says of a hub that is not there
+            self.answered_s = self.clock()
         return response
+
+    @property
+    def hub_is_gone(self) -> bool:
+        """Whether the hub has not answered anything for so long that sending more is no use."""
+        return self.clock() - self.answered_s > self.gone_after_s
+
+    def out_of_time(self, call: Call) -> bool:
+        return call.retry_until_s is not None and self.clock() >= call.retry_until_s
 
     def ask(
         self,
@@ -645,9 +672,12 @@ class HubSession(requests.Session):
         self.cut_streams()
 
     def for_cleaning_up(self) -> HubSession:
-        """A session on the same hub with the same counts, which the stop of this one does not reach."""
+        """A session on the same hub with the same counts, which the stop of this one does not reach.
+
+        It tries once: cleaning up looks again anyway. And it soon looks whether a silent hub is there at all.
+        """
         transport = self.transport if isinstance(self.transport, SimulatedHub) else None
-        other = HubSession(self.token, transport)
+        other = HubSession(self.token, transport, retry_window_s=0, gone_after_s=20)
         other.metrics, other.traffic, other.hooks = self.metrics, self.traffic, self.hooks
         return other
 
@@ -886,6 +916,20 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
     return timed
 
 
+class Progress:
+    """A calm line in the log every few seconds while something goes on."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._next_s = time.monotonic() + PROGRESS_EVERY_S
+
+    def tell(self, good: int, done: int) -> None:
+        if time.monotonic() >= self._next_s:
+            self._next_s += PROGRESS_EVERY_S
+            failed = f", {done - good} not" if done > good else ""
+            LOG.info("%d of %d %s%s", good, self._total, self._what, failed)
+
+
 def fan_out(
     work: Callable[[T], R],
     items: Iterable[T],
@@ -895,9 +939,10 @@ def fan_out(
 ) -> dict[T, R | Exception]:
     """What `work` gave, or the exception it raised, for each item, from `concurrency` threads.
 
-    Items are taken one by one as threads become free. Those not begun or not finished when the session is told to stop
-    are absent. `on_tick` sees the results ten times a second.
+    Items are taken one by one as threads become free. Absent are those not begun when the hub is gone, and those not
+    finished when the session is told to stop. `on_tick` sees the results ten times a second.
     """
+    session.answered_s = session.clock()
     results: dict[T, R | Exception] = {}
     source, lock = iter(items), threading.Lock()
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix="hub-stress-test")
@@ -921,7 +966,7 @@ def _drain(
     session: HubSession,
 ) -> None:
     """Work on items until there are none left; what each gave is recorded, whatever it raised."""
-    while not session.stopping.is_set():
+    while not session.stopping.is_set() and not session.hub_is_gone:
         with lock:
             following = list(itertools.islice(source, 1))
         if not following:
@@ -955,7 +1000,7 @@ def list_users(endpoint: str, session: HubSession) -> Iterator[Model]:
         )
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused(f"The hub would not list its users: {reply}")
+            raise HubRefused("list its users", reply)
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
@@ -1046,7 +1091,7 @@ def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims:
     if reply.status not in (201, 409):
         if reply.status and not reply.lost:
             claims.settle(wanted, ())
-        raise HubRefused(f"The hub would not make users: {reply}")
+        raise HubRefused("make users", reply)
     if reply.lost:
         there = {user["name"] for user in list_users(endpoint, session)}
     else:
@@ -1348,16 +1393,21 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     return not remove_users(states, set(usernames).__contains__, endpoint, session, batch_size).left
 
 
-def remove_user(name: str, state: ServerState, endpoint: str, session: HubSession) -> ServerState:
-    """The state after the next steps: a server is stopped, and a user without one deleted.
+def remove_user(
+    name: str, states: Mapping[str, ServerState], gone: set[str], endpoint: str, session: HubSession
+) -> None:
+    """The next steps for a user in the state that `states` has: stop the server, delete the user without one.
 
     A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
+    Those that are gone are added to `gone`.
     """
+    state = states[name]
     if state in (ServerState.STARTING, ServerState.READY):
         state = ask_to_stop(name, endpoint, session)
     if state is ServerState.STOPPED:
         state = ask_to_delete(name, endpoint, session)
-    return state
+    if state is ServerState.GONE:
+        gone.add(name)
 
 
 @timeit
@@ -1367,49 +1417,41 @@ def remove_users(
     endpoint: str,
     session: HubSession,
     concurrency: int,
-    patience_s: float = CLEANUP_PATIENCE_S,
+    *,
+    timeout_s: float = CLEANUP_TIMEOUT_S,
+    gone: set[str] | None = None,
 ) -> CleanUp:
-    """Remove users until the hub lists none that are `ours`, or nothing has got any further for `patience_s` seconds.
+    """Remove users until the hub lists none that are `ours`, or has let us get no further for `timeout_s` seconds.
 
-    `states` are what is thought of each user; the hub's own list corrects that after every round. Users thought to be
-    `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin.
+    `states` are what is thought of each user; after every round the hub's own list corrects that. Users thought to be
+    `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin. `gone` is
+    kept up to date while this goes on.
     """
-    remaining = {name: state for name, state in states.items() if ours(name)}
-    existing = {name for name, state in remaining.items() if state is not ServerState.UNKNOWN}
-    progress = Progress("users removed", len(remaining))
-    pause_s, progressed_s = 0.2, session.clock()
+    gone = set() if gone is None else gone
+    left = {name: state for name, state in states.items() if ours(name)}
+    existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
+    progress = Progress("users removed", len(left))
+    pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
+    to_do = left
     while True:
-        acted = fan_out(
-            lambda name: remove_user(name, remaining[name], endpoint, session),  # noqa: B023 (done before it changes)
-            list(remaining),
-            concurrency,
-            session,
-            lambda done: progress.tell(len(existing) - len(remaining) + len(done), len(done)),  # noqa: B023
-        )
-        gone = {name for name, state in acted.items() if state is ServerState.GONE}
-        before = len(remaining)
-        remaining = _what_is_left(remaining.keys() - gone, ours, endpoint, session)
-        existing |= remaining.keys()
-        if not remaining or not session.pause(pause_s):
-            break
-        if len(remaining) < before:
-            pause_s, progressed_s = 0.2, session.clock()
-        elif session.clock() - progressed_s >= patience_s:
-            break
+        step = functools.partial(remove_user, states=to_do, gone=gone, endpoint=endpoint, session=session)
+        fan_out(step, to_do, concurrency, session, lambda _: progress.tell(len(gone), len(gone)))
+        before = len(left)
+        try:
+            found = find_existing_stress_test_users(endpoint, session)
+            left = to_do = {user["name"]: server_state(user) for user in found if ours(user["name"])}
+            existing |= left.keys()
+            gone.difference_update(left)
+            refusals = 0
+        except HubRefused as error:
+            LOG.warning("Cleaning up: %s", error)
+            left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
+            refusals += error.token_refused
+        if not left or refusals == 3 or session.clock() >= until_s or not session.pause(pause_s):
+            return CleanUp(len(existing - left.keys()), tuple(left))
+        if len(left) < before:
+            pause_s, until_s = 0.2, session.clock() + timeout_s
         pause_s = min(pause_s * 1.5, 5.0)
-    return CleanUp(len(existing - remaining.keys()), tuple(remaining))
-
-
-def _what_is_left(
-    unsure: Collection[str], ours: Callable[[str], bool], endpoint: str, session: HubSession
-) -> dict[str, ServerState]:
-    """Our users that the hub lists, with their states; those we are not sure of when it would not list any."""
-    try:
-        found = find_existing_stress_test_users(endpoint, session)
-    except HubRefused as error:
-        LOG.warning("Cleaning up: %s", error)
-        return dict.fromkeys(unsure, ServerState.READY)
-    return {user["name"]: server_state(user) for user in found if ours(user["name"])}
 
 
 # ==== Activity and ping ==============================================================================================
@@ -1476,34 +1518,15 @@ class Ping:
         return session.request("GET", user_url(endpoint, username), call=Call(observer=True, retry_until_s=0))
 
 
-def work_through(share: Sequence[str], endpoint: str, session: HubSession, until_s: float) -> None:
+def work_through(share: Sequence[str], endpoint: str, session: HubSession, until_s: float | None) -> None:
     """One worker of the closed model: report each user of its share after a random 0 to 1 s; again until `until_s`."""
-    while True:
-        for user in share:
-            if not session.pause(random.random()):
-                return
-            perform("activity", report_activity, user, endpoint, session)
-            if until_s and session.clock() >= until_s:
-                return
-        if not until_s:
+    for user in share if until_s is None else itertools.cycle(share):
+        if not session.pause(random.random()) or session.hub_is_gone or session.clock() >= (until_s or math.inf):
             return
+        perform("activity", report_activity, user, endpoint, session)
 
 
 # ==== The three commands =============================================================================================
-
-
-class Progress:
-    """A calm line in the log every few seconds while something goes on."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total = what, total
-        self._next_s = time.monotonic() + PROGRESS_EVERY_S
-
-    def tell(self, good: int, done: int) -> None:
-        if time.monotonic() >= self._next_s:
-            self._next_s += PROGRESS_EVERY_S
-            failed = f", {done - good} not" if done > good else ""
-            LOG.info("%d of %d %s%s", good, self._total, self._what, failed)
 
 
 class Run:
@@ -1512,12 +1535,23 @@ class Run:
     As a context it answers SIGINT and SIGTERM: the first ends the load, so that cleaning up begins; the second leaves.
     """
 
-    def __init__(self, command: str, token: str, endpoint: str, dry_run: bool, name: str, concurrency: int) -> None:
-        self.command, self.name, self.dry_run = command, name, dry_run
+    def __init__(
+        self,
+        command: str,
+        token: str,
+        endpoint: str,
+        dry_run: bool,
+        name: str | None,
+        concurrency: int,
+        timeout_s: float,
+    ) -> None:
+        self.command, self.name, self.dry_run, self._cleanup_timeout_s = command, name, dry_run, timeout_s
         self.session = get_session(token, dry_run, concurrency + 2)
         self.started, self._began_s = datetime.now(timezone.utc), self.session.clock()
         self.hub = check_hub(endpoint, self.session, command)
+        self.existing = self._look()
         self.claims = Claims()
+        self.gone: set[str] = set()
         self.cleaned = CleanUp()
         self.troubles: list[str] = []
         self.interrupted_by: int | None = None
@@ -1536,7 +1570,7 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted_by is not None:
-            _leave_at_once(number, len(self.claims.ours), self.purge_command)
+            _leave_at_once(number, len(set(self.claims.ours) - self.gone), self.purge_command)
         self.interrupted_by = number
         LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
         self.session.stop()
@@ -1545,29 +1579,46 @@ class Run:
     def purge_command(self) -> str:
         return "hub-stress-test purge" + (f" --run {self.name}" if self.name else "")
 
-    def existing_users(self) -> list[Model]:
+    def _look(self) -> list[Model]:
         """The users of this run's naming; raises `SetupError`, since nothing has been changed yet."""
         try:
             return find_existing_stress_test_users(self.hub.endpoint, self.session, run=self.name)
         except HubRefused as error:
             raise SetupError(f"{error}. Nothing was changed.") from None
 
-    def clean_up(self, states: Mapping[str, ServerState], keep: bool, batch_size: int) -> None:
-        """Remove what this run made; `states` are what is thought of the servers that it started."""
+    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], concurrency: int) -> None:
+        """Remove users, for whom `states` are what is thought of their servers, from the hub."""
+        session = self.session if self.command == "purge" else self.session.for_cleaning_up()
+        self.cleaned = remove_users(
+            states,
+            ours,
+            self.hub.endpoint,
+            session,
+            concurrency,
+            timeout_s=self._cleanup_timeout_s,
+            gone=self.gone,
+        )
+
+    def clean_up(self, starts: Mapping[str, ServerStart] | None, keep: bool, concurrency: int) -> None:
+        """Remove what this run made; `starts` is what became of the servers, None if none were asked for."""
+        if self.session.hub_is_gone:
+            self.troubles.append(f"the hub did not answer for {HUB_GONE_S:.0f} s: no more load was sent")
         ours = self.claims.ours
         if keep:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %d users", len(ours))
-            guesses = dict.fromkeys(self.claims.unconfirmed, ServerState.UNKNOWN)
-            guesses |= {name: states.get(name, ServerState.STOPPED) for name in self.claims.confirmed}
-            session = self.session.for_cleaning_up()
-            self.cleaned = remove_users(guesses, set(ours).__contains__, self.hub.endpoint, session, batch_size)
+            unseen = ServerState.STOPPED if starts is None else ServerState.READY
+            states = dict.fromkeys(self.claims.unconfirmed, ServerState.UNKNOWN)
+            states |= dict.fromkeys(self.claims.confirmed, unseen)
+            states |= {name: ServerState.STOPPED for name, start in (starts or {}).items() if not start.running}
+            self.remove(states, set(ours).__contains__, concurrency)
 
     def results(self, options: Mapping[str, Any], failed: int, servers: Mapping[str, Any] | None = None) -> Results:
         """All that there is to say, with the keys of the results file."""
         metrics = self.session.metrics.summarise()
         left = sorted(self.cleaned.left)
+        given_up = self.command == "purge" and self.interrupted_by is not None  # not made by this run
         failed = failed or len(self.troubles)
         return {
             "schema": 1,
@@ -1594,7 +1645,7 @@ class Run:
             "conditions": [{"condition": "failed > 0", "value": failed, "held": failed > 0}],
             "warnings": [*self.troubles],
             "purge_command": self.purge_command,
-            "exit_code": int(exit_code(left, self.interrupted_by, failed)),
+            "exit_code": int(exit_code([] if given_up else left, self.interrupted_by, failed)),
         }
 
 
@@ -1620,36 +1671,27 @@ def run_stress_test(
     run: str = "",
     server_timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
     fail_fast: bool = False,
+    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
     options: Mapping[str, Any] | None = None,
 ) -> Results:
     """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
 
     Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
     """
-    starts: dict[str, ServerStart] = {}
-    with Run("stress-test", token, endpoint, dry_run, run, batch_size) as this:
-        existing = this.existing_users()
+    starts: dict[str, ServerStart] | None = None
+    with Run("stress-test", token, endpoint, dry_run, run, batch_size, cleanup_timeout_s) as this:
+        hub, session = this.hub.endpoint, this.session
         try:
-            users = create_users(
-                count, batch_size, this.hub.endpoint, this.session, existing, run=run, claims=this.claims
-            )
-            with Ping(users[0][0], this.hub.endpoint, this.session):
-                starts = start_servers(
-                    users, this.hub.endpoint, this.session, profile, timeout_s=server_timeout_s, fail_fast=fail_fast
-                )
+            users = create_users(count, batch_size, hub, session, this.existing, run=run, claims=this.claims)
+            starts = {}
+            with Ping(users[0][0], hub, session):
+                starts = start_servers(users, hub, session, profile, timeout_s=server_timeout_s, fail_fast=fail_fast)
         except HubRefused as error:
             this.troubles.append(str(error))
         finally:
-            this.clean_up(_states_after(starts, this.claims), keep, batch_size)
-        servers = _server_results(count, starts)
+            this.clean_up(starts, keep, batch_size)
+        servers = _server_results(count, starts or {})
         return this.results(options or {}, servers["failed"], servers)
-
-
-def _states_after(starts: Mapping[str, ServerStart], claims: Claims) -> dict[str, ServerState]:
-    """What to think of each user's server: one whose start was not seen to its end may be running."""
-    states = {name: ServerState.READY if start.running else ServerState.STOPPED for name, start in starts.items()}
-    unseen = claims.confirmed.keys() - states.keys()
-    return states | dict.fromkeys(unseen, ServerState.READY if starts else ServerState.STOPPED)
 
 
 def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
@@ -1678,34 +1720,30 @@ def notebook_activity_test(
     dry_run: bool = False,
     *,
     run: str = "",
-    duration_s: float = 0.0,
+    duration_s: float | None = None,
+    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
     options: Mapping[str, Any] | None = None,
 ) -> Results:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
     Users of this run's name that are there already come first; only those made here are deleted. Raises `SetupError`.
     """
-    with Run("activity-stress-test", token, endpoint, dry_run, run, workers) as this:
-        existing = this.existing_users()
-        users = [user["name"] for user in existing][:count]
+    with Run("activity-stress-test", token, endpoint, dry_run, run, workers, cleanup_timeout_s) as this:
+        hub, session = this.hub.endpoint, this.session
+        users = [user["name"] for user in this.existing][:count]
         try:
             if missing := count - len(users):
-                made = create_users(missing, 10, this.hub.endpoint, this.session, existing, run=run, claims=this.claims)
+                made = create_users(missing, 10, hub, session, this.existing, run=run, claims=this.claims)
                 users += [name for batch in made for name in batch]
-            until_s = this.session.clock() + duration_s if duration_s else 0.0
-            shares = {tuple(share) for w in range(workers) if (share := users[w::workers])}
-            with Ping(users[0], this.hub.endpoint, this.session):
-                fan_out(
-                    lambda share: work_through(share, this.hub.endpoint, this.session, until_s),
-                    shares,
-                    workers,
-                    this.session,
-                )
+            until_s = session.clock() + duration_s if duration_s else None
+            shares = [tuple(users[w::workers]) for w in range(min(workers, count))]
+            with Ping(users[0], hub, session):
+                fan_out(lambda share: work_through(share, hub, session, until_s), shares, workers, session)
         except HubRefused as error:
             this.troubles.append(str(error))
         finally:
-            this.clean_up({}, keep, 10)
-        activity = this.session.metrics.summarise().get("activity", {"failed": 0})
+            this.clean_up(None, keep, 10)
+        activity = session.metrics.summarise().get("activity", {"failed": 0})
         return this.results(options or {}, activity["failed"])
 
 
@@ -1716,21 +1754,18 @@ def purge_users(
     *,
     run: str | None = None,
     batch_size: int = 10,
+    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
     options: Mapping[str, Any] | None = None,
 ) -> Results:
     """Remove every user that this tool's naming made (of one run, if named), except admins; the results.
 
     Finding nothing is success. Raises `SetupError`.
     """
-    with Run("purge", token, endpoint, dry_run, run or "", batch_size) as this:
-        try:
-            found = find_existing_stress_test_users(this.hub.endpoint, this.session, run=run)
-        except HubRefused as error:
-            raise SetupError(f"{error}. Nothing was changed.") from None
-        LOG.info("Found %d users to remove", len(found))
-        states = {user["name"]: server_state(user) for user in found}
-        ours = functools.partial(is_test_user, run=run)
-        this.cleaned = remove_users(states, ours, this.hub.endpoint, this.session, batch_size) if found else CleanUp()
+    with Run("purge", token, endpoint, dry_run, run, batch_size, cleanup_timeout_s) as this:
+        LOG.info("Found %d users to remove", len(this.existing))
+        states = {user["name"]: server_state(user) for user in this.existing}
+        if states:
+            this.remove(states, functools.partial(is_test_user, run=run), batch_size)
         return this.results(options or {}, 0)
 
 
@@ -1884,94 +1919,83 @@ def profile_value(text: str) -> str | dict[str, Any]:
     return options
 
 
-def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
-    """The options that stand before or after the subcommand; there, `default` keeps them from undoing earlier ones."""
-    add = functools.partial(parser.add_argument, default=default)
-    add(
-        "-e",
-        "--endpoint",
-        metavar="URL",
-        type=endpoint_url,
-        help="the hub's API, like https://hub.example.org/hub/api; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
-    )
-    add(
-        "-t",
-        "--token",
-        type=token_text,
-        help="the API token; else JUPYTERHUB_API_TOKEN (better: an argument shows in the process list)",
-    )
-    add("--dry-run", action="store_true", help="send no request; show what would be done, on a simulated empty hub")
-    add(
-        "--log-to-file",
-        metavar="FILE",
-        nargs="?",
-        const=True,
-        help="log to FILE, or to a new file in the directory for temporary files",
-    )
-    add("-v", "--verbose", action="store_true", help="debug log, one line for each request with its response time")
-    add(
-        "--run",
-        metavar="NAME",
-        type=run_name,
-        help="call the users hub-stress-test-NAME-<n>, so that two jobs on one hub never meet",
-    )
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of the command line; without a `kind` it is a switch."""
+
+    flags: str
+    help: str
+    kind: Callable[[str], Any] | None = None
+    metavar: str | None = None
+    default: Any = None
+    const: Any = None  # what it means without a value, if that is allowed
+
+    def add_to(self, parser: argparse.ArgumentParser, **overriding: Any) -> None:
+        settings: dict[str, Any] = {"help": self.help, "default": self.default}
+        settings |= {"type": self.kind, "metavar": self.metavar} if self.kind else {"action": "store_true"}
+        settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        parser.add_argument(*self.flags.split(), **settings | overriding)
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="hub-stress-test",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+GLOBAL_OPTIONS = (
+    Option("-e --endpoint", "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, "URL"),
+    Option("-t --token", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, "TOKEN"),
+    Option("--dry-run", "send no request; show what would be done, on a simulated empty hub"),
+    Option("--log-to-file", "log to FILE, or to a new file in the temporary directory", str, "FILE", const=True),
+    Option("-v --verbose", "debug log, one line for each request with its response time"),
+    Option("--run", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, "NAME"),
+)
+KEEP = Option("-k --keep", "leave the users, and their servers, on the hub")
+CLEANUP_TIMEOUT = Option(
+    "--cleanup-timeout",
+    "how long cleaning up goes on without getting any further (5m)",
+    duration,
+    "DURATION",
+    CLEANUP_TIMEOUT_S,
+)
+COMMAND_OPTIONS = {
+    "stress-test": (
+        Option("-c --count", "how many users and servers (100)", whole_number, "N", 100),
+        Option("-b --batch-size", "servers starting at one time, users made at a time (10)", whole_number, "N", 10),
+        KEEP,
+        Option("-p --profile", "a profile's slug, or a JSON object of user options", profile_value, "P"),
+        Option("--server-timeout", "how long a user waits for a server (60s)", duration, "DURATION", 60.0),
+        Option("--fail-fast", "start no more servers once one has failed"),
+        CLEANUP_TIMEOUT,
+    ),
+    "activity-stress-test": (
+        Option("-c --count", "how many users (100)", whole_number, "N", 100),
+        KEEP,
+        Option("--workers", "threads that report (100)", whole_number, "N", 100),
+        Option("--duration", "go round the users for so long; without it, once", duration, "DURATION"),
+        CLEANUP_TIMEOUT,
+    ),
+    "purge": (
+        Option("-b --batch-size", "users removed at one time (10)", whole_number, "N", 10),
+        CLEANUP_TIMEOUT,
+    ),
+}
+COMMAND_HELP = {
+    "stress-test": "make users, start their servers, measure, remove them",
+    "activity-stress-test": "send the activity reports of running servers, measure",
+    "purge": "remove the users that earlier runs left behind",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line. Global options stand before or after the command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    _add_global_options(parser, None)
+    for option in GLOBAL_OPTIONS:
+        option.add_to(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    command = functools.partial(commands.add_parser, allow_abbrev=False)
-
-    stress = command("stress-test", help="make users, start their servers, measure, remove them")
-    stress.add_argument(
-        "-c", "--count", metavar="N", type=whole_number, default=100, help="how many users and servers (100)"
-    )
-    stress.add_argument(
-        "-b",
-        "--batch-size",
-        metavar="N",
-        type=whole_number,
-        default=10,
-        help="users made by one request, and servers starting at one time (10)",
-    )
-    stress.add_argument("-k", "--keep", action="store_true", help="leave the users and their servers on the hub")
-    stress.add_argument(
-        "-p", "--profile", metavar="P", type=profile_value, help="a profile's slug, or a JSON object of user options"
-    )
-    stress.add_argument(
-        "--server-timeout",
-        metavar="DURATION",
-        type=duration,
-        default=float(SERVER_LIFECYCLE_TIMEOUT),
-        help="how long a user waits for a server before it counts as failed (60s)",
-    )
-    stress.add_argument("--fail-fast", action="store_true", help="start no more servers once one has failed")
-
-    activity = command("activity-stress-test", help="send the activity reports of running servers, and measure")
-    activity.add_argument("-c", "--count", metavar="N", type=whole_number, default=100, help="how many users (100)")
-    activity.add_argument("-k", "--keep", action="store_true", help="leave the users on the hub")
-    activity.add_argument("--workers", metavar="N", type=whole_number, default=100, help="threads that report (100)")
-    activity.add_argument(
-        "--duration",
-        metavar="DURATION",
-        type=duration,
-        default=0.0,
-        help="go through the users again and again for this long; without it, once",
-    )
-
-    purge = command("purge", help="remove the users that earlier runs left")
-    purge.add_argument(
-        "-b", "--batch-size", metavar="N", type=whole_number, default=10, help="users removed at one time (10)"
-    )
-    for subparser in (stress, activity, purge):
-        _add_global_options(subparser, argparse.SUPPRESS)
+    for name, options in COMMAND_OPTIONS.items():
+        command = commands.add_parser(name, help=COMMAND_HELP[name], allow_abbrev=False)
+        for option in options:
+            option.add_to(command)
+        for option in GLOBAL_OPTIONS:
+            option.add_to(command, default=argparse.SUPPRESS)  # so that it does not undo one given before the command
     return parser
 
 
@@ -1982,7 +2006,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in NEEDED_SCOPES:  # a subcommand, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    args = _build_parser().parse_args(words)
+    args = build_parser().parse_args(words)
     env = os.environ
     if args.endpoint is None and (found := env.get("JUPYTERHUB_ENDPOINT") or env.get("JUPYTERHUB_API_URL")):
         args.endpoint = _from_environment(endpoint_url, found, "JUPYTERHUB_ENDPOINT")
@@ -2079,7 +2103,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_command(args: argparse.Namespace) -> Results:
     """What the command that was asked for found."""
-    options = options_of(args)
+    common: dict[str, Any] = {"cleanup_timeout_s": args.cleanup_timeout, "options": options_of(args)}
     if args.command == "stress-test":
         return run_stress_test(
             args.count,
@@ -2092,7 +2116,7 @@ def run_command(args: argparse.Namespace) -> Results:
             run=args.run or "",
             server_timeout_s=args.server_timeout,
             fail_fast=args.fail_fast,
-            options=options,
+            **common,
         )
     if args.command == "activity-stress-test":
         return notebook_activity_test(
@@ -2104,11 +2128,9 @@ def run_command(args: argparse.Namespace) -> Results:
             args.dry_run,
             run=args.run or "",
             duration_s=args.duration,
-            options=options,
+            **common,
         )
-    return purge_users(
-        args.token, args.endpoint, args.dry_run, run=args.run, batch_size=args.batch_size, options=options
-    )
+    return purge_users(args.token, args.endpoint, args.dry_run, run=args.run, batch_size=args.batch_size, **common)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

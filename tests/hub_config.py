@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import random
 import shutil
@@ -143,7 +144,7 @@ c.JupyterHub.authenticator_class = "jupyterhub.auth.DummyAuthenticator"
 c.Authenticator.allowed_users = {*OPTIONS.users, *OPTIONS.admins}
 c.Authenticator.admin_users = set(OPTIONS.admins)
 
-c.Spawner.start_timeout = OPTIONS.start_timeout_s
+c.Spawner.start_timeout = math.ceil(OPTIONS.start_timeout_s)  # the trait is an integer
 c.Spawner.consecutive_failure_limit = OPTIONS.consecutive_failure_limit
 c.JupyterHub.spawner_class = StubSpawner
 if OPTIONS.real_servers:

@@ -41,6 +41,9 @@ STOP_LIMIT_S = 10.0
 # What a JupyterHub of this major version needs on Python 3.11 beside what its own metadata asks for.
 PINS = {1: ("sqlalchemy<2",), 2: ("sqlalchemy<2",), 3: ("sqlalchemy<2",)}
 
+# Half of JupyterHub 6's boot is a grammar for the checking of addresses in event schemas, which it can do without.
+BOOT = "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterhub.app import main; main()"
+
 
 # ---------------------------------------------------------------------------------------------------------- options
 
@@ -64,7 +67,7 @@ class HubOptions:
     hang_rate: float = _option(0.0, "share of spawns that never finish")
     slow_spawn_timeout_s: float = _option(10.0, "a start that takes longer is answered with 202")
     slow_stop_timeout_s: float = _option(10.0, "a stop that takes longer is answered with 202")
-    start_timeout_s: int = _option(60, "the hub gives a spawn up after this; it takes whole seconds only")
+    start_timeout_s: float = _option(60.0, "the hub gives a spawn up after this, rounded up to whole seconds")
     concurrent_spawn_limit: int = _option(100, "spawns at a time, more get 429; 0: no limit", "--spawn-limit")
     active_server_limit: int = _option(0, "servers at a time, more get 429; 0: no limit", "--server-limit")
     consecutive_failure_limit: int = _option(0, "failures in a row that end the hub; 0: never", "--failure-limit")
@@ -83,6 +86,8 @@ class HubOptions:
             raise ValueError(f"--fail {self.fail_rate} and --hang {self.hang_rate} are more than all spawns")
         if self.version is not None and not re.fullmatch(r"\d+(\.\d+)+\w*", self.version):
             raise ValueError(f"--version takes one like 4.1.6, not {self.version!r}")
+        if not (self.base_url.startswith("/") and self.base_url.endswith("/")):
+            raise ValueError(f"--base-url takes a path like / or /jupyter/, not {self.base_url!r}")
         stub_only = ("version", "spawn_s", "spawn_jitter_s", "stop_s", "fail_rate", "hang_rate")
         if self.real_servers and (given := [flag_of(name) for name in stub_only if getattr(self, name)]):
             raise ValueError(f"--real-servers takes its servers as they are, without {', '.join(given)}")
@@ -189,7 +194,7 @@ class LocalHub:
         config = Path(__file__).with_name("hub_config.py")
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [python, "-W", "ignore", "-m", "jupyterhub", "-f", config],
+                [python, "-W", "ignore", "-c", BOOT, "-f", config],
                 env=inherited | {"LOCAL_HUB": dumps(self._config()), "TMPDIR": str(self._directory)},
                 cwd=self._directory,
                 stdin=subprocess.PIPE,

@@ -50,7 +50,7 @@ SEEDS = {
 
 def options() -> dict[str, set[str]]:
     """The options of each command, and under "" those that stand before a command too."""
-    parser = hst._build_parser()
+    parser = hst.build_parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     parsers = {"": parser, **commands.choices}
     return {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from localhub import LocalHub  # noqa: E402
 SLOW_SPAWN_TIMEOUTS_S = (10.0, 0.0)
 PATIENCE_S = 600.0
 TOOL_PHASES = {"create_users": "create", "start_servers": "start", "remove_users": "clean up"}
+PHASES = (*TOOL_PHASES.values(), "the rest")
 
 
 class RunFailed(Exception):
@@ -124,12 +126,8 @@ def measure(what: str, slow_spawn_timeout_s: float, args: argparse.Namespace) ->
     """One run on a fresh hub. Raises `RunFailed`."""
     command = [args.tool, "stress-test"] if what == "tool" else [str(HERE / "bare_client.py")]
     command = [sys.executable, *command, "--count", str(args.count), "--batch-size", str(args.batch_size)]
-    with LocalHub(
-        spawn_s=args.spawn,
-        spawn_jitter_s=args.jitter,
-        slow_spawn_timeout_s=slow_spawn_timeout_s,
-        concurrent_spawn_limit=100,
-    ) as hub:
+    options = {"spawn_s": args.spawn, "spawn_jitter_s": args.jitter, "slow_spawn_timeout_s": slow_spawn_timeout_s}
+    with LocalHub(concurrent_spawn_limit=100, **options) as hub:
         users = hub.users().keys()
         requests, cpu_s = hub_counts(hub)
         process = run_client(command, hub.environment)
@@ -151,10 +149,9 @@ def run_pairs(slow_spawn_timeout_s: float, args: argparse.Namespace) -> dict[str
         for what in sorted(runs, reverse=pair % 2 == 0):
             run = measure(what, slow_spawn_timeout_s, args)
             runs[what].append(run)
-            print(
-                f"timeout {slow_spawn_timeout_s:g} s, pair {pair + 1}, {what}: {run.process.wall_s:.2f} s",
-                file=sys.stderr,
-            )
+            times = ", ".join(f"{phase} {run.seconds(phase):.2f}" for phase in PHASES)
+            setting = f"timeout {slow_spawn_timeout_s:g} s, pair {pair + 1}, {what}"
+            print(f"{setting}: {run.process.wall_s:.2f} s ({times})", file=sys.stderr, flush=True)
     return runs
 
 
@@ -163,9 +160,11 @@ def median(values: Sequence[float]) -> float:
 
 
 def render(results: dict[float, dict[str, list[Measured]]], servers: int) -> Iterator[str]:
-    """One row for each setting and client, then the ratios, then where the time went. Numbers are medians."""
-    columns = f"{'wall s':>8}{'min-max':>14}{'requests/server':>17}{'hub CPU s':>11}{'client CPU s':>14}{'client peak MB':>16}"
-    yield f"{'slow_spawn_timeout':<20}{'what':<6}{columns}"
+    """One row for each setting and client, then the ratios, then where the time went; medians, pings left out."""
+    yield (
+        f"{'slow_spawn_timeout':<20}{'what':<6}{'wall s':>8}{'min-max':>14}{'requests/server':>17}"
+        f"{'hub CPU s':>11}{'client CPU s':>14}{'client peak MB':>16}"
+    )
     for setting, runs in results.items():
         for what, measured in runs.items():
             walls_s = [run.process.wall_s for run in measured]
@@ -181,11 +180,10 @@ def render(results: dict[float, dict[str, list[Measured]]], servers: int) -> Ite
         pairs = list(zip(runs["tool"], runs["bare"]))
         yield f"{setting:<20g}wall     " + ratios([(a.process.wall_s, b.process.wall_s) for a, b in pairs])
         yield f"{setting:<20g}hub CPU  " + ratios([(a.hub_cpu_s, b.hub_cpu_s) for a, b in pairs])
-    phases = [*TOOL_PHASES.values(), "the rest"]
-    yield f"\n{'seconds in phase':<20}{'what':<6}" + "".join(f"{phase:>10}" for phase in phases)
+    yield f"\n{'seconds in phase':<20}{'what':<6}" + "".join(f"{phase:>10}" for phase in PHASES)
     for setting, runs in results.items():
         for what, measured in runs.items():
-            times = (median([run.seconds(phase) for run in measured]) for phase in phases)
+            times = (median([run.seconds(phase) for run in measured]) for phase in PHASES)
             yield f"{setting:<20g}{what:<6}" + "".join(f"{time_s:>10.2f}" for time_s in times)
 
 
@@ -196,27 +194,24 @@ def ratios(pairs: Sequence[tuple[float, float]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--spawn", metavar="SECONDS", type=float, default=1.0, help="how long a server takes to start")
-    parser.add_argument(
-        "--jitter", metavar="SECONDS", type=float, default=0.5, help="at most so much longer, at random"
-    )
-    parser.add_argument(
-        "--tool", default=str(HERE.parents[1] / "hub_stress_test.py"), help="another version of the tool"
-    )
+    add = functools.partial(parser.add_argument, type=int)
+    add("--pairs", default=3, help="runs of each client on each setting (3)")
+    add("--count", default=300, help="servers (300)")
+    add("--batch-size", default=50, help="users made by one request, and servers starting at one time (50)")
+    add("--spawn", metavar="SECONDS", type=float, default=1.0, help="how long a server takes to start (1)")
+    add("--jitter", metavar="SECONDS", type=float, default=0.5, help="at most so much longer, at random (0.5)")
+    add("--tool", type=str, default=str(HERE.parents[1] / "hub_stress_test.py"), help="another version of the tool")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     try:
         results = {timeout_s: run_pairs(timeout_s, args) for timeout_s in SLOW_SPAWN_TIMEOUTS_S}
     except RunFailed as failure:
         print(f"FAILED: {failure}", file=sys.stderr)
         return 1
     libraries = ", ".join(f"{name} {version(name)}" for name in ("jupyterhub", "requests", "urllib3", "aiohttp"))
-    print(f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {libraries}")
-    print(
-        f"{args.count} servers of {args.spawn:g} to {args.spawn + args.jitter:g} s, {args.batch_size} at a time, {args.pairs} pairs\n"
-    )
+    spawn = f"{args.spawn:g} to {args.spawn + args.jitter:g} s"
+    print(f"{os.cpu_count()} cores with a load of {load:.1f} before, Python {platform.python_version()}, {libraries}")
+    print(f"{args.count} servers of {spawn} each, {args.batch_size} starting at a time, {args.pairs} pairs\n")
     print("\n".join(render(results, args.count)))
     return 0
 
