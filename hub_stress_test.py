@@ -203,6 +203,11 @@ class ServerStart:
     def ready(self) -> bool:
         return self.ready_s is not None
 
+    @property
+    def general_reason(self) -> str:
+        """The reason without the user's name, so that the same ones can be counted."""
+        return self.reason.replace(self.user, "<user>")
+
 
 @dataclasses.dataclass(frozen=True)
 class CleanUp:
@@ -693,7 +698,7 @@ def _read_reply(response: requests.Response, call: Call, answered_s: float) -> R
         data = None
     message = data.get("message") if isinstance(data, dict) else None
     if data is None and response.content:
-        message = "not JSON but " + response.headers.get("Content-Type", "something unnamed")
+        message = "not JSON but " + response.headers.get("Content-Type", "something unnamed").partition(";")[0]
     lost = call.lost or response.status_code in (502, 504)
     return Reply(
         response.status_code,
@@ -1267,8 +1272,10 @@ class Starter:
         if reply.status == 429:
             reason = f"still throttled after {self.timeout_s:g} s: {reply.reason}"
             return ServerStart(name, None, throttled, reason)
-        if reply.status in (401, 403, 404):
-            return ServerStart(name, None, throttled, f"the start was answered {reply}")
+        if reply.status == 404:
+            return ServerStart(name, None, throttled, "the hub no longer knows the user: it may have restarted")
+        if reply.status in (401, 403):
+            return ServerStart(name, None, throttled, f"the hub no longer accepts the token: {reply}")
         ready_at_s, reason, running = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
         if ready_at_s is not None:
             return ServerStart(name, ready_at_s - due_s, throttled, running=True)
@@ -1278,7 +1285,7 @@ class Starter:
 
     def _measure(self, start: ServerStart, due_s: float) -> None:
         answered_s = self.session.clock() if start.ready_s is None else due_s + start.ready_s
-        error = None if start.ready else start.reason.replace(start.user, "<user>")
+        error = None if start.ready else start.general_reason
         self.session.metrics.add(
             Sample("server_ready", start.user, due_s, due_s, answered_s, error, start.throttled + 1)
         )
@@ -1313,6 +1320,22 @@ def start_servers(
         name: ServerStart(name, None, reason=repr(start), running=True) if isinstance(start, Exception) else start
         for name, start in outcomes.items()
     }
+
+
+def hold_servers(
+    starts: Mapping[str, ServerStart], hold_s: float, endpoint: str, session: HubSession
+) -> dict[str, ServerStart]:
+    """The same, `hold_s` seconds later: servers that were ready and no longer are have failed. Raises `HubRefused`."""
+    LOG.info("Holding the servers for %g s", hold_s)
+    session.pause(hold_s)
+    if session.stopping.is_set():
+        return dict(starts)
+    states = {user["name"]: server_state(user) for user in find_existing_stress_test_users(endpoint, session)}
+    gone = {name for name, start in starts.items() if start.ready and states.get(name) is not ServerState.READY}
+    lost = functools.partial(
+        dataclasses.replace, ready_s=None, reason="it became ready, but was gone before the end of --hold"
+    )
+    return {name: lost(start) if name in gone else start for name, start in starts.items()}
 
 
 def wait_for_servers_to_start(
@@ -1671,6 +1694,7 @@ def run_stress_test(
     run: str = "",
     server_timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
     fail_fast: bool = False,
+    hold_s: float = 0.0,
     cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
     options: Mapping[str, Any] | None = None,
 ) -> Results:
@@ -1686,6 +1710,7 @@ def run_stress_test(
             starts = {}
             with Ping(users[0][0], hub, session):
                 starts = start_servers(users, hub, session, profile, timeout_s=server_timeout_s, fail_fast=fail_fast)
+                starts = hold_servers(starts, hold_s, hub, session) if hold_s else starts
         except HubRefused as error:
             this.troubles.append(str(error))
         finally:
@@ -1695,18 +1720,20 @@ def run_stress_test(
 
 
 def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
-    waited = sorted(
+    ready = sorted(
         ((start.ready_s, start) for start in starts.values() if start.ready_s is not None), key=lambda w: -w[0]
     )
+    reasons = collections.Counter(start.general_reason for start in starts.values() if not start.ready)
+    reasons["never started"] = requested - len(starts)
     return {
         "requested": requested,
-        "ready": len(waited),
-        "failed": requested - len(waited),
-        "not_started": requested - len(starts),
+        "ready": len(ready),
+        "failed": requested - len(ready),
+        "reasons": {reason: number for reason, number in reasons.most_common() if number},
         "throttled": sum(start.throttled > 0 for start in starts.values()),
         "slowest": [
             {"user": start.user, "ready_s": ready_s, "throttled": start.throttled, "message": start.reason}
-            for ready_s, start in waited[:5]
+            for ready_s, start in ready[:5]
         ],
     }
 
@@ -1821,10 +1848,8 @@ def _facts(results: Results) -> Iterator[str]:
         yield f"asked     {servers['requested']} servers, at most {options.get('batch_size')} starting at a time"
         came = f"{servers['ready']} ready, {servers['failed']} failed"
         yield f"came      {came}" + (f"; {servers['throttled']} were throttled" if servers["throttled"] else "")
-        for reason, number in results["operations"].get("server_ready", {"errors": {}})["errors"].items():
+        for reason, number in servers["reasons"].items():
             yield f"failed    {number} × {reason}"
-        if servers["not_started"]:
-            yield f"failed    {servers['not_started']} × never started"
     for name in ("create_users", "activity", "stop_server", "delete_user"):
         for reason, number in results["operations"].get(name, {"errors": {}})["errors"].items():
             yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
@@ -1961,6 +1986,9 @@ COMMAND_OPTIONS = {
         Option("-p --profile", "a profile's slug, or a JSON object of user options", profile_value, "P"),
         Option("--server-timeout", "how long a user waits for a server (60s)", duration, "DURATION", 60.0),
         Option("--fail-fast", "start no more servers once one has failed"),
+        Option(
+            "--hold", "keep the servers for so long, then check that all are still ready", duration, "DURATION", 0.0
+        ),
         CLEANUP_TIMEOUT,
     ),
     "activity-stress-test": (
@@ -2116,6 +2144,7 @@ def run_command(args: argparse.Namespace) -> Results:
             run=args.run or "",
             server_timeout_s=args.server_timeout,
             fail_fast=args.fail_fast,
+            hold_s=args.hold,
             **common,
         )
     if args.command == "activity-stress-test":

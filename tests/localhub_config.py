@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -104,6 +105,7 @@ class RealSpawner(SimpleLocalProcessSpawner):
 def _end_with_the_launcher() -> None:
     """Standard input is a pipe that the launcher holds: it ends when the launcher has ended, even by SIGKILL."""
     sys.stdin.buffer.read()
+    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)  # the launcher's, made for this hub
     os._exit(1)
 
 

@@ -164,6 +164,22 @@ def test_fail_fast_starts_no_more_once_one_has_failed(hub: LocalHub) -> None:
     assert f"{40 - count} × never started" in done.stdout
 
 
+def test_servers_that_are_gone_at_the_end_of_the_hold_have_failed(new_hub: LocalHub) -> None:
+    words = [sys.executable, str(MODULE), "stress-test", "-c", "4", "--hold", "4s"]
+    run = subprocess.Popen(words, env=new_hub.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    for line in run.stderr:
+        if "Holding the servers for 4 s" in line:
+            break
+    users = new_hub.users()
+    assert all(users[name]["servers"][""]["ready"] for name in tool_users(new_hub)) and len(tool_users(new_hub)) == 4
+    new_hub.call("DELETE", f"/users/{min(tool_users(new_hub))}/server")  # as a culler would
+    stdout, _ = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert "3 of 4 servers became ready" in stdout and "1 × it became ready, but was gone" in stdout
+    assert not tool_users(new_hub)
+
+
 def test_a_profile_reaches_the_server(hub: LocalHub) -> None:
     assert run_tool("stress-test", "-c", "1", "-k", "--profile", "big", hub=hub).code == 0
     (name,) = tool_users(hub)
