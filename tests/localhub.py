@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROLE_SCOPES = ("admin:users", "servers", "read:metrics")  # the role that the README tells operators to paste
-PINS = {"1": ["sqlalchemy<2", "setuptools<80"], "2": ["sqlalchemy<2", "setuptools<80"], "3": ["sqlalchemy<2"]}
+PINS = dict.fromkeys("123", ["sqlalchemy<2"])  # which hubs of these versions need beside them
 START_TIMEOUT_S = 30.0
 # Half of JupyterHub 6's boot goes into a grammar for checking addresses in event schemas, which it can do without.
 BOOT = "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterhub.app import main; main()"
@@ -70,7 +70,7 @@ def hub_python(version: str | None) -> str:
         building = Path(tempfile.mkdtemp(dir=cache))
         pins = PINS.get(version.partition(".")[0], [])
         subprocess.run([sys.executable, "-m", "venv", building], check=True)
-        pip = [building / "bin/python", "-m", "pip", "install", "--quiet", f"jupyterhub=={version}", *pins]
+        pip = [str(building / "bin/python"), "-m", "pip", "install", "-qq", f"jupyterhub=={version}", *pins]
         subprocess.run(pip, check=True, stdout=sys.stderr)
         try:
             building.rename(home)
@@ -92,7 +92,11 @@ class LocalHub:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalHub:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,12 +120,15 @@ class LocalHub:
     def start(self) -> None:
         """Boot, and return when the hub answers. Raises `RuntimeError` with the end of its log."""
         secret = {"port": self.port, "token": self.token, "oracle_token": self._oracle_token}
-        options = json.dumps(dataclasses.asdict(self.options) | secret)
+        database = (
+            self.options.database if self.options.database == "memory" else str(Path(self.options.database).absolute())
+        )
+        options = json.dumps(dataclasses.asdict(self.options) | secret | {"database": database})
         config = Path(__file__).with_name("localhub_config.py")
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [hub_python(self.options.version), "-W", "ignore", "-c", BOOT, "-f", config],
-                env=os.environ | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
+                env=_clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
                 cwd=self._directory,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -136,7 +143,7 @@ class LocalHub:
 
     def _answers(self) -> bool:
         try:
-            return self.call("GET", "/")[0] == 200
+            return self.call("GET", "/user")[0] == 200  # with its token, so that it is no other hub
         except OSError:
             return False
 
@@ -167,7 +174,7 @@ class LocalHub:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.endpoint + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with _DIRECTLY.open(request, timeout=90) as response:
                 return response.status, json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
             with error:
@@ -186,6 +193,13 @@ class LocalHub:
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
+
+
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB_", "CONFIGPROXY_"))}
 
 
 def _free_port() -> int:

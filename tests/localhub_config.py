@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from jupyterhub import version_info
@@ -82,7 +83,8 @@ class StubSpawner(Spawner):
 
 def _is_chosen(number: int, rate: float) -> bool:
     """Exactly the share `rate` of all numbers, evenly spread."""
-    return math.floor((number + 1) * rate) > math.floor(number * rate)
+    share = Fraction(rate).limit_denominator(1000)
+    return math.floor((number + 1) * share) > math.floor(number * share)
 
 
 def _stub_port() -> int:
@@ -99,12 +101,13 @@ class RealSpawner(SimpleLocalProcessSpawner):
     cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
 
     def make_preexec_fn(self, name: str) -> Callable[[], None]:
-        return lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL) and None  # 1: PR_SET_PDEATHSIG
+        prepare = super().make_preexec_fn(name)
+        return lambda: prepare() or ctypes.CDLL(None).prctl(1, signal.SIGKILL) and None  # 1: PR_SET_PDEATHSIG
 
 
 def _end_with_the_launcher() -> None:
     """Standard input is a pipe that the launcher holds: it ends when the launcher has ended, even by SIGKILL."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not sys.stdin, whose lock would be held when the hub ends
     shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)  # the launcher's, made for this hub
     os._exit(1)
 
