@@ -76,6 +76,7 @@ SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to 
 CLEANUP_TIMEOUT_S = 300.0  # how long cleaning up goes on without getting anywhere
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
 RETRY_WINDOW_S = 60.0  # no further try of a request so long after its first
+LATE_S = 2.0  # how long a hub is given to act on a request whose answer was lost, before it is asked what it did
 HUB_GONE_S = 120.0  # no further load once the hub has not answered for so long
 RETRY_AFTER_MAX_S = 120.0
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is asked again when the hub names no time
@@ -589,8 +590,14 @@ class HubSession(requests.Session):
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         self.call.tries += 1
-        self.traffic.sent(self.call.observer)
-        response = super().send(request, **kwargs)
+        self.traffic.sent(self.call.observer, again=self.call.tries > 1)
+        try:
+            response = super().send(request, **kwargs)
+        except requests.exceptions.ChunkedEncodingError:  # the answer broke off, which urllib3 leaves to us
+            self.call.lost = True
+            if self.call.tries > RETRIES or self.out_of_time(self.call):
+                raise
+            return self.send(request, **kwargs)
         self.traffic.answered(response.status_code)
         if response.status_code not in (502, 503, 504):  # which a proxy says of a hub that is not there
             self.answered_s = self.clock()
@@ -743,6 +750,8 @@ def why(error: BaseException) -> str:
             return f"the certificate was not accepted ({cause.args[0].reason if cause.args else cause})"
         if isinstance(cause, ConnectionError):
             return "connection reset"
+        if isinstance(cause, requests.exceptions.ChunkedEncodingError):
+            return "the answer broke off"
         if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
             return "host name not found"
     return type(error).__name__
@@ -1001,7 +1010,7 @@ def list_users(endpoint: str, session: HubSession) -> Iterator[Model]:
             operation="list_users",
             params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
             headers={"Accept": "application/jupyterhub-pagination+json"},
-            timeout=120,
+            timeout=2 * DEFAULT_TIMEOUT,
         )
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
@@ -1023,9 +1032,9 @@ class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
     A name is claimed before it is asked for, and given up when the hub says that it was taken. If the answer is lost,
-    the claim stands: the name was free when this run looked, just before, and is there since. Only a run with the same
-    --run name at the same time could have made it instead, and such a run betrays itself by taking other names of ours:
-    once `rivals` is set, a name whose making was not confirmed is not deleted.
+    the claim stands, even when the name is not there yet, since the hub may act late: the name was free when this run
+    looked, just before. Only a run with the same --run name at the same time could make it too, and such a run betrays
+    itself by taking other names of ours: once `rivals` is set, a name whose making was not confirmed is not deleted.
     """
 
     def __init__(self) -> None:
@@ -1093,17 +1102,16 @@ def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims:
         timeout=max(len(wanted), DEFAULT_TIMEOUT),
         ok=(201, 409),
     )
-    if reply.status not in (201, 409):
-        if reply.status and not reply.lost:
-            claims.settle(wanted, ())
-        raise HubRefused("make users", reply)
+    done = reply.status in (201, 409)
     if reply.lost:
         there = {user["name"] for user in list_users(endpoint, session)}
     else:
         there = {user["name"] for user in reply.data} if reply.status == 201 else set()
-        claims.rivals |= not there.issuperset(wanted)
+        claims.rivals |= done and not there.issuperset(wanted)
     made = [name for name in wanted if name in there]
-    claims.settle(wanted, made)
+    claims.settle(made if reply.lost else wanted, made)
+    if not made and not done:
+        raise HubRefused("make users", reply)
     return made
 
 
@@ -1612,6 +1620,7 @@ class Run:
     def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], concurrency: int) -> None:
         """Remove users, for whom `states` are what is thought of their servers, from the hub."""
         session = self.session if self.command == "purge" else self.session.for_cleaning_up()
+        session.pause(LATE_S if self.claims.unconfirmed else 0)
         self.cleaned = remove_users(
             states,
             ours,
@@ -1821,10 +1830,9 @@ def duration_text(seconds: float | None) -> str:
 
 def render_summary(results: Results) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
-    parts = [_verdict(results), *_facts(results)]
+    parts = [_verdict(results), *(f"because   {warning}" for warning in results["warnings"]), *_facts(results)]
     if not results["dry_run"] and results["operations"]:
         parts += ["", *_latency_table(results["operations"])]
-    parts += [f"warning   {warning}" for warning in results["warnings"]]
     return "\n".join(parts)
 
 
@@ -1850,8 +1858,8 @@ def _facts(results: Results) -> Iterator[str]:
         yield f"came      {came}" + (f"; {servers['throttled']} were throttled" if servers["throttled"] else "")
         for reason, number in servers["reasons"].items():
             yield f"failed    {number} × {reason}"
-    for name in ("create_users", "activity", "stop_server", "delete_user"):
-        for reason, number in results["operations"].get(name, {"errors": {}})["errors"].items():
+    for name in results["operations"].keys() - {"server_ready"}:
+        for reason, number in results["operations"][name]["errors"].items():
             yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
     extra = f"{http['observer_requests']} only to observe, {http['retries']} repeated"
     yield f"took      {duration_text(results['duration_s'])}, {http['requests']} requests ({extra})"

@@ -83,3 +83,16 @@ def make_hub() -> Iterator[Callable[..., LocalHub]]:
 def tool_users(hub: LocalHub) -> set[str]:
     """The names of the tool's users that the hub lists."""
     return {name for name in hub.users() if hst.is_test_user(name)} - {"hub-stress-test-400"}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of faults, if any were tested."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    rows = [tuple(map(str, value)) for r in reports for name, value in r.user_properties if name == "fault"]
+    if not rows:
+        return
+    rows = [("fault", "phase", "exit", "left", "seconds", "said why"), *sorted(rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    terminalreporter.section("faults")
+    for row in rows:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
