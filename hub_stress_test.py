@@ -1711,6 +1711,7 @@ def run_stress_test(
 
     Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
     """
+    token = Secret(token)
     starts: dict[str, ServerStart] | None = None
     with Run("stress-test", token, endpoint, dry_run, run, batch_size, cleanup_timeout_s) as this:
         hub, session = this.hub.endpoint, this.session
@@ -1764,6 +1765,7 @@ def notebook_activity_test(
 
     Users of this run's name that are there already come first; only those made here are deleted. Raises `SetupError`.
     """
+    token = Secret(token)
     with Run("activity-stress-test", token, endpoint, dry_run, run, workers, cleanup_timeout_s) as this:
         hub, session = this.hub.endpoint, this.session
         users = [user["name"] for user in this.existing][:count]
@@ -1797,6 +1799,7 @@ def purge_users(
 
     Finding nothing is success. Raises `SetupError`.
     """
+    token = Secret(token)
     with Run("purge", token, endpoint, dry_run, run, batch_size, cleanup_timeout_s) as this:
         LOG.info("Found %d users to remove", len(this.existing))
         states = {user["name"]: server_state(user) for user in this.existing}
