@@ -18,14 +18,14 @@ name follows that pattern, and never to an admin. Unless --keep is given, every 
 whatever happened, and the hub is listed once more to be sure; what could not be removed is named, with exit code 4.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub
-says that the server is ready, throttling included. Every other latency runs from sending a request to its final answer,
-without the time the tool itself slept because the hub asked it to wait. "Ping" is one user being read five times a
-second all the while, from when each ping was due: what everybody else on the hub feels. Latencies are of what
-succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
+says that the server is ready, throttling included. Every other latency runs from sending a request (with --rate, from
+when it was due) to its final answer, without the time the tool slept because the hub asked it to wait. "Ping" is one
+user being read five times a second all the while, from when each ping was due: what everybody else on the hub feels.
+Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
-Exit codes: 0 done and nothing failed; 1 done, but something failed; 2 bad usage; 3 no hub there, token refused or too
-weak (nothing was changed); 4 something this run made is still on the hub; 130 and 143 interrupted by SIGINT and
-SIGTERM, cleaned up.
+Exit codes: 0 done and nothing failed (no --fail-if condition held); 1 done, but something failed (one held); 2 bad
+usage; 3 no hub there, token refused or too weak (nothing was changed); 4 something this run made is still on the hub;
+130 and 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
 What it does not promise: it logs nobody in through a browser and opens no notebook, so what a login page, a proxy or a
 user's own server costs is not measured. Two runs at one time on one hub need different --run names.
@@ -43,9 +43,13 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
+import operator
 import os
 import random
 import re
+import runpy
 import secrets
 import signal
 import sys
@@ -56,6 +60,7 @@ import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -76,6 +81,14 @@ SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to 
 CLEANUP_TIMEOUT_S = 300.0  # how long cleaning up goes on without getting anywhere
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
 RETRY_WINDOW_S = 60.0  # no further try of a request so long after its first
+LATE_SEND_S = 0.1  # a request sent so much after it was due shows that the generator was too slow
+OPEN_STARTS_MAX = 1000  # threads, and so servers that can be starting at one time in the open model
+CPU_BOUND = 0.85  # of a processor: a process that used more could hardly send faster
+CAPACITY_FIRST_RATE_PER_S = 16.0
+CAPACITY_STEP_S = 10.0
+DRAIN_S = 20.0  # at most, between two steps
+SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
+OPEN_GRACE_S = 5.0  # how long after its end an open load may still send what was due before
 LATE_S = 2.0  # how long a hub is given to act on a request whose answer was lost, before it is asked what it did
 HUB_GONE_S = 120.0  # no further load once the hub has not answered for so long
 RETRY_AFTER_MAX_S = 120.0
@@ -131,6 +144,10 @@ class HubRefused(HubStressError):
     def __init__(self, doing: str, reply: Reply) -> None:
         super().__init__(f"The hub would not {doing}: {reply}")
         self.token_refused = reply.status in (401, 403)
+
+
+class LoadDied(HubStressError):
+    """A process that sends the load is gone, with what it measured."""
 
 
 class Stopped(Exception):
@@ -199,6 +216,8 @@ class ServerStart:
     throttled: int = 0
     reason: str = ""
     running: bool = False  # whether something may be running on the hub
+    due_s: float = 0.0  # the moment it was due, of a monotonic clock
+    throttled_s: float | None = None  # the moment of the first 429
 
     @property
     def ready(self) -> bool:
@@ -297,6 +316,17 @@ class Distribution:
         self.max_s = max(self.max_s, seconds)
         self.buckets[math.floor(math.log(max(seconds, self.SMALLEST_S)) / self.GROWTH)] += 1
 
+    def merge(self, other: Distribution) -> None:
+        self.count += other.count
+        self.total_s += other.total_s
+        self.min_s, self.max_s = min(self.min_s, other.min_s), max(self.max_s, other.max_s)
+        self.buckets.update(other.buckets)
+
+    def share_above(self, seconds: float) -> float:
+        """The share of durations above a limit, which is rounded to the nearest bucket; 0 when there are none."""
+        bucket = math.floor(math.log(seconds) / self.GROWTH)
+        return sum(n for b, n in self.buckets.items() if b > bucket) / self.count if self.count else 0.0
+
     def percentile(self, percent: float) -> float | None:
         """The smallest duration that `percent` of all do not exceed; None when there are none."""
         rank = math.ceil(percent / 100 * self.count)
@@ -325,13 +355,28 @@ class _Operation:
         self.errors: collections.Counter[str] = collections.Counter()
         self.first_due_s, self.last_answered_s = math.inf, -math.inf
 
+    def merge(self, other: _Operation) -> None:
+        self.latency.merge(other.latency)
+        self.lateness.merge(other.lateness)
+        self.count += other.count
+        self.backoff_s += other.backoff_s
+        self.errors.update(other.errors)
+        self.first_due_s = min(self.first_due_s, other.first_due_s)
+        self.last_answered_s = max(self.last_answered_s, other.last_answered_s)
+
 
 class Metrics:
-    """Samples folded into numbers: `add` from any thread, `summarise` at the end."""
+    """Samples folded into numbers: `add` from any thread, `merge` from another process, `summarise` at the end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._operations: dict[str, _Operation] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_operations": self._operations}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def add(self, sample: Sample) -> None:
         with self._lock:
@@ -345,6 +390,24 @@ class Metrics:
                 folded.latency.add(max(0.0, sample.latency_s))
             else:
                 folded.errors[sample.error] += 1
+
+    def merge(self, other: Metrics) -> None:
+        with self._lock:
+            for name, folded in other._operations.items():
+                self._operations.setdefault(name, _Operation()).merge(folded)
+
+    def count(self, names: Iterable[str]) -> int:
+        return sum(self._operations[name].count for name in self._operations.keys() & set(names))
+
+    def failures(self, names: Iterable[str]) -> int:
+        return sum(self._operations[name].errors.total() for name in self._operations.keys() & set(names))
+
+    def late_share(self, names: Iterable[str]) -> float:
+        """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
+        lateness = Distribution()
+        for name in self._operations.keys() & set(names):
+            lateness.merge(self._operations[name].lateness)
+        return lateness.share_above(LATE_SEND_S)
 
     def summarise(self) -> dict[str, dict[str, Any]]:
         """Operation name to count, failures, rate, latency and lateness in seconds."""
@@ -372,6 +435,19 @@ class Traffic:
         self._lock = threading.Lock()
         self.requests = self.retries = self.observer_requests = 0
         self.statuses: collections.Counter[int] = collections.Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def merge(self, other: Traffic) -> None:
+        with self._lock:
+            self.requests += other.requests
+            self.retries += other.retries
+            self.observer_requests += other.observer_requests
+            self.statuses.update(other.statuses)
 
     def sent(self, observer: bool, again: bool = False) -> None:
         with self._lock:
@@ -459,8 +535,8 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
 
 
-def exit_code(left: Collection[str], interrupted_by: int | None, failed: int) -> ExitCode:
-    """The one decision on how a run ends.
+def exit_code(left: Collection[str], interrupted_by: int | None, failed: bool) -> ExitCode:
+    """The one decision on how a run ends; it has failed when a condition held.
 
     | left on the hub | interrupted | failed | code        |
     | yes             | any         | any    | 4           |
@@ -474,6 +550,97 @@ def exit_code(left: Collection[str], interrupted_by: int | None, failed: int) ->
     if interrupted_by is not None:
         return ExitCode(128 + interrupted_by)
     return ExitCode.FAILED if failed else ExitCode.OK
+
+
+# ==== Pure rules: conditions and capacity ============================================================================
+
+LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
+STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
+COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+UNITS = {"": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "%": 0.01}
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A condition under which a run has failed, like `server_ready.p95 > 30s`."""
+
+    text: str
+    metric: str
+    comparison: str
+    limit: float  # seconds, a share, a number, or a multiple of the baseline's value
+    relative: bool  # whether it is such a multiple
+
+    def judge(self, results: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Condition, value, and whether it held; where nothing was measured, it did."""
+        value = metric_value(results, self.metric)
+        limit = self.limit
+        if self.relative:
+            before = metric_value(baseline or {}, self.metric)
+            limit = math.nan if before is None else before * limit
+        held = value is None or math.isnan(limit) or COMPARISONS[self.comparison](value, limit)
+        return {"condition": self.text, "value": value, "held": held}
+
+
+def condition(text: str) -> Condition:
+    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|%|x|)\s*", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
+    metric, comparison, number, unit = match.groups()
+    statistic = metric.rpartition(".")[2]
+    if metric not in ("failed", "failed_rate", "throttled") and ("." not in metric or statistic not in STATISTICS):
+        raise argparse.ArgumentTypeError(
+            f"{metric!r} is not failed, failed_rate, throttled, or OPERATION.STAT, with one of {', '.join(STATISTICS)}"
+        )
+    fits = {"x": True, "": True, "%": metric == "failed_rate"}.get(unit, statistic in LATENCY_STATISTICS)
+    if not fits:
+        raise argparse.ArgumentTypeError(f"the unit {unit!r} does not fit {metric} in {text!r}")
+    return Condition(" ".join(text.split()), metric, comparison, float(number) * UNITS[unit], unit == "x")
+
+
+def metric_value(results: Mapping[str, Any], metric: str) -> float | None:
+    """The value of a condition's metric in results: seconds, a share or a number; None when nothing was measured."""
+    name, _, statistic = metric.rpartition(".")
+    if not name:
+        value: float | None = results.get("http", {}).get("throttled") if metric == "throttled" else results.get(metric)
+        return value
+    measured = results.get("operations", {}).get(name, {})
+    value = measured.get("latency_s", {}).get(statistic) if statistic in LATENCY_STATISTICS else measured.get(statistic)
+    return None if value is None else float(value)
+
+
+FAILED = condition("failed > 0")
+CAPACITY_CONDITIONS = (FAILED, condition("activity.p95 > 500ms"))
+
+
+class CapacitySearch:
+    """Which rate to try next: doubling until a condition holds, then halving the interval to within 5 %."""
+
+    def __init__(self, first_rate_per_s: float) -> None:
+        self.sustained: float | None = None  # the highest rate at which no condition held
+        self.broken: float | None = None  # the lowest at which one did
+        self.unknown = False  # whether the generator could not send a rate, so that nothing is known of higher ones
+        self._first = first_rate_per_s
+
+    def next_rate(self) -> float | None:
+        """Requests per second, or None when the answer is known as well as it can be."""
+        if self.unknown:
+            return None
+        if self.broken is None:
+            return self._first if self.sustained is None else self.sustained * 2
+        if self.sustained is None:
+            return self.broken / 2 if self.broken > 1 else None
+        middle = (self.sustained + self.broken) / 2
+        return middle if self.broken > self.sustained * 1.05 else None
+
+    def tell(self, rate_per_s: float, held: bool | None) -> None:
+        """What came of a rate; None when it could not be sent, which says nothing about the hub."""
+        if held is None:
+            self.unknown = True
+        elif held:
+            self.broken = rate_per_s
+        else:
+            self.sustained = rate_per_s
 
 
 # ==== The hub: session, retry, dry run ===============================================================================
@@ -558,6 +725,7 @@ class HubSession(requests.Session):
         self.stopping = threading.Event()
         self._local = threading.local()
         self._streams: dict[requests.Response, float] = {}
+        self._simulated, self._pool_maxsize = transport, pool_maxsize
         self.transport = transport or HTTPAdapter(
             pool_connections=1,
             pool_maxsize=pool_maxsize,
@@ -683,13 +851,18 @@ class HubSession(requests.Session):
         self.stopping.set()
         self.cut_streams()
 
+    def beside(self) -> HubSession:
+        """A session on the same hub with samples of its own, which stops with this one."""
+        other = HubSession(self.token, self._simulated, self._pool_maxsize)
+        other.traffic, other.hooks, other.stopping = self.traffic, self.hooks, self.stopping
+        return other
+
     def for_cleaning_up(self) -> HubSession:
         """A session on the same hub with the same counts, which the stop of this one does not reach.
 
         It tries once: cleaning up looks again anyway. And it soon looks whether a silent hub is there at all.
         """
-        transport = self.transport if isinstance(self.transport, SimulatedHub) else None
-        other = HubSession(self.token, transport, retry_window_s=0, gone_after_s=20)
+        other = HubSession(self.token, self._simulated, self._pool_maxsize, retry_window_s=0, gone_after_s=20)
         other.metrics, other.traffic, other.hooks = self.metrics, self.traffic, self.hooks
         return other
 
@@ -944,6 +1117,36 @@ class Progress:
             LOG.info("%d of %d %s%s", good, self._total, self._what, failed)
 
 
+class Shared(Iterator[T]):
+    """An iterator that threads can share."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items, self._lock = iter(items), threading.Lock()
+
+    def __next__(self) -> T:
+        with self._lock:
+            return next(self._items)
+
+
+def in_threads(worker: Callable[[], None], number: int, session: HubSession, on_tick: Callable[[], None]) -> None:
+    """Run a worker in so many threads until all have returned or the session is told to stop.
+
+    `on_tick` is called ten times a second. Raises what a worker raised.
+    """
+    session.answered_s = session.clock()
+    pool = ThreadPoolExecutor(number, thread_name_prefix="hub-stress-test")
+    try:
+        running = {pool.submit(worker) for _ in range(number)}
+        while running and not session.stopping.is_set():
+            done, running = wait(running, timeout=0.1)
+            for future in done:
+                future.result()
+            session.cut_streams()
+            on_tick()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def fan_out(
     work: Callable[[T], R],
     items: Iterable[T],
@@ -956,41 +1159,30 @@ def fan_out(
     Items are taken one by one as threads become free. Absent are those not begun when the hub is gone, and those not
     finished when the session is told to stop. `on_tick` sees the results ten times a second.
     """
-    session.answered_s = session.clock()
     results: dict[T, R | Exception] = {}
-    source, lock = iter(items), threading.Lock()
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="hub-stress-test")
-    try:
-        running = {pool.submit(_drain, source, lock, work, results, session) for _ in range(concurrency)}
-        while running and not session.stopping.is_set():
-            running = wait(running, timeout=0.1).not_done
-            session.cut_streams()
-            if on_tick:
-                on_tick(results)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    worker = functools.partial(_drain, Shared(items), work, results, session)
+    in_threads(worker, concurrency, session, lambda: on_tick(results) if on_tick else None)
     return dict(results)
 
 
-def _drain(
-    source: Iterator[T],
-    lock: threading.Lock,
-    work: Callable[[T], R],
-    results: dict[T, R | Exception],
-    session: HubSession,
-) -> None:
+def _drain(source: Iterator[T], work: Callable[[T], R], results: dict[T, R | Exception], session: HubSession) -> None:
     """Work on items until there are none left; what each gave is recorded, whatever it raised."""
-    while not session.stopping.is_set() and not session.hub_is_gone:
-        with lock:
-            following = list(itertools.islice(source, 1))
-        if not following:
+    for item in source:
+        if session.stopping.is_set() or session.hub_is_gone:
             return
-        item = following[0]
         try:
             results[item] = work(item)
         except Exception as error:
             LOG.exception("A worker failed on %s", item)
             results[item] = error
+
+
+def on_schedule(due: Iterable[tuple[int, float]], last_s: float, session: HubSession) -> Iterator[tuple[int, float]]:
+    """Each request when it is due, or as soon after as somebody asks for it; ends at `last_s`, or when told to stop."""
+    for n, due_s in due:
+        if not session.pause(due_s - session.clock()) or session.clock() > last_s or session.hub_is_gone:
+            return
+        yield n, due_s
 
 
 # ==== Users ==========================================================================================================
@@ -1237,29 +1429,37 @@ class Starter:
     turns: Turns = dataclasses.field(default_factory=Turns)
     failed: threading.Event = dataclasses.field(default_factory=threading.Event)
 
-    def bring_up(self, name: str) -> ServerStart:
-        """What became of one server, measured as `start_server` and `server_ready`."""
-        due_s = self.session.clock()
-        reply, throttled = self._ask_until_taken(name, due_s)
-        start = self._follow(name, reply, due_s, throttled)
+    def bring_up(self, name: str, due_s: float | None = None) -> ServerStart:
+        """What became of one server, due now or at `due_s`, measured as `start_server` and `server_ready`."""
+        sent_s = self.session.clock()
+        due_s = sent_s if due_s is None else due_s
+        reply, refusals = self._ask_until_taken(name, due_s, sent_s)
+        start = self._follow(name, reply, due_s)
         if reply.status != 429:
             self.turns.free()
+        throttled_s = refusals[0] if refusals else None
+        start = dataclasses.replace(start, throttled=len(refusals), due_s=due_s, throttled_s=throttled_s)
         if start.ready or not self.session.stopping.is_set():
-            self._measure(start, due_s)
+            self._measure(start)
         if not start.ready:
             LOG.debug("The server of %s failed: %s", name, start.reason)
             self.failed.set()
         return start
 
-    def _ask_until_taken(self, name: str, due_s: float) -> tuple[Reply, int]:
-        """The hub's answer other than "later", or the last "later" when time is up; and how often it said that."""
+    def bring_up_when_due(self, name_and_due: tuple[str, float]) -> ServerStart:
+        return self.bring_up(*name_and_due)
+
+    def _ask_until_taken(self, name: str, due_s: float, sent_s: float) -> tuple[Reply, list[float]]:
+        """The hub's answer other than "later", or its last "later" when time is up; and the moments of each."""
         until_s = due_s + self.timeout_s
-        throttled, backoff_s = 0, 0.0
+        refusals: list[float] = []
+        backoff_s = 0.0
         while True:
             freed = self.turns.freed
             reply = ask_to_start(name, self.endpoint, self.session, self.profile, until_s)
             backoff_s += reply.backoff_s
-            throttled += reply.status == 429
+            if reply.status == 429:
+                refusals.append(reply.answered_s)
             if reply.status != 429 or reply.answered_s >= until_s or self.session.stopping.is_set():
                 break
             ask_again_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
@@ -1267,31 +1467,31 @@ class Starter:
             backoff_s += self.session.clock() - reply.answered_s
         if reply.status:
             error = None if reply.status in (201, 202) else str(reply.status)
-            tries = throttled + reply.tries
+            tries = len(refusals) + reply.tries
             self.session.metrics.add(
-                Sample("start_server", name, due_s, due_s, reply.answered_s, error, tries, backoff_s)
+                Sample("start_server", name, due_s, sent_s, reply.answered_s, error, tries, backoff_s)
             )
-        return reply, throttled
+        return reply, refusals
 
-    def _follow(self, name: str, reply: Reply, due_s: float, throttled: int) -> ServerStart:
+    def _follow(self, name: str, reply: Reply, due_s: float) -> ServerStart:
         """What became of a start that was answered with `reply`."""
         if reply.status == 201:
-            return ServerStart(name, reply.answered_s - due_s, throttled, running=True)
+            return ServerStart(name, reply.answered_s - due_s, running=True)
         if reply.status == 429:
-            reason = f"still throttled after {self.timeout_s:g} s: {reply.reason}"
-            return ServerStart(name, None, throttled, reason)
+            return ServerStart(name, None, reason=f"still throttled after {self.timeout_s:g} s: {reply.reason}")
         if reply.status == 404:
-            return ServerStart(name, None, throttled, "the hub no longer knows the user: it may have restarted")
+            return ServerStart(name, None, reason="the hub no longer knows the user: it may have restarted")
         if reply.status in (401, 403):
-            return ServerStart(name, None, throttled, f"the hub no longer accepts the token: {reply}")
+            return ServerStart(name, None, reason=f"the hub no longer accepts the token: {reply}")
         ready_at_s, reason, running = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
         if ready_at_s is not None:
-            return ServerStart(name, ready_at_s - due_s, throttled, running=True)
+            return ServerStart(name, ready_at_s - due_s, running=True)
         if not reason and (reply.status == 202 or reply.reason == TIMED_OUT):
             reason = f"not ready after {self.timeout_s:g} s" if running else "it vanished while starting"
-        return ServerStart(name, None, throttled, reason or f"the start was answered {reply}", running)
+        return ServerStart(name, None, reason=reason or f"the start was answered {reply}", running=running)
 
-    def _measure(self, start: ServerStart, due_s: float) -> None:
+    def _measure(self, start: ServerStart) -> None:
+        due_s = start.due_s
         answered_s = self.session.clock() if start.ready_s is None else due_s + start.ready_s
         error = None if start.ready else start.general_reason
         self.session.metrics.add(
@@ -1308,22 +1508,32 @@ def start_servers(
     *,
     timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
     fail_fast: bool = False,
+    rate_per_s: float | None = None,
 ) -> dict[str, ServerStart]:
-    """What became of each user's server, for batches of users; as many start at one time as the largest batch has.
+    """What became of each user's server, for batches of users.
 
-    Users whose start was not begun (after a failure with `fail_fast`, or a stop) are absent.
+    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
+    however slowly the hub answers (open model). Users whose start was not begun (after a failure with `fail_fast`, or a
+    stop) are absent.
     """
     starter = Starter(endpoint, session, profile, timeout_s)
     names = [name for batch in users for name in batch]
-    wanted = itertools.takewhile(lambda _: not (fail_fast and starter.failed.is_set()), names)
+    going_on = functools.partial(itertools.takewhile, lambda _: not (fail_fast and starter.failed.is_set()))
     progress = Progress("servers ready", len(names))
-    outcomes = fan_out(
-        starter.bring_up,
-        wanted,
-        max((len(batch) for batch in users), default=1),
-        session,
-        lambda starts: progress.tell(sum(isinstance(s, ServerStart) and s.ready for s in starts.values()), len(starts)),
-    )
+
+    def tell(starts: Mapping[Any, ServerStart | Exception]) -> None:
+        progress.tell(sum(isinstance(s, ServerStart) and s.ready for s in list(starts.values())), len(starts))
+
+    if rate_per_s is None:
+        concurrency = max((len(batch) for batch in users), default=1)
+        outcomes = fan_out(starter.bring_up, going_on(names), concurrency, session, tell)
+    else:
+        pace = Pace(rate_per_s, session.clock())
+        schedule = on_schedule(((n, pace.due_s(n)) for n in range(len(names))), math.inf, session)
+        due = ((names[n], due_s) for n, due_s in going_on(schedule))
+        concurrency = min(len(names), OPEN_STARTS_MAX)
+        timed = fan_out(starter.bring_up_when_due, due, concurrency, session, tell)
+        outcomes = {name: start for (name, _), start in timed.items()}
     return {
         name: ServerStart(name, None, reason=repr(start), running=True) if isinstance(start, Exception) else start
         for name, start in outcomes.items()
@@ -1485,9 +1695,23 @@ def remove_users(
         pause_s = min(pause_s * 1.5, 5.0)
 
 
-# ==== Activity and ping ==============================================================================================
+# ==== Load: operations, ping, closed and open model ==================================================================
+
+Operation = Callable[[str, str, HubSession], requests.Response]
+OPERATIONS: dict[str, Operation] = {}
 
 
+def operation(name: str) -> Callable[[Operation], Operation]:
+    """A decorator that gives a function `(username, endpoint, session) -> requests.Response` a name for --mix."""
+
+    def register(function: Operation) -> Operation:
+        OPERATIONS[name] = function
+        return function
+
+    return register
+
+
+@operation("activity")
 def report_activity(username: str, endpoint: str, session: HubSession) -> requests.Response:
     """`POST /users/{name}/activity`, as a running server sends it every 300 s: 200, 404 when there is no such user."""
     now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
@@ -1495,13 +1719,39 @@ def report_activity(username: str, endpoint: str, session: HubSession) -> reques
     return session.post(user_url(endpoint, username, "activity"), json=body)
 
 
+@operation("read")
+def read_user(username: str, endpoint: str, session: HubSession) -> requests.Response:
+    """`GET /users/{name}`: 200, 404 when there is no such user."""
+    return session.get(user_url(endpoint, username))
+
+
+@operation("list")
+def list_page(username: str, endpoint: str, session: HubSession) -> requests.Response:
+    """`GET /users`: one page of 50 users, on 1.x all of them."""
+    headers = {"Accept": "application/jupyterhub-pagination+json"}
+    return session.get(f"{endpoint}/users", params={"limit": 50}, headers=headers)
+
+
+def load_operations(path: str | None) -> None:
+    """Run a file that registers operations; it can import this module by its name, however that was started."""
+    if path is None:
+        return
+    sys.modules.setdefault("hub_stress_test", sys.modules[__name__])
+    try:
+        runpy.run_path(path)
+    except Exception as error:
+        raise UsageError(f"--operations {path}: {type(error).__name__}: {error}") from None
+
+
+def choose(mix: Mapping[str, float], n: int) -> str:
+    """Which operation the n-th request is: by weight, as evenly as a golden-ratio sequence spreads them."""
+    point = (n * 0.6180339887498949) % 1 * sum(mix.values())
+    reached = zip(mix, itertools.accumulate(mix.values()))
+    return next(name for name, end in reached if point < end)
+
+
 def perform(
-    operation: str,
-    send: Callable[[str, str, HubSession], requests.Response],
-    user: str,
-    endpoint: str,
-    session: HubSession,
-    due_s: float | None = None,
+    operation: str, send: Operation, user: str, endpoint: str, session: HubSession, due_s: float | None = None
 ) -> None:
     """Do one operation on a user and measure it, whatever it raises; from when it was due, or (None) from now."""
     sent_s = session.clock()
@@ -1549,15 +1799,151 @@ class Ping:
         return session.request("GET", user_url(endpoint, username), call=Call(observer=True, retry_until_s=0))
 
 
-def work_through(share: Sequence[str], endpoint: str, session: HubSession, until_s: float | None) -> None:
-    """One worker of the closed model: report each user of its share after a random 0 to 1 s; again until `until_s`."""
-    for user in share if until_s is None else itertools.cycle(share):
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
+
+    users: tuple[str, ...]
+    mix: Mapping[str, float]
+    workers: int  # threads in each process; in the open model there are more if a slow hub could need them
+    rate_per_s: float | None = None
+    duration_s: float | None = None  # None: once through the users
+    processes: int = 1
+    operations_file: str | None = None
+
+    @property
+    def planned(self) -> int:
+        """How many requests an open load consists of."""
+        return round((self.rate_per_s or 0) * self.duration_s) if self.duration_s else len(self.users)
+
+    @property
+    def open_workers(self) -> int:
+        """Threads that an open load needs in each process to go on while the hub answers nothing for 3 seconds.
+
+        More than 400 get into each other's way: then more processes are what helps.
+        """
+        return max(self.workers, min(400, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
+
+    def due(self, part: int, pace: Pace) -> Iterator[tuple[int, float]]:
+        """Number and due moment of each request of an open load that one of the processes sends."""
+        return ((n, pace.due_s(n)) for n in range(part, self.planned, self.processes))
+
+
+def send_load(load: Load, part: int, started_s: float, endpoint: str, session: HubSession) -> None:
+    """Send one process's part of a load, from `started_s` on."""
+    session.pause(started_s - session.clock())
+    if load.rate_per_s:
+        last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
+        due = Shared(on_schedule(load.due(part, Pace(load.rate_per_s, started_s)), last_s, session))
+        worker = functools.partial(send_when_due, due, load, endpoint, session)
+        in_threads(worker, load.open_workers, session, lambda: None)
+        return
+    until_s = started_s + load.duration_s if load.duration_s else None
+    workers = load.workers * load.processes
+    shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
+    work = functools.partial(work_through, load=load, endpoint=endpoint, session=session, until_s=until_s)
+    fan_out(work, shares, load.workers, session)
+
+
+def send_when_due(due: Iterator[tuple[int, float]], load: Load, endpoint: str, session: HubSession) -> None:
+    """One worker of the open model: send the next request as soon as it is due, going round the users."""
+    for n, due_s in due:
+        name = choose(load.mix, n)
+        perform(name, OPERATIONS[name], load.users[n % len(load.users)], endpoint, session, due_s)
+
+
+def work_through(share: Sequence[str], load: Load, endpoint: str, session: HubSession, until_s: float | None) -> None:
+    """One worker of the closed model: one request for each user of its share, each after a random 0 to 1 s."""
+    for n, user in enumerate(share if until_s is None else itertools.cycle(share)):
         if not session.pause(random.random()) or session.hub_is_gone or session.clock() >= (until_s or math.inf):
             return
-        perform("activity", report_activity, user, endpoint, session)
+        name = choose(load.mix, n)
+        perform(name, OPERATIONS[name], user, endpoint, session)
+
+
+def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
+    """Send a load from its processes; the busiest one's share of a processor while it sent.
+
+    Their samples and counts go to the session. Raises `HubStressError` when a process dies.
+    """
+    cpu_s, began_s = time.process_time(), session.clock()
+    if load.processes == 1:
+        send_load(load, 0, session.clock(), endpoint, session)
+        return (time.process_time() - cpu_s) / max(session.clock() - began_s, 1e-3)
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(load.processes)]
+    children = [
+        context.Process(target=_send_in_process, args=(theirs, load, part, endpoint, session.token), daemon=True)
+        for part, (_, theirs) in enumerate(pipes)
+    ]
+    for child, (_, theirs) in zip(children, pipes):
+        child.start()
+        theirs.close()
+    try:
+        return _lead([ours for ours, _ in pipes], session)
+    except (EOFError, OSError):
+        raise LoadDied("a process that sends the load died") from None
+    finally:
+        for child in children:
+            child.join(1.0)
+            child.kill()
+
+
+def _lead(pipes: Sequence[Connection], session: HubSession) -> float:
+    """Start the processes at one moment, pass a stop on, and collect what they measured; the largest CPU share."""
+    for pipe in pipes:
+        pipe.recv()  # it is ready
+    for pipe in pipes:
+        pipe.send(session.clock() + 0.2)
+    busiest, waiting, told = 0.0, list(pipes), False
+    while waiting:
+        multiprocessing.connection.wait(waiting, timeout=0.1)
+        for pipe in [pipe for pipe in waiting if pipe.poll()]:
+            metrics, traffic, cpu_share = pipe.recv()
+            session.metrics.merge(metrics)
+            session.traffic.merge(traffic)
+            busiest = max(busiest, cpu_share)
+            waiting.remove(pipe)
+        session.answered_s = session.clock()
+        if session.stopping.is_set() and not told:
+            told = True
+            for pipe in waiting:
+                pipe.send("stop")
+    return busiest
+
+
+def _send_in_process(pipe: Connection, load: Load, part: int, endpoint: str, token: str) -> None:
+    """One of several processes; it leaves signals to the one that started it, and ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    load_operations(load.operations_file)
+    session = get_session(token, pool_maxsize=load.open_workers)
+    pipe.send("ready")
+    started_s = pipe.recv()
+    threading.Thread(target=_stop_when_told, args=(pipe, session), daemon=True).start()
+    cpu_s = time.process_time()
+    send_load(load, part, started_s, endpoint, session)
+    cpu_share = (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
+    pipe.send((session.metrics, session.traffic, cpu_share))
+
+
+def _stop_when_told(pipe: Connection, session: HubSession) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    session.stop()
 
 
 # ==== The three commands =============================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """How a run is judged and how it ends; and the options it was given, for the record."""
+
+    conditions: Sequence[Condition] = (FAILED,)
+    baseline: Mapping[str, Any] | None = None
+    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -1574,9 +1960,9 @@ class Run:
         dry_run: bool,
         name: str | None,
         concurrency: int,
-        timeout_s: float,
+        terms: Terms,
     ) -> None:
-        self.command, self.name, self.dry_run, self._cleanup_timeout_s = command, name, dry_run, timeout_s
+        self.command, self.name, self.dry_run, self.terms = command, name, dry_run, terms
         self.session = get_session(token, dry_run, concurrency + 2)
         self.started, self._began_s = datetime.now(timezone.utc), self.session.clock()
         self.hub = check_hub(endpoint, self.session, command)
@@ -1584,7 +1970,8 @@ class Run:
         self.claims = Claims()
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
-        self.troubles: list[str] = []
+        self.troubles: list[str] = []  # what ended the run early
+        self.warnings: list[str] = []
         self.interrupted_by: int | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -1627,8 +2014,24 @@ class Run:
             self.hub.endpoint,
             session,
             concurrency,
-            timeout_s=self._cleanup_timeout_s,
+            timeout_s=self.terms.cleanup_timeout_s,
             gone=self.gone,
+        )
+
+    def warn_if_late(self, names: Collection[str], unsent: int = 0, cpu_share: float = 0.0) -> None:
+        """Say so if this tool, and not the hub, set the pace."""
+        late = self.session.metrics.late_share(names)
+        if late <= 0.01 and not unsent:
+            return
+        cause = (
+            "this machine was too slow: spread the load over more --processes"
+            if cpu_share > CPU_BOUND
+            else "all threads were waiting for the hub: give more --workers or --processes"
+        )
+        self.warnings.append(
+            f"THE GENERATOR WAS LATE: {late:.0%} of the requests were sent more than {LATE_SEND_S:g} s after they "
+            f"were due, {unsent} not at all; {cause if names != ['start_server'] else 'this machine was too slow'}. "
+            "Latencies count from when a request was due"
         )
 
     def clean_up(self, starts: Mapping[str, ServerStart] | None, keep: bool, concurrency: int) -> None:
@@ -1646,39 +2049,48 @@ class Run:
             states |= {name: ServerState.STOPPED for name, start in (starts or {}).items() if not start.running}
             self.remove(states, set(ours).__contains__, concurrency)
 
-    def results(self, options: Mapping[str, Any], failed: int, servers: Mapping[str, Any] | None = None) -> Results:
-        """All that there is to say, with the keys of the results file."""
-        metrics = self.session.metrics.summarise()
+    def results(
+        self,
+        failed: int = 0,
+        tried: int = 0,
+        servers: Mapping[str, Any] | None = None,
+        capacity: Mapping[str, Any] | None = None,
+    ) -> Results:
+        """All that there is to say, with the keys of the results file; the verdict is over the rest."""
         left = sorted(self.cleaned.left)
-        given_up = self.command == "purge" and self.interrupted_by is not None  # not made by this run
         failed = failed or len(self.troubles)
-        return {
+        created = max(len(self.claims.confirmed), self.cleaned.deleted + len(left))
+        found: Results = {
             "schema": 1,
             "tool": {"name": "hub-stress-test", "version": __version__},
             "command": self.command,
-            "dry_run": self.dry_run,
             "hub": {"endpoint": self.hub.endpoint, "version": self.hub.version, "restarts": None, "metrics": None},
             "started": utc(self.started),
             "finished": utc(datetime.now(timezone.utc)),
             "duration_s": self.session.clock() - self._began_s,
-            "options": dict(options),
+            "options": {"dry_run": self.dry_run, "run": self.name, **self.terms.options},
             "users": {
-                "created": max(len(self.claims.confirmed), self.cleaned.deleted + len(left))
-                if self.command != "purge"
-                else 0,
+                "created": 0 if self.command == "purge" else created,
                 "deleted": self.cleaned.deleted,
                 "kept": self.cleaned.kept,
                 "left_behind": left,
             },
+            "failed": failed,
+            "failed_rate": failed / tried if tried else None,
             "servers": servers,
-            "operations": metrics,
+            "operations": self.session.metrics.summarise(),
             "http": self.session.traffic.summarise(),
-            "capacity": None,
-            "conditions": [{"condition": "failed > 0", "value": failed, "held": failed > 0}],
-            "warnings": [*self.troubles],
-            "purge_command": self.purge_command,
-            "exit_code": int(exit_code([] if given_up else left, self.interrupted_by, failed)),
+            "capacity": capacity,
+            "warnings": [*self.troubles, *self.warnings],
         }
+        if capacity is None:
+            found["conditions"] = [one.judge(found, self.terms.baseline) for one in self.terms.conditions]
+            bad = any(one["held"] for one in found["conditions"])
+        else:
+            found["conditions"], bad = [], capacity["rate_per_s"] is None
+        purge_given_up = self.command == "purge" and self.interrupted_by is not None  # not made by this run
+        found["exit_code"] = int(exit_code([] if purge_given_up else left, self.interrupted_by, bad))
+        return found
 
 
 def _leave_at_once(number: int, users: int, purge_command: str) -> None:
@@ -1703,9 +2115,9 @@ def run_stress_test(
     run: str = "",
     server_timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
     fail_fast: bool = False,
+    rate_per_s: float | None = None,
     hold_s: float = 0.0,
-    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
-    options: Mapping[str, Any] | None = None,
+    terms: Terms = Terms(),
 ) -> Results:
     """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
 
@@ -1713,20 +2125,22 @@ def run_stress_test(
     """
     token = Secret(token)
     starts: dict[str, ServerStart] | None = None
-    with Run("stress-test", token, endpoint, dry_run, run, batch_size, cleanup_timeout_s) as this:
+    with Run("stress-test", token, endpoint, dry_run, run, batch_size, terms) as this:
         hub, session = this.hub.endpoint, this.session
+        how: dict[str, Any] = {"timeout_s": server_timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
         try:
             users = create_users(count, batch_size, hub, session, this.existing, run=run, claims=this.claims)
             starts = {}
             with Ping(users[0][0], hub, session):
-                starts = start_servers(users, hub, session, profile, timeout_s=server_timeout_s, fail_fast=fail_fast)
+                starts = start_servers(users, hub, session, profile, **how)
                 starts = hold_servers(starts, hold_s, hub, session) if hold_s else starts
         except HubRefused as error:
             this.troubles.append(str(error))
         finally:
             this.clean_up(starts, keep, batch_size)
+        this.warn_if_late(["start_server"])
         servers = _server_results(count, starts or {})
-        return this.results(options or {}, servers["failed"], servers)
+        return this.results(servers["failed"], count, servers)
 
 
 def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
@@ -1735,12 +2149,14 @@ def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[s
     )
     reasons = collections.Counter(start.general_reason for start in starts.values() if not start.ready)
     reasons["never started"] = requested - len(starts)
+    throttled_s = [start.throttled_s for start in starts.values() if start.throttled_s is not None]
     return {
         "requested": requested,
         "ready": len(ready),
         "failed": requested - len(ready),
         "reasons": {reason: number for reason, number in reasons.most_common() if number},
         "throttled": sum(start.throttled > 0 for start in starts.values()),
+        "throttling_began_s": min(throttled_s) - min(start.due_s for start in starts.values()) if throttled_s else None,
         "slowest": [
             {"user": start.user, "ready_s": ready_s, "throttled": start.throttled, "message": start.reason}
             for ready_s, start in ready[:5]
@@ -1758,31 +2174,103 @@ def notebook_activity_test(
     *,
     run: str = "",
     duration_s: float | None = None,
-    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
-    options: Mapping[str, Any] | None = None,
+    rate_per_s: float | None = None,
+    processes: int = 1,
+    mix: Mapping[str, float] | None = None,
+    operations_file: str | None = None,
+    find_capacity: bool = False,
+    terms: Terms = Terms(),
 ) -> Results:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    Users of this run's name that are there already come first; only those made here are deleted. Raises `SetupError`.
+    Closed model, or with `rate_per_s` open model, from `processes`; `find_capacity` looks for the highest rate. Users
+    of this run's name that are there already come first; only those made here are deleted. Raises `SetupError`.
     """
     token = Secret(token)
-    with Run("activity-stress-test", token, endpoint, dry_run, run, workers, cleanup_timeout_s) as this:
+    mix = mix or {"activity": 1.0}
+    capacity, cpu_share, unsent = None, 0.0, 0
+    with Run("activity-stress-test", token, endpoint, dry_run, run, workers, terms) as this:
         hub, session = this.hub.endpoint, this.session
         users = [user["name"] for user in this.existing][:count]
         try:
             if missing := count - len(users):
                 made = create_users(missing, 10, hub, session, this.existing, run=run, claims=this.claims)
                 users += [name for batch in made for name in batch]
-            until_s = session.clock() + duration_s if duration_s else None
-            shares = [tuple(users[w::workers]) for w in range(min(workers, count))]
+            processes = 1 if dry_run else processes
+            each = math.ceil(workers / processes)
+            load = Load(tuple(users), mix, each, rate_per_s, duration_s, processes, operations_file)
             with Ping(users[0], hub, session):
-                fan_out(lambda share: work_through(share, hub, session, until_s), shares, workers, session)
-        except HubRefused as error:
+                if find_capacity:
+                    capacity = measure_capacity(load, terms.conditions, hub, session)
+                else:
+                    cpu_share = spread_load(load, hub, session)
+                    unsent = load.planned - session.metrics.count(mix) if rate_per_s else 0
+        except (HubRefused, LoadDied) as error:
             this.troubles.append(str(error))
         finally:
             this.clean_up(None, keep, 10)
-        activity = session.metrics.summarise().get("activity", {"failed": 0})
-        return this.results(options or {}, activity["failed"])
+        if not find_capacity and not session.stopping.is_set():
+            this.warn_if_late(list(mix), unsent, cpu_share)
+        return this.results(session.metrics.failures(mix), session.metrics.count(mix), capacity=capacity)
+
+
+def measure_capacity(load: Load, conditions: Sequence[Condition], endpoint: str, session: HubSession) -> dict[str, Any]:
+    """The highest rate at which no condition holds, and the steps to it; the session gets that step's samples."""
+    search = CapacitySearch(load.rate_per_s or CAPACITY_FIRST_RATE_PER_S)
+    steps: list[dict[str, Any]] = []
+    best = Metrics()
+    while (rate := search.next_rate()) and not session.stopping.is_set():
+        step = session.beside()
+        step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
+        cpu_share = spread_load(step_load, endpoint, step)
+        if session.stopping.is_set():
+            break
+        steps.append(_capacity_step(step_load, step, conditions, cpu_share))
+        LOG.info("At %.4g per second: %s", rate, steps[-1]["held"] or "sustained")
+        held = None if steps[-1]["generator_bound"] else steps[-1]["held"] is not None
+        best = step.metrics if held is False else best
+        search.tell(rate, held)
+        _drain_hub(load.users[0], endpoint, session)
+    session.metrics.merge(best)
+    sustained = search.sustained
+    return {
+        "rate_per_s": sustained,
+        "servers_reporting_every_300_s": int(sustained * SERVER_REPORTS_EVERY_S) if sustained else None,
+        "generator_bound": search.unknown,
+        "steps": steps,
+    }
+
+
+def _capacity_step(load: Load, step: HubSession, conditions: Sequence[Condition], cpu_share: float) -> dict[str, Any]:
+    """What one rate showed; `held` is the condition that held, or that the generator could not send so much."""
+    operations = step.metrics.summarise()
+    count, failed = step.metrics.count(load.mix), step.metrics.failures(load.mix)
+    seen = {
+        "operations": operations,
+        "http": step.traffic.summarise(),
+        "failed": failed,
+        "failed_rate": failed / count if count else None,
+    }
+    held = next((one.text for one in conditions if one.judge(seen, None)["held"]), None)
+    late = step.metrics.late_share(load.mix) > 0.01 or count < load.planned
+    bound = late and cpu_share > CPU_BOUND
+    return {
+        "rate_per_s": load.rate_per_s,
+        "sent_per_s": count / (load.duration_s or math.nan),
+        "p95_s": metric_value(seen, next(iter(load.mix)) + ".p95"),
+        "failed": failed,
+        "held": "the generator could not send this rate" if bound else held,
+        "generator_bound": bound,
+    }
+
+
+def _drain_hub(user: str, endpoint: str, session: HubSession) -> None:
+    """Give the hub time to get over a step: until it answers within 0.1 s again, twice."""
+    until_s, quick = session.clock() + DRAIN_S, 0
+    while quick < 2 and session.clock() < until_s and session.pause(0.5):
+        asked_s = session.clock()
+        read_state(user, endpoint, session)
+        quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
 
 
 def purge_users(
@@ -1792,20 +2280,19 @@ def purge_users(
     *,
     run: str | None = None,
     batch_size: int = 10,
-    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S,
-    options: Mapping[str, Any] | None = None,
+    terms: Terms = Terms(),
 ) -> Results:
     """Remove every user that this tool's naming made (of one run, if named), except admins; the results.
 
     Finding nothing is success. Raises `SetupError`.
     """
     token = Secret(token)
-    with Run("purge", token, endpoint, dry_run, run, batch_size, cleanup_timeout_s) as this:
+    with Run("purge", token, endpoint, dry_run, run, batch_size, terms) as this:
         LOG.info("Found %d users to remove", len(this.existing))
         states = {user["name"]: server_state(user) for user in this.existing}
         if states:
             this.remove(states, functools.partial(is_test_user, run=run), batch_size)
-        return this.results(options or {}, 0)
+        return this.results(len(this.cleaned.left), len(states))
 
 
 # ==== Reporters ======================================================================================================
@@ -1818,6 +2305,8 @@ OPERATION_TITLES = {
     "delete_user": "delete user",
     "list_users": "list users",
     "activity": "activity report",
+    "read": "read user",
+    "list": "list page",
     "ping": "ping",
 }
 
@@ -1831,64 +2320,141 @@ def duration_text(seconds: float | None) -> str:
     return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
 
 
-def render_summary(results: Results) -> str:
+def render_summary(results: Results, baseline: Mapping[str, Any] | None = None) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
     parts = [_verdict(results), *(f"because   {warning}" for warning in results["warnings"]), *_facts(results)]
-    if not results["dry_run"] and results["operations"]:
+    if results["capacity"]:
+        parts += ["", *_capacity_table(results["capacity"])]
+    if not results["options"]["dry_run"] and results["operations"]:
         parts += ["", *_latency_table(results["operations"])]
+    if baseline:
+        parts += ["", *_comparison_table(baseline, results)]
     return "\n".join(parts)
 
 
 def _verdict(results: Results) -> str:
-    code, servers = results["exit_code"], results["servers"]
-    words = {0: "PASSED", 1: "FAILED", 4: "LEFT SOMETHING BEHIND"}.get(code, "INTERRUPTED")
-    if results["dry_run"]:
+    servers, capacity = results["servers"], results["capacity"]
+    words = {0: "PASSED", 1: "FAILED", 4: "LEFT SOMETHING BEHIND"}.get(results["exit_code"], "INTERRUPTED")
+    if results["options"]["dry_run"]:
         return "DRY RUN: no request was sent; this is what would be done, on a hub where every server is ready at once."
     if results["command"] == "purge":
         return f"{words}: {results['users']['deleted']} users removed"
     if servers:
         return f"{words}: {servers['ready']} of {servers['requested']} servers became ready"
-    activity = results["operations"].get("activity", {"count": 0, "failed": 0})
-    return f"{words}: {activity['count'] - activity['failed']} of {activity['count']} activity reports were accepted"
+    if capacity:
+        return f"{words}: {_capacity_sentence(capacity)}"
+    load = set(results["operations"]) - {"create_users", "delete_user", "list_users", "stop_server", "ping"}
+    count = sum(results["operations"][name]["count"] for name in load)
+    what = "activity reports" if load <= {"activity"} else "requests"
+    failed = sum(results["operations"][name]["failed"] for name in load)
+    return f"{words}: {count - failed} of {count} {what} were accepted"
+
+
+def _capacity_sentence(capacity: Mapping[str, Any]) -> str:
+    rate, servers = capacity["rate_per_s"], capacity["servers_reporting_every_300_s"]
+    if rate is None:
+        return "the capacity was not found: no rate that was tried was sustained"
+    least = "at least " if capacity["generator_bound"] else ""
+    return (
+        f"this hub sustains {least}{rate:.0f} requests per second: "
+        f"{servers:,} running servers that report their activity every {SERVER_REPORTS_EVERY_S} s"
+    )
 
 
 def _facts(results: Results) -> Iterator[str]:
     options, servers, http = results["options"], results["servers"], results["http"]
     yield f"hub       {results['hub']['version']} at {results['hub']['endpoint']}"
     if servers:
-        yield f"asked     {servers['requested']} servers, at most {options.get('batch_size')} starting at a time"
-        came = f"{servers['ready']} ready, {servers['failed']} failed"
-        yield f"came      {came}" + (f"; {servers['throttled']} were throttled" if servers["throttled"] else "")
+        rate, batch_size = options.get("rate"), options.get("batch_size")
+        pace = f"{rate:g} per second, however slow the hub" if rate else f"at most {batch_size} starting at a time"
+        yield f"asked     {servers['requested']} servers, {pace}"
+        began_s = servers["throttling_began_s"]
+        throttled = f"; {servers['throttled']} were throttled" if servers["throttled"] else ""
+        since = f", from {duration_text(began_s)} after the first start on" if throttled else ""
+        yield f"came      {servers['ready']} ready, {servers['failed']} failed{throttled}{since}"
         for reason, number in servers["reasons"].items():
             yield f"failed    {number} × {reason}"
-    for name in results["operations"].keys() - {"server_ready"}:
+    for name in sorted(results["operations"].keys() - {"server_ready"}):
         for reason, number in results["operations"][name]["errors"].items():
             yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
     extra = f"{http['observer_requests']} only to observe, {http['retries']} repeated"
     yield f"took      {duration_text(results['duration_s'])}, {http['requests']} requests ({extra})"
     yield from _cleaning(results)
+    if [one["condition"] for one in results["conditions"]] != [FAILED.text]:
+        for one in results["conditions"]:
+            yield f"condition {one['condition']}: {'HELD' if one['held'] else 'not held'} (it is {_value_text(one)})"
+
+
+def _value_text(judged: Mapping[str, Any]) -> str:
+    metric, value = judged["condition"].split()[0], judged["value"]
+    if value is None:
+        return "not measured"
+    if metric.rpartition(".")[2] in LATENCY_STATISTICS:
+        return duration_text(value)
+    return f"{value:.1%}" if metric == "failed_rate" else f"{value:g}"
 
 
 def _cleaning(results: Results) -> Iterator[str]:
-    users = results["users"]
+    users, run = results["users"], results["options"]["run"]
+    purge = "hub-stress-test purge" + (f" --run {run}" if run else "")
     if users["kept"]:
-        yield f"kept      {users['kept']} users, as asked; remove them with: {results['purge_command']}"
+        yield f"kept      {users['kept']} users, as asked; remove them with: {purge}"
     elif users["left_behind"]:
         yield f"cleaned   {users['deleted']} users deleted; {len(users['left_behind'])} ARE STILL THERE:"
         yield "          " + " ".join(users["left_behind"])
-        yield f"          remove them with: {results['purge_command']}"
+        yield f"          remove them with: {purge}"
     else:
         yield f"cleaned   {users['deleted']} users deleted, none left"
 
 
+def _in_order(operations: Mapping[str, Any]) -> list[str]:
+    return [name for name in [*OPERATION_TITLES, *sorted(operations.keys() - OPERATION_TITLES)] if name in operations]
+
+
 def _latency_table(operations: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    columns = ("min", "mean", "p50", "p95", "max")
+    columns = ("min", "mean", "p50", "p95", "p99", "max")
     yield f"{'waited for':<16}{'count':>7}{'failed':>8}" + "".join(f"{column:>9}" for column in columns)
-    order = [*OPERATION_TITLES, *(name for name in operations if name not in OPERATION_TITLES)]
-    for name in order:
-        if measured := operations.get(name):
-            times = "".join(f"{duration_text(measured['latency_s'][column]):>9}" for column in columns)
-            yield f"{OPERATION_TITLES.get(name, name):<16}{measured['count']:>7}{measured['failed']:>8}{times}"
+    for name in _in_order(operations):
+        measured = operations[name]
+        times = "".join(f"{duration_text(measured['latency_s'][column]):>9}" for column in columns)
+        yield f"{OPERATION_TITLES.get(name, name):<16}{measured['count']:>7}{measured['failed']:>8}{times}"
+
+
+def _capacity_table(capacity: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{'tried per s':>12}{'sent per s':>12}{'p95':>9}{'failed':>8}  what held"
+    for step in capacity["steps"]:
+        p95 = duration_text(step["p95_s"])
+        row = f"{step['rate_per_s']:>12.4g}{step['sent_per_s']:>12.4g}{p95:>9}{step['failed']:>8}"
+        yield f"{row}  {step['held'] or 'nothing: sustained'}"
+
+
+def _comparison_table(baseline: Mapping[str, Any], results: Results) -> Iterator[str]:
+    """Old, new and ratio of what both runs measured."""
+    yield f"{'against baseline':<16}" + "".join(f"{name:>27}" for name in ("p50", "p95", "max")) + f"{'failed':>14}"
+    for name in _in_order(results["operations"]):
+        if name in baseline.get("operations", {}):
+            cells = [_comparison(baseline, results, f"{name}.{statistic}") for statistic in ("p50", "p95", "max")]
+            old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, results))
+            failed = f"{old:g} → {new:g}"
+            yield f"{OPERATION_TITLES.get(name, name):<16}" + "".join(f"{cell:>27}" for cell in cells) + f"{failed:>14}"
+    before, after = ((run.get("capacity") or {}).get("rate_per_s") for run in (baseline, results))
+    if before and after:
+        yield f"capacity: {before:.4g} → {after:.4g} per second {after / before:.2f}x"
+
+
+def _comparison(baseline: Mapping[str, Any], results: Results, metric: str) -> str:
+    old, new = metric_value(baseline, metric), metric_value(results, metric)
+    ratio = f" {new / old:.2f}x" if old and new else ""
+    return f"{duration_text(old)} → {duration_text(new)}{ratio}"
+
+
+def write_results(path: str, results: Results) -> None:
+    """Write the results as JSON, whole or not at all."""
+    beside = f"{path}.{os.getpid()}.tmp"
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+        file.write("\n")
+    os.replace(beside, path)
 
 
 # ==== Command line ===================================================================================================
@@ -1942,6 +2508,42 @@ def token_text(text: str) -> Secret:
     return Secret(text)
 
 
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return float(text)
+
+
+def mix_of(text: str) -> dict[str, float]:
+    """Weights by operation, from NAME=WEIGHT,…"""
+    parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
+    mix = {part[1]: float(part[2]) for part in parts if part}
+    if len(mix) != len(parts) or not all(mix.values()):
+        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
+    return mix
+
+
+def results_file(text: str) -> dict[str, Any]:
+    """The results that an earlier run wrote."""
+    try:
+        with open(text, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
+    if not isinstance(found, dict) or found.get("schema") != 1:
+        raise argparse.ArgumentTypeError(f"{text} holds no results of this tool")
+    return found
+
+
+def writable_file(text: str) -> str:
+    """The path of a file that can be written; nothing is written yet."""
+    folder = os.path.dirname(os.path.abspath(text))
+    if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    return text
+
+
 def profile_value(text: str) -> str | dict[str, Any]:
     """A profile's slug, or an object of user options in JSON."""
     if not text.lstrip().startswith(("{", "[")):
@@ -1965,11 +2567,13 @@ class Option:
     metavar: str | None = None
     default: Any = None
     const: Any = None  # what it means without a value, if that is allowed
+    repeatable: bool = False
 
     def add_to(self, parser: argparse.ArgumentParser, **overriding: Any) -> None:
         settings: dict[str, Any] = {"help": self.help, "default": self.default}
         settings |= {"type": self.kind, "metavar": self.metavar} if self.kind else {"action": "store_true"}
         settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        settings |= {"action": "append"} if self.repeatable else {}
         parser.add_argument(*self.flags.split(), **settings | overriding)
 
 
@@ -1980,6 +2584,15 @@ GLOBAL_OPTIONS = (
     Option("--log-to-file", "log to FILE, or to a new file in the temporary directory", str, "FILE", const=True),
     Option("-v --verbose", "debug log, one line for each request with its response time"),
     Option("--run", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, "NAME"),
+    Option("--results", "write the results as JSON", writable_file, "FILE"),
+    Option(
+        "--fail-if",
+        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable (failed > 0)",
+        condition,
+        "CONDITION",
+        repeatable=True,
+    ),
+    Option("--baseline", "results of an earlier run: print old, new and ratio", results_file, "FILE"),
 )
 KEEP = Option("-k --keep", "leave the users, and their servers, on the hub")
 CLEANUP_TIMEOUT = Option(
@@ -1997,6 +2610,7 @@ COMMAND_OPTIONS = {
         Option("-p --profile", "a profile's slug, or a JSON object of user options", profile_value, "P"),
         Option("--server-timeout", "how long a user waits for a server (60s)", duration, "DURATION", 60.0),
         Option("--fail-fast", "start no more servers once one has failed"),
+        Option("--rate", "start R servers per second, however slow the hub; without it, see -b", positive_number, "R"),
         Option(
             "--hold", "keep the servers for so long, then check that all are still ready", duration, "DURATION", 0.0
         ),
@@ -2005,8 +2619,13 @@ COMMAND_OPTIONS = {
     "activity-stress-test": (
         Option("-c --count", "how many users (100)", whole_number, "N", 100),
         KEEP,
-        Option("--workers", "threads that report (100)", whole_number, "N", 100),
+        Option("--workers", "threads that send (100); with --rate, at least so many", whole_number, "N", 100),
+        Option("--rate", "send R requests per second, however slow the hub (open model)", positive_number, "R"),
         Option("--duration", "go round the users for so long; without it, once", duration, "DURATION"),
+        Option("--processes", "spread the threads over N processes (1)", whole_number, "N", 1),
+        Option("--mix", "operations by weight (activity=1); there are read and list too", mix_of, "NAME=WEIGHT,…"),
+        Option("--operations", "a file that registers operations of your own", str, "FILE.py"),
+        Option("--find-capacity", "raise the rate until a condition holds: what does the hub sustain?"),
         CLEANUP_TIMEOUT,
     ),
     "purge": (
@@ -2034,7 +2653,8 @@ def build_parser() -> argparse.ArgumentParser:
         for option in options:
             option.add_to(command)
         for option in GLOBAL_OPTIONS:
-            option.add_to(command, default=argparse.SUPPRESS)  # so that it does not undo one given before the command
+            again = {"dest": "fail_if_too"} if option.repeatable else {}
+            option.add_to(command, default=argparse.SUPPRESS, **again)  # so that it does not undo an earlier one
     return parser
 
 
@@ -2046,6 +2666,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             words[at : at + 2] = [following, word]
             break
     args = build_parser().parse_args(words)
+    args.fail_if = (args.fail_if or []) + vars(args).pop("fail_if_too", []) or None
     env = os.environ
     if args.endpoint is None and (found := env.get("JUPYTERHUB_ENDPOINT") or env.get("JUPYTERHUB_API_URL")):
         args.endpoint = _from_environment(endpoint_url, found, "JUPYTERHUB_ENDPOINT")
@@ -2069,6 +2690,17 @@ def validate(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option.replace('_', '-')} {value}: expected a whole number of at least 1")
     if getattr(args, "dry_run", False):
         args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("dry-run")
+    if getattr(args, "processes", 1) > getattr(args, "workers", 1):
+        raise UsageError(f"--processes {args.processes} is more than --workers {args.workers}: each needs a thread")
+    load_operations(getattr(args, "operations", None))
+    if unknown := sorted((getattr(args, "mix", None) or {}).keys() - OPERATIONS.keys()):
+        raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
+    for one in getattr(args, "fail_if", None) or ():
+        name = one.metric.rpartition(".")[0]
+        if name and name not in OPERATION_TITLES.keys() | OPERATIONS.keys():
+            raise UsageError(f"--fail-if {one.text!r}: there is no operation {name!r}")
+        if one.relative and not args.baseline:
+            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
     if args.token is None:
         raise UsageError("no token: put it into the environment variable JUPYTERHUB_API_TOKEN, or give --token")
     if args.endpoint is None:
@@ -2137,12 +2769,18 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: Tr
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Every option with its value, the token left out."""
-    return {name: value for name, value in vars(args).items() if name not in ("token", "command")}
+    options = {name: value for name, value in vars(args).items() if name not in ("token", "command", "baseline")}
+    return options | {"fail_if": [one.text for one in args.fail_if or ()]}
 
 
 def run_command(args: argparse.Namespace) -> Results:
     """What the command that was asked for found."""
-    common: dict[str, Any] = {"cleanup_timeout_s": args.cleanup_timeout, "options": options_of(args)}
+    default = CAPACITY_CONDITIONS if getattr(args, "find_capacity", False) else (FAILED,)
+    terms = Terms(args.fail_if or default, args.baseline, args.cleanup_timeout, options_of(args))
+    if args.command == "purge":
+        return purge_users(
+            args.token, args.endpoint, args.dry_run, run=args.run, batch_size=args.batch_size, terms=terms
+        )
     if args.command == "stress-test":
         return run_stress_test(
             args.count,
@@ -2155,22 +2793,26 @@ def run_command(args: argparse.Namespace) -> Results:
             run=args.run or "",
             server_timeout_s=args.server_timeout,
             fail_fast=args.fail_fast,
+            rate_per_s=args.rate,
             hold_s=args.hold,
-            **common,
+            terms=terms,
         )
-    if args.command == "activity-stress-test":
-        return notebook_activity_test(
-            args.count,
-            args.token,
-            args.endpoint,
-            args.workers,
-            args.keep,
-            args.dry_run,
-            run=args.run or "",
-            duration_s=args.duration,
-            **common,
-        )
-    return purge_users(args.token, args.endpoint, args.dry_run, run=args.run, batch_size=args.batch_size, **common)
+    return notebook_activity_test(
+        args.count,
+        args.token,
+        args.endpoint,
+        args.workers,
+        args.keep,
+        args.dry_run,
+        run=args.run or "",
+        duration_s=args.duration,
+        rate_per_s=args.rate,
+        processes=args.processes,
+        mix=args.mix,
+        operations_file=args.operations,
+        find_capacity=args.find_capacity,
+        terms=terms,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2185,7 +2827,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
-    print(render_summary(results))
+    if args.results:
+        write_results(args.results, results)
+    print(render_summary(results, args.baseline))
     return int(results["exit_code"])
 
 

@@ -167,7 +167,7 @@ def test_credentials_in_the_endpoint_are_neither_used_nor_shown(new_hub: LocalHu
 def test_version_and_help_need_no_hub() -> None:
     assert run_tool("--version").stdout == f"hub-stress-test {hst.__version__}\n"
     done = run_tool("--help")
-    assert done.code == 0 and "Exit codes: 0 done and nothing failed" in done.stdout
+    assert done.code == 0 and "Exit codes: 0 done and nothing failed " in done.stdout
 
 
 def test_verbose_logs_each_request_with_its_response_time(new_hub: LocalHub) -> None:

@@ -134,7 +134,9 @@ def commands_in_readme() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands_in_readme())
-def test_every_command_in_the_readme_is_understood(line: str) -> None:
+def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("before.json").write_text('{"schema": 1}')
     words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line))
     args = hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"])
     hst.validate(args)

@@ -103,7 +103,7 @@ def test_a_likely_endpoint_is_recognised(endpoint: str, location: str | None, gu
     ],
 )
 def test_the_exit_code(left: list[str], interrupted_by: int | None, failed: int, code: ExitCode) -> None:
-    assert hst.exit_code(left, interrupted_by, failed) is code
+    assert hst.exit_code(left, interrupted_by, bool(failed)) is code
 
 
 def test_the_schedule_does_not_move() -> None:
