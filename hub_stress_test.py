@@ -610,7 +610,6 @@ def metric_value(results: Mapping[str, Any], metric: str) -> float | None:
 
 
 FAILED = condition("failed > 0")
-CAPACITY_CONDITIONS = (FAILED, condition("activity.p95 > 500ms"))
 
 
 class CapacitySearch:
@@ -1953,14 +1952,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        command: str,
-        token: str,
-        endpoint: str,
-        dry_run: bool,
-        name: str | None,
-        concurrency: int,
-        terms: Terms,
+        self, command: str, token: str, endpoint: str, dry_run: bool, name: str | None, concurrency: int, terms: Terms
     ) -> None:
         self.command, self.name, self.dry_run, self.terms = command, name, dry_run, terms
         self.session = get_session(token, dry_run, concurrency + 2)
@@ -2201,7 +2193,7 @@ def notebook_activity_test(
             load = Load(tuple(users), mix, each, rate_per_s, duration_s, processes, operations_file)
             with Ping(users[0], hub, session):
                 if find_capacity:
-                    capacity = measure_capacity(load, terms.conditions, hub, session)
+                    capacity = measure_capacity(load, terms, hub, session)
                 else:
                     cpu_share = spread_load(load, hub, session)
                     unsent = load.planned - session.metrics.count(mix) if rate_per_s else 0
@@ -2214,7 +2206,7 @@ def notebook_activity_test(
         return this.results(session.metrics.failures(mix), session.metrics.count(mix), capacity=capacity)
 
 
-def measure_capacity(load: Load, conditions: Sequence[Condition], endpoint: str, session: HubSession) -> dict[str, Any]:
+def measure_capacity(load: Load, terms: Terms, endpoint: str, session: HubSession) -> dict[str, Any]:
     """The highest rate at which no condition holds, and the steps to it; the session gets that step's samples."""
     search = CapacitySearch(load.rate_per_s or CAPACITY_FIRST_RATE_PER_S)
     steps: list[dict[str, Any]] = []
@@ -2225,7 +2217,7 @@ def measure_capacity(load: Load, conditions: Sequence[Condition], endpoint: str,
         cpu_share = spread_load(step_load, endpoint, step)
         if session.stopping.is_set():
             break
-        steps.append(_capacity_step(step_load, step, conditions, cpu_share))
+        steps.append(_capacity_step(step_load, step, terms, cpu_share))
         LOG.info("At %.4g per second: %s", rate, steps[-1]["held"] or "sustained")
         held = None if steps[-1]["generator_bound"] else steps[-1]["held"] is not None
         best = step.metrics if held is False else best
@@ -2241,7 +2233,7 @@ def measure_capacity(load: Load, conditions: Sequence[Condition], endpoint: str,
     }
 
 
-def _capacity_step(load: Load, step: HubSession, conditions: Sequence[Condition], cpu_share: float) -> dict[str, Any]:
+def _capacity_step(load: Load, step: HubSession, terms: Terms, cpu_share: float) -> dict[str, Any]:
     """What one rate showed; `held` is the condition that held, or that the generator could not send so much."""
     operations = step.metrics.summarise()
     count, failed = step.metrics.count(load.mix), step.metrics.failures(load.mix)
@@ -2251,7 +2243,7 @@ def _capacity_step(load: Load, step: HubSession, conditions: Sequence[Condition]
         "failed": failed,
         "failed_rate": failed / count if count else None,
     }
-    held = next((one.text for one in conditions if one.judge(seen, None)["held"]), None)
+    held = next((one.text for one in terms.conditions if one.judge(seen, terms.baseline)["held"]), None)
     late = step.metrics.late_share(load.mix) > 0.01 or count < load.planned
     bound = late and cpu_share > CPU_BOUND
     return {
@@ -2628,10 +2620,7 @@ COMMAND_OPTIONS = {
         Option("--find-capacity", "raise the rate until a condition holds: what does the hub sustain?"),
         CLEANUP_TIMEOUT,
     ),
-    "purge": (
-        Option("-b --batch-size", "users removed at one time (10)", whole_number, "N", 10),
-        CLEANUP_TIMEOUT,
-    ),
+    "purge": (Option("-b --batch-size", "users removed at one time (10)", whole_number, "N", 10), CLEANUP_TIMEOUT),
 }
 COMMAND_HELP = {
     "stress-test": "make users, start their servers, measure, remove them",
@@ -2775,7 +2764,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_command(args: argparse.Namespace) -> Results:
     """What the command that was asked for found."""
-    default = CAPACITY_CONDITIONS if getattr(args, "find_capacity", False) else (FAILED,)
+    slow = args.mix or {"activity": 1.0} if getattr(args, "find_capacity", False) else {}
+    default = (FAILED, *(condition(f"{name}.p95 > 500ms") for name in slow))
     terms = Terms(args.fail_if or default, args.baseline, args.cleanup_timeout, options_of(args))
     if args.command == "purge":
         return purge_users(

@@ -74,9 +74,7 @@ def show_rate(rate: int, seconds: int, processes: int) -> None:
     with KnownServer() as server:
         numbers = per_second(run(server, rate, seconds, processes).arrivals, rate)
     worst = max(abs(number / rate - 1) for number in numbers)
-    print(
-        f"{rate:>5}/s x{processes}: {min(numbers)} to {max(numbers)} in each of {len(numbers)} s, {worst:.2%} off at most"
-    )
+    print(f"{rate:>5}/s x{processes}: {min(numbers)} to {max(numbers)} a second, {worst:.2%} off at most")
 
 
 def main() -> None:
