@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["requests>=2.28", "urllib3>=1.26.12"]
+# dependencies = ["requests>=2.29", "urllib3>=1.26.12"]
 # ///
 """Will this JupyterHub hold, and how far does it go?
 
