@@ -60,6 +60,7 @@ import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -99,6 +100,7 @@ PROGRESS_EVERY_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
 LOG_HEADER = "hub-stress-test log"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TIMED_OUT = "no answer in time"
 
 Model = dict[str, Any]  # what the hub says of a user
@@ -1875,9 +1877,10 @@ def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
         context.Process(target=_send_in_process, args=(theirs, load, part, endpoint, session.token), daemon=True)
         for part, (_, theirs) in enumerate(pipes)
     ]
-    for child, (_, theirs) in zip(children, pipes):
-        child.start()
-        theirs.close()
+    with _signals_blocked():
+        for child, (_, theirs) in zip(children, pipes):
+            child.start()
+            theirs.close()
     try:
         return _lead([ours for ours, _ in pipes], session)
     except (EOFError, OSError):
@@ -1886,6 +1889,20 @@ def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
         for child in children:
             child.join(1.0)
             child.kill()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one, which gets it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _lead(pipes: Sequence[Connection], session: HubSession) -> float:
@@ -1913,8 +1930,6 @@ def _lead(pipes: Sequence[Connection], session: HubSession) -> float:
 
 def _send_in_process(pipe: Connection, load: Load, part: int, endpoint: str, token: str) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     load_operations(load.operations_file)
     session = get_session(token, pool_maxsize=load.open_workers)
     pipe.send("ready")
@@ -1969,9 +1984,7 @@ class Run:
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {
-                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -57,23 +57,27 @@ def test_the_number_of_requests_is_the_one_that_the_hub_served(new_hub: LocalHub
     assert found["http"]["requests"] - pings == 2 + 2 + 2 + 20 * 3  # checks, lists, creates, and three for each server
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_results_are_written_whole_when_a_run_is_interrupted(
-    number: int, code: int, new_hub: LocalHub, tmp_path: Path
+def test_one_interrupt_of_all_processes_cleans_up_and_writes_whole_results(
+    number: int, code: int, after_s: float, new_hub: LocalHub, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
     words = [sys.executable, str(MODULE), "activity-stress-test", "-c", "10", "--rate", "20", "--duration", "60s"]
     words += ["--processes", "2", "--workers", "10", "--results", str(file)]
-    run = subprocess.Popen(words, env=os.environ | new_hub.environment, stdout=-3, stderr=-3)
-    while not any(user["last_activity"] for name, user in new_hub.users().items() if name in tool_users(new_hub)):
-        time.sleep(0.1)
-    time.sleep(1)
-    run.send_signal(number)
-    assert run.wait(30) == code
+    run = subprocess.Popen(
+        words, env=os.environ | new_hub.environment, stdout=-3, stderr=-1, text=True, start_new_session=True
+    )
+    while len(tool_users(new_hub)) < 10:
+        time.sleep(0.02)
+    time.sleep(after_s)
+    os.killpg(run.pid, number)  # as a terminal does
+    _, stderr = run.communicate(timeout=30)
+    assert (run.returncode, "Traceback" in stderr) == (code, False), stderr
     found = json.loads(file.read_text())
     jsonschema.validate(found, SCHEMA)
-    assert found["operations"]["activity"]["count"] > 0 and found["users"]["left_behind"] == []
-    assert not tool_users(new_hub)
+    assert found["users"]["left_behind"] == [] and not tool_users(new_hub)
+    assert after_s < 1 or found["operations"]["activity"]["count"] > 0
 
 
 def test_an_open_load_sends_every_request_at_its_time_and_counts_each(tmp_path: Path) -> None:
