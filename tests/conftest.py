@@ -41,6 +41,20 @@ def run_tool(*words: str, hub: LocalHub | None = None, env: dict[str, str] | Non
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def refused_usage(words: list[str], env: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which a command line is refused, with exit code 2 and nothing on standard output."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        code = hst.main(words)
+    said = capsys.readouterr()
+    assert (code, said.out) == (2, "")
+    assert said.err.startswith("hub-stress-test: ") and said.err.count("\n") == 1
+    return said.err
+
+
 @pytest.fixture(scope="session")
 def new_hub() -> Iterator[LocalHub]:
     """The newest hub, shared: a test leaves it as it found it."""
