@@ -2237,10 +2237,10 @@ def measure_capacity(load: Load, terms: Terms, endpoint: str, session: HubSessio
         search.tell(rate, held)
         _drain_hub(load.users[0], endpoint, session)
     session.metrics.merge(best)
-    sustained = search.sustained
+    reports_per_s = (search.sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
     return {
-        "rate_per_s": sustained,
-        "servers_reporting_every_300_s": int(sustained * SERVER_REPORTS_EVERY_S) if sustained else None,
+        "rate_per_s": search.sustained,
+        "servers_reporting_every_300_s": int(reports_per_s * SERVER_REPORTS_EVERY_S) or None,
         "generator_bound": search.unknown,
         "steps": steps,
     }
@@ -2360,10 +2360,8 @@ def _capacity_sentence(capacity: Mapping[str, Any]) -> str:
     if rate is None:
         return "the capacity was not found: no rate that was tried was sustained"
     least = "at least " if capacity["generator_bound"] else ""
-    return (
-        f"this hub sustains {least}{rate:.0f} requests per second: "
-        f"{servers:,} running servers that report their activity every {SERVER_REPORTS_EVERY_S} s"
-    )
+    meaning = f": {servers:,} running servers that report their activity every 300 s" if servers else ""
+    return f"this hub sustains {least}{rate:.0f} requests per second{meaning}"
 
 
 def _facts(results: Results) -> Iterator[str]:
