@@ -2689,6 +2689,8 @@ def validate(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{option.replace('_', '-')} {value}: expected a whole number of at least 1")
     if getattr(args, "dry_run", False):
+        if getattr(args, "find_capacity", False):
+            raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
         args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("dry-run")
     if getattr(args, "processes", 1) > getattr(args, "workers", 1):
         raise UsageError(f"--processes {args.processes} is more than --workers {args.workers}: each needs a thread")

@@ -280,6 +280,7 @@ BAD = {
     "an unknown metric": (["purge", "--fail-if", "speed > 2"], "'speed' is not failed"),
     "a mix of nothing": (["activity-stress-test", "--mix", "activity"], "NAME=WEIGHT"),
     "a mix of the unknown": (["activity-stress-test", "--mix", "dance=1"], "no operation 'dance'"),
+    "the capacity of nothing": (["--dry-run", "activity-stress-test", "--find-capacity"], "give one of them"),
     "a rate of 0": (["activity-stress-test", "--rate", "0"], "a number above 0"),
     "more processes than workers": (["activity-stress-test", "--processes", "200"], "more than --workers 100"),
     "no such operations file": (["activity-stress-test", "--operations", "/nowhere.py"], "--operations /nowhere.py"),
