@@ -94,6 +94,7 @@ LATE_S = 2.0  # how long a hub is given to act on a request whose answer was los
 HUB_GONE_S = 120.0  # no further load once the hub has not answered for so long
 RETRY_AFTER_MAX_S = 120.0
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is asked again when the hub names no time
+FIRST_COME_S = 0.02  # the head start of who waited for a place over who comes only now
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
 PING_RATE_PER_S = 5.0
 PROGRESS_EVERY_S = 5.0
@@ -1335,10 +1336,12 @@ class Turns:
     def freed(self) -> int:
         return self._freed
 
-    def free(self) -> None:
+    def free(self) -> bool:
+        """A place is free; whether somebody waits who will take it."""
         with self._changed:
             self._freed += 1
             self._changed.notify_all()
+            return bool(self._waiting)
 
     def wait(self, due_s: float, freed_before: int, until_s: float, session: HubSession) -> None:
         """Until a place was freed since `freed_before` and nobody due earlier waits for it, or `until_s`, or a stop."""
@@ -1436,8 +1439,8 @@ class Starter:
         due_s = sent_s if due_s is None else due_s
         reply, refusals = self._ask_until_taken(name, due_s, sent_s)
         start = self._follow(name, reply, due_s)
-        if reply.status != 429:
-            self.turns.free()
+        if reply.status != 429 and self.turns.free():
+            self.session.pause(FIRST_COME_S)
         throttled_s = refusals[0] if refusals else None
         start = dataclasses.replace(start, throttled=len(refusals), due_s=due_s, throttled_s=throttled_s)
         if start.ready or not self.session.stopping.is_set():

@@ -195,10 +195,11 @@ def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
         thread.start()
     time.sleep(0.3)
     for expected in itertools.accumulate([1, 1, 1]):
-        turns.free()
+        assert turns.free()  # somebody waits, so that whoever comes only now lets them go first
         while len(order) < expected:
             time.sleep(0.01)
     assert order == [1.0, 2.0, 3.0]
+    assert not turns.free()
 
 
 def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
