@@ -368,18 +368,25 @@ class _Operation:
         self.last_answered_s = max(self.last_answered_s, other.last_answered_s)
 
 
-class Metrics:
-    """Samples folded into numbers: `add` from any thread, `merge` from another process, `summarise` at the end."""
+class _Counting:
+    """What threads share through a lock, which stays behind when the rest is sent to another process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._operations: dict[str, _Operation] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_operations": self._operations}
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+class Metrics(_Counting):
+    """Samples folded into numbers: `add` from any thread, `merge` from another process, `summarise` at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: dict[str, _Operation] = {}
 
     def add(self, sample: Sample) -> None:
         with self._lock:
@@ -431,19 +438,13 @@ class Metrics:
         }
 
 
-class Traffic:
+class Traffic(_Counting):
     """Every request that went to the hub, counted where it is sent; `observer` ones only to watch."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
         self.requests = self.retries = self.observer_requests = 0
         self.statuses: collections.Counter[int] = collections.Counter()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def merge(self, other: Traffic) -> None:
         with self._lock:
