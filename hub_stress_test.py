@@ -204,6 +204,11 @@ class Reply:
     retry_after_s: float | None = None
     location: str | None = None  # where a redirect, which is not followed, points
 
+    @property
+    def hub_status(self) -> int:
+        """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
+        return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
+
     def __str__(self) -> str:
         if not self.status:
             return self.reason
@@ -1313,7 +1318,7 @@ def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims:
 def read_state(name: str, endpoint: str, session: HubSession) -> ServerState:
     """What the hub says of a user now. `GET /users/{name}`: 200, or 404 when gone; anything else is not known."""
     reply = session.ask("GET", user_url(endpoint, name))
-    if reply.status == 404:
+    if reply.hub_status == 404:
         return ServerState.GONE
     return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
 
@@ -1484,7 +1489,7 @@ class Starter:
             return ServerStart(name, reply.answered_s - due_s, running=True)
         if reply.status == 429:
             return ServerStart(name, None, reason=f"still throttled after {self.timeout_s:g} s: {reply.reason}")
-        if reply.status == 404:
+        if reply.hub_status == 404:
             return ServerStart(name, None, reason="the hub no longer knows the user: it may have restarted")
         if reply.status in (401, 403):
             return ServerStart(name, None, reason=f"the hub no longer accepts the token: {reply}")
@@ -1578,13 +1583,15 @@ def wait_for_servers_to_start(
 def ask_to_stop(name: str, endpoint: str, session: HubSession) -> ServerState:
     """The state after `DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user, else not known."""
     url = user_url(endpoint, name, "server")
-    return state_after_stop(session.ask("DELETE", url, operation="stop_server", user=name, ok=(202, 204, 404)).status)
+    reply = session.ask("DELETE", url, operation="stop_server", user=name, ok=(202, 204, 404))
+    return state_after_stop(reply.hub_status)
 
 
 def ask_to_delete(name: str, endpoint: str, session: HubSession) -> ServerState:
     """The state after `DELETE /users/{name}`: 204 or 404 gone, else not known."""
     url = user_url(endpoint, name)
-    return state_after_delete(session.ask("DELETE", url, operation="delete_user", user=name, ok=(204, 404)).status)
+    reply = session.ask("DELETE", url, operation="delete_user", user=name, ok=(204, 404))
+    return state_after_delete(reply.hub_status)
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -1652,7 +1659,7 @@ def remove_user(
         state = ask_to_stop(name, endpoint, session)
     if state is ServerState.STOPPED:
         state = ask_to_delete(name, endpoint, session)
-    if state is ServerState.GONE:
+    if state is ServerState.GONE and states[name] is not state:
         gone.add(name)
 
 
@@ -1688,12 +1695,13 @@ def remove_users(
             left = to_do = {user["name"]: server_state(user) for user in found if ours(user["name"])}
             existing |= left.keys()
             gone.difference_update(left)
-            refusals = 0
+            done, refusals = not left, 0
         except HubRefused as error:
             LOG.warning("Cleaning up: %s", error)
             left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
-            refusals += error.token_refused
-        if not left or refusals == 3 or session.clock() >= until_s or not session.pause(pause_s):
+            refusals += error.token_refused or not left
+            done = refusals == 3
+        if done or session.clock() >= until_s or not session.pause(pause_s):
             return CleanUp(len(existing - left.keys()), tuple(left))
         if len(left) < before:
             pause_s, until_s = 0.2, session.clock() + timeout_s

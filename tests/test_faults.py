@@ -159,6 +159,7 @@ def test_a_single_fault(name: str, phase: str, hub: LocalHub, record_property: R
 FOR_A_WHILE: dict[str, tuple[Fault, float, str]] = {
     "502 pages for 5 s": (BAD_GATEWAY, 5, "502"),
     "503 pages for 5 s": (UNAVAILABLE, 5, "503|[1-9]\\d* repeated"),
+    "404 pages of a proxy for 5 s": (Answer(404, b"<html>default backend", HTML), 5, "404"),
     "429 without Retry-After for 5 s": (LIMIT, 5, "429|throttled|[1-9]\\d* repeated"),
     "database locked for 5 s": (LOCKED, 5, "500"),
     "connections reset for 5 s": (ResetBefore(), 5, "connection reset|[1-9]\\d* repeated"),
