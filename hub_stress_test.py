@@ -977,37 +977,31 @@ class SimulatedHub(BaseAdapter):
         pass
 
     def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
+        users, unknown = self._users, (404, {"status": 404, "message": None})
         match method, path:
+            case _, ["users", name, *_] if name not in users:
+                return unknown
             case "GET", [""]:
                 return 200, {"version": "simulated"}
             case "GET", ["user"]:
                 return 200, {"name": "dry-run", "scopes": sorted(set().union(*NEEDED_SCOPES.values()))}
             case "GET", ["users"]:
-                return 200, list(self._users.values())
+                return 200, list(users.values())
             case "POST", ["users"]:
-                new = {name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]}
-                self._users.update(new)
-                return 201, list(new.values())
-            case _, ["users", name, *rest] if name in self._users:
-                return self._answer_user(method, name, rest)
-        return 404, {"status": 404, "message": None}
-
-    def _answer_user(self, method: str, name: str, rest: list[str]) -> tuple[int, Any]:
-        match method, rest:
-            case "GET", []:
-                return 200, self._users[name]
-            case "DELETE", []:
-                del self._users[name]
-                return 204, None
-            case "POST", ["server"]:
-                self._users[name]["servers"][""] = {"pending": None, "ready": True}
+                users |= {name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]}
+                return 201, [users[name] for name in body["usernames"]]
+            case "GET", ["users", name]:
+                return 200, users[name]
+            case "DELETE", ["users", name]:
+                return 204, users.pop(name) and None
+            case "POST", ["users", name, "server"]:
+                users[name]["servers"][""] = {"pending": None, "ready": True}
                 return 201, None
-            case "DELETE", ["server"]:
-                self._users[name]["servers"].clear()
-                return 204, None
-            case "POST", ["activity"]:
+            case "DELETE", ["users", name, "server"]:
+                return 204, users[name]["servers"].clear()
+            case "POST", ["users", _, "activity"]:
                 return 200, None
-        return 404, {"status": 404, "message": None}
+        return unknown
 
 
 @dataclasses.dataclass(frozen=True)
