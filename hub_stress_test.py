@@ -34,11 +34,15 @@ user's own server costs is not measured. Two runs at one time on one hub need di
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import dataclasses
 import enum
 import functools
+import html
+import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -54,6 +58,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -98,6 +103,8 @@ FIRST_COME_S = 0.02  # the head start of who waited for a place over who comes o
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
 PING_RATE_PER_S = 5.0
 PROGRESS_EVERY_S = 5.0
+METRICS_EVERY_S = 5.0
+METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
 LOG_HEADER = "hub-stress-test log"
@@ -216,16 +223,32 @@ class Reply:
 
 
 @dataclasses.dataclass(frozen=True)
+class Readiness:
+    """How waiting for a server ended."""
+
+    ready_at_s: float | None = None  # the moment, of a monotonic clock; None when it did not become ready
+    reason: str = ""  # why it did not, where that is known
+    running: bool = True  # whether something may be running on the hub
+    message: str = ""  # what the hub said for longest while the server was starting
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerStart:
-    """What became of one server. `ready_s` is what its user waited; None when it did not become ready."""
+    """What became of one server. `ready_s` is what its user waited; None when it did not become ready.
+
+    Moments are seconds of a monotonic clock.
+    """
 
     user: str
     ready_s: float | None
     throttled: int = 0
     reason: str = ""
     running: bool = False  # whether something may be running on the hub
-    due_s: float = 0.0  # the moment it was due, of a monotonic clock
-    throttled_s: float | None = None  # the moment of the first 429
+    message: str = ""  # what the hub said for longest meanwhile
+    due_s: float = 0.0
+    throttled_s: float | None = None  # the first 429
+    asked_s: float = 0.0  # sending the request that was not throttled, or the last
+    ended_s: float = 0.0  # ready, or known to have failed
 
     @property
     def ready(self) -> bool:
@@ -233,8 +256,9 @@ class ServerStart:
 
     @property
     def general_reason(self) -> str:
-        """The reason without the user's name, so that the same ones can be counted."""
-        return self.reason.replace(self.user, "<user>")
+        """The reason without the user's or their pod's name, so that the same ones can be counted."""
+        plain = self.reason.replace(self.user, "<user>").replace(self.user.replace("-", "-2d"), "<user>")
+        return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,11 +377,61 @@ class Distribution:
         return {"min": self.min_s, "mean": self.total_s / self.count, **percentiles, "max": self.max_s}
 
 
-class _Operation:
-    """The samples of one operation, folded."""
+def rounded(seconds: float | None) -> float | None:
+    """To a tenth of a millisecond, which is finer than anything here is measured."""
+    return None if seconds is None else round(seconds, 4)
+
+
+class Timeline:
+    """Durations by the moment at which they began, in equal spans of time: never more than `SPANS`.
+
+    When there are more, two neighbours become one, so that an hour costs no more memory than a few minutes.
+    """
+
+    SPANS = 200
 
     def __init__(self) -> None:
-        self.latency, self.lateness = Distribution(), Distribution()
+        self.span_s = 1.0
+        self.spans: dict[int, Distribution] = {}
+
+    def add(self, at_s: float, seconds: float) -> None:
+        span = int(at_s // self.span_s)
+        if span not in self.spans:
+            self.spans[span] = Distribution()
+            if len(self.spans) > self.SPANS:
+                self._widen(2 * self.span_s)
+                span = int(at_s // self.span_s)
+        self.spans[span].add(seconds)
+
+    def merge(self, other: Timeline) -> None:
+        self._widen(max(self.span_s, other.span_s))
+        for span, distribution in other.spans.items():
+            self.spans.setdefault(int(span * other.span_s // self.span_s), Distribution()).merge(distribution)
+        while len(self.spans) > self.SPANS:
+            self._widen(2 * self.span_s)
+
+    def total(self) -> Distribution:
+        total = Distribution()
+        for distribution in self.spans.values():
+            total.merge(distribution)
+        return total
+
+    def widened(self, span_s: float) -> dict[int, Distribution]:
+        """The same in wider spans."""
+        wider: dict[int, Distribution] = {}
+        for span, distribution in self.spans.items():
+            wider.setdefault(int(span * self.span_s // span_s), Distribution()).merge(distribution)
+        return wider
+
+    def _widen(self, span_s: float) -> None:
+        self.spans, self.span_s = self.widened(span_s), span_s
+
+
+class _Operation:
+    """The samples of one operation, folded: how long those took that succeeded, and those that failed."""
+
+    def __init__(self) -> None:
+        self.latency, self.failed, self.lateness = Timeline(), Timeline(), Distribution()
         self.count = 0
         self.backoff_s = 0.0
         self.errors: collections.Counter[str] = collections.Counter()
@@ -365,12 +439,34 @@ class _Operation:
 
     def merge(self, other: _Operation) -> None:
         self.latency.merge(other.latency)
+        self.failed.merge(other.failed)
         self.lateness.merge(other.lateness)
         self.count += other.count
         self.backoff_s += other.backoff_s
         self.errors.update(other.errors)
         self.first_due_s = min(self.first_due_s, other.first_due_s)
         self.last_answered_s = max(self.last_answered_s, other.last_answered_s)
+
+    def timeline(self, began_s: float) -> dict[str, Any]:
+        """Count, failures and latencies in seconds for each span of time; and how often which latency came."""
+        span_s = max(self.latency.span_s, self.failed.span_s)
+        good, bad = self.latency.widened(span_s), self.failed.widened(span_s)
+        spans = sorted(good.keys() | bad.keys())
+        good |= {span: Distribution() for span in spans if span not in good}
+        shown = {name: [rounded(good[span].summary()[name]) for span in spans] for name in ("p50", "p95", "max")}
+        often: collections.Counter[int] = collections.Counter()
+        for bucket, number in self.latency.total().buckets.items():
+            often[bucket // 10] += number
+        tenths = range(min(often) - 1, max(often) + 2) if often else ()
+        return {
+            "span_s": span_s,
+            "at_s": [rounded(max(0.0, (span + 0.5) * span_s - began_s)) for span in spans],
+            "count": [good[span].count for span in spans],
+            "failed": [bad[span].count if span in bad else 0 for span in spans],
+            **{f"{name}_s": values for name, values in shown.items()},
+            "latency_s": [rounded(math.exp((bucket * 10 + 5) * Distribution.GROWTH)) for bucket in tenths],
+            "often": [often[bucket] for bucket in tenths],
+        }
 
 
 class _Counting:
@@ -402,8 +498,9 @@ class Metrics(_Counting):
             folded.last_answered_s = max(folded.last_answered_s, sample.answered_s)
             folded.lateness.add(max(0.0, sample.lateness_s))
             if sample.error is None:
-                folded.latency.add(max(0.0, sample.latency_s))
+                folded.latency.add(sample.due_s, max(0.0, sample.latency_s))
             else:
+                folded.failed.add(sample.due_s, max(0.0, sample.latency_s))
                 folded.errors[sample.error] += 1
 
     def merge(self, other: Metrics) -> None:
@@ -429,6 +526,11 @@ class Metrics(_Counting):
         with self._lock:
             return {name: self._summary(folded) for name, folded in self._operations.items()}
 
+    def timeline(self, began_s: float) -> dict[str, dict[str, Any]]:
+        """Operation name to what it did in each span of time, in seconds since `began_s`."""
+        with self._lock:
+            return {name: folded.timeline(began_s) for name, folded in self._operations.items()}
+
     @staticmethod
     def _summary(folded: _Operation) -> dict[str, Any]:
         span_s = folded.last_answered_s - folded.first_due_s
@@ -436,7 +538,7 @@ class Metrics(_Counting):
             "count": folded.count,
             "failed": sum(folded.errors.values()),
             "rate_per_s": folded.count / span_s if span_s > 0 else None,
-            "latency_s": folded.latency.summary(),
+            "latency_s": folded.latency.total().summary(),
             "lateness_s": folded.lateness.summary(),
             "backoff_s": folded.backoff_s,
             "errors": dict(folded.errors),
@@ -476,10 +578,29 @@ class Traffic(_Counting):
                 "throttled": self.statuses[429],
                 "statuses": {str(status): n for status, n in sorted(self.statuses.items())},
                 "observer_requests": self.observer_requests,
+                "observer_share": self.observer_requests / self.requests if self.requests else None,
             }
 
 
 # ==== Pure rules: what the hub's answers mean ========================================================================
+
+
+def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
+    """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
+
+    It tells why a start took long: a spawner says that it pulls an image, or waits for a node, when that begins.
+    """
+    ends = [at_s for at_s, _ in said[1:]] + [until_s]
+    return max(zip(said, ends), key=lambda one: one[1] - one[0][0])[0][1] if said else ""
+
+
+def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
+    """Phase, done, failed, rate and the time that the rest takes at that rate."""
+    of, left = (f" of {total:,}", "") if total else ("", "")
+    if total and done:
+        left = f", about {elapsed_s / done * (total - done):.0f} s left"
+    some_failed = f", {failed:,} failed" if failed else ""
+    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
 
 
 def server_state(model: Mapping[str, Any]) -> ServerState:
@@ -559,6 +680,202 @@ def exit_code(left: Collection[str], interrupted_by: int | None, failed: bool) -
     if interrupted_by is not None:
         return ExitCode(128 + interrupted_by)
     return ExitCode.FAILED if failed else ExitCode.OK
+
+
+# ==== Pure rules: words ==============================================================================================
+
+OPERATION_TITLES = {
+    "server_ready": "server ready",
+    "start_server": "start request",
+    "stop_server": "stop request",
+    "create_users": "create users",
+    "delete_user": "delete user",
+    "list_users": "list users",
+    "activity": "activity report",
+    "read": "read user",
+    "list": "list page",
+    "ping": "ping",
+}
+
+
+def duration_text(seconds: float | None) -> str:
+    """Three digits and a unit: 840 ms, 1.25 s, 62.1 s; a dash for nothing measured."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.{1 if seconds < 0.00995 else 0}f} ms"
+    return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
+
+
+def bytes_text(number: float | None) -> str:
+    """Megabytes: 117 MB, 0.4 MB; a dash for nothing measured."""
+    return "–" if number is None else f"{number / 1e6:.{0 if number >= 9.95e6 else 1}f} MB"
+
+
+# ==== Pure rules: the hub's own figures ==============================================================================
+
+_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
+    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|running_servers|"
+    "event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+)
+LAG_RESOLUTION_S = 0.05  # what a hub can tell of its event loop's lag
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The hub's own figures at one moment of our monotonic clock, by name and label."""
+
+    at_s: float
+    figures: Mapping[tuple[str, str], float]
+
+    def get(self, name: str, label: str = "") -> float:
+        return self.figures.get((name, label), 0.0)
+
+
+def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
+    """What matters to us among the samples (name, labels, value) of a hub's metrics page."""
+    figures: collections.Counter[tuple[str, str]] = collections.Counter()
+    for full_name, labels, value in samples:
+        match = _OWN_FIGURES.fullmatch(full_name)
+        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
+            continue
+        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
+        if "handler" in labels:
+            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
+        figures[match[1], label] += value  # type: ignore[assignment]
+    return Snapshot(at_s, figures)
+
+
+def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
+    """How much a counter has grown; after a restart of the hub it began at 0 again."""
+    total = 0.0
+    for before, after in zip(snapshots, snapshots[1:]):
+        total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
+    return total
+
+
+def restarted(before: Snapshot, after: Snapshot) -> bool:
+    """Whether the hub began anew between two snapshots."""
+    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
+
+
+def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
+    """A quantile of a histogram's cumulative buckets (upper bound, count), straight between their bounds."""
+    total = buckets[-1][1] if buckets else 0.0
+    lower, below = 0.0, 0.0
+    for upper, count in buckets:
+        if total and count >= share * total:
+            return lower if math.isinf(upper) else lower + (upper - lower) * (share * total - below) / (count - below)
+        lower, below = upper, count
+    return None
+
+
+def hub_metrics(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> dict[str, Any] | None:
+    """What the hub says of itself between the first and the last snapshot; None without two of them.
+
+    `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
+    """
+    if len(snapshots) < 2:
+        return None
+    first, last = snapshots[0], snapshots[-1]
+    rss = [one.get("process_resident_memory_bytes") for one in snapshots]
+    lag = sorted((float(le), grown(snapshots, name, le)) for name, le in last.figures if name.startswith("event_loop"))
+    lags = [quantile(lag, share) for share in (0.95, 1.0)]
+    cpu_s = grown(snapshots, "process_cpu_seconds_total")
+    under_load = cpu_shares([one for one in snapshots if one.at_s < load_ended_s + 1.0])
+    return {
+        "cpu_s": cpu_s,
+        "cpu_share": cpu_s / (last.at_s - first.at_s),
+        "cpu_share_max": max((share for _, share in under_load), default=cpu_s / (last.at_s - first.at_s)),
+        "rss_before_bytes": rss[0],
+        "rss_max_bytes": max(rss),
+        "rss_after_bytes": rss[-1],
+        "rss_per_server_bytes": max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
+        "event_loop_lag_p95_s": None if lags[0] is None else max(lags[0], LAG_RESOLUTION_S),
+        "event_loop_lag_max_s": None if lags[1] is None else max(lags[1], LAG_RESOLUTION_S),
+        "running_servers_max": max(one.get("running_servers") for one in snapshots),
+        "requests": _own_durations(snapshots, "request_duration_seconds"),
+        "spawns": _own_durations(snapshots, "server_spawn_duration_seconds"),
+    }
+
+
+def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, dict[str, float]]:
+    counts = {
+        label: grown(snapshots, f"{name}_count", label) for n, label in snapshots[-1].figures if n == f"{name}_count"
+    }
+    return {
+        label: {"count": count, "mean_s": grown(snapshots, f"{name}_sum", label) / count}
+        for label, count in counts.items()
+        if count > 0
+    }
+
+
+def cpu_shares(snapshots: Sequence[Snapshot], least_s: float = 1.0) -> list[tuple[float, float]]:
+    """The share of a processor that the hub used up to each moment, over stretches of at least `least_s`."""
+    shares: list[tuple[float, float]] = []
+    since = 0
+    for at in range(1, len(snapshots)):
+        took_s = snapshots[at].at_s - snapshots[since].at_s
+        if took_s >= least_s or (at == len(snapshots) - 1 and not shares):
+            stretch = snapshots[since : at + 1]
+            shares.append((snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3)))
+            since = at
+    return shares
+
+
+HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
+BUSY = 0.85  # of a processor: a hub, which has but one, could hardly do more
+IN_FRONT_S = 0.02  # on a request, for which the way to the hub and back deserves a mention
+
+
+def time_spent(results: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
+    own, operations = results["hub"]["metrics"], results["operations"]
+    if not own:
+        return
+    wait_s, start_s = metric_value(results, "server_ready.mean"), own["spawns"].get("success", {}).get("mean_s")
+    if wait_s and start_s:
+        throttled_s = operations["start_server"]["backoff_s"] / operations["start_server"]["count"]
+        rest_s = wait_s - throttled_s - start_s
+        parts = [f"the hub took {duration_text(min(start_s, wait_s))} to start the server"]
+        parts += [f"{duration_text(throttled_s)} passed while it throttled"] if throttled_s > IN_FRONT_S else []
+        parts += [f"{duration_text(rest_s)} went to all the rest"] if rest_s > IN_FRONT_S else []
+        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
+    for name, handler in HANDLERS.items():
+        whole_s, inside_s = metric_value(results, f"{name}.mean"), own["requests"].get(handler, {}).get("mean_s")
+        if whole_s and inside_s:
+            outside_s = whole_s - inside_s
+            if outside_s < max(IN_FRONT_S, whole_s / 2):
+                where = "in the hub"
+            elif own["cpu_share_max"] > BUSY:
+                where = "waiting for the hub, whose process was busy all the time"
+            else:
+                where = "not in the hub but in front of it: network, proxy, TLS or this machine"
+            text = f"a mean {OPERATION_TITLES[name]} of {duration_text(whole_s)}"
+            yield f"{text} took {duration_text(inside_s)} by the hub's own clock: most of it was spent {where}"
+
+
+def advice(results: Mapping[str, Any]) -> Iterator[str]:
+    """What to look at next, when a run has failed."""
+    servers, own, statuses = results["servers"] or {}, results["hub"]["metrics"] or {}, results["http"]["statuses"]
+    reasons = " ".join(servers.get("reasons", {}))
+    if "Active user limit" in reasons:
+        yield "the hub allows no more servers: raise its active_server_limit"
+    elif servers.get("throttled"):
+        yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
+    if "not ready after" in reasons:
+        yield "some were still starting: see the hub's log and the spawner's events, or allow more by --server-timeout"
+    elif servers.get("failed"):
+        yield "see the hub's log for the users named in the results; on Kubernetes, the events of their pods"
+    if own.get("cpu_share_max", 0) > BUSY:
+        yield (
+            f"the hub's process used {own['cpu_share_max']:.0%} of a processor, and it can use only one: "
+            "give it a faster one, or less to do"
+        )
+    if results["hub"]["restarts"]:
+        yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
+    if statuses.keys() & {"502", "503", "504"}:
+        yield "502, 503 and 504 come from what stands in front of the hub: look at the proxy's and the ingress's logs"
 
 
 # ==== Pure rules: conditions and capacity ============================================================================
@@ -1088,7 +1405,7 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
     return "/".join([f"{endpoint}/users", urllib.parse.quote(name, safe=""), *rest])
 
 
-# ==== Threads ========================================================================================================
+# ==== Threads and progress ============================================================================================
 
 
 def timeit(f: Callable[..., R]) -> Callable[..., R]:
@@ -1105,18 +1422,43 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
     return timed
 
 
+def optional(module: str) -> Any:
+    """A module of the extra `full`; None when it is not installed."""
+    return importlib.import_module(module) if importlib.util.find_spec(module.partition(".")[0]) else None
+
+
 class Progress:
-    """A calm line in the log every few seconds while something goes on."""
+    """Says on standard error how far a phase has come: a bar on a terminal (with tqdm), else a line now and then.
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total = what, total
-        self._next_s = time.monotonic() + PROGRESS_EVERY_S
+    It is silent unless the log shows at least INFO. `total` is None where nobody knows it.
+    """
 
-    def tell(self, good: int, done: int) -> None:
-        if time.monotonic() >= self._next_s:
-            self._next_s += PROGRESS_EVERY_S
-            failed = f", {done - good} not" if done > good else ""
-            LOG.info("%d of %d %s%s", good, self._total, self._what, failed)
+    def __init__(self, phase: str, total: int | None) -> None:
+        self._phase, self._total = phase, total
+        self._began_s = time.monotonic()
+        self._next_s = self._began_s + PROGRESS_EVERY_S
+        self._bar: Any = None
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> Progress:
+        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty() and (tqdm := optional("tqdm")):
+            self._closing.enter_context(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
+            bar = tqdm.tqdm(total=self._total, desc=self._phase, file=sys.stderr, dynamic_ncols=True)
+            self._bar = self._closing.enter_context(bar)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def tell(self, done: int, failed: int = 0) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix({"failed": failed} if failed else {}, refresh=False)
+            self._bar.update(done - self._bar.n)
+            self._bar.refresh()
+        elif LOG.isEnabledFor(logging.INFO) and (now_s := time.monotonic()) >= self._next_s:
+            self._next_s = now_s + PROGRESS_EVERY_S
+            line = progress_line(self._phase, self._total, done, failed, now_s - self._began_s)
+            print(line, file=sys.stderr, flush=True)
 
 
 class Shared(Iterator[T]):
@@ -1270,15 +1612,16 @@ def create_users(
     indexes = itertools.count(first_free_index(taken, run))
     batches: list[list[str]] = []
     try:
-        while missing := count - sum(map(len, batches)):
-            wanted = [username(index, run) for index in itertools.islice(indexes, min(batch_size, missing))]
-            if made := _create_batch(wanted, endpoint, session, kept):
-                batches.append(made)
+        with Progress("creating users", count) as progress:
+            while missing := count - sum(map(len, batches)):
+                wanted = [username(index, run) for index in itertools.islice(indexes, min(batch_size, missing))]
+                if made := _create_batch(wanted, endpoint, session, kept):
+                    batches.append(made)
+                progress.tell(sum(map(len, batches)))
     except HubRefused:
         if claims is None:
             delete_users(kept.ours, endpoint, session, batch_size)
         raise
-    LOG.info("Created %d users", count)
     return batches
 
 
@@ -1309,9 +1652,9 @@ def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims:
     return made
 
 
-def read_state(name: str, endpoint: str, session: HubSession) -> ServerState:
+def read_state(name: str, endpoint: str, session: HubSession, observer: bool = False) -> ServerState:
     """What the hub says of a user now. `GET /users/{name}`: 200, or 404 when gone; anything else is not known."""
-    reply = session.ask("GET", user_url(endpoint, name))
+    reply = session.ask("GET", user_url(endpoint, name), call=Call(observer=observer))
     if reply.hub_status == 404:
         return ServerState.GONE
     return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
@@ -1383,43 +1726,44 @@ def start_server(
     return True
 
 
-def await_ready(name: str, endpoint: str, session: HubSession, until_s: float) -> tuple[float | None, str, bool]:
-    """The moment at which a server became ready, or None, why, and whether it may still be running.
+def await_ready(name: str, endpoint: str, session: HubSession, until_s: float) -> Readiness:
+    """How the start of a server ended, or that it had not by `until_s`.
 
     From `GET /users/{name}/server/progress`, a stream that ends with an event `ready` or `failed` (whose message is
     the hub's reason); where no stream can be had, from the user model, which does not know why.
     """
-    pause_s = 0.1
+    pause_s, message = 0.1, ""
     while session.clock() < until_s and not session.stopping.is_set():
-        moment_s, event = last_event(name, endpoint, session, until_s)
+        moment_s, event, heard = follow_progress(name, endpoint, session, until_s)
+        message = heard or message
         if event.get("ready"):
-            return moment_s, "", True
+            return Readiness(moment_s, message=message)
         if event.get("failed"):
-            return (
-                None,
-                str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason",
-                False,
-            )
-        state = read_state(name, endpoint, session)
+            reason = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
+            return Readiness(None, reason, running=False)
+        state = read_state(name, endpoint, session, observer=True)
         if state is ServerState.READY:
-            return session.clock(), "", True
+            return Readiness(session.clock(), message=message)
         if state in (ServerState.STOPPED, ServerState.GONE):
-            return None, "", False
+            return Readiness(running=False)
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
-    return None, "", True
+    return Readiness(message=message)
 
 
-def last_event(name: str, endpoint: str, session: HubSession, until_s: float) -> tuple[float, Model]:
-    """The event that ends a progress stream and the moment at which it came; an empty one if none did by `until_s`.
+def follow_progress(name: str, endpoint: str, session: HubSession, until_s: float) -> tuple[float, Model, str]:
+    """The event that ends a progress stream, empty if none did by `until_s`; its moment; and the longest message.
 
     The stream is read to its end, which follows at once, so that its connection can be used again.
     """
     moment_s, last = until_s, Model()
+    said: list[tuple[float, str]] = []
     for event in session.events(user_url(endpoint, name, "server", "progress"), until_s):
         if not last and (event.get("ready") or event.get("failed")):
             moment_s, last = session.clock(), event
-    return moment_s, last
+        elif not last and event.get("message"):
+            said.append((session.clock(), str(event["message"])))
+    return moment_s, last, longest_message(said, min(moment_s, session.clock()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1431,35 +1775,42 @@ class Starter:
     profile: str | Mapping[str, Any] | None = None
     timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
     turns: Turns = dataclasses.field(default_factory=Turns)
-    failed: threading.Event = dataclasses.field(default_factory=threading.Event)
+    failures: list[str] = dataclasses.field(default_factory=list)
 
     def bring_up(self, name: str, due_s: float | None = None) -> ServerStart:
         """What became of one server, due now or at `due_s`, measured as `start_server` and `server_ready`."""
         sent_s = self.session.clock()
         due_s = sent_s if due_s is None else due_s
-        reply, refusals = self._ask_until_taken(name, due_s, sent_s)
+        reply, refusals, asked_s = self._ask_until_taken(name, due_s, sent_s)
         start = self._follow(name, reply, due_s)
         if reply.status != 429 and self.turns.free():
             self.session.pause(FIRST_COME_S)
-        throttled_s = refusals[0] if refusals else None
-        start = dataclasses.replace(start, throttled=len(refusals), due_s=due_s, throttled_s=throttled_s)
+        start = dataclasses.replace(
+            start,
+            throttled=len(refusals),
+            due_s=due_s,
+            throttled_s=refusals[0] if refusals else None,
+            asked_s=asked_s,
+            ended_s=self.session.clock() if start.ready_s is None else due_s + start.ready_s,
+        )
         if start.ready or not self.session.stopping.is_set():
             self._measure(start)
         if not start.ready:
             LOG.debug("The server of %s failed: %s", name, start.reason)
-            self.failed.set()
+            self.failures.append(name)
         return start
 
     def bring_up_when_due(self, name_and_due: tuple[str, float]) -> ServerStart:
         return self.bring_up(*name_and_due)
 
-    def _ask_until_taken(self, name: str, due_s: float, sent_s: float) -> tuple[Reply, list[float]]:
-        """The hub's answer other than "later", or its last "later" when time is up; and the moments of each."""
+    def _ask_until_taken(self, name: str, due_s: float, sent_s: float) -> tuple[Reply, list[float], float]:
+        """The hub's answer other than "later", or its last "later" when time is up; the moments of all "later", and
+        that of the last request."""
         until_s = due_s + self.timeout_s
         refusals: list[float] = []
         backoff_s = 0.0
         while True:
-            freed = self.turns.freed
+            freed, asked_s = self.turns.freed, self.session.clock()
             reply = ask_to_start(name, self.endpoint, self.session, self.profile, until_s)
             backoff_s += reply.backoff_s
             if reply.status == 429:
@@ -1475,7 +1826,7 @@ class Starter:
             self.session.metrics.add(
                 Sample("start_server", name, due_s, sent_s, reply.answered_s, error, tries, backoff_s)
             )
-        return reply, refusals
+        return reply, refusals, asked_s
 
     def _follow(self, name: str, reply: Reply, due_s: float) -> ServerStart:
         """What became of a start that was answered with `reply`."""
@@ -1487,19 +1838,19 @@ class Starter:
             return ServerStart(name, None, reason="the hub no longer knows the user: it may have restarted")
         if reply.status in (401, 403):
             return ServerStart(name, None, reason=f"the hub no longer accepts the token: {reply}")
-        ready_at_s, reason, running = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
-        if ready_at_s is not None:
-            return ServerStart(name, ready_at_s - due_s, running=True)
+        end = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
+        if end.ready_at_s is not None:
+            return ServerStart(name, end.ready_at_s - due_s, running=True, message=end.message)
+        reason = end.reason
         if not reason and (reply.status == 202 or reply.reason == TIMED_OUT):
-            reason = f"not ready after {self.timeout_s:g} s" if running else "it vanished while starting"
-        return ServerStart(name, None, reason=reason or f"the start was answered {reply}", running=running)
+            last_word = f"; the hub said: {end.message}" if end.message else ""
+            reason = f"not ready after {self.timeout_s:g} s{last_word}" if end.running else "it vanished while starting"
+        return ServerStart(name, None, reason=reason or f"the start was answered {reply}", running=end.running)
 
     def _measure(self, start: ServerStart) -> None:
-        due_s = start.due_s
-        answered_s = self.session.clock() if start.ready_s is None else due_s + start.ready_s
         error = None if start.ready else start.general_reason
         self.session.metrics.add(
-            Sample("server_ready", start.user, due_s, due_s, answered_s, error, start.throttled + 1)
+            Sample("server_ready", start.user, start.due_s, start.due_s, start.ended_s, error, start.throttled + 1)
         )
 
 
@@ -1522,22 +1873,22 @@ def start_servers(
     """
     starter = Starter(endpoint, session, profile, timeout_s)
     names = [name for batch in users for name in batch]
-    going_on = functools.partial(itertools.takewhile, lambda _: not (fail_fast and starter.failed.is_set()))
-    progress = Progress("servers ready", len(names))
+    going_on = functools.partial(itertools.takewhile, lambda _: not (fail_fast and starter.failures))
+    with Progress("starting servers", len(names)) as progress:
 
-    def tell(starts: Mapping[Any, ServerStart | Exception]) -> None:
-        progress.tell(sum(isinstance(s, ServerStart) and s.ready for s in list(starts.values())), len(starts))
+        def tell(starts: Mapping[Any, ServerStart | Exception]) -> None:
+            progress.tell(len(starts), len(starter.failures))
 
-    if rate_per_s is None:
-        concurrency = max((len(batch) for batch in users), default=1)
-        outcomes = fan_out(starter.bring_up, going_on(names), concurrency, session, tell)
-    else:
-        pace = Pace(rate_per_s, session.clock())
-        schedule = on_schedule(((n, pace.due_s(n)) for n in range(len(names))), math.inf, session)
-        due = ((names[n], due_s) for n, due_s in going_on(schedule))
-        concurrency = min(len(names), OPEN_STARTS_MAX)
-        timed = fan_out(starter.bring_up_when_due, due, concurrency, session, tell)
-        outcomes = {name: start for (name, _), start in timed.items()}
+        if rate_per_s is None:
+            concurrency = max((len(batch) for batch in users), default=1)
+            outcomes = fan_out(starter.bring_up, going_on(names), concurrency, session, tell)
+        else:
+            pace = Pace(rate_per_s, session.clock())
+            schedule = on_schedule(((n, pace.due_s(n)) for n in range(len(names))), math.inf, session)
+            due = ((names[n], due_s) for n, due_s in going_on(schedule))
+            concurrency = min(len(names), OPEN_STARTS_MAX)
+            timed = fan_out(starter.bring_up_when_due, due, concurrency, session, tell)
+            outcomes = {name: start for (name, _), start in timed.items()}
     return {
         name: ServerStart(name, None, reason=repr(start), running=True) if isinstance(start, Exception) else start
         for name, start in outcomes.items()
@@ -1567,8 +1918,8 @@ def wait_for_servers_to_start(
     until_s = session.clock() + timeout_s
     names = [name for batch in users for name in batch]
     concurrency = max((len(batch) for batch in users), default=1)
-    moments = fan_out(lambda name: await_ready(name, endpoint, session, until_s), names, concurrency, session)
-    return {name: isinstance(m := moments.get(name), tuple) and m[0] is not None for name in names}
+    ends = fan_out(lambda name: await_ready(name, endpoint, session, until_s), names, concurrency, session)
+    return {name: isinstance(end := ends.get(name), Readiness) and end.ready_at_s is not None for name in names}
 
 
 # ==== Stopping and cleaning up =======================================================================================
@@ -1677,29 +2028,29 @@ def remove_users(
     gone = set() if gone is None else gone
     left = {name: state for name, state in states.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
-    progress = Progress("users removed", len(left))
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     to_do = left
-    while True:
-        step = functools.partial(remove_user, states=to_do, gone=gone, endpoint=endpoint, session=session)
-        fan_out(step, to_do, concurrency, session, lambda _: progress.tell(len(gone), len(gone)))
-        before = len(left)
-        try:
-            found = find_existing_stress_test_users(endpoint, session)
-            left = to_do = {user["name"]: server_state(user) for user in found if ours(user["name"])}
-            existing |= left.keys()
-            gone.difference_update(left)
-            done, refusals = not left, 0
-        except HubRefused as error:
-            LOG.warning("Cleaning up: %s", error)
-            left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
-            refusals += error.token_refused or not left
-            done = refusals == 3
-        if done or session.clock() >= until_s or not session.pause(pause_s):
-            return CleanUp(len(existing - left.keys()), tuple(left))
-        if len(left) < before:
-            pause_s, until_s = 0.2, session.clock() + timeout_s
-        pause_s = min(pause_s * 1.5, 5.0)
+    with Progress("removing users", len(left)) as progress:
+        while True:
+            step = functools.partial(remove_user, states=to_do, gone=gone, endpoint=endpoint, session=session)
+            fan_out(step, to_do, concurrency, session, lambda _: progress.tell(len(gone)))
+            before = len(left)
+            try:
+                found = find_existing_stress_test_users(endpoint, session)
+                left = to_do = {user["name"]: server_state(user) for user in found if ours(user["name"])}
+                existing |= left.keys()
+                gone.difference_update(left)
+                done, refusals = not left, 0
+            except HubRefused as error:
+                LOG.warning("Cleaning up: %s", error)
+                left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
+                refusals += error.token_refused or not left
+                done = refusals == 3
+            if done or session.clock() >= until_s or not session.pause(pause_s):
+                return CleanUp(len(existing - left.keys()), tuple(left))
+            if len(left) < before:
+                pause_s, until_s = 0.2, session.clock() + timeout_s
+            pause_s = min(pause_s * 1.5, 5.0)
 
 
 # ==== Load: operations, ping, closed and open model ==================================================================
@@ -1778,6 +2129,188 @@ def perform(
     session.metrics.add(Sample(operation, user, due_s, sent_s, session.clock(), error, call.tries, call.backoff_s))
 
 
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
+
+    users: tuple[str, ...]
+    mix: Mapping[str, float]
+    workers: int  # threads in each process; in the open model there are more if a slow hub could need them
+    rate_per_s: float | None = None
+    duration_s: float | None = None  # None: once through the users
+    processes: int = 1
+    operations_file: str | None = None
+
+    @property
+    def planned(self) -> int:
+        """How many requests an open load consists of."""
+        return round((self.rate_per_s or 0) * self.duration_s) if self.duration_s else len(self.users)
+
+    @property
+    def title(self) -> str:
+        """What is going on while it is sent."""
+        if self.rate_per_s:
+            return f"sending {self.rate_per_s:.4g} per second"
+        return f"sending for {self.duration_s:g} s" if self.duration_s else "sending"
+
+    @property
+    def open_workers(self) -> int:
+        """Threads that an open load needs in each process to go on while the hub answers nothing for 3 seconds.
+
+        More than 400 get into each other's way: then more processes are what helps.
+        """
+        return max(self.workers, min(400, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
+
+    def due(self, part: int, pace: Pace) -> Iterator[tuple[int, float]]:
+        """Number and due moment of each request of an open load that one of the processes sends."""
+        return ((n, pace.due_s(n)) for n in range(part, self.planned, self.processes))
+
+
+def send_load(
+    load: Load, part: int, started_s: float, endpoint: str, session: HubSession, tell: Callable[[int, int], None]
+) -> None:
+    """Send one process's part of a load, from `started_s` on, telling how many requests are done and have failed."""
+
+    def on_tick(_: object = None) -> None:
+        tell(session.metrics.count(load.mix), session.metrics.failures(load.mix))
+
+    session.pause(started_s - session.clock())
+    if load.rate_per_s:
+        last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
+        due = Shared(on_schedule(load.due(part, Pace(load.rate_per_s, started_s)), last_s, session))
+        worker = functools.partial(send_when_due, due, load, endpoint, session)
+        in_threads(worker, load.open_workers, session, on_tick)
+        return
+    until_s = started_s + load.duration_s if load.duration_s else None
+    workers = load.workers * load.processes
+    shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
+    work = functools.partial(work_through, load=load, endpoint=endpoint, session=session, until_s=until_s)
+    fan_out(work, shares, load.workers, session, on_tick)
+
+
+def send_when_due(due: Iterator[tuple[int, float]], load: Load, endpoint: str, session: HubSession) -> None:
+    """One worker of the open model: send the next request as soon as it is due, going round the users."""
+    for n, due_s in due:
+        name = choose(load.mix, n)
+        perform(name, OPERATIONS[name], load.users[n % len(load.users)], endpoint, session, due_s)
+
+
+def work_through(share: Sequence[str], load: Load, endpoint: str, session: HubSession, until_s: float | None) -> None:
+    """One worker of the closed model: one request for each user of its share, each after a random 0 to 1 s."""
+    for n, user in enumerate(share if until_s is None else itertools.cycle(share)):
+        if not session.pause(random.random()) or session.hub_is_gone or session.clock() >= (until_s or math.inf):
+            return
+        name = choose(load.mix, n)
+        perform(name, OPERATIONS[name], user, endpoint, session)
+
+
+def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
+    """Send a load from its processes; the busiest one's share of a processor while it sent.
+
+    Their samples and counts go to the session. Raises `HubStressError` when a process dies.
+    """
+    with Progress(load.title, None if load.duration_s and not load.rate_per_s else load.planned) as progress:
+        if load.processes > 1:
+            return _spread_over_processes(load, endpoint, session, progress)
+        cpu_s, began_s = time.process_time(), session.clock()
+        send_load(load, 0, session.clock(), endpoint, session, progress.tell)
+        return (time.process_time() - cpu_s) / max(session.clock() - began_s, 1e-3)
+
+
+def _spread_over_processes(load: Load, endpoint: str, session: HubSession, progress: Progress) -> float:
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(load.processes)]
+    children = [
+        context.Process(target=_send_in_process, args=(theirs, load, part, endpoint, session.token), daemon=True)
+        for part, (_, theirs) in enumerate(pipes)
+    ]
+    with _signals_blocked():
+        for child, (_, theirs) in zip(children, pipes):
+            child.start()
+            theirs.close()
+    try:
+        return _lead([ours for ours, _ in pipes], session, progress)
+    except (EOFError, OSError):
+        raise LoadDied("a process that sends the load died") from None
+    finally:
+        for child in children:
+            child.join(1.0)
+            child.kill()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one, which gets it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _lead(pipes: Sequence[Connection], session: HubSession, progress: Progress) -> float:
+    """Start the processes at one moment, pass a stop on, and collect what they measured; the largest CPU share."""
+    for pipe in pipes:
+        pipe.recv()  # it is ready
+    for pipe in pipes:
+        pipe.send(session.clock() + 0.2)
+    busiest, waiting, told = 0.0, list(pipes), False
+    done = dict.fromkeys(pipes, (0, 0))
+    while waiting:
+        multiprocessing.connection.wait(waiting, timeout=0.1)
+        for pipe in [pipe for pipe in waiting if pipe.poll()]:
+            news = pipe.recv()
+            if isinstance(news, Sent):
+                session.metrics.merge(news.metrics)
+                session.traffic.merge(news.traffic)
+                busiest = max(busiest, news.cpu_share)
+                waiting.remove(pipe)
+            else:
+                done[pipe] = news
+        progress.tell(*map(sum, zip(*done.values())))
+        session.answered_s = session.clock()
+        if session.stopping.is_set() and not told:
+            told = True
+            for pipe in waiting:
+                pipe.send("stop")
+    return busiest
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What one process measured, and its share of a processor meanwhile."""
+
+    metrics: Metrics
+    traffic: Traffic
+    cpu_share: float
+
+
+def _send_in_process(pipe: Connection, load: Load, part: int, endpoint: str, token: str) -> None:
+    """One of several processes; it leaves signals to the one that started it, and ends with it."""
+    load_operations(load.operations_file)
+    session = get_session(token, pool_maxsize=load.open_workers)
+    pipe.send("ready")
+    started_s = pipe.recv()
+    threading.Thread(target=_stop_when_told, args=(pipe, session), daemon=True).start()
+    cpu_s = time.process_time()
+    send_load(load, part, started_s, endpoint, session, lambda done, failed: pipe.send((done, failed)))
+    cpu_share = (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
+    pipe.send(Sent(session.metrics, session.traffic, cpu_share))
+
+
+def _stop_when_told(pipe: Connection, session: HubSession) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    session.stop()
+
+
+# ==== Watching: pings, and the hub's own figures =====================================================================
+
+
 class Ping:
     """While the `with` block runs, reads one user five times a second: what everybody else on the hub feels."""
 
@@ -1806,151 +2339,59 @@ class Ping:
         return session.request("GET", user_url(endpoint, username), call=Call(observer=True, retry_until_s=0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
+class Monitor:
+    """While the `with` block runs, reads the hub's own metrics every 5 seconds, and once before and after.
 
-    users: tuple[str, ...]
-    mix: Mapping[str, float]
-    workers: int  # threads in each process; in the open model there are more if a slow hub could need them
-    rate_per_s: float | None = None
-    duration_s: float | None = None  # None: once through the users
-    processes: int = 1
-    operations_file: str | None = None
-
-    @property
-    def planned(self) -> int:
-        """How many requests an open load consists of."""
-        return round((self.rate_per_s or 0) * self.duration_s) if self.duration_s else len(self.users)
-
-    @property
-    def open_workers(self) -> int:
-        """Threads that an open load needs in each process to go on while the hub answers nothing for 3 seconds.
-
-        More than 400 get into each other's way: then more processes are what helps.
-        """
-        return max(self.workers, min(400, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
-
-    def due(self, part: int, pace: Pace) -> Iterator[tuple[int, float]]:
-        """Number and due moment of each request of an open load that one of the processes sends."""
-        return ((n, pace.due_s(n)) for n in range(part, self.planned, self.processes))
-
-
-def send_load(load: Load, part: int, started_s: float, endpoint: str, session: HubSession) -> None:
-    """Send one process's part of a load, from `started_s` on."""
-    session.pause(started_s - session.clock())
-    if load.rate_per_s:
-        last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
-        due = Shared(on_schedule(load.due(part, Pace(load.rate_per_s, started_s)), last_s, session))
-        worker = functools.partial(send_when_due, due, load, endpoint, session)
-        in_threads(worker, load.open_workers, session, lambda: None)
-        return
-    until_s = started_s + load.duration_s if load.duration_s else None
-    workers = load.workers * load.processes
-    shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
-    work = functools.partial(work_through, load=load, endpoint=endpoint, session=session, until_s=until_s)
-    fan_out(work, shares, load.workers, session)
-
-
-def send_when_due(due: Iterator[tuple[int, float]], load: Load, endpoint: str, session: HubSession) -> None:
-    """One worker of the open model: send the next request as soon as it is due, going round the users."""
-    for n, due_s in due:
-        name = choose(load.mix, n)
-        perform(name, OPERATIONS[name], load.users[n % len(load.users)], endpoint, session, due_s)
-
-
-def work_through(share: Sequence[str], load: Load, endpoint: str, session: HubSession, until_s: float | None) -> None:
-    """One worker of the closed model: one request for each user of its share, each after a random 0 to 1 s."""
-    for n, user in enumerate(share if until_s is None else itertools.cycle(share)):
-        if not session.pause(random.random()) or session.hub_is_gone or session.clock() >= (until_s or math.inf):
-            return
-        name = choose(load.mix, n)
-        perform(name, OPERATIONS[name], user, endpoint, session)
-
-
-def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
-    """Send a load from its processes; the busiest one's share of a processor while it sent.
-
-    Their samples and counts go to the session. Raises `HubStressError` when a process dies.
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do).
     """
-    cpu_s, began_s = time.process_time(), session.clock()
-    if load.processes == 1:
-        send_load(load, 0, session.clock(), endpoint, session)
-        return (time.process_time() - cpu_s) / max(session.clock() - began_s, 1e-3)
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(load.processes)]
-    children = [
-        context.Process(target=_send_in_process, args=(theirs, load, part, endpoint, session.token), daemon=True)
-        for part, (_, theirs) in enumerate(pipes)
-    ]
-    with _signals_blocked():
-        for child, (_, theirs) in zip(children, pipes):
-            child.start()
-            theirs.close()
-    try:
-        return _lead([ours for ours, _ in pipes], session)
-    except (EOFError, OSError):
-        raise LoadDied("a process that sends the load died") from None
-    finally:
-        for child in children:
-            child.join(1.0)
-            child.kill()
 
+    def __init__(self, endpoint: str, session: HubSession, wanted: bool) -> None:
+        self.snapshots: list[Snapshot] = []
+        self.missing = ""  # why there are no snapshots
+        self._url = endpoint.removesuffix("/api") + "/metrics"
+        self._session = session.for_cleaning_up()  # so that it sees the hub also after the load was stopped
+        self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
+        self._done, self._looking = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        self._wanted = wanted
+        if wanted and not self._parser:
+            self.missing = "prometheus-client is not installed: pip install prometheus-client"
+            LOG.info("The hub's own figures are not read, since %s", self.missing)
 
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one, which gets it afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def __enter__(self) -> Monitor:
+        self.look()
+        self._thread.start()
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(1.0)
 
-def _lead(pipes: Sequence[Connection], session: HubSession) -> float:
-    """Start the processes at one moment, pass a stop on, and collect what they measured; the largest CPU share."""
-    for pipe in pipes:
-        pipe.recv()  # it is ready
-    for pipe in pipes:
-        pipe.send(session.clock() + 0.2)
-    busiest, waiting, told = 0.0, list(pipes), False
-    while waiting:
-        multiprocessing.connection.wait(waiting, timeout=0.1)
-        for pipe in [pipe for pipe in waiting if pipe.poll()]:
-            metrics, traffic, cpu_share = pipe.recv()
-            session.metrics.merge(metrics)
-            session.traffic.merge(traffic)
-            busiest = max(busiest, cpu_share)
-            waiting.remove(pipe)
-        session.answered_s = session.clock()
-        if session.stopping.is_set() and not told:
-            told = True
-            for pipe in waiting:
-                pipe.send("stop")
-    return busiest
+    def look(self) -> None:
+        """Take one more snapshot, unless there is a reason why none can be had."""
+        with self._looking:
+            if not self._wanted or self.missing or not self._parser:
+                return
+            sent_s = self._session.clock()
+            try:
+                call = Call(observer=True, retry_until_s=0)
+                response = self._session.request("GET", self._url, call=call, timeout=METRICS_TIMEOUT_S)
+                page = response.text if response.status_code == 200 else ""
+                families = list(self._parser.text_string_to_metric_families(page))
+            except (requests.RequestException, ValueError) as error:
+                LOG.debug("The hub's metrics could not be read: %s", why(error))
+                return
+            if response.status_code == 200:
+                samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
+                self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
+            elif response.status_code == 403:
+                self.missing = "the token lacks the scope read:metrics"
+            elif not self.snapshots:
+                self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
 
-
-def _send_in_process(pipe: Connection, load: Load, part: int, endpoint: str, token: str) -> None:
-    """One of several processes; it leaves signals to the one that started it, and ends with it."""
-    load_operations(load.operations_file)
-    session = get_session(token, pool_maxsize=load.open_workers)
-    pipe.send("ready")
-    started_s = pipe.recv()
-    threading.Thread(target=_stop_when_told, args=(pipe, session), daemon=True).start()
-    cpu_s = time.process_time()
-    send_load(load, part, started_s, endpoint, session)
-    cpu_share = (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
-    pipe.send((session.metrics, session.traffic, cpu_share))
-
-
-def _stop_when_told(pipe: Connection, session: HubSession) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        pipe.recv()
-    session.stop()
+    def _run(self) -> None:
+        while not self._done.wait(METRICS_EVERY_S):
+            self.look()
 
 
 # ==== The three commands =============================================================================================
@@ -1980,20 +2421,24 @@ class Run:
         self.started, self._began_s = datetime.now(timezone.utc), self.session.clock()
         self.hub = check_hub(endpoint, self.session, command)
         self.existing = self._look()
+        self.monitor = Monitor(self.hub.endpoint, self.session, wanted=command != "purge" and not dry_run)
         self.claims = Claims()
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
         self.troubles: list[str] = []  # what ended the run early
         self.warnings: list[str] = []
         self.interrupted_by: int | None = None
+        self.load_ended_s = self._began_s
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self.monitor.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.monitor.__exit__()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -2047,6 +2492,8 @@ class Run:
 
     def clean_up(self, starts: Mapping[str, ServerStart] | None, keep: bool, concurrency: int) -> None:
         """Remove what this run made; `starts` is what became of the servers, None if none were asked for."""
+        self.load_ended_s = self.session.clock()
+        self.monitor.look()
         if self.session.hub_is_gone:
             self.troubles.append(f"the hub did not answer for {HUB_GONE_S:.0f} s: no more load was sent")
         ours = self.claims.ours
@@ -2064,10 +2511,13 @@ class Run:
         self,
         failed: int = 0,
         tried: int = 0,
-        servers: Mapping[str, Any] | None = None,
+        starts: Mapping[str, ServerStart] | None = None,
         capacity: Mapping[str, Any] | None = None,
     ) -> Results:
         """All that there is to say, with the keys of the results file; the verdict is over the rest."""
+        self.monitor.look()
+        snapshots = self.monitor.snapshots
+        servers = None if starts is None else _server_results(tried, starts)
         left = sorted(self.cleaned.left)
         failed = failed or len(self.troubles)
         created = max(len(self.claims.confirmed), self.cleaned.deleted + len(left))
@@ -2075,7 +2525,13 @@ class Run:
             "schema": 1,
             "tool": {"name": "hub-stress-test", "version": __version__},
             "command": self.command,
-            "hub": {"endpoint": self.hub.endpoint, "version": self.hub.version, "restarts": None, "metrics": None},
+            "hub": {
+                "endpoint": self.hub.endpoint,
+                "version": self.hub.version,
+                "restarts": sum(map(restarted, snapshots, snapshots[1:])) if snapshots else None,
+                "metrics": hub_metrics(snapshots, self.load_ended_s, servers["ready"] if servers else 0),
+                "metrics_missing": self.monitor.missing or None,
+            },
             "started": utc(self.started),
             "finished": utc(datetime.now(timezone.utc)),
             "duration_s": self.session.clock() - self._began_s,
@@ -2093,7 +2549,16 @@ class Run:
             "http": self.session.traffic.summarise(),
             "capacity": capacity,
             "warnings": [*self.troubles, *self.warnings],
+            "timeline": {
+                "operations": self.session.metrics.timeline(self._began_s),
+                "servers": None if starts is None else _server_timeline(starts, self._began_s),
+                "hub": _hub_timeline(snapshots, self._began_s),
+                "load_ended_s": rounded(self.load_ended_s - self._began_s),
+            },
         }
+        if found["hub"]["restarts"]:
+            times = found["hub"]["restarts"]
+            found["warnings"].append(f"the hub restarted during the run{f', {times} times' if times > 1 else ''}")
         if capacity is None:
             found["conditions"] = [one.judge(found, self.terms.baseline) for one in self.terms.conditions]
             bad = any(one["held"] for one in found["conditions"])
@@ -2150,8 +2615,8 @@ def run_stress_test(
         finally:
             this.clean_up(starts, keep, batch_size)
         this.warn_if_late(["start_server"])
-        servers = _server_results(count, starts or {})
-        return this.results(servers["failed"], count, servers)
+        starts = starts or {}
+        return this.results(count - sum(start.ready for start in starts.values()), count, starts)
 
 
 def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
@@ -2169,9 +2634,35 @@ def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[s
         "throttled": sum(start.throttled > 0 for start in starts.values()),
         "throttling_began_s": min(throttled_s) - min(start.due_s for start in starts.values()) if throttled_s else None,
         "slowest": [
-            {"user": start.user, "ready_s": ready_s, "throttled": start.throttled, "message": start.reason}
+            {"user": start.user, "ready_s": ready_s, "throttled": start.throttled, "message": start.message}
             for ready_s, start in ready[:5]
         ],
+    }
+
+
+def _server_timeline(starts: Mapping[str, ServerStart], began_s: float) -> dict[str, Any]:
+    """The moments of each server's start, in seconds since the run began, as lists in the order in which it was due."""
+    inorder = sorted(starts.values(), key=lambda start: start.due_s)
+    moments = {
+        name: [
+            None if (at_s := getattr(start, name)) is None else rounded(max(0.0, at_s - began_s)) for start in inorder
+        ]
+        for name in ("due_s", "throttled_s", "asked_s", "ended_s")
+    }
+    return {"user": [start.user for start in inorder], **moments, "ready": [start.ready for start in inorder]}
+
+
+def _hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> dict[str, Any] | None:
+    """The hub's CPU share and memory, in seconds since the run began."""
+    if not snapshots:
+        return None
+    shares = cpu_shares(snapshots)
+    return {
+        "cpu_at_s": [rounded(at_s - began_s) for at_s, _ in shares],
+        "cpu_share": [rounded(share) for _, share in shares],
+        "at_s": [rounded(one.at_s - began_s) for one in snapshots],
+        "rss_bytes": [one.get("process_resident_memory_bytes") for one in snapshots],
+        "running_servers": [one.get("running_servers") for one in snapshots],
     }
 
 
@@ -2308,39 +2799,40 @@ def purge_users(
 
 # ==== Reporters ======================================================================================================
 
-OPERATION_TITLES = {
-    "server_ready": "server ready",
-    "start_server": "start request",
-    "stop_server": "stop request",
-    "create_users": "create users",
-    "delete_user": "delete user",
-    "list_users": "list users",
-    "activity": "activity report",
-    "read": "read user",
-    "list": "list page",
-    "ping": "ping",
-}
 
-
-def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit: 840 ms, 1.25 s, 62.1 s; a dash for nothing measured."""
-    if seconds is None:
-        return "–"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.{1 if seconds < 0.00995 else 0}f} ms"
-    return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
-
-
-def render_summary(results: Results, baseline: Mapping[str, Any] | None = None) -> str:
+def render_summary(
+    results: Results, baseline: Mapping[str, Any] | None = None, *, colour: bool = False, width: int = 100
+) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
-    parts = [_verdict(results), *(f"because   {warning}" for warning in results["warnings"]), *_facts(results)]
+    page = [_verdict(results), *(f"because   {reason}" for reason in _because(results)), *_facts(results)]
+    if results["exit_code"]:
+        page += [f"next      {one}" for one in advice(results)]
+    page = [one if before[:10] != one[:10] else f"{'':<10}{one[10:]}" for before, one in zip(["", *page], page)]
+    page = [line for one in page for line in textwrap.wrap(one, width, subsequent_indent=" " * 10, **_UNBROKEN)]
     if results["capacity"]:
-        parts += ["", *_capacity_table(results["capacity"])]
+        page += ["", *_capacity_table(results["capacity"])]
     if not results["options"]["dry_run"] and results["operations"]:
-        parts += ["", *_latency_table(results["operations"])]
+        page += ["", *_latency_table(results["operations"])]
     if baseline:
-        parts += ["", *_comparison_table(baseline, results)]
-    return "\n".join(parts)
+        page += ["", *_comparison_table(baseline, results)]
+    return "\n".join(map(_coloured, page) if colour else page)
+
+
+_UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33, "because": 33, "failed": 31, "next": 36}
+
+
+def _coloured(line: str) -> str:
+    """The line, its first word in the colour that the word has."""
+    word = re.match(r"\w*", line)[0]  # type: ignore[index]
+    return f"\033[1;{_COLOURS[word]}m{word}\033[0m{line[len(word) :]}" if word in _COLOURS else line
+
+
+def _because(results: Results) -> Iterator[str]:
+    yield from results["warnings"]
+    for one in results["conditions"]:
+        if one["held"] and one["condition"] != FAILED.text:
+            yield f"{one['condition']}: it is {_value_text(one)}"
 
 
 def _verdict(results: Results) -> str:
@@ -2351,7 +2843,9 @@ def _verdict(results: Results) -> str:
     if results["command"] == "purge":
         return f"{words}: {results['users']['deleted']} users removed"
     if servers:
-        return f"{words}: {servers['ready']} of {servers['requested']} servers became ready"
+        half, most, last = (metric_value(results, f"server_ready.{name}") for name in ("p50", "p95", "max"))
+        waited = f"; half waited {duration_text(half)}, 95 % {duration_text(most)}, the last {duration_text(last)}"
+        return f"{words}: {servers['ready']} of {servers['requested']} servers became ready{waited if half else ''}"
     if capacity:
         return f"{words}: {_capacity_sentence(capacity)}"
     load = set(results["operations"]) - {"create_users", "delete_user", "list_users", "stop_server", "ping"}
@@ -2371,27 +2865,69 @@ def _capacity_sentence(capacity: Mapping[str, Any]) -> str:
 
 
 def _facts(results: Results) -> Iterator[str]:
-    options, servers, http = results["options"], results["servers"], results["http"]
+    servers, http = results["servers"], results["http"]
     yield f"hub       {results['hub']['version']} at {results['hub']['endpoint']}"
     if servers:
-        rate, batch_size = options.get("rate"), options.get("batch_size")
-        pace = f"{rate:g} per second, however slow the hub" if rate else f"at most {batch_size} starting at a time"
-        yield f"asked     {servers['requested']} servers, {pace}"
-        began_s = servers["throttling_began_s"]
-        throttled = f"; {servers['throttled']} were throttled" if servers["throttled"] else ""
-        since = f", from {duration_text(began_s)} after the first start on" if throttled else ""
-        yield f"came      {servers['ready']} ready, {servers['failed']} failed{throttled}{since}"
-        for reason, number in servers["reasons"].items():
-            yield f"failed    {number} × {reason}"
+        yield from _server_facts(servers, results["options"])
     for name in sorted(results["operations"].keys() - {"server_ready"}):
-        for reason, number in results["operations"][name]["errors"].items():
+        for reason, number in list(results["operations"][name]["errors"].items())[:REASONS_SHOWN]:
             yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
-    extra = f"{http['observer_requests']} only to observe, {http['retries']} repeated"
-    yield f"took      {duration_text(results['duration_s'])}, {http['requests']} requests ({extra})"
+    extra = f"{http['observer_share'] or 0:.0%} of them only to observe, {http['retries']} repeated"
+    yield f"took      {duration_text(results['duration_s'])}, {http['requests']:,} requests ({extra})"
+    yield from _hub_facts(results)
     yield from _cleaning(results)
-    if [one["condition"] for one in results["conditions"]] != [FAILED.text]:
-        for one in results["conditions"]:
-            yield f"condition {one['condition']}: {'HELD' if one['held'] else 'not held'} (it is {_value_text(one)})"
+    for one in results["conditions"]:
+        if not one["held"] and one["condition"] != FAILED.text:
+            yield f"condition {one['condition']}: not held, it is {_value_text(one)}"
+
+
+REASONS_SHOWN = 5
+
+
+def _server_facts(servers: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    rate, batch_size = options.get("rate"), options.get("batch_size")
+    pace = f"{rate:g} per second, however slow the hub" if rate else f"at most {batch_size} starting at a time"
+    yield f"asked     {servers['requested']} servers, {pace}"
+    throttled = f"; {servers['throttled']} were throttled" if servers["throttled"] else ""
+    since = f", from {duration_text(servers['throttling_began_s'])} after the first start on" if throttled else ""
+    yield f"came      {servers['ready']} ready, {servers['failed']} failed{throttled}{since}"
+    reasons = list(servers["reasons"].items())
+    for reason, number in reasons[:REASONS_SHOWN]:
+        yield f"failed    {number} × {reason}"
+    if others := sum(number for _, number in reasons[REASONS_SHOWN:]):
+        yield f"failed    {others} × something else: see the results file"
+    slowest = [f"{duration_text(one['ready_s'])}, {one['user']}{_why_slow(one)}" for one in servers["slowest"]]
+    remarkable = any(map(_why_slow, servers["slowest"]))
+    yield from (f"slowest   {one}" for one in (slowest if remarkable or not slowest else ["; ".join(slowest)]))
+
+
+def _why_slow(server: Mapping[str, Any]) -> str:
+    reasons = [f"throttled {server['throttled']} ×"] if server["throttled"] else []
+    reasons += [f"longest at: {server['message']}"] if server["message"] else []
+    return ": " + ", ".join(reasons) if reasons else ""
+
+
+def _hub_facts(results: Results) -> Iterator[str]:
+    own, missing = results["hub"]["metrics"], results["hub"]["metrics_missing"]
+    if missing:
+        yield f"hub's own figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}"
+    if not own:
+        return
+    lag_s, most_s = own["event_loop_lag_p95_s"], own["event_loop_lag_max_s"]
+    lag = f"; event loop late by {_lag_text(lag_s)} (p95), {_lag_text(most_s)} (max)" if lag_s else ""
+    each = own["rss_per_server_bytes"]
+    memory = f"memory {bytes_text(own['rss_before_bytes'])} before, {bytes_text(own['rss_after_bytes'])} after"
+    memory += f", {bytes_text(each)} a server" if each is not None else ""
+    cpu = (
+        f"CPU {own['cpu_s']:.1f} s, {own['cpu_share']:.0%} of a processor, under load up to {own['cpu_share_max']:.0%}"
+    )
+    yield f"hub's own {cpu}; {memory}{lag}"
+    for sentence in time_spent(results):
+        yield f"spent     {sentence}"
+
+
+def _lag_text(seconds: float) -> str:
+    return f"≤ {duration_text(seconds)}" if seconds <= LAG_RESOLUTION_S else duration_text(seconds)
 
 
 def _value_text(judged: Mapping[str, Any]) -> str:
@@ -2420,12 +2956,17 @@ def _in_order(operations: Mapping[str, Any]) -> list[str]:
     return [name for name in [*OPERATION_TITLES, *sorted(operations.keys() - OPERATION_TITLES)] if name in operations]
 
 
+ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples below which a percentile is but the maximum
+
+
 def _latency_table(operations: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    columns = ("min", "mean", "p50", "p95", "p99", "max")
+    columns = ("mean", "p50", "p95", "p99", "max")
     yield f"{'waited for':<16}{'count':>7}{'failed':>8}" + "".join(f"{column:>9}" for column in columns)
     for name in _in_order(operations):
         measured = operations[name]
-        times = "".join(f"{duration_text(measured['latency_s'][column]):>9}" for column in columns)
+        good = measured["count"] - measured["failed"]
+        shown = [measured["latency_s"][one] if good >= ENOUGH.get(one, 1) else None for one in columns]
+        times = "".join(f"{duration_text(seconds):>9}" for seconds in shown)
         yield f"{OPERATION_TITLES.get(name, name):<16}{measured['count']:>7}{measured['failed']:>8}{times}"
 
 
@@ -2439,30 +2980,289 @@ def _capacity_table(capacity: Mapping[str, Any]) -> Iterator[str]:
 
 def _comparison_table(baseline: Mapping[str, Any], results: Results) -> Iterator[str]:
     """Old, new and ratio of what both runs measured."""
-    yield f"{'against baseline':<16}" + "".join(f"{name:>27}" for name in ("p50", "p95", "max")) + f"{'failed':>14}"
+    columns = ("p50", "p95", "max")
+    yield f"{'against baseline':<16}" + "".join(f"{name:>20}" for name in columns) + f"{'failed':>10}"
     for name in _in_order(results["operations"]):
         if name in baseline.get("operations", {}):
-            cells = [_comparison(baseline, results, f"{name}.{statistic}") for statistic in ("p50", "p95", "max")]
+            cells = "".join(f"{comparison(baseline, results, f'{name}.{column}'):>20}" for column in columns)
             old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, results))
-            failed = f"{old:g} → {new:g}"
-            yield f"{OPERATION_TITLES.get(name, name):<16}" + "".join(f"{cell:>27}" for cell in cells) + f"{failed:>14}"
+            yield f"{OPERATION_TITLES.get(name, name):<16}{cells}{f'{old:g}→{new:g}':>10}"
     before, after = ((run.get("capacity") or {}).get("rate_per_s") for run in (baseline, results))
     if before and after:
-        yield f"capacity: {before:.4g} → {after:.4g} per second {after / before:.2f}x"
+        yield f"capacity: {before:.4g} → {after:.4g} per second, {after / before:.2f}x"
 
 
-def _comparison(baseline: Mapping[str, Any], results: Results, metric: str) -> str:
+def comparison(baseline: Mapping[str, Any], results: Mapping[str, Any], metric: str) -> str:
+    """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
     old, new = metric_value(baseline, metric), metric_value(results, metric)
     ratio = f" {new / old:.2f}x" if old and new else ""
-    return f"{duration_text(old)} → {duration_text(new)}{ratio}"
+    return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
+
+
+# ==== The report =====================================================================================================
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; --card: #f8fafc }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #0f172a; --ink: #e2e8f0; --faint: #94a3b8; --line: #334155; --card: #1e293b } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1160px; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.35rem; line-height: 1.3; margin: .5rem 0 }
+h1 b { padding: .1em .5em; border-radius: .3em; color: #fff }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin: 1.2rem 0 0 }
+p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
+.PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED, .DRY { background: #a16207 }
+.pair { display: grid; grid-template-columns: 3fr 2fr; gap: 0 1rem }
+@media (max-width: 700px) { .pair { display: block } }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+td:first-child, th:first-child, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
+.words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
+.bad { color: #dc2626 } .plot { width: 100%; min-width: 0 }
+.js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
+.js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
+.js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
+"""
+BLUE, GREEN, AMBER, RED, GREY, READY = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "rgba(34,163,85,.3)"
+LAYOUT: dict[str, Any] = {
+    "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
+    "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
+    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
+    "font": {"family": "system-ui, sans-serif", "size": 12},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "hovermode": "closest",
+    "showlegend": True,
+}
+ENOUGH_TO_PLOT = 10
+Trace = dict[str, Any]  # of plotly
+
+
+class Page:
+    """An HTML page that is being put together, with its plots."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._plots: list[tuple[str, list[Trace], dict[str, Any]]] = []
+
+    def add(self, element: str, text: str, **attributes: str) -> None:
+        given = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items())
+        self._parts.append(f"<{element}{given}>{html.escape(text)}</{element}>")
+
+    def open(self, tag: str) -> None:
+        self._parts.append(tag)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> None:
+        """A table that scrolls by itself on a narrow screen; no header where `header` is empty."""
+        rows = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(f"<tr>{row}</tr>" for row in ([head] if header else []) + rows)
+        self._parts.append(f'<div class="scroll"><table class="{kind}">{body}</table></div>')
+
+    def plot(self, traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> None:
+        """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
+        name = f"plot-{len(self._plots)}"
+        self._parts.append(f'<div class="plot" id="{name}" style="height:{height}px"></div>')
+        own = {"height": height, "yaxis": {"title": {"text": y_title}, "rangemode": "tozero"}}
+        self._plots.append((name, list(traces), LAYOUT | own | layout))
+
+    def render(self, title: str, plotly_js: str) -> str:
+        draw = "".join(
+            f"Plotly.newPlot({_script(name)},{_script(traces)},{_script(layout)},"
+            "{responsive: true, displayModeBar: false});"
+            for name, traces, layout in self._plots
+        )
+        return (
+            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(self._parts)}"
+            f"<script>{plotly_js}</script><script>{draw}</script></body></html>\n"
+        )
+
+
+def _script(data: Any) -> str:
+    """JSON that can stand in a script element, whatever names and messages it holds."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def render_report(results: Results, baseline: Mapping[str, Any] | None = None) -> str:
+    """One HTML page, which needs no network: the summary's words, and what happened when."""
+    page, timeline = Page(), results["timeline"]
+    verdict = _verdict(results)
+    page.open(f'<h1><b class="{verdict.split()[0].rstrip(":")}">{html.escape(verdict.partition(":")[0])}</b>')
+    page.add("span", verdict.partition(":")[2])
+    page.open("</h1>")
+    versions = f"{results['tool']['name']} {results['tool']['version']}"
+    page.add("p", f"{versions} {results['command']}, {results['started']} to {results['finished']}")
+    notes = [f"because   {one}" for one in _because(results)] + list(_facts(results))
+    notes += [f"next      {one}" for one in advice(results)] if results["exit_code"] else []
+    page.table((), ((note[:10].strip(), note[10:]) for note in notes), "words")
+    if timeline["servers"] and timeline["servers"]["user"]:
+        _plot_servers(page, timeline["servers"], timeline["load_ended_s"])
+    _plot_watch(page, results)
+    if results["operations"]:
+        page.add("h2", "What was waited for")
+        header, *rows = (re.split(r"  +", line.strip()) for line in _latency_table(results["operations"]))
+        page.table(header, rows)
+    for name in _in_order(results["operations"]):
+        old = ((baseline or {}).get("timeline") or {}).get("operations", {}).get(name)
+        if sum(timeline["operations"][name]["often"]) >= ENOUGH_TO_PLOT:
+            _plot_operation(page, name, results, timeline["operations"][name], old)
+    _add_tables(page, results, baseline)
+    return page.render(f"hub-stress-test: {verdict}", importlib.import_module("plotly.offline").get_plotlyjs())
+
+
+def server_curves(servers: Mapping[str, Any], until_s: float, points: int = 300) -> dict[str, list[float]]:
+    """How many servers were waiting (throttled), starting, ready and failed at each of so many moments."""
+    due, asked, ended = sorted(servers["due_s"]), sorted(servers["asked_s"]), sorted(servers["ended_s"])
+    ready = sorted(end for end, good in zip(servers["ended_s"], servers["ready"]) if good)
+    moments = [until_s * n / points for n in range(points + 1)]
+    count = functools.partial(bisect.bisect_right)
+    return {
+        "at_s": [round(at, 3) for at in moments],
+        "waiting": [count(due, at) - count(asked, at) for at in moments],
+        "starting": [count(asked, at) - count(ended, at) for at in moments],
+        "ready": [count(ready, at) for at in moments],
+        "failed": [count(ended, at) - count(ready, at) for at in moments],
+    }
+
+
+def _plot_servers(page: Page, servers: Mapping[str, Any], until_s: float) -> None:
+    page.add("h2", "Servers")
+    curves = server_curves(servers, until_s)
+    kinds = {"failed": RED, "ready": GREEN, "starting": BLUE, "waiting": AMBER}
+    stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
+    traces = [stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()]
+    page.plot(traces, 260, "servers", hovermode="x unified")
+    page.add("h3", "How long each waited, in the order in which they were due")
+    asked, ended, ready = servers["asked_s"], servers["ended_s"], servers["ready"]
+    taken = [at if held is None else held for held, at in zip(servers["throttled_s"], asked)]
+    good = [at if is_ready else None for at, is_ready in zip(ended, ready)]
+    bars = [
+        _bars("asked", GREY, servers["due_s"], taken, servers["user"]),
+        _bars("throttled", AMBER, servers["throttled_s"], asked, servers["user"]),
+        _bars(
+            "starting", BLUE, [at if is_ready else None for at, is_ready in zip(asked, ready)], ended, servers["user"]
+        ),
+        _bars("failed", RED, [None if is_ready else at for at, is_ready in zip(asked, ready)], ended, servers["user"]),
+        _bars("ready", READY, good, [until_s] * len(good), servers["user"]),
+    ]
+    page.plot(bars, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
+
+
+def _bars(name: str, colour: str, begins: Sequence[float | None], ends: Sequence[float], users: Sequence[str]) -> Trace:
+    """A horizontal bar for each server that has a beginning: one line with gaps, since there may be thousands."""
+    shown = [(n, begin, end) for n, (begin, end) in enumerate(zip(begins, ends)) if begin is not None and end >= begin]
+    said = [f"{users[n]}: {name} for {duration_text(end - begin)}" for n, begin, end in shown]
+    x = [at for _, begin, end in shown for at in (begin, end, None)]
+    y = [at for n, _, _ in shown for at in (n + 1, n + 1, None)]
+    text = [one for words in said for one in (words, words, "")]
+    width = max(1.0, min(9.0, 380 / len(users)))
+    return _line(name, x, y, colour, width=width) | {"text": text, "hoverinfo": "text"}
+
+
+def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **line: Any) -> Trace:
+    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | line}
+
+
+def _plot_watch(page: Page, results: Results) -> None:
+    """What everybody else felt, beside how busy the hub was."""
+    ping, hub = results["timeline"]["operations"].get("ping"), results["timeline"]["hub"]
+    if not ping:
+        return
+    page.add("h2", "What everybody else felt, and how busy the hub was")
+    for sentence in time_spent(results):
+        page.add("p", sentence[:1].upper() + sentence[1:] + ".")
+    pings = (("p50", BLUE), ("max", AMBER))
+    traces = [_line(f"ping {one}", ping["at_s"], milliseconds(ping[f"{one}_s"]), colour) for one, colour in pings]
+    if not hub:
+        page.plot(traces, 280, "ping, ms", hovermode="x unified")
+        return
+    share = [round(100 * one) for one in hub["cpu_share"]]
+    busy = _line("hub's CPU", [hub["at_s"][0], *hub["cpu_at_s"]], [*share[:1], *share], RED, shape="vh", width=1)
+    busy |= {"yaxis": "y2", "fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
+    right = {"title": {"text": "hub's CPU, % of a processor"}, "overlaying": "y", "side": "right", "showgrid": False}
+    right |= {"range": [0, max([105, *share])], "dtick": 25}
+    margin = LAYOUT["margin"] | {"r": 56}
+    page.plot([*traces, busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
+
+
+def milliseconds(seconds: Iterable[float | None]) -> list[float | None]:
+    return [None if one is None else round(one * 1000, 1) for one in seconds]
+
+
+def _plot_operation(
+    page: Page, name: str, results: Results, seen: Mapping[str, Any], old: Mapping[str, Any] | None
+) -> None:
+    """Latency over time, and how often each latency came, with its percentiles; the baseline's in grey."""
+    page.add("h3", OPERATION_TITLES.get(name, name))
+    page.open('<div class="pair">')
+    lines = {"p50": BLUE, "p95": AMBER, "max": RED}
+    traces = [_line(one, seen["at_s"], milliseconds(seen[f"{one}_s"]), colour) for one, colour in lines.items()]
+    traces += [_line("baseline p95", old["at_s"], milliseconds(old["p95_s"]), GREY, dash="dot")] if old else []
+    if any(seen["failed"]):
+        failed = [(at, number) for at, number in zip(seen["at_s"], seen["failed"]) if number]
+        marks = _line("failed", [at for at, _ in failed], [0] * len(failed), RED)
+        traces.append(
+            marks | {"mode": "markers", "cliponaxis": False, "text": [f"{number} failed" for _, number in failed]}
+        )
+    page.plot([trace | {"mode": trace["mode"].replace("lines", "lines+markers")} for trace in traces], 230, "ms")
+    runs = [("share of all", seen, BLUE), *([("baseline", old, GREY)] if old else [])]
+    shares = [(one, run["latency_s"], [100 * n / sum(run["often"]) for n in run["often"]], c) for one, run, c in runs]
+    traces = [_line(one, milliseconds(x), y, colour, shape="hvh") | {"fill": "tozeroy"} for one, x, y, colour in shares]
+    latency_s, top = results["operations"][name]["latency_s"], max(max(y) for _, _, y, _ in shares)
+    for one, dash in (("p50", "solid"), ("p95", "dash"), ("p99", "dot")):
+        at_ms = latency_s[one] * 1000
+        traces.append(_line(f"{one} {duration_text(latency_s[one])}", [at_ms, at_ms], [0, top], AMBER, dash=dash))
+    page.plot(traces, 230, "%", xaxis={"title": {"text": "ms"}, "type": "log", "nticks": 5})
+    page.open("</div>")
+
+
+def _add_tables(page: Page, results: Results, baseline: Mapping[str, Any] | None) -> None:
+    if results["capacity"]:
+        page.add("h2", "Capacity")
+        header, *rows = (re.split(r"  +", line.strip(), maxsplit=4) for line in _capacity_table(results["capacity"]))
+        page.table(header, rows)
+    if baseline:
+        page.add("h2", "Against the baseline")
+        header, *rows = (re.split(r"  +", line.strip()) for line in _comparison_table(baseline, results))
+        page.table(header, rows)
+    if own := results["hub"]["metrics"]:
+        page.add("h2", "The hub's own clock")
+        durations = [("spawn: " + name, one) for name, one in own["spawns"].items()] + list(own["requests"].items())
+        page.table(
+            ("handler", "count", "mean"),
+            ((name, f"{one['count']:.0f}", duration_text(one["mean_s"])) for name, one in durations),
+        )
+    page.add("h2", "Conditions")
+    judged = (
+        (one["condition"], "held" if one["held"] else "not held", _value_text(one)) for one in results["conditions"]
+    )
+    page.table(("the run fails if", "", "it is"), judged)
+    page.add("h2", "Options and versions")
+    facts = {**results["options"], "hub": results["hub"]["version"], "tool": results["tool"]["version"]}
+    page.table(
+        (),
+        ((name.replace("_", "-"), value) for name, value in facts.items() if value not in (None, False, [])),
+        "words",
+    )
+
+
+# ==== Files ==========================================================================================================
 
 
 def write_results(path: str, results: Results) -> None:
-    """Write the results as JSON, whole or not at all."""
+    """Write the results as JSON, whole or not at all; the timeline, which nobody reads by eye, on one line."""
+    legible = json.dumps({key: value for key, value in results.items() if key != "timeline"}, indent=2)
+    write_whole(path, f'{legible[:-2]},\n  "timeline": {json.dumps(results["timeline"])}\n}}\n')
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a file, whole or not at all."""
     beside = f"{path}.{os.getpid()}.tmp"
     with open(beside, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
-        file.write("\n")
+        file.write(text)
     os.replace(beside, path)
 
 
@@ -2594,6 +3394,7 @@ GLOBAL_OPTIONS = (
     Option("-v --verbose", "debug log, one line for each request with its response time"),
     Option("--run", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, "NAME"),
     Option("--results", "write the results as JSON", writable_file, "FILE"),
+    Option("--report", "write a report as one HTML page (needs plotly)", writable_file, "FILE"),
     Option(
         "--fail-if",
         "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable (failed > 0)",
@@ -2709,6 +3510,8 @@ def validate(args: argparse.Namespace) -> None:
             raise UsageError(f"--fail-if {one.text!r}: there is no operation {name!r}")
         if one.relative and not args.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
+    if getattr(args, "report", None) and not optional("plotly"):
+        raise UsageError("--report needs plotly, which is not installed: pip install plotly")
     if args.token is None:
         raise UsageError("no token: put it into the environment variable JUPYTERHUB_API_TOKEN, or give --token")
     if args.endpoint is None:
@@ -2838,7 +3641,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ExitCode.SIGINT)
     if args.results:
         write_results(args.results, results)
-    print(render_summary(results, args.baseline))
+    if args.report:
+        write_whole(args.report, render_report(results, args.baseline))
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(render_summary(results, args.baseline, colour=colour))
     return int(results["exit_code"])
 
 

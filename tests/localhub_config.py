@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
 from typing import Any
 
@@ -59,19 +59,27 @@ class StubSpawner(Spawner):
     port = 0
     spawned = 0
     running = False
+    takes_s = 0.0
 
     async def start(self) -> tuple[str, int]:
         number = StubSpawner.spawned
         StubSpawner.spawned += 1
         self.running = True
         wish = OPTIONS | self.user_options  # a profile may ask for a slower server, or one that fails
-        await asyncio.sleep(wish["spawn_s"] + random.uniform(0, wish["spawn_jitter_s"]))
+        self.takes_s = wish["spawn_s"] + random.uniform(0, wish["spawn_jitter_s"])
+        await asyncio.sleep(self.takes_s)
         if _is_chosen(number, wish["hang_rate"]):
             await asyncio.Event().wait()
         if _is_chosen(number, wish["fail_rate"]):
             self.running = False
             raise RuntimeError("no node has 4 GB of memory free")
         return "127.0.0.1", _stub_port()
+
+    async def progress(self) -> AsyncIterator[dict[str, Any]]:
+        """As spawners of clusters do: what is going on, one after the other."""
+        yield {"progress": 20, "message": "Looking for a node"}
+        await asyncio.sleep(self.takes_s / 4)
+        yield {"progress": 60, "message": "Pulling the image"}
 
     async def stop(self, now: bool = False) -> None:
         await asyncio.sleep((OPTIONS | self.user_options)["stop_s"])

@@ -52,9 +52,11 @@ def test_each_command_writes_results_that_follow_the_schema(hub: LocalHub, tmp_p
 
 def test_the_number_of_requests_is_the_one_that_the_hub_served(new_hub: LocalHub, tmp_path: Path) -> None:
     _, found = run_with_results(tmp_path / "r", "stress-test", "-c", "20", "-b", "10", hub=new_hub)
-    pings = found["operations"]["ping"]["count"]
-    assert found["http"]["requests"] == sum(found["http"]["statuses"].values())
-    assert found["http"]["requests"] - pings == 2 + 2 + 2 + 20 * 3  # checks, lists, creates, and three for each server
+    http, pings = found["http"], found["operations"]["ping"]["count"]
+    assert http["requests"] == sum(http["statuses"].values())
+    assert http["observer_requests"] == pings + 3  # the hub's metrics before, after the load and at the end
+    assert http["observer_share"] == http["observer_requests"] / http["requests"]
+    assert http["requests"] - http["observer_requests"] == 2 + 2 + 2 + 20 * 3  # checks, lists, creates; three a server
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5])
@@ -268,10 +270,11 @@ def test_conditions_decide_the_exit_code_and_replace_the_default(new_hub: LocalH
     failing = ("stress-test", "-c", "10", "--profile", '{"fail_rate": 0.2}')
     assert run_tool(*failing, hub=new_hub).code == 1
     allowed = run_tool(*failing, "--fail-if", "failed_rate > 25%", hub=new_hub)
-    assert allowed.code == 0 and "failed_rate > 25%: not held (it is 20.0%)" in allowed.stdout
+    assert allowed.code == 0 and "failed_rate > 25%: not held, it is 20.0%" in allowed.stdout
     refused = run_tool("--fail-if", "failed > 5", *failing, "--fail-if", "server_ready.p95 > 1ms", hub=new_hub)
     assert refused.code == 1
-    assert "failed > 5: not held (it is 2)" in refused.stdout and "server_ready.p95 > 1ms: HELD" in refused.stdout
+    assert "failed > 5: not held, it is 2" in refused.stdout
+    assert "\nbecause   server_ready.p95 > 1ms: it is " in refused.stdout
 
 
 BAD = {
