@@ -21,6 +21,7 @@ What the numbers mean. "Server ready" is what a person waits: from the moment a 
 says that the server is ready, throttling included. Every other latency runs from sending a request (with --rate, from
 when it was due) to its final answer, without the time the tool slept because the hub asked it to wait. "Ping" is one
 user being read five times a second all the while, from when each ping was due: what everybody else on the hub feels.
+"Hub's own" is what the hub's metrics page says of its process; "spent" sets it beside what was measured here.
 Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and nothing failed (no --fail-if condition held); 1 done, but something failed (one held); 2 bad
@@ -708,8 +709,10 @@ def duration_text(seconds: float | None) -> str:
 
 
 def bytes_text(number: float | None) -> str:
-    """Megabytes: 117 MB, 0.4 MB; a dash for nothing measured."""
-    return "–" if number is None else f"{number / 1e6:.{0 if number >= 9.95e6 else 1}f} MB"
+    """117 MB, 40 kB; a dash for nothing measured."""
+    if number is None:
+        return "–"
+    return f"{number / 1e6:.0f} MB" if number >= 9.95e5 else f"{number / 1e3:.0f} kB"
 
 
 # ==== Pure rules: the hub's own figures ==============================================================================
@@ -848,7 +851,7 @@ def time_spent(results: Mapping[str, Any]) -> Iterator[str]:
             if outside_s < max(IN_FRONT_S, whole_s / 2):
                 where = "in the hub"
             elif own["cpu_share_max"] > BUSY:
-                where = "waiting for the hub, whose process was busy all the time"
+                where = f"waiting for the hub, whose process used up to {own['cpu_share_max']:.0%} of a processor"
             else:
                 where = "not in the hub but in front of it: network, proxy, TLS or this machine"
             text = f"a mean {OPERATION_TITLES[name]} of {duration_text(whole_s)}"
@@ -859,6 +862,8 @@ def advice(results: Mapping[str, Any]) -> Iterator[str]:
     """What to look at next, when a run has failed."""
     servers, own, statuses = results["servers"] or {}, results["hub"]["metrics"] or {}, results["http"]["statuses"]
     reasons = " ".join(servers.get("reasons", {}))
+    if any("connection refused" in one["errors"] for one in results["operations"].values()):
+        yield "the hub was away: is it running? With consecutive_failure_limit it ends itself after failed starts"
     if "Active user limit" in reasons:
         yield "the hub allows no more servers: raise its active_server_limit"
     elif servers.get("throttled"):
@@ -1793,7 +1798,7 @@ class Starter:
             asked_s=asked_s,
             ended_s=self.session.clock() if start.ready_s is None else due_s + start.ready_s,
         )
-        if start.ready or not self.session.stopping.is_set():
+        if not self.session.stopping.is_set():
             self._measure(start)
         if not start.ready:
             LOG.debug("The server of %s failed: %s", name, start.reason)
@@ -1820,7 +1825,7 @@ class Starter:
             ask_again_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
             self.turns.wait(due_s, freed, ask_again_s, self.session)
             backoff_s += self.session.clock() - reply.answered_s
-        if reply.status:
+        if reply.status and not self.session.stopping.is_set():  # when stopping, we ourselves cut it short
             error = None if reply.status in (201, 202) else str(reply.status)
             tries = len(refusals) + reply.tries
             self.session.metrics.add(
@@ -2517,7 +2522,7 @@ class Run:
         """All that there is to say, with the keys of the results file; the verdict is over the rest."""
         self.monitor.look()
         snapshots = self.monitor.snapshots
-        servers = None if starts is None else _server_results(tried, starts)
+        servers = None if starts is None else _server_results(tried, starts, self.interrupted_by is not None)
         left = sorted(self.cleaned.left)
         failed = failed or len(self.troubles)
         created = max(len(self.claims.confirmed), self.cleaned.deleted + len(left))
@@ -2619,12 +2624,12 @@ def run_stress_test(
         return this.results(count - sum(start.ready for start in starts.values()), count, starts)
 
 
-def _server_results(requested: int, starts: Mapping[str, ServerStart]) -> dict[str, Any]:
+def _server_results(requested: int, starts: Mapping[str, ServerStart], interrupted: bool) -> dict[str, Any]:
     ready = sorted(
         ((start.ready_s, start) for start in starts.values() if start.ready_s is not None), key=lambda w: -w[0]
     )
     reasons = collections.Counter(start.general_reason for start in starts.values() if not start.ready)
-    reasons["never started"] = requested - len(starts)
+    reasons["never started, or cut short" if interrupted else "never started"] = requested - len(starts)
     throttled_s = [start.throttled_s for start in starts.values() if start.throttled_s is not None]
     return {
         "requested": requested,
@@ -2805,7 +2810,7 @@ def render_summary(
 ) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
     page = [_verdict(results), *(f"because   {reason}" for reason in _because(results)), *_facts(results)]
-    if results["exit_code"]:
+    if results["exit_code"] in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
         page += [f"next      {one}" for one in advice(results)]
     page = [one if before[:10] != one[:10] else f"{'':<10}{one[10:]}" for before, one in zip(["", *page], page)]
     page = [line for one in page for line in textwrap.wrap(one, width, subsequent_indent=" " * 10, **_UNBROKEN)]
@@ -2844,7 +2849,9 @@ def _verdict(results: Results) -> str:
         return f"{words}: {results['users']['deleted']} users removed"
     if servers:
         half, most, last = (metric_value(results, f"server_ready.{name}") for name in ("p50", "p95", "max"))
-        waited = f"; half waited {duration_text(half)}, 95 % {duration_text(most)}, the last {duration_text(last)}"
+        waited = (
+            f"; half waited {duration_text(half)}, 95% at most {duration_text(most)}, the last {duration_text(last)}"
+        )
         return f"{words}: {servers['ready']} of {servers['requested']} servers became ready{waited if half else ''}"
     if capacity:
         return f"{words}: {_capacity_sentence(capacity)}"
@@ -2898,7 +2905,11 @@ def _server_facts(servers: Mapping[str, Any], options: Mapping[str, Any]) -> Ite
         yield f"failed    {others} × something else: see the results file"
     slowest = [f"{duration_text(one['ready_s'])}, {one['user']}{_why_slow(one)}" for one in servers["slowest"]]
     remarkable = any(map(_why_slow, servers["slowest"]))
-    yield from (f"slowest   {one}" for one in (slowest if remarkable or not slowest else ["; ".join(slowest)]))
+    yield from (f"slowest   {one}" for one in (slowest if remarkable or not slowest else [_in_one_line(slowest)]))
+
+
+def _in_one_line(parts: Iterable[str]) -> str:
+    return "; ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
 def _why_slow(server: Mapping[str, Any]) -> str:
@@ -3018,6 +3029,7 @@ p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 td:first-child, th:first-child, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
+.words td:first-child { white-space: nowrap }
 .words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
 .bad { color: #dc2626 } .plot { width: 100%; min-width: 0 }
 .js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
@@ -3096,7 +3108,8 @@ def render_report(results: Results, baseline: Mapping[str, Any] | None = None) -
     versions = f"{results['tool']['name']} {results['tool']['version']}"
     page.add("p", f"{versions} {results['command']}, {results['started']} to {results['finished']}")
     notes = [f"because   {one}" for one in _because(results)] + list(_facts(results))
-    notes += [f"next      {one}" for one in advice(results)] if results["exit_code"] else []
+    failed = results["exit_code"] in (ExitCode.FAILED, ExitCode.LEFT_BEHIND)
+    notes += [f"next      {one}" for one in advice(results)] if failed else []
     page.table((), ((note[:10].strip(), note[10:]) for note in notes), "words")
     if timeline["servers"] and timeline["servers"]["user"]:
         _plot_servers(page, timeline["servers"], timeline["load_ended_s"])
@@ -3189,6 +3202,7 @@ def _plot_watch(page: Page, results: Results) -> None:
 
 
 def milliseconds(seconds: Iterable[float | None]) -> list[float | None]:
+    """The same durations in milliseconds; None stays None."""
     return [None if one is None else round(one * 1000, 1) for one in seconds]
 
 

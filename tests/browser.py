@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -48,5 +50,4 @@ def whole_page(driver: webdriver.Chrome, path: str) -> None:
     width = driver.execute_script("return document.documentElement.clientWidth")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     picture = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-    with open(path, "wb") as file:
-        file.write(__import__("base64").b64decode(picture["data"]))
+    Path(path).write_bytes(base64.b64decode(picture["data"]))
