@@ -846,7 +846,9 @@ def time_spent(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
     for name, handler in HANDLERS.items():
         whole_s, inside_s = metric_value(results, f"{name}.mean"), own["requests"].get(handler, {}).get("mean_s")
-        if whole_s and inside_s:
+        if (
+            whole_s and inside_s and (name == "ping" or not results["capacity"])
+        ):  # whose steps before are not in whole_s
             outside_s = whole_s - inside_s
             if outside_s < max(IN_FRONT_S, whole_s / 2):
                 where = "in the hub"
@@ -3006,7 +3008,7 @@ def _comparison_table(baseline: Mapping[str, Any], results: Results) -> Iterator
 def comparison(baseline: Mapping[str, Any], results: Mapping[str, Any], metric: str) -> str:
     """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
     old, new = metric_value(baseline, metric), metric_value(results, metric)
-    ratio = f" {new / old:.2f}x" if old and new else ""
+    ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
     return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
 
 
@@ -3111,6 +3113,10 @@ def render_report(results: Results, baseline: Mapping[str, Any] | None = None) -
     failed = results["exit_code"] in (ExitCode.FAILED, ExitCode.LEFT_BEHIND)
     notes += [f"next      {one}" for one in advice(results)] if failed else []
     page.table((), ((note[:10].strip(), note[10:]) for note in notes), "words")
+    if results["capacity"]:
+        page.add("h2", "Capacity")
+        header, *rows = (re.split(r"  +", line.strip(), maxsplit=4) for line in _capacity_table(results["capacity"]))
+        page.table(header, rows)
     if timeline["servers"] and timeline["servers"]["user"]:
         _plot_servers(page, timeline["servers"], timeline["load_ended_s"])
     _plot_watch(page, results)
@@ -3234,10 +3240,6 @@ def _plot_operation(
 
 
 def _add_tables(page: Page, results: Results, baseline: Mapping[str, Any] | None) -> None:
-    if results["capacity"]:
-        page.add("h2", "Capacity")
-        header, *rows = (re.split(r"  +", line.strip(), maxsplit=4) for line in _capacity_table(results["capacity"]))
-        page.table(header, rows)
     if baseline:
         page.add("h2", "Against the baseline")
         header, *rows = (re.split(r"  +", line.strip()) for line in _comparison_table(baseline, results))
@@ -3249,11 +3251,12 @@ def _add_tables(page: Page, results: Results, baseline: Mapping[str, Any] | None
             ("handler", "count", "mean"),
             ((name, f"{one['count']:.0f}", duration_text(one["mean_s"])) for name, one in durations),
         )
-    page.add("h2", "Conditions")
-    judged = (
-        (one["condition"], "held" if one["held"] else "not held", _value_text(one)) for one in results["conditions"]
-    )
-    page.table(("the run fails if", "", "it is"), judged)
+    if results["conditions"]:
+        page.add("h2", "Conditions")
+        judged = (
+            (one["condition"], "held" if one["held"] else "not held", _value_text(one)) for one in results["conditions"]
+        )
+        page.table(("the run fails if", "", "it is"), judged)
     page.add("h2", "Options and versions")
     facts = {**results["options"], "hub": results["hub"]["version"], "tool": results["tool"]["version"]}
     page.table(

@@ -308,7 +308,11 @@ def test_a_slow_way_to_the_hub_is_told_from_a_slow_hub(new_hub: LocalHub, tmp_pa
 def spent(cpu_share: float, client_s: float, hub_s: float) -> str:
     """What is said of pings that took so long."""
     own = {"cpu_share_max": cpu_share, "spawns": {}, "requests": {"GET UserAPIHandler": {"count": 9, "mean_s": hub_s}}}
-    results = {"hub": {"metrics": own}, "operations": {"ping": {"count": 9, "latency_s": {"mean": client_s}}}}
+    results = {
+        "capacity": None,
+        "hub": {"metrics": own},
+        "operations": {"ping": {"count": 9, "latency_s": {"mean": client_s}}},
+    }
     (sentence,) = hst.time_spent(results)
     return sentence.partition(": most of it was spent ")[2]
 
