@@ -1698,12 +1698,14 @@ class Turns:
         with self._changed:
             self._taken = max(self._taken, freed_before)
             self._waiting.append(due_s)
-            while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
-                if self._freed > self._taken and due_s == min(self._waiting):
-                    self._taken += 1
-                    break
-                self._changed.wait(min(left_s, 0.2))
-            self._waiting.remove(due_s)
+            try:
+                while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
+                    if self._freed > self._taken and due_s == min(self._waiting):
+                        self._taken += 1
+                        break
+                    self._changed.wait(min(left_s, 0.2))
+            finally:  # also when whoever waits here is killed, as Locust does to its users
+                self._waiting.remove(due_s)
 
 
 def profile_options(profile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -3663,6 +3665,432 @@ def main(argv: Sequence[str] | None = None) -> int:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(render_summary(results, args.baseline, colour=colour))
     return int(results["exit_code"])
+
+
+# ==== Locust users: the same load from many machines =================================================================
+#
+# Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that they wait
+# for each other. What is above works there as it is; here is only what stands between it and Locust.
+
+LOCUST_RUN = "locust"
+LOCUST_BATCH = 10  # users that one request makes
+LOCUST_OPTIONS = (
+    Option(
+        "--hub-endpoint", "the hub's API; else --host, JUPYTERHUB_ENDPOINT, JUPYTERHUB_API_URL", endpoint_url, "URL"
+    ),
+    Option("--hub-token", "else JUPYTERHUB_API_TOKEN (better), on every machine", token_text, "TOKEN"),
+    Option("--hub-run", "users are called hub-stress-test-NAME-<worker>-<n>", run_name, "NAME", LOCUST_RUN),
+    Option("--hub-mix", "what a RunningServer sends, by weight", mix_of, "NAME=WEIGHT,…", "activity=1"),
+    Option("--hub-operations", "a file that registers operations of your own", str, "FILE.py", ""),
+    Option("--hub-scale", "a RunningServer sends so many times as often as every 300 s", positive_number, "F", "1"),
+    Option("--hub-stay", "how long a Person keeps the server", duration, "DURATION", "60s"),
+    Option("--hub-visits", "how many times a Person comes", whole_number, "N", "1"),
+    Option("--hub-profile", "a profile's slug, or a JSON object of user options", str, "P", ""),
+    Option("--hub-server-timeout", "how long a Person waits for a server", duration, "DURATION", "60s"),
+    Option(
+        "--hub-fail-if", "the exit code is 1 if METRIC OP VALUE; repeatable", condition, "CONDITION", repeatable=True
+    ),
+)
+
+
+def locust_is_loading() -> bool:
+    """Whether Locust is loading this file, or one that imports it: only then are there user classes."""
+    frame: FrameType | None = sys._getframe()
+    while frame and frame.f_globals.get("__name__") != "locust.util.load_locustfile":
+        frame = frame.f_back
+    return frame is not None
+
+
+def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int) -> Results:
+    """What conditions are about, from the entries of Locust's statistics; its latencies include those of failures."""
+    operations = {
+        entry.name: {
+            "count": entry.num_requests,
+            "failed": entry.num_failures,
+            "rate_per_s": entry.total_rps,
+            "latency_s": {
+                "min": (entry.min_response_time or 0) / 1000,
+                "mean": entry.avg_response_time / 1000,
+                **{f"p{n}": entry.get_response_time_percentile(n / 100) / 1000 for n in (50, 90, 95, 99)},
+                "max": entry.max_response_time / 1000,
+            },
+        }
+        for entry in entries
+        if entry.num_requests
+    }
+    tried = sum(operations[name]["count"] for name in operations.keys() & set(load))
+    failed = sum(operations[name]["failed"] for name in operations.keys() & set(load))
+    rate = failed / tried if tried else None
+    return {"operations": operations, "failed": failed, "failed_rate": rate, "http": {"throttled": throttled}}
+
+
+if locust_is_loading():
+    import gevent  # type: ignore[import-untyped, unused-ignore]
+    from locust import FastHttpUser, constant, events, task
+    from locust.exception import StopUser
+    from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
+
+    LOG.setLevel(logging.WARNING)  # and no progress: Locust shows its own
+    SAY = LOG.getChild("locust")
+    SAY.setLevel(logging.INFO)
+
+    class LocustSession:
+        """What a HubSession is to the functions above, over Locust's fast client; samples become Locust's requests."""
+
+        def __init__(self, user: FastHttpUser, token: str) -> None:
+            self.clock, self.stopping, self.metrics = time.monotonic, threading.Event(), self
+            self.operation: str | None = None  # what the next request is reported as
+            self._client, self._events = user.client, user.environment.events
+            self._headers = {"Authorization": f"token {token}", "Accept-Encoding": "identity"}
+
+        def request(self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any) -> Any:
+            """Locust's own, with the token and without redirects; reported as `operation`."""
+            kwargs = {"name": self.operation, "allow_redirects": False} | kwargs
+            return self._client.request(method, url, headers=self._headers | dict(headers or {}), **kwargs)
+
+        get = functools.partialmethod(request, "GET")
+        post = functools.partialmethod(request, "POST")
+        put = functools.partialmethod(request, "PUT")
+        patch = functools.partialmethod(request, "PATCH")
+        delete = functools.partialmethod(request, "DELETE")
+
+        def ask(
+            self,
+            method: str,
+            url: str,
+            *,
+            operation: str | None = None,
+            user: str = "",
+            ok: Collection[int] = (200, 201, 202, 204),
+            call: Call | None = None,
+            timeout: float = 0,
+            **kwargs: Any,
+        ) -> Reply:
+            """As a HubSession's, in one try; the time-out is the one that the user class has."""
+            sent_s = self.clock()
+            response = self.request(method, url, catch_response=True, **kwargs)  # which reports nothing by itself
+            if response.status_code:
+                reply = _read_reply(response, call or Call(tries=1), self.clock())
+            else:
+                reply = Reply(0, self.clock(), reason=why(response.error), lost=not _never_sent(response.error))
+            if operation:
+                error = None if reply.status in ok else str(reply.status or reply.reason)
+                self.add(Sample(operation, user, sent_s, sent_s, reply.answered_s, error))
+            return reply
+
+        def events(self, url: str, until_s: float) -> Iterator[Model]:
+            """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
+            response = self.request("GET", url, stream=True, catch_response=True)
+            try:
+                while response.status_code == 200 and (line := self._line(response, until_s)):
+                    if line.startswith(b"data:"):
+                        yield json.loads(line.removeprefix(b"data:"))
+            except (OSError, ValueError) as error:
+                LOG.debug("Progress stream of %s broke: %s", url, why(error))
+            finally:
+                if response.status_code:
+                    response.release()
+
+        def _line(self, response: Any, until_s: float) -> bytes:
+            line = b""
+            with gevent.Timeout(max(0.001, until_s - self.clock()), False):
+                while not line.endswith(b"\n") and (byte := response.read(1)):
+                    line += byte
+                return line
+            return b""
+
+        def add(self, sample: Sample) -> None:
+            """Report a sample to Locust, in its milliseconds."""
+            error = HubStressError(sample.error) if sample.error else None
+            self._events.request.fire(
+                request_type="hub",
+                name=sample.operation,
+                response_time=max(0.0, sample.latency_s) * 1000,
+                response_length=0,
+                exception=error,
+                context={},
+            )
+
+        def pause(self, seconds: float) -> bool:
+            gevent.sleep(max(0.0, seconds))
+            return True
+
+    class Site:
+        """What the users of one process share in one test: the hub, the names, and who has to be deleted at its end."""
+
+        def __init__(self, environment: Any, worker: int) -> None:
+            self.args = locust_args(environment)
+            self.run = f"{self.args.run}-{worker}"
+            self.session = get_session(self.args.token)
+            self.hub = check_locust_hub(environment, self.args, self.session)
+            existing = find_existing_stress_test_users(self.hub.endpoint, self.session, run=self.run)
+            self.indexes = itertools.count(first_free_index([user["name"] for user in existing], self.run))
+            self.turns, self.claims, self.throttled = Turns(), Claims(), 0
+            self.states: dict[str, ServerState] = {}
+            self.gone: list[str] = []  # who has left and was deleted
+            self._spare: list[str] = []
+            self._making, self._cleaning = threading.Lock(), threading.Lock()
+            self._cleaned: CleanUp | None = None
+
+        def new_user(self, session: HubSession) -> str:
+            """The name of a user who was made for this caller alone; raises `HubRefused`."""
+            with self._making:
+                while not self._spare:
+                    wanted = [username(index, self.run) for index in itertools.islice(self.indexes, LOCUST_BATCH)]
+                    self._spare = _create_batch(wanted, self.hub.endpoint, session, self.claims)
+                return self._spare.pop(0)
+
+        def clean_up(self) -> dict[str, Any]:
+            """Delete whom this process has made, once; what to tell the master."""
+            with self._cleaning, _second_signal_leaves(self):
+                if self._cleaned is None:
+                    ours = set(self.claims.ours) - set(self.gone)
+                    states = dict.fromkeys(ours, ServerState.STOPPED) | self.states
+                    session = self.session.for_cleaning_up()
+                    session.pause(LATE_S if self.claims.unconfirmed else 0)
+                    self._cleaned = remove_users(
+                        {name: states[name] for name in ours}, ours.__contains__, self.hub.endpoint, session, 10
+                    )
+            deleted = self._cleaned.deleted + len(self.gone)
+            told: dict[str, Any] = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
+            return told | {"run": self.run}
+
+    @contextlib.contextmanager
+    def _second_signal_leaves(site: Site) -> Iterator[None]:
+        """While a test cleans up, another signal leaves at once, saying how to remove the rest."""
+
+        def leave(number: int, _: FrameType | None) -> None:
+            _leave_at_once(number, len(site.claims.ours), f"hub-stress-test purge --run {site.run}")
+
+        before = {number: signal.signal(number, leave) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def locust_args(environment: Any) -> argparse.Namespace:
+        """The options of a test, from the command line or the web form; raises `UsageError`."""
+        options = vars(environment.parsed_options)
+        args = argparse.Namespace(baseline=None, token=environment.hub_token)
+        for option in LOCUST_OPTIONS[2:]:
+            flag = option.flags
+            given = options[flag[2:].replace("-", "_")]
+            texts = given or [] if option.repeatable else [given]
+            try:
+                values = [option.kind(str(text)) if text and option.kind else None for text in texts]
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"argument {flag}: {error}") from None
+            setattr(args, flag.removeprefix("--hub-").replace("-", "_"), values if option.repeatable else values[0])
+        args.profile = profile_value(args.profile) if args.profile else None
+        args.operations = args.operations or None
+        args.endpoint = environment.host and endpoint_url(environment.host)
+        validate(args)
+        return args
+
+    def check_locust_hub(environment: Any, args: argparse.Namespace, session: HubSession) -> Hub:
+        """The hub, once it has shown that it accepts the token for what the user classes will do."""
+        people = any(issubclass(kind, Person) for kind in environment.user_classes)
+        return check_hub(args.endpoint, session, "stress-test" if people else "activity-stress-test")
+
+    class HubUser(FastHttpUser):
+        """A Locust user with a user of their own on the hub."""
+
+        abstract = True
+        host = ""
+        insecure = False  # certificates are verified
+        network_timeout = connection_timeout = float(DEFAULT_TIMEOUT)
+
+        def on_start(self) -> None:
+            site: Site | None = getattr(self.environment, "hub_site", None)
+            if site is None:  # its check has failed, and said why
+                raise StopUser
+            self.site, self.session = site, LocustSession(self, site.args.token)
+
+        @property
+        def hub_session(self) -> HubSession:
+            return self.session  # type: ignore[return-value]
+
+        def new_user(self) -> str:
+            try:
+                return self.site.new_user(self.hub_session)
+            except HubRefused as error:
+                SAY.error("%s", error)
+                raise StopUser from None
+
+    class RunningServer(HubUser):
+        """Sends what a running server sends: a report every 300 s, or --hub-scale times as often; or the --hub-mix."""
+
+        def on_start(self) -> None:
+            super().on_start()
+            self.username = self.new_user()
+            self._interval_s: float = SERVER_REPORTS_EVERY_S / self.site.args.scale
+            self._number = random.randrange(1000)  # where in the mix this one begins
+            self._due_s: float = time.monotonic() + random.random() * self._interval_s
+            gevent.sleep(self._due_s - time.monotonic())  # so that not all send at one time
+
+        def wait_time(self) -> float:
+            """Seconds to the next report, which is due at its time however long the last one took."""
+            self._due_s += self._interval_s
+            return max(0.0, self._due_s - time.monotonic())
+
+        @task
+        def send(self) -> None:
+            self._number += 1
+            name = self.session.operation = choose(self.site.args.mix, self._number)
+            try:
+                OPERATIONS[name](self.username, self.site.hub.endpoint, self.hub_session)
+            except Exception as error:
+                now_s = time.monotonic()
+                self.session.add(Sample(name, self.username, now_s, now_s, now_s, f"{type(error).__name__}: {error}"))
+
+    class Person(HubUser):
+        """Logs in, waits until their server is ready, stays for --hub-stay, stops it and leaves."""
+
+        wait_time = constant(0)
+
+        def on_start(self) -> None:
+            super().on_start()
+            self._visits = 0
+
+        @task
+        def visit(self) -> None:
+            args, site = self.site.args, self.site
+            if self._visits == args.visits:
+                gevent.sleep(3600)  # has left, but stays in Locust's count, which it would otherwise fill up again
+                return
+            self._visits += 1
+            name = self.new_user()
+            site.states[name] = ServerState.READY
+            starter = Starter(site.hub.endpoint, self.hub_session, args.profile, args.server_timeout, site.turns)
+            start = starter.bring_up(name)
+            site.throttled += start.throttled
+            if start.ready:
+                gevent.sleep(args.stay)
+            stopped = stop_server(name, site.hub.endpoint, self.hub_session, wait=True)
+            if stopped and ask_to_delete(name, site.hub.endpoint, self.hub_session) is ServerState.GONE:
+                site.gone.append(name)
+
+    def _add_options(parser: Any) -> None:
+        for option in LOCUST_OPTIONS:
+            hidden = {"include_in_web_ui": False} if option in LOCUST_OPTIONS[:2] or option.repeatable else {}
+            option.add_to(parser, type=_checked(option.kind), **hidden)
+
+    def _checked(kind: Any) -> Callable[[str], str]:
+        """Text that `kind` accepts, as text: which is what a web form's field holds, and what Locust can send on."""
+
+        def check(text: str) -> str:
+            if text:
+                kind(text)
+            return text
+
+        return check
+
+    def _begin(environment: Any, runner: Any, **_: Any) -> None:
+        options = environment.parsed_options
+        token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
+        options.hub_token = None  # Locust hands options on to workers and pages
+        environment.hub_token = token and Secret(token)
+        found = os.environ.get("JUPYTERHUB_ENDPOINT") or os.environ.get("JUPYTERHUB_API_URL")
+        environment.host = environment.host or options.hub_endpoint or found
+        environment.hub_reports = {}
+        for kind in environment.user_classes:
+            kind.host = environment.host or ""
+        if isinstance(runner, WorkerRunner):
+            runner.register_message("hub-clean-up", lambda **_: runner.stop(), concurrent=True)
+        else:
+            if isinstance(runner, MasterRunner):
+                runner.register_message("hub-cleaned-up", _note_report)
+            if options.headless:
+                try:
+                    args = locust_args(environment)
+                    check_locust_hub(environment, args, get_session(args.token))
+                except HubStressError as error:
+                    sys.stderr.write(f"hub-stress-test: {error}\n")
+                    raise SystemExit(int(error.exit_code)) from None
+
+    def _start(environment: Any, **_: Any) -> None:
+        environment.hub_site, environment.hub_reports = None, {}
+        runner = environment.runner
+        try:
+            if isinstance(runner, MasterRunner):
+                args = locust_args(environment)
+                check_locust_hub(environment, args, get_session(args.token))
+            else:
+                site = Site(environment, getattr(runner, "worker_index", 0))
+                environment.hub_site = site
+                SAY.info("Users of this process are called %s", username(0, site.run)[:-1] + "<n>")
+        except HubStressError as error:
+            SAY.error("%s", error)
+            environment.process_exit_code = int(error.exit_code)
+            if not isinstance(runner, WorkerRunner):
+                gevent.spawn(runner.stop)
+        if isinstance(runner, WorkerRunner) and environment.parsed_options.processes:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the master too, which tells us
+
+    def _have_workers_clean_up(environment: Any, **_: Any) -> None:
+        runner = environment.runner
+        if not isinstance(runner, MasterRunner):
+            return
+        awaited = {client.id for client in runner.clients.all if client.state != STATE_MISSING}
+        runner.send_message("hub-clean-up")
+        until_s = time.monotonic() + 2 * CLEANUP_TIMEOUT_S
+        while awaited - environment.hub_reports.keys() and time.monotonic() < until_s:
+            gevent.sleep(0.1)
+            awaited -= {client.id for client in runner.clients.all if client.state == STATE_MISSING}
+
+    def _clean_up(environment: Any, **_: Any) -> None:
+        runner = environment.runner
+        site: Site | None = getattr(environment, "hub_site", None)
+        told = site.clean_up() if site else {}
+        if isinstance(runner, WorkerRunner):
+            runner.send_message("hub-cleaned-up", told)
+        elif site:
+            environment.hub_reports["local"] = told
+
+    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
+        environment.hub_reports[msg.node_id] = msg.data
+
+    def _end(environment: Any, **_: Any) -> None:
+        """Judge a test in the exit code: the master's for all workers."""
+        runner: Any = environment.runner
+        if isinstance(runner, WorkerRunner):
+            return
+        runner.stop()
+        reports = [told for told in environment.hub_reports.values() if told]
+        left = [name for told in reports for name in told["left"]]
+        for told in reports:
+            if told["left"]:
+                SAY.error("STILL THERE: %s; hub-stress-test purge --run %s", " ".join(told["left"]), told["run"])
+        if not environment.process_exit_code:
+            environment.process_exit_code = _judge(environment, reports, left)
+
+    def _judge(environment: Any, reports: Sequence[Mapping[str, Any]], left: list[str]) -> int:
+        runner: Any = environment.runner
+        args = locust_args(environment)
+        lost = (
+            [client.id for client in runner.clients.all if client.state == STATE_MISSING]
+            if hasattr(runner, "clients")
+            else []
+        )
+        for client in lost:
+            run = f"{args.run}-{runner.get_worker_index(client)}"
+            SAY.error("A worker is gone, and what it made may still be there: hub-stress-test purge --run %s", run)
+        SAY.info("%d users deleted, %s left", sum(told["deleted"] for told in reports), len(left) or "none")
+        throttled = sum(told["throttled"] for told in reports)
+        results = locust_results(runner.stats.entries.values(), {*args.mix, "server_ready"}, throttled)
+        judged = [one.judge(results, None) for one in args.fail_if or (FAILED,)]
+        for one in judged:
+            SAY.info("%s: %s, it is %s", one["condition"], "HELD" if one["held"] else "not held", _value_text(one))
+        return int(exit_code([*left, *lost], None, any(one["held"] for one in judged)))
+
+    hooks: Any = events
+    hooks.init_command_line_parser.add_listener(_add_options)
+    hooks.init.add_listener(_begin)
+    hooks.test_start.add_listener(_start)
+    hooks.test_stopping.add_listener(_have_workers_clean_up)
+    hooks.test_stop.add_listener(_clean_up)
+    hooks.quitting.add_listener(_end)
 
 
 if __name__ == "__main__":

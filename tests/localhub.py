@@ -85,7 +85,7 @@ class LocalHub:
     def __init__(self, **options: Any) -> None:
         self.options = HubOptions(**options)
         self.token, self._oracle_token = secrets.token_hex(16), secrets.token_hex(16)
-        self.port = _free_port()
+        self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}{self.options.base_url}hub/api"
         self._directory = Path(tempfile.mkdtemp(prefix="localhub-"))
         self.log_path = self._directory / "hub.log"
@@ -202,7 +202,7 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB_", "CONFIGPROXY_"))}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody has, below those that the system gives out, so that it is still free after a restart."""
     while True:
         port = 20000 + secrets.randbelow(12000)

@@ -1,0 +1,279 @@
+"""The same file under Locust: its users, its options, its web page, and what is left on the hub afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import browser, complaints
+from conftest import MODULE, THEIRS, tool_users
+from localhub import LocalHub, free_port
+
+import hub_stress_test as hst
+
+pytestmark = pytest.mark.locust
+LOCUST = [sys.executable, "-m", "locust", "-f", str(MODULE)]
+
+
+class Locust:
+    """Locust processes, whose output is in files; they are killed, if they still run, when the test ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *words: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTERHUB")}
+        with (self.folder / name).open("wb") as output:
+            self.processes[name] = subprocess.Popen(
+                [*LOCUST, *words],
+                cwd=self.folder,
+                env=clean | env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        return self.processes[name]
+
+    def said(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def run(self, *words: str, env: dict[str, str], name: str = "run") -> tuple[int, str]:
+        """Exit code and output; the token is in none of it."""
+        code = self.start(name, "--headless", "--only-summary", *words, env=env).wait(90)
+        self.check_secrets(env)
+        return code, self.said(name)
+
+    def master_and_workers(self, workers: int, kind: str, *words: str, env: dict[str, str]) -> None:
+        port = str(free_port())
+        for n in range(workers):
+            self.start(f"worker-{n}", "--worker", "--master-port", port, kind, env=env)
+        ports = ("--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port)
+        self.start("master", *ports, "--expect-workers", str(workers), "--headless", *words, kind, env=env)
+
+    def check_secrets(self, env: dict[str, str]) -> None:
+        for path in self.folder.iterdir():
+            text = path.read_text() if path.is_file() else ""
+            assert (env.get("JUPYTERHUB_API_TOKEN") or "\0") not in text, path
+            assert "Traceback" not in text, text
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def locust(tmp_path: Path) -> Iterator[Locust]:
+    running = Locust(tmp_path)
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def slow_hub(make_hub: Callable[..., LocalHub]) -> LocalHub:
+    return make_hub(spawn_s=0.5, spawn_jitter_s=0.5)
+
+
+def rows(output: str) -> dict[str, tuple[int, int]]:
+    """Requests and failures by the name under which Locust's table has them."""
+    table = output.partition("# reqs")[2].partition("Aggregated")[0]
+    found = re.findall(r"^\S+ +(\w+) +(\d+) +(\d+)\(", table, re.MULTILINE)
+    return {name: (int(number), int(failed)) for name, number, failed in found}
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 30) -> None:
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+
+
+def test_importing_the_file_imports_no_gevent_and_defines_no_users() -> None:
+    code = "import sys, hub_stress_test as h; print('gevent' in sys.modules, hasattr(h, 'Person'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+def test_running_servers_report_at_their_interval_under_the_operations_names(
+    locust: Locust, slow_hub: LocalHub
+) -> None:
+    words = ("-u", "20", "-r", "20", "-t", "8s", "--hub-scale", "100", "--hub-mix", "activity=4,read=1")
+    code, said = locust.run(*words, "RunningServer", env=slow_hub.environment)
+    assert code == 0 and slow_hub.users().keys() == THEIRS
+    found = rows(said)
+    assert found.keys() == {"activity", "read", "create_users"} and found["create_users"] == (2, 0)
+    sent = found["activity"][0] + found["read"][0]
+    assert 20 * 5 / 3 <= sent <= 20 * 9 / 3  # one every three seconds, after a random part of the first three
+    assert 0.1 < found["read"][0] / sent < 0.3
+    assert "20 users deleted, none left" in said and "failed > 0: not held, it is 0" in said
+
+
+def test_people_come_are_ready_stay_and_leave_throttled_or_not(
+    locust: Locust, make_hub: Callable[..., LocalHub]
+) -> None:
+    hub = make_hub(spawn_s=0.5, concurrent_spawn_limit=3, slow_spawn_timeout_s=0)
+    words = ("-u", "12", "-r", "12", "-t", "12s", "--hub-stay", "1s", "--hub-run", "many", "Person")
+    code, said = locust.run(*words, "--hub-fail-if", "throttled < 1", env=hub.environment)
+    assert code == 0 and hub.users().keys() == THEIRS
+    found = rows(said)
+    for operation in ("start_server", "server_ready", "stop_server", "delete_user"):
+        assert found[operation] == (12, 0), said
+    assert "hub-stress-test-many-0-<n>" in said
+
+
+def test_failed_starts_and_conditions_decide_the_exit_code(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:
+    hub = make_hub(fail_rate=0.5)
+    words = ("-u", "4", "-r", "4", "-t", "4s", "--hub-stay", "1s", "Person")
+    code, said = locust.run(*words, env=hub.environment)
+    assert code == 1 and "failed > 0: HELD, it is 2" in said and rows(said)["server_ready"] == (4, 2)
+    code, said = locust.run(*words, "--hub-fail-if", "failed_rate > 60%", env=hub.environment, name="lenient")
+    assert code == 0 and "failed_rate > 60%: not held, it is 50.0%" in said
+    assert hub.users().keys() == THEIRS
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
+    "a wrong token": ((), {"JUPYTERHUB_API_TOKEN": "5ca1ab1e"}, 3, "refuses the token"),
+    "no hub": (("--hub-endpoint", "http://127.0.0.1:1/hub/api"), {}, 3, "Nothing answers"),
+    "no endpoint": ((), {"JUPYTERHUB_ENDPOINT": ""}, 2, "no endpoint"),
+    "no token": ((), {"JUPYTERHUB_API_TOKEN": ""}, 2, "no token:"),
+    "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "there is no operation 'walk'"),
+    "a strange scale": (("--hub-scale", "-3"), {}, 2, "expected a number above 0"),
+    "a strange condition": (("--hub-fail-if", "it is slow"), {}, 2, "expected METRIC OP VALUE"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_will_not_do_is_refused_before_the_first_user(case: str, locust: Locust, new_hub: LocalHub) -> None:
+    words, env, expected_code, sentence = REFUSED[case]
+    before = new_hub.users()
+    code, said = locust.run("-u", "1", "-t", "5s", *words, env=new_hub.environment | env)
+    assert code == expected_code and sentence in said, said
+    assert "Ramping" not in said and new_hub.users() == before
+
+
+def test_operations_of_ones_own_work_here_too(locust: Locust, new_hub: LocalHub) -> None:
+    (locust.folder / "mine.py").write_text(
+        "from hub_stress_test import operation\n\n\n@operation('whoami')\ndef whoami(username, endpoint, session):\n"
+        "    return session.get(f'{endpoint}/user')\n"
+    )
+    words = ("--hub-operations", "mine.py", "--hub-mix", "whoami=1", "--hub-scale", "300", "-u", "3", "-t", "4s")
+    code, said = locust.run(*words, "RunningServer", env=new_hub.environment)
+    assert code == 0 and rows(said)["whoami"][0] >= 3 and rows(said)["whoami"][1] == 0
+    assert not tool_users(new_hub)
+
+
+def test_the_end_of_a_run_and_ctrl_c_at_the_master_delete_what_every_worker_made(
+    locust: Locust, slow_hub: LocalHub
+) -> None:
+    words = ("-u", "30", "-r", "30", "--hub-stay", "60s")
+    locust.master_and_workers(3, "Person", *words, env=slow_hub.environment)
+    wait_until(lambda: sum(bool(user["servers"]) for user in slow_hub.users().values()) == 30)
+    runs = {re.sub(r"-\d+$", "", name) for name in tool_users(slow_hub)}
+    assert runs == {f"hub-stress-test-locust-{n}" for n in range(3)}  # no two workers share a name
+    os.kill(locust.processes["master"].pid, signal.SIGINT)
+    assert locust.processes["master"].wait(60) == 0
+    for n in range(3):
+        locust.processes[f"worker-{n}"].wait(30)
+    assert slow_hub.users().keys() == THEIRS
+    assert "30 users deleted, none left" in locust.said("master")
+    locust.check_secrets(slow_hub.environment)
+
+
+def test_ctrl_c_at_all_processes_of_one_machine_cleans_up(locust: Locust, slow_hub: LocalHub) -> None:
+    port = str(free_port())
+    words = (
+        "--processes",
+        "2",
+        "--master-bind-port",
+        port,
+        "--master-port",
+        port,
+        "--headless",
+        "-u",
+        "10",
+        "-r",
+        "10",
+    )
+    process = locust.start("all", *words, "--hub-stay", "60s", "Person", env=slow_hub.environment)
+    wait_until(lambda: sum(bool(user["servers"]) for user in slow_hub.users().values()) == 10)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(60) == 0
+    assert slow_hub.users().keys() == THEIRS
+    assert "10 users deleted, none left" in locust.said("all")
+    locust.check_secrets(slow_hub.environment)
+
+
+def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, slow_hub: LocalHub) -> None:
+    words = ("-u", "12", "-r", "12", "-t", "14s", "--hub-stay", "4s")
+    locust.master_and_workers(3, "Person", *words, env=slow_hub.environment)
+    wait_until(lambda: len(tool_users(slow_hub)) >= 12)
+    os.kill(locust.processes["worker-1"].pid, signal.SIGKILL)
+    assert locust.processes["master"].wait(60) == 4
+    lost = re.search(r"hub-stress-test purge --run (locust-\d)", locust.said("master"))
+    assert lost
+    left = tool_users(slow_hub)
+    assert left and all(hst.is_test_user(name, lost[1]) for name in left)
+    assert hst.purge_users(slow_hub.token, slow_hub.endpoint, run=lost[1])["exit_code"] == 0
+    assert slow_hub.users().keys() == THEIRS
+    locust.check_secrets(slow_hub.environment)
+
+
+@pytest.mark.browser
+def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust, slow_hub: LocalHub) -> None:
+    port = str(free_port())
+    locust.start("web", "--web-host", "127.0.0.1", "--web-port", port, "RunningServer", env=slow_hub.environment)
+    wait_until(lambda: "Starting web interface" in locust.said("web"))
+    with browser(height=1600) as page:
+        page.set_script_timeout(10)
+        wait_until(lambda: _opens(page, f"http://127.0.0.1:{port}/"))
+        wait_until(lambda: page.find_elements("name", "user_count"))
+        page.execute_script("[...document.querySelectorAll('.MuiAccordionSummary-root')].forEach(e => e.click())")
+        wait_until(lambda: page.find_elements("name", "hub_scale"))
+        names = {field.get_attribute("name") for field in page.find_elements("css selector", "input")}
+        assert {"hub_run", "hub_mix", "hub_scale", "hub_stay", "hub_profile", "host"} <= names
+        assert "hub_token" not in names and slow_hub.token not in page.page_source
+        assert page.find_element("name", "host").get_attribute("value") == slow_hub.endpoint
+        for name, value in {"user_count": "15", "spawn_rate": "15", "hub_scale": "300"}.items():
+            field = page.find_element("name", name)
+            field.clear()
+            field.send_keys(value)
+        page.find_element("css selector", "button[type=submit]").click()
+        wait_until(lambda: len(tool_users(slow_hub)) >= 15)
+        wait_until(lambda: "activity" in page.find_element("tag name", "body").text)
+        _press(page, "Charts")
+        wait_until(lambda: _drawn(page) > 0)
+        before = _drawn(page)
+        wait_until(lambda: _drawn(page) != before)  # the charts move
+        _press(page, "Stop")
+        wait_until(lambda: not tool_users(slow_hub))
+        assert [one for one in complaints(page) if "SEVERE" in one] == []
+    assert slow_hub.users().keys() == THEIRS
+    locust.check_secrets(slow_hub.environment)
+
+
+def _opens(page: Any, url: str) -> bool:
+    page.get(url)
+    return "Locust" in page.title
+
+
+def _press(page: Any, text: str) -> None:
+    script = "return [...document.querySelectorAll('button, a')].filter(e => e.innerText.trim().toUpperCase() == arguments[0])"
+    wait_until(lambda: page.execute_script(script, text.upper()))
+    page.execute_script("arguments[0].click()", page.execute_script(script, text.upper())[0])
+
+
+def _drawn(page: Any) -> int:
+    """A number that changes when a chart is drawn anew."""
+    pictures = page.execute_script("return [...document.querySelectorAll('canvas')].map(c => c.toDataURL())")
+    return hash(tuple(pictures)) if any(len(picture) > 5000 for picture in pictures) else 0
