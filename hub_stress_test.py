@@ -12,6 +12,8 @@ Three commands answer, from a shell or a CI job:
   activity-stress-test   make users without servers, send the activity reports that running servers send, measure
   purge                  remove what earlier runs left behind
 
+Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
+
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
 stops their servers, and deletes them. It writes to no user that it did not make; purge writes only to users whose whole
 name follows that pattern, and never to an admin. Unless --keep is given, every user it made is deleted before it ends,
@@ -3673,7 +3675,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 # for each other. What is above works there as it is; here is only what stands between it and Locust.
 
 LOCUST_RUN = "locust"
-LOCUST_BATCH = 10  # users that one request makes
 LOCUST_OPTIONS = (
     Option(
         "--hub-endpoint", "the hub's API; else --host, JUPYTERHUB_ENDPOINT, JUPYTERHUB_API_URL", endpoint_url, "URL"
@@ -3832,11 +3833,11 @@ if locust_is_loading():
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
 
-        def new_user(self, session: HubSession) -> str:
-            """The name of a user who was made for this caller alone; raises `HubRefused`."""
+        def new_user(self, session: HubSession, batch: int) -> str:
+            """The name of a user for this caller alone, made with the next ones in one batch; raises `HubRefused`."""
             with self._making:
                 while not self._spare:
-                    wanted = [username(index, self.run) for index in itertools.islice(self.indexes, LOCUST_BATCH)]
+                    wanted = [username(index, self.run) for index in itertools.islice(self.indexes, batch)]
                     self._spare = _create_batch(wanted, self.hub.endpoint, session, self.claims)
                 return self._spare.pop(0)
 
@@ -3897,6 +3898,7 @@ if locust_is_loading():
         """A Locust user with a user of their own on the hub."""
 
         abstract = True
+        batch = 1  # users made by one request
         host = ""
         insecure = False  # certificates are verified
         network_timeout = connection_timeout = float(DEFAULT_TIMEOUT)
@@ -3913,13 +3915,15 @@ if locust_is_loading():
 
         def new_user(self) -> str:
             try:
-                return self.site.new_user(self.hub_session)
+                return self.site.new_user(self.hub_session, self.batch)
             except HubRefused as error:
                 SAY.error("%s", error)
                 raise StopUser from None
 
     class RunningServer(HubUser):
         """Sends what a running server sends: a report every 300 s, or --hub-scale times as often; or the --hub-mix."""
+
+        batch = 10
 
         def on_start(self) -> None:
             super().on_start()
@@ -3990,7 +3994,7 @@ if locust_is_loading():
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
         options.hub_token = None  # Locust hands options on to workers and pages
-        environment.hub_token = token and Secret(token)
+        environment.hub_token = Secret(token) if token else None
         found = os.environ.get("JUPYTERHUB_ENDPOINT") or os.environ.get("JUPYTERHUB_API_URL")
         environment.host = environment.host or options.hub_endpoint or found
         environment.hub_reports = {}

@@ -9,10 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import localhub
 import pytest
+import yaml
 from conftest import MODULE
 
 import hub_stress_test as hst
@@ -91,20 +93,35 @@ def test_the_script_block_and_the_project_name_the_same_needs() -> None:
     assert {re.split("[<>=]", need)[0] for need in PROJECT["dependencies"]} == {"requests", "urllib3"}
 
 
-def test_the_module_imports_nothing_but_its_two_dependencies() -> None:
+def imports(nodes: Iterable[ast.AST]) -> set[str]:
+    """The top-level names of the packages that these imports name, the standard library's left out."""
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+
+
+def test_the_module_imports_nothing_but_its_two_dependencies_and_under_locust_that() -> None:
     tree = ast.parse(MODULE.read_text())
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    assert imported - sys.stdlib_module_names == {"requests", "urllib3"}
+    (locust,) = (
+        node for node in tree.body if isinstance(node, ast.If) and "locust_is_loading" in ast.unparse(node.test)
+    )
+    under_locust = list(ast.walk(locust))
+    assert imports([node for node in ast.walk(tree) if node not in under_locust]) == {"requests", "urllib3"}
+    assert imports(under_locust) == {"gevent", "locust"}
+
+
+def test_the_readme_documents_exactly_the_options_that_locust_gets() -> None:
+    assert readme_options("## Beyond one machine: Locust") == {option.flags for option in hst.LOCUST_OPTIONS}
+
+
+def test_the_manifest_in_the_readme_is_valid_yaml() -> None:
+    (manifest,) = re.findall(r"^```yaml\n# locust.yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    documents = list(yaml.safe_load_all(manifest))
+    assert [one["kind"] for one in documents] == ["Service", "Deployment", "Deployment"]
+    for one in documents[1:]:
+        container = one["spec"]["template"]["spec"]["containers"][0]
+        assert container["args"][:2] == ["-f", "/mnt/hub_stress_test.py"]
+        assert {variable["name"] for variable in container["env"]} == {"JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_TOKEN"}
 
 
 def test_the_role_in_the_readme_is_the_one_that_is_printed_and_the_one_that_is_tested() -> None:

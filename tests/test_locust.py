@@ -16,6 +16,7 @@ import pytest
 from browser import browser, complaints
 from conftest import MODULE, THEIRS, tool_users
 from localhub import LocalHub, free_port
+from selenium.webdriver.common.keys import Keys
 
 import hub_stress_test as hst
 
@@ -237,16 +238,16 @@ def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust
     with browser(height=1600) as page:
         page.set_script_timeout(10)
         wait_until(lambda: _opens(page, f"http://127.0.0.1:{port}/"))
-        wait_until(lambda: page.find_elements("name", "user_count"))
+        wait_until(lambda: page.find_elements("name", "userCount"))
         page.execute_script("[...document.querySelectorAll('.MuiAccordionSummary-root')].forEach(e => e.click())")
-        wait_until(lambda: page.find_elements("name", "hub_scale"))
+        wait_until(lambda: page.find_elements("name", "hubScale"))
         names = {field.get_attribute("name") for field in page.find_elements("css selector", "input")}
-        assert {"hub_run", "hub_mix", "hub_scale", "hub_stay", "hub_profile", "host"} <= names
-        assert "hub_token" not in names and slow_hub.token not in page.page_source
+        assert {"hubRun", "hubMix", "hubScale", "hubStay", "hubVisits", "hubProfile", "host"} <= names
+        assert "hubToken" not in names and slow_hub.token not in page.page_source
         assert page.find_element("name", "host").get_attribute("value") == slow_hub.endpoint
-        for name, value in {"user_count": "15", "spawn_rate": "15", "hub_scale": "300"}.items():
+        for name, value in {"userCount": "15", "spawnRate": "15", "hubScale": "300"}.items():
             field = page.find_element("name", name)
-            field.clear()
+            field.send_keys(Keys.CONTROL + "a")
             field.send_keys(value)
         page.find_element("css selector", "button[type=submit]").click()
         wait_until(lambda: len(tool_users(slow_hub)) >= 15)
@@ -268,7 +269,10 @@ def _opens(page: Any, url: str) -> bool:
 
 
 def _press(page: Any, text: str) -> None:
-    script = "return [...document.querySelectorAll('button, a')].filter(e => e.innerText.trim().toUpperCase() == arguments[0])"
+    script = (
+        "return [...document.querySelectorAll('button, a')]"
+        ".filter(e => e.innerText.trim().toUpperCase() == arguments[0])"
+    )
     wait_until(lambda: page.execute_script(script, text.upper()))
     page.execute_script("arguments[0].click()", page.execute_script(script, text.upper())[0])
 

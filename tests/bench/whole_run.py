@@ -53,6 +53,7 @@ class Process:
     peak_mb: float
     stdout: str
     stderr: str
+    results: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +81,14 @@ class Measured:
 
 
 def tool_report(process: Process) -> Report:
-    """From the tool's summary and log."""
-    requests = re.search(r"^took .* (\d+) requests \(", process.stdout, re.MULTILINE)
-    pings = re.search(r"^ping +(\d+) ", process.stdout, re.MULTILINE)
-    if not requests or not pings:
-        raise RunFailed(f"the tool's summary does not read as expected:\n{process.stdout}")
+    """From the tool's results and log; readings of the metrics page apart."""
+    found = json.loads(process.results)
+    metrics = len(found["timeline"]["hub"]["at_s"])  # readings of the hub's metrics page
     took = re.findall(rf"Took ([\d.]+) seconds to ({'|'.join(TOOL_PHASES)})$", process.stderr, re.MULTILINE)
-    return Report(int(requests[1]), int(pings[1]), {TOOL_PHASES[name]: float(seconds) for seconds, name in took})
+    pings = found["operations"]["ping"]["count"]
+    return Report(
+        found["http"]["requests"] - metrics, pings, {TOOL_PHASES[name]: float(seconds) for seconds, name in took}
+    )
 
 
 def bare_report(process: Process) -> Report:
@@ -127,12 +129,14 @@ def measure(what: str, slow_spawn_timeout_s: float, args: argparse.Namespace) ->
     command = [args.tool, "stress-test"] if what == "tool" else [str(HERE / "bare_client.py")]
     command = [sys.executable, *command, "--count", str(args.count), "--batch-size", str(args.batch_size)]
     options = {"spawn_s": args.spawn, "spawn_jitter_s": args.jitter, "slow_spawn_timeout_s": slow_spawn_timeout_s}
-    with LocalHub(concurrent_spawn_limit=100, **options) as hub:
+    with LocalHub(concurrent_spawn_limit=100, **options) as hub, tempfile.TemporaryDirectory() as folder:
         users = hub.users().keys()
+        results = Path(folder) / "results.json"
         requests, cpu_s = hub_counts(hub)
-        process = run_client(command, hub.environment)
+        process = run_client(command + (["--results", str(results)] if what == "tool" else []), hub.environment)
         requests_after, cpu_after_s = hub_counts(hub)
         changed = users ^ hub.users().keys()
+        process = dataclasses.replace(process, results=results.read_text() if results.exists() else "")
     if process.exit_code or changed:
         said = process.stdout[-2000:] + process.stderr[-2000:]
         raise RunFailed(f"the {what} ended with {process.exit_code}; users left or lost: {sorted(changed)}\n{said}")
