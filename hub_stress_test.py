@@ -50,17 +50,12 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
 import operator
 import os
 import random
 import re
-import runpy
-import secrets
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -68,15 +63,16 @@ import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError, ReadTimeoutError, SSLError
 from urllib3.util.retry import Retry
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 # ==== Constants and exit codes =======================================================================================
 
@@ -798,7 +794,7 @@ def hub_metrics(snapshots: Sequence[Snapshot], load_ended_s: float, servers_read
         "rss_per_server_bytes": max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
         "event_loop_lag_p95_s": None if lags[0] is None else max(lags[0], LAG_RESOLUTION_S),
         "event_loop_lag_max_s": None if lags[1] is None else max(lags[1], LAG_RESOLUTION_S),
-        "running_servers_max": max(one.get("running_servers") for one in snapshots),
+        "running_servers_max": max(0.0, *(one.get("running_servers") for one in snapshots)),
         "requests": _own_durations(snapshots, "request_duration_seconds"),
         "spawns": _own_durations(snapshots, "server_spawn_duration_seconds"),
     }
@@ -1099,6 +1095,7 @@ class HubSession(requests.Session):
             return super().prepare_request(request)
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.hooks = request.method, str(request.url), self.hooks
+        prepared._cookies = self.cookies  # type: ignore[attr-defined]  # where requests puts those of an answer
         headers: dict[str, Any] = dict(self.headers)
         if request.json is not None:
             prepared.body = json.dumps(request.json).encode()
@@ -1111,12 +1108,14 @@ class HubSession(requests.Session):
         )
         return prepared
 
-    def merge_environment_settings(self, url: Any, *args: Any) -> Any:
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         """requests' own, once for each host, since it looks through the whole environment for proxies."""
+        if proxies or verify is not None or cert:
+            return super().merge_environment_settings(url, proxies, stream, verify, cert)
         origin = urllib.parse.urlsplit(url)[:2]
         if origin not in self._settings:
-            self._settings[origin] = super().merge_environment_settings(url, *args)
-        return dict(self._settings[origin])
+            self._settings[origin] = super().merge_environment_settings(url, proxies, False, verify, cert)
+        return self._settings[origin] | {"stream": stream or self.stream}
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
         self.call.tries += 1
@@ -2133,6 +2132,8 @@ def load_operations(path: str | None) -> None:
     """Run a file that registers operations; it can import this module by its name, however that was started."""
     if path is None:
         return
+    import runpy  # imported where it is needed, like a few others: so that --help is there at once
+
     sys.modules.setdefault("hub_stress_test", sys.modules[__name__])
     try:
         runpy.run_path(path)
@@ -2257,6 +2258,8 @@ def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
 
 
 def _spread_over_processes(load: Load, endpoint: str, session: HubSession, progress: Progress) -> float:
+    import multiprocessing
+
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(load.processes)]
     children = [
@@ -2283,6 +2286,8 @@ def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    from multiprocessing import resource_tracker
+
     resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -2293,6 +2298,8 @@ def _signals_blocked() -> Iterator[None]:
 
 def _lead(pipes: Sequence[Connection], session: HubSession, progress: Progress) -> float:
     """Start the processes at one moment, pass a stop on, and collect what they measured; the largest CPU share."""
+    import multiprocessing.connection
+
     for pipe in pipes:
         pipe.recv()  # it is ready
     for pipe in pipes:
@@ -2701,7 +2708,7 @@ def _hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> dict[str, An
         "cpu_share": [rounded(share) for _, share in shares],
         "at_s": [rounded(one.at_s - began_s) for one in snapshots],
         "rss_bytes": [one.get("process_resident_memory_bytes") for one in snapshots],
-        "running_servers": [one.get("running_servers") for one in snapshots],
+        "running_servers": [max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
     }
 
 
@@ -3602,12 +3609,14 @@ def setup_logging(
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
+    import tempfile
+
     try:
         if log_to_file is True:
             stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
             path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
             if os.path.exists(path):
-                path = path.replace(".log", f"-{secrets.token_hex(3)}.log")
+                path = path.replace(".log", f"-{os.urandom(3).hex()}.log")
         else:
             path = str(log_to_file)
         with open(path, "a+", encoding="utf-8", errors="replace") as file:

@@ -238,3 +238,30 @@ def test_a_hub_that_stays_silent_is_reported_within_its_time_out(proxy: FaultPro
     call = hst.Call(retry_until_s=session.clock() + 1)
     reply = session.ask("GET", endpoint + "/users", call=call, timeout=1)
     assert (reply.status, reply.reason) == (0, hst.TIMED_OUT)
+
+
+PREPARED: dict[str, tuple[str, str, dict[str, object]]] = {
+    "json": ("POST", "http://x/hub/api/users/a-1/activity", {"json": {"last_activity": "2026-11-20T16:00:00Z"}}),
+    "nothing": ("GET", "http://x:8081/hub/api/users/a%2Fb", {}),
+    "a post of nothing": ("POST", "https://x/hub/api/users/a/server", {}),
+    "a header more, and one less": ("GET", "http://x/", {"headers": {"Accept": "text/x", "Authorization": None}}),
+    "what has to be quoted": ("GET", "http://x/hub/api/users/a b", {}),
+    "a query": ("GET", "http://x/hub/api/users", {"params": {"limit": 5}}),
+    "a form": ("POST", "http://x/hub/login", {"data": {"name": "a"}}),
+}
+
+
+@pytest.mark.parametrize("case", PREPARED)
+def test_a_request_that_is_prepared_the_quick_way_is_the_one_that_requests_prepares(case: str) -> None:
+    method, url, more = PREPARED[case]
+    session = hst.get_session("secret")
+    quick = session.prepare_request(requests.Request(method, url, **more))
+    plain = requests.Session.prepare_request(session, requests.Request(method, url, **more))
+    assert (quick.method, quick.url, quick.body, dict(quick.headers)) == (
+        plain.method,
+        plain.url,
+        plain.body,
+        dict(plain.headers),
+    )
+    session.cookies.set("lb", "node-2")
+    assert session.prepare_request(requests.Request(method, url, **more)).headers["Cookie"] == "lb=node-2"
