@@ -128,6 +128,7 @@ def measure(what: str, slow_spawn_timeout_s: float, args: argparse.Namespace) ->
     """One run on a fresh hub. Raises `RunFailed`."""
     command = [args.tool, "stress-test"] if what == "tool" else [str(HERE / "bare_client.py")]
     command = [sys.executable, *command, "--count", str(args.count), "--batch-size", str(args.batch_size)]
+    command += ["--stop-first"] if what == "bare" and args.stop_first else []
     options = {"spawn_s": args.spawn, "spawn_jitter_s": args.jitter, "slow_spawn_timeout_s": slow_spawn_timeout_s}
     with LocalHub(concurrent_spawn_limit=100, **options) as hub, tempfile.TemporaryDirectory() as folder:
         users = hub.users().keys()
@@ -205,6 +206,7 @@ def main() -> int:
     add("--spawn", metavar="SECONDS", type=float, default=1.0, help="how long a server takes to start (1)")
     add("--jitter", metavar="SECONDS", type=float, default=0.5, help="at most so much longer, at random (0.5)")
     add("--tool", type=str, default=str(HERE.parents[1] / "hub_stress_test.py"), help="another version of the tool")
+    parser.add_argument("--stop-first", action="store_true", help="the bare client stops each server, as the tool does")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     try:
