@@ -1799,7 +1799,7 @@ def follow_progress(name: str, endpoint: str, session: HubSession, until_s: floa
     for event in session.events(user_url(endpoint, name, "server", "progress"), until_s):
         if not last and (event.get("ready") or event.get("failed")):
             moment_s, last = session.clock(), event
-        elif not last and event.get("message"):
+        elif not last and event.get("message") and event.get("progress") != 0:  # 0 is the hub's own "Server requested"
             said.append((session.clock(), str(event["message"])))
     return moment_s, last, longest_message(said, min(moment_s, session.clock()))
 
