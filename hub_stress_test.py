@@ -2562,7 +2562,6 @@ class Run:
     ) -> Results:
         """All that there is to say, with the keys of the results file; the verdict is over the rest."""
         self.monitor.look()
-        snapshots = self.monitor.snapshots
         servers = None if starts is None else _server_results(tried, starts, self.interrupted_by is not None)
         left = sorted(self.cleaned.left)
         failed = failed or len(self.troubles)
@@ -2571,13 +2570,7 @@ class Run:
             "schema": 1,
             "tool": {"name": "hub-stress-test", "version": __version__},
             "command": self.command,
-            "hub": {
-                "endpoint": self.hub.endpoint,
-                "version": self.hub.version,
-                "restarts": sum(map(restarted, snapshots, snapshots[1:])) if snapshots else None,
-                "metrics": hub_metrics(snapshots, self.load_ended_s, servers["ready"] if servers else 0),
-                "metrics_missing": self.monitor.missing or None,
-            },
+            "hub": self._hub_results(servers["ready"] if servers else 0),
             "started": utc(self.started),
             "finished": utc(datetime.now(timezone.utc)),
             "duration_s": self.session.clock() - self._began_s,
@@ -2595,15 +2588,9 @@ class Run:
             "http": self.session.traffic.summarise(),
             "capacity": capacity,
             "warnings": [*self.troubles, *self.warnings],
-            "timeline": {
-                "operations": self.session.metrics.timeline(self._began_s),
-                "servers": None if starts is None else _server_timeline(starts, self._began_s),
-                "hub": _hub_timeline(snapshots, self._began_s),
-                "load_ended_s": rounded(self.load_ended_s - self._began_s),
-            },
+            "timeline": self._timeline(starts),
         }
-        if found["hub"]["restarts"]:
-            times = found["hub"]["restarts"]
+        if times := found["hub"]["restarts"]:
             found["warnings"].append(f"the hub restarted during the run{f', {times} times' if times > 1 else ''}")
         if capacity is None:
             found["conditions"] = [one.judge(found, self.terms.baseline) for one in self.terms.conditions]
@@ -2613,6 +2600,25 @@ class Run:
         purge_given_up = self.command == "purge" and self.interrupted_by is not None  # not made by this run
         found["exit_code"] = int(exit_code([] if purge_given_up else left, self.interrupted_by, bad))
         return found
+
+    def _hub_results(self, servers_ready: int) -> dict[str, Any]:
+        snapshots = self.monitor.snapshots
+        return {
+            "endpoint": self.hub.endpoint,
+            "version": self.hub.version,
+            "restarts": sum(map(restarted, snapshots, snapshots[1:])) if snapshots else None,
+            "metrics": hub_metrics(snapshots, self.load_ended_s, servers_ready),
+            "metrics_missing": self.monitor.missing or None,
+        }
+
+    def _timeline(self, starts: Mapping[str, ServerStart] | None) -> dict[str, Any]:
+        """What happened when, in seconds since the run began: what the report draws."""
+        return {
+            "operations": self.session.metrics.timeline(self._began_s),
+            "servers": None if starts is None else _server_timeline(starts, self._began_s),
+            "hub": _hub_timeline(self.monitor.snapshots, self._began_s),
+            "load_ended_s": rounded(self.load_ended_s - self._began_s),
+        }
 
 
 def _leave_at_once(number: int, users: int, purge_command: str) -> None:
