@@ -848,8 +848,10 @@ def time_spent(results: Mapping[str, Any]) -> Iterator[str]:
             whole_s and inside_s and (name == "ping" or not results["capacity"])
         ):  # whose steps before are not in whole_s
             outside_s = whole_s - inside_s
-            if outside_s < max(IN_FRONT_S, whole_s / 2):
+            if outside_s < whole_s / 2:
                 where = "in the hub"
+            elif outside_s < IN_FRONT_S:
+                where = "elsewhere, but so little that it does not matter"
             elif own["cpu_share_max"] > BUSY:
                 where = f"waiting for the hub, whose process used up to {own['cpu_share_max']:.0%} of a processor"
             else:

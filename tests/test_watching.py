@@ -296,7 +296,7 @@ def test_a_short_stretch_of_cpu_is_joined_to_the_next() -> None:
 
 def test_a_slow_way_to_the_hub_is_told_from_a_slow_hub(new_hub: LocalHub, tmp_path: Path) -> None:
     direct, _ = run_and_read(tmp_path / "r", "stress-test", "-c", "4", "--profile", '{"spawn_s": 1}', hub=new_hub)
-    assert "most of it was spent in the hub\n" in direct
+    assert "not in the hub but in front of it" not in direct and "by the hub's own clock" in direct
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(matching("GET", ".*/users/.*"), Delay(0.15))
         env = {"JUPYTERHUB_ENDPOINT": f"{proxy.url}/hub/api"}
@@ -319,7 +319,7 @@ def spent(cpu_share: float, client_s: float, hub_s: float) -> str:
 
 def test_where_a_request_spent_its_time() -> None:
     assert spent(0.3, 0.100, 0.090) == "in the hub"
-    assert spent(0.3, 0.010, 0.002) == "in the hub"  # the rest is too little to speak of
+    assert spent(0.3, 0.020, 0.006) == "elsewhere, but so little that it does not matter"
     assert spent(0.3, 0.100, 0.010).startswith("not in the hub but in front of it")
     assert spent(0.95, 0.100, 0.010).startswith("waiting for the hub")
 
