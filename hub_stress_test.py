@@ -62,7 +62,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -990,7 +990,7 @@ class Call:
     lost: bool = False
 
 
-_PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/[A-Za-z0-9/._~%@+-]*")  # which has nothing to be quoted
+_PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/(?!\.|.*/\.)[A-Za-z0-9/._~%@+-]*")  # which stays as it is
 NEVER_SENT = (NewConnectionError, ConnectTimeoutError, SSLError)  # the hub has not seen a request that ended so
 
 
@@ -1033,10 +1033,44 @@ class HubRetry(Retry):
         self.session.traffic.sent(self.session.call.observer, again=True)
 
 
+def _origin(url: str) -> tuple[str, ...]:
+    """Scheme and host of a URL that has both, more quickly than by parsing it."""
+    return tuple(url.split("/", 3)[:3])
+
+
+class Transport(HTTPAdapter):
+    """requests' own, which looks once for each host how to reach it, and picks no cookies out of answers."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._pools: dict[Any, Any] = {}
+
+    def get_connection_with_tls_context(self, request: Any, verify: Any, proxies: Any = None, cert: Any = None) -> Any:
+        key = (_origin(request.url), verify, cert, *(proxies or {}).items())
+        known = self._pools.get(key)
+        if known is None or known.pool is None:  # closed, since there were others after it
+            known = self._pools[key] = super().get_connection_with_tls_context(request, verify, proxies, cert)
+        return known
+
+    def request_url(self, request: Any, proxies: Any) -> Any:
+        path = request.path_url
+        return super().request_url(request, proxies) if proxies or path.startswith("//") else path
+
+    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
+        response = requests.Response()
+        response.status_code, response.reason, response.raw = resp.status, resp.reason, resp
+        response.headers = requests.structures.CaseInsensitiveDict(resp.headers)
+        response.encoding = requests.utils.get_encoding_from_headers(response.headers)
+        response.url, response.request = req.url or "", req
+        response.connection = self
+        return response
+
+
 class HubSession(requests.Session):
     """The one place that talks HTTP: a time-out on every call, no redirect followed, every request counted.
 
-    Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
+    Threads share it. It keeps no cookies. `stop()` ends back-offs, pauses and progress streams at once, and lets no
+    further request go.
     """
 
     def __init__(
@@ -1060,7 +1094,7 @@ class HubSession(requests.Session):
         self._streams: dict[requests.Response, float] = {}
         self._settings: dict[Any, Any] = {}
         self._simulated, self._pool_maxsize = transport, pool_maxsize
-        self.transport = transport or HTTPAdapter(
+        self.transport = transport or Transport(
             pool_connections=1,
             pool_maxsize=pool_maxsize,
             max_retries=HubRetry(
@@ -1082,12 +1116,10 @@ class HubSession(requests.Session):
         return call
 
     def request(self, method: str, url: str, *args: Any, call: Call | None = None, **kwargs: Any) -> requests.Response:  # type: ignore[override]
-        """requests' own, with a time-out and without redirects."""
+        """requests' own, on behalf of a call."""
         call = self._local.call = call or Call()
         if call.retry_until_s is None:
             call.retry_until_s = self.clock() + self.retry_window_s
-        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
-        kwargs["allow_redirects"] = False
         return super().request(method, url, *args, **kwargs)
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
@@ -1097,7 +1129,6 @@ class HubSession(requests.Session):
             return super().prepare_request(request)
         prepared = requests.PreparedRequest()
         prepared.method, prepared.url, prepared.hooks = request.method, str(request.url), self.hooks
-        prepared._cookies = self.cookies  # type: ignore[attr-defined]  # where requests puts those of an answer
         headers: dict[str, Any] = dict(self.headers)
         if request.json is not None:
             prepared.body = json.dumps(request.json).encode()
@@ -1114,16 +1145,26 @@ class HubSession(requests.Session):
         """requests' own, once for each host, since it looks through the whole environment for proxies."""
         if proxies or verify is not None or cert:
             return super().merge_environment_settings(url, proxies, stream, verify, cert)
-        origin = urllib.parse.urlsplit(url)[:2]
+        origin = _origin(url)
         if origin not in self._settings:
             self._settings[origin] = super().merge_environment_settings(url, proxies, False, verify, cert)
         return self._settings[origin] | {"stream": stream or self.stream}
 
     def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        """requests' own, without what is left out here: redirects and cookies."""
+        kwargs = self.merge_environment_settings(request.url, None, None, None, None) | kwargs
+        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
+        kwargs.pop("allow_redirects", None)
         self.call.tries += 1
         self.traffic.sent(self.call.observer, again=self.call.tries > 1)
+        sent_s = self.clock()
         try:
-            response = super().send(request, **kwargs)
+            response = self.get_adapter(request.url or "").send(request, **kwargs)
+            response.elapsed = timedelta(seconds=self.clock() - sent_s)
+            for hook in request.hooks["response"]:
+                response = hook(response, **kwargs) or response
+            if not kwargs["stream"]:
+                response.content  # noqa: B018  # which reads it
         except requests.exceptions.ChunkedEncodingError:  # the answer broke off, which urllib3 leaves to us
             self.call.lost = True
             if self.call.tries > RETRIES or self.out_of_time(self.call):
@@ -1198,7 +1239,7 @@ class HubSession(requests.Session):
 
     def pause(self, seconds: float) -> bool:
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
-        return not self.stopping.wait(max(0.0, seconds))
+        return not (self.stopping.wait(seconds) if seconds > 0 else self.stopping.is_set())
 
     def back_off(self, seconds: float) -> None:
         """Wait before another try, raising `Stopped` when told to stop meanwhile."""
@@ -1510,15 +1551,15 @@ class Shared(Iterator[T]):
             return next(self._items)
 
 
-def in_threads(worker: Callable[[], None], number: int, session: HubSession, on_tick: Callable[[], None]) -> None:
-    """Run a worker in so many threads until all have returned or the session is told to stop.
+def in_threads(workers: Sequence[Callable[[], None]], session: HubSession, on_tick: Callable[[], object]) -> None:
+    """Run each worker in a thread of its own until all have returned or the session is told to stop.
 
     `on_tick` is called ten times a second. Raises what a worker raised.
     """
     session.answered_s = session.clock()
-    pool = ThreadPoolExecutor(number, thread_name_prefix="hub-stress-test")
+    pool = ThreadPoolExecutor(len(workers), thread_name_prefix="hub-stress-test")
     try:
-        running = {pool.submit(worker) for _ in range(number)}
+        running = {pool.submit(worker) for worker in workers}
         while running and not session.stopping.is_set():
             done, running = wait(running, timeout=0.1)
             for future in done:
@@ -1543,7 +1584,7 @@ def fan_out(
     """
     results: dict[T, R | Exception] = {}
     worker = functools.partial(_drain, Shared(items), work, results, session)
-    in_threads(worker, concurrency, session, lambda: on_tick(results) if on_tick else None)
+    in_threads([worker] * concurrency, session, lambda: on_tick(results) if on_tick else None)
     return dict(results)
 
 
@@ -1557,6 +1598,56 @@ def _drain(source: Iterator[T], work: Callable[[T], R], results: dict[T, R | Exc
         except Exception as error:
             LOG.exception("A worker failed on %s", item)
             results[item] = error
+
+
+class Crowd:
+    """Threads that take items as they come, and can use one processor between them, since they share an interpreter.
+
+    When they use it up, more of them only get into each other's way, and handing over from one processor to another
+    costs as much as sending: then all but the first `FEW` wait, and these stay on one processor where the system can
+    do that.
+    """
+
+    FEW = 50
+
+    def __init__(self, clock: Callable[[], float], cpu_clock: Callable[[], float] = time.process_time) -> None:
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._seen = clock(), cpu_clock()
+        self._looking, self._room = threading.Lock(), threading.Event()
+        self._room.set()
+        self._closed = False
+
+    def turns(self, items: Iterator[T], size: int, processor: int) -> list[Iterator[T]]:
+        """For each of so many threads, the items that it is to take; on the n-th processor when they are crowded."""
+        return [self._turns(items, number >= self.FEW, processor) for number in range(size)]
+
+    def look(self) -> None:
+        """See whether they used up a processor since the last look, which was a tenth of a second ago or more."""
+        if self._clock() < self._seen[0] + 0.1 or not self._looking.acquire(blocking=False):
+            return
+        before, self._seen = self._seen, (self._clock(), self._cpu_clock())
+        passed_s, cpu_s = map(operator.sub, self._seen, before)
+        if cpu_s > CPU_BOUND * passed_s and not self._closed:
+            self._room.clear()
+        else:
+            self._room.set()
+        self._looking.release()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._closed = True
+        self._room.set()
+
+    def _turns(self, items: Iterator[T], spare: bool, processor: int) -> Iterator[T]:
+        kept = not hasattr(os, "sched_setaffinity")
+        while (not spare or self._room.wait()) and (item := next(items, None)) is not None:
+            if not kept and not self._room.is_set():
+                processors = sorted(os.sched_getaffinity(0))
+                os.sched_setaffinity(0, {processors[processor % len(processors)]})
+                kept = True
+            yield item
+            self.look()
+        self.close()
 
 
 def on_schedule(due: Iterable[tuple[int, float]], last_s: float, session: HubSession) -> Iterator[tuple[int, float]]:
@@ -2220,8 +2311,15 @@ def send_load(
     if load.rate_per_s:
         last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
         due = Shared(on_schedule(load.due(part, Pace(load.rate_per_s, started_s)), last_s, session))
-        worker = functools.partial(send_when_due, due, load, endpoint, session)
-        in_threads(worker, load.open_workers, session, on_tick)
+        send = functools.partial(send_when_due, load=load, endpoint=endpoint, session=session)
+        with contextlib.closing(Crowd(session.clock)) as crowd:
+
+            def look_and_tell() -> None:
+                crowd.look()
+                on_tick()
+
+            senders = [functools.partial(send, turns) for turns in crowd.turns(due, load.open_workers, part)]
+            in_threads(senders, session, look_and_tell)
         return
     until_s = started_s + load.duration_s if load.duration_s else None
     workers = load.workers * load.processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -246,6 +247,7 @@ PREPARED: dict[str, tuple[str, str, dict[str, object]]] = {
     "a post of nothing": ("POST", "https://x/hub/api/users/a/server", {}),
     "a header more, and one less": ("GET", "http://x/", {"headers": {"Accept": "text/x", "Authorization": None}}),
     "what has to be quoted": ("GET", "http://x/hub/api/users/a b", {}),
+    "a path to be resolved": ("GET", "http://x/hub/api/../login", {}),
     "a query": ("GET", "http://x/hub/api/users", {"params": {"limit": 5}}),
     "a form": ("POST", "http://x/hub/login", {"data": {"name": "a"}}),
 }
@@ -265,3 +267,97 @@ def test_a_request_that_is_prepared_the_quick_way_is_the_one_that_requests_prepa
     )
     session.cookies.set("lb", "node-2")
     assert session.prepare_request(requests.Request(method, url, **more)).headers["Cookie"] == "lb=node-2"
+
+
+def test_an_answer_is_the_one_that_requests_builds(hub: LocalHub) -> None:
+    session, plain = hst.get_session(hub.token), requests.Session()
+    plain.headers["Authorization"] = f"token {hub.token}"
+    hub_url = hub.endpoint.removesuffix("/api")
+    for path, params in (("/api/users", {"limit": 1}), ("/api/users/nobody", {}), ("/home", {}), ("/login", {})):
+        ours = session.get(hub_url + path, params=params)
+        theirs = plain.get(hub_url + path, params=params, allow_redirects=False)
+        assert (ours.status_code, ours.reason, ours.url) == (theirs.status_code, theirs.reason, theirs.url)
+        assert (ours.encoding, ours.headers.keys()) == (theirs.encoding, theirs.headers.keys())
+        assert (ours.text[:20], ours.is_redirect, len(ours.history)) == (theirs.text[:20], theirs.is_redirect, 0)
+        assert 0 < ours.elapsed.total_seconds() < 30 and ours.request.headers["Authorization"].endswith(hub.token)
+    assert theirs.cookies and not session.cookies
+
+
+def test_two_hosts_can_take_turns(hub: LocalHub) -> None:
+    session = hst.get_session(hub.token)
+    other = hub.endpoint.replace("127.0.0.1", "localhost")
+    answers = [session.get(f"{endpoint}/").status_code for endpoint in (hub.endpoint, other) * 3]
+    assert other != hub.endpoint and answers == [200] * 6
+
+
+def test_a_request_that_is_sent_as_it_is_has_a_time_out_too(
+    proxy: FaultProxy, endpoint: str, new_hub: LocalHub
+) -> None:
+    session = hst.get_session(new_hub.token)
+    options: dict[str, Any] = {}
+    session.hooks["response"].append(lambda response, **kwargs: options.update(kwargs))
+    request = session.prepare_request(requests.Request("GET", endpoint + "/user"))
+    assert session.send(request, allow_redirects=True).json()["name"] == "hub-stress-test"
+    assert options["timeout"] == hst.DEFAULT_TIMEOUT and options["verify"]
+
+
+class Clocks:
+    """The time that has passed, and the processor's."""
+
+    now_s = cpu_s = 0.0
+
+    def pass_(self, seconds: float, share: float) -> None:
+        self.now_s, self.cpu_s = self.now_s + seconds, self.cpu_s + seconds * share
+
+
+def test_threads_that_use_up_a_processor_are_fewer_until_they_do_not() -> None:
+    clocks = Clocks()
+    crowd = hst.Crowd(lambda: clocks.now_s, lambda: clocks.cpu_s)
+    few, items, taken = crowd.FEW, itertools.count(), set[int]()
+    first, *_, spare = crowd.turns(hst.Shared(items), few + 1, 0)
+    assert next(first) == 0 and next(spare) == 1
+    clocks.pass_(0.2, share=0.99)
+    crowd.look()
+    thread = threading.Thread(target=lambda: taken.add(next(spare)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and not taken  # it waits
+    clocks.pass_(0.2, share=0.5)
+    crowd.look()
+    thread.join(5)
+    assert taken == {2}
+
+
+def test_threads_that_use_up_a_processor_stay_on_one_and_the_others_are_left_alone() -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    clocks, before, kept = Clocks(), os.sched_getaffinity(0), []
+    crowd = hst.Crowd(lambda: clocks.now_s, lambda: clocks.cpu_s)
+    turns = crowd.turns(iter(range(3)), 1, processor=len(before))
+    thread = threading.Thread(target=lambda: kept.extend(os.sched_getaffinity(0) for _ in turns[0]))
+    clocks.pass_(0.2, share=0.99)
+    crowd.look()
+    thread.start()
+    thread.join(5)
+    assert kept == [{min(before)}] * 3 and os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("end", ["no more items", "closed"])
+def test_whoever_waits_in_a_crowd_sees_its_end(end: str) -> None:
+    clocks = Clocks()
+    crowd = hst.Crowd(lambda: clocks.now_s, lambda: clocks.cpu_s)
+    first, *spare = crowd.turns(hst.Shared(range(3)), crowd.FEW + 20, 0)
+    clocks.pass_(0.2, share=0.99)
+    crowd.look()
+    threads = [threading.Thread(target=list, args=(turns,)) for turns in spare[crowd.FEW :]]
+    for thread in threads:
+        thread.start()
+    if end == "closed":
+        crowd.close()
+    else:
+        assert list(first) == [0, 1, 2]
+    clocks.pass_(0.2, share=0.99)
+    crowd.look()  # is too late to hold anybody back
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
