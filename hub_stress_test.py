@@ -2318,7 +2318,8 @@ def send_load(
                 crowd.look()
                 on_tick()
 
-            senders = [functools.partial(send, turns) for turns in crowd.turns(due, load.open_workers, part)]
+            processor = part if load.processes > 1 else os.getpid()  # so that two runs at a time seldom share one
+            senders = [functools.partial(send, turns) for turns in crowd.turns(due, load.open_workers, processor)]
             in_threads(senders, session, look_and_tell)
         return
     until_s = started_s + load.duration_s if load.duration_s else None
