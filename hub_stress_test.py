@@ -584,6 +584,15 @@ class Traffic(_Counting):
 # ==== Pure rules: what the hub's answers mean ========================================================================
 
 
+def is_lost(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether a proxy answered for a hub that was away: the hub may have acted, and its answer is lost.
+
+    A proxy answers 502, 503 or 504 when the hub dies in the middle of a request. The hub's own answers carry its
+    version in a header.
+    """
+    return status in (502, 503, 504) and "X-JupyterHub-Version" not in headers
+
+
 def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
     """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
 
@@ -1020,7 +1029,7 @@ class HubRetry(Retry):
         call = self.session.call
         if response is not None:
             self.session.traffic.answered(response.status)
-            call.lost |= response.status == 504
+            call.lost |= is_lost(response.status, response.headers)
         elif error is not None:
             call.lost |= not isinstance(error, NEVER_SENT)
             if self.session.out_of_time(call):
@@ -1283,7 +1292,7 @@ def _read_reply(response: requests.Response, call: Call, answered_s: float) -> R
     message = data.get("message") if isinstance(data, dict) else None
     if data is None and response.content:
         message = "not JSON but " + response.headers.get("Content-Type", "something unnamed").partition(";")[0]
-    lost = call.lost or response.status_code in (502, 504)
+    lost = call.lost or is_lost(response.status_code, response.headers)
     return Reply(
         response.status_code,
         answered_s,
@@ -1757,7 +1766,8 @@ def create_users(
 def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims: Claims) -> list[str]:
     """Those of the wanted users that this call made.
 
-    `POST /users`: 201 with the new ones; 409 when all exist. After a lost answer both mean "look", see Claims.
+    `POST /users`: 201 with the new ones; 409 when all exist. After a lost answer both mean "look", see Claims; so does
+    a 500, since the hub may have made some of the batch before it failed.
     """
     claims.ask(wanted)
     reply = session.ask(
@@ -1769,13 +1779,14 @@ def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims:
         ok=(201, 409),
     )
     done = reply.status in (201, 409)
-    if reply.lost:
+    unsure = reply.lost or reply.status >= 500
+    if unsure:
         there = {user["name"] for user in list_users(endpoint, session)}
     else:
         there = {user["name"] for user in reply.data} if reply.status == 201 else set()
         claims.rivals |= done and not there.issuperset(wanted)
     made = [name for name in wanted if name in there]
-    claims.settle(made if reply.lost else wanted, made)
+    claims.settle(made if unsure else wanted, made)
     if not made and not done:
         raise HubRefused("make users", reply)
     return made

@@ -74,12 +74,20 @@ PHASES: dict[str, Callable[[], Match]] = {
 
 
 class FromThenOn:
-    """A fault for every request from the first that matches on, for so many seconds; `act` is done once, first."""
+    """A fault for every request from the first that matches on, for so many seconds.
+
+    The first gets `at_first` instead, if that is given; `act` is done once, before it.
+    """
 
     def __init__(
-        self, match: Match, fault: Fault | None, seconds: float, act: Callable[[], None] | None = None
+        self,
+        match: Match,
+        fault: Fault | None,
+        seconds: float,
+        act: Callable[[], None] | None = None,
+        at_first: Fault | None = None,
     ) -> None:
-        self._match, self._fault, self._seconds, self._act = match, fault, seconds, act
+        self._match, self._fault, self._seconds, self._act, self._at_first = match, fault, seconds, act, at_first
         self._began_s: float | None = None
         self._lock = threading.Lock()
 
@@ -89,6 +97,8 @@ class FromThenOn:
                 self._began_s = time.monotonic()
                 if self._act:
                     self._act()
+                if self._at_first:
+                    return self._at_first
         active = self._began_s is not None and time.monotonic() < self._began_s + self._seconds
         return self._fault if active else None
 
@@ -130,6 +140,7 @@ ONCE: dict[str, tuple[Fault, str]] = {
     "reset before the hub saw it": (ResetBefore(), "[1-9] repeated|connection reset"),
     "reset after the hub acted": (ResetAfter(), "[1-9] repeated|connection reset"),
     "504 after the hub acted": (AnswerAfter(504, b"<html>", HTML), "[1-9] repeated|504"),
+    "503 after the hub acted": (AnswerAfter(503, b"<html>", HTML), "[1-9] repeated|503"),
     "502 after the hub acted": (AnswerAfter(502, b"<html>", HTML), "502"),
     "half an answer": (HalfBody(), "[1-9] repeated|broke off|connection reset"),
     "a single 500": (LOCKED, "500"),
@@ -175,6 +186,18 @@ def test_a_fault_for_a_while(name: str, phase: str, hub: LocalHub, record_proper
         ran = run_through(proxy, hub)
         assert any(entry.fault for entry in proxy.requests)
         check(record_property, (name, phase), hub, ran, why)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("page", [BAD_GATEWAY, UNAVAILABLE], ids=lambda page: str(page.status))
+def test_a_hub_that_acts_and_is_away_then(page: Answer, phase: str, hub: LocalHub, record_property: Record) -> None:
+    with FaultProxy(hub.endpoint) as proxy:
+        acted = AnswerAfter(page.status, page.body, HTML)
+        proxy.rule = FromThenOn(PHASES[phase](), page, 4, at_first=acted)
+        ran = run_through(proxy, hub)
+        assert [entry.fault for entry in proxy.requests if entry.fault][0] == "AnswerAfter"
+        name = f"{page.status} after the hub acted, then for 4 s"
+        check(record_property, (name, phase), hub, ran, f"{page.status}|[1-9]\\d* repeated")
 
 
 @pytest.mark.parametrize("phase", PHASES)
