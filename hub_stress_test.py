@@ -46,6 +46,7 @@ import functools
 import html
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -62,13 +63,14 @@ import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
+from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ReadTimeoutError, SSLError
 from urllib3.util.retry import Retry
 
 if TYPE_CHECKING:
@@ -987,6 +989,10 @@ class CapacitySearch:
 # ==== The hub: session, retry, dry run ===============================================================================
 
 
+RETRIED = frozenset({429, 503, 504})
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, SSLError)  # the hub has not seen a request that ended so
+
+
 @dataclasses.dataclass
 class Call:
     """How one request is to be sent, and what happened to it on the way."""
@@ -996,96 +1002,69 @@ class Call:
     retry_until_s: float | None = None  # no more tries after this moment; None: as long as the session's window
     tries: int = 0
     backoff_s: float = 0.0
-    lost: bool = False
+    lost: bool = False  # an answer was lost: the hub may have acted on the request
 
 
-_PLAIN_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+/(?!\.|.*/\.)[A-Za-z0-9/._~%@+-]*")  # which stays as it is
-NEVER_SENT = (NewConnectionError, ConnectTimeoutError, SSLError)  # the hub has not seen a request that ended so
+def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call:
+    """The call that a request is part of; it is kept with the request, so that whoever holds its answer finds it."""
+    call: Call = vars(request).setdefault("hub_call", Call()) if request else Call(tries=1)
+    return call
 
 
-class HubRetry(Retry):
-    """urllib3's retries, whose back-off a stop can end, is accounted for, and can be declined by a call.
+class Transport(BaseAdapter):
+    """What happens on the wire, around another adapter: a time-out on every request, retries, counts.
 
-    Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400 "already
-    running", a second stop 204 or 202, a second delete 404. `Call.lost` tells the caller to expect that.
+    Connection failures and the statuses 429, 503 and 504 are retried, on every method. Repeating a POST or DELETE is
+    safe on a hub: a second create answers 409, a second start 202 or 400 "already running", a second stop 204 or 202,
+    a second delete 404. `Call.lost` tells the caller to expect that.
     """
 
-    def __init__(self, *args: Any, session: HubSession, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.session = session
+    def __init__(self, wire: BaseAdapter, session: HubSession) -> None:
+        super().__init__()
+        self.wire, self._session = wire, session
 
-    def new(self, **kwargs: Any) -> HubRetry:
-        return super().new(session=self.session, **kwargs)
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        call, session = call_of(request), self._session
+        if call.retry_until_s is None:
+            call.retry_until_s = session.clock() + session.retry_window_s
+        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
+        while True:
+            call.tries += 1
+            session.traffic.sent(call.observer, again=call.tries > 1)
+            try:
+                response = self.wire.send(request, *args, **kwargs)
+                if not kwargs.get("stream"):
+                    response.content  # noqa: B018  # which reads it, and may break off
+            except requests.RequestException as error:
+                call.lost |= not _never_sent(error)
+                if not self._may_retry(call):
+                    raise
+                session.back_off(call, None)
+                continue
+            session.answered(response)
+            call.lost |= is_lost(response.status_code, response.headers)
+            if response.status_code not in RETRIED - call.seen or not self._may_retry(call):
+                return response
+            session.back_off(call, _retry_after_s(response))
+            response.close()
 
-    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
-        call = self.session.call
-        if status_code in call.seen or self.session.out_of_time(call):
-            return False
-        return super().is_retry(method, status_code, has_retry_after)
+    def close(self) -> None:
+        self.wire.close()
 
-    def increment(  # type: ignore[override]
-        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, **kw: Any
-    ) -> HubRetry:
-        call = self.session.call
-        if response is not None:
-            self.session.traffic.answered(response.status)
-            call.lost |= is_lost(response.status, response.headers)
-        elif error is not None:
-            call.lost |= not isinstance(error, NEVER_SENT)
-            if self.session.out_of_time(call):
-                raise MaxRetryError(kw["_pool"], url, error)
-        return super().increment(method, url, response, error, **kw)
-
-    def sleep(self, response: Any = None) -> None:
-        asked_s = self.get_retry_after(response) if response is not None else None
-        self.session.back_off(min(asked_s or self.get_backoff_time(), RETRY_AFTER_MAX_S))
-        self.session.traffic.sent(self.session.call.observer, again=True)
-
-
-def _origin(url: str) -> tuple[str, ...]:
-    """Scheme and host of a URL that has both, more quickly than by parsing it."""
-    return tuple(url.split("/", 3)[:3])
-
-
-class Transport(HTTPAdapter):
-    """requests' own, which looks once for each host how to reach it, and picks no cookies out of answers."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._pools: dict[Any, Any] = {}
-
-    def get_connection_with_tls_context(self, request: Any, verify: Any, proxies: Any = None, cert: Any = None) -> Any:
-        key = (_origin(request.url), verify, cert, *(proxies or {}).items())
-        known = self._pools.get(key)
-        if known is None or known.pool is None:  # closed, since there were others after it
-            known = self._pools[key] = super().get_connection_with_tls_context(request, verify, proxies, cert)
-        return known
-
-    def request_url(self, request: Any, proxies: Any) -> Any:
-        path = request.path_url
-        return super().request_url(request, proxies) if proxies or path.startswith("//") else path
-
-    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
-        response = requests.Response()
-        response.status_code, response.reason, response.raw = resp.status, resp.reason, resp
-        response.headers = requests.structures.CaseInsensitiveDict(resp.headers)
-        response.encoding = requests.utils.get_encoding_from_headers(response.headers)
-        response.url, response.request = req.url or "", req
-        response.connection = self
-        return response
+    def _may_retry(self, call: Call) -> bool:
+        return call.tries <= RETRIES and self._session.clock() < (call.retry_until_s or 0.0)
 
 
 class HubSession(requests.Session):
-    """The one place that talks HTTP: a time-out on every call, no redirect followed, every request counted.
+    """The session that talks to the hub: its transport retries and counts, no redirect is followed, no cookie is kept.
 
-    Threads share it. It keeps no cookies. `stop()` ends back-offs, pauses and progress streams at once, and lets no
-    further request go.
+    Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
     """
 
     def __init__(
         self,
         token: str,
-        transport: BaseAdapter | None = None,
+        wire: BaseAdapter | None = None,
         pool_maxsize: int = 100,
         retry_window_s: float = RETRY_WINDOW_S,
         gone_after_s: float = HUB_GONE_S,
@@ -1094,103 +1073,40 @@ class HubSession(requests.Session):
         self.token = token = Secret(token)
         self.headers["Authorization"] = Secret(f"token {token}")
         self.auth = _keep_as_it_is  # so that neither a .netrc file nor the URL replaces the header
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
         self.metrics, self.traffic = Metrics(), Traffic()
         self.stopping = threading.Event()
-        self._local = threading.local()
         self._streams: dict[requests.Response, float] = {}
-        self._settings: dict[Any, Any] = {}
-        self._simulated, self._pool_maxsize = transport, pool_maxsize
-        self.transport = transport or Transport(
-            pool_connections=1,
-            pool_maxsize=pool_maxsize,
-            max_retries=HubRetry(
-                total=RETRIES,
-                backoff_factor=0.5,
-                status_forcelist={429, 503, 504},
-                allowed_methods=None,
-                raise_on_status=False,
-                session=self,
-            ),
-        )
-        self.mount("http://", self.transport)
-        self.mount("https://", self.transport)
+        self._simulated, self._pool_maxsize = wire, pool_maxsize
+        transport = Transport(wire or HTTPAdapter(pool_maxsize=pool_maxsize), self)
+        self.mount("http://", transport)
+        self.mount("https://", transport)
 
-    @property
-    def call(self) -> Call:
-        """What this thread is sending."""
-        call: Call = getattr(self._local, "call", None) or Call()
-        return call
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: a redirect is an answer like another, and the token goes nowhere else."""
 
-    def request(self, method: str, url: str, *args: Any, call: Call | None = None, **kwargs: Any) -> requests.Response:  # type: ignore[override]
-        """requests' own, on behalf of a call."""
-        call = self._local.call = call or Call()
-        if call.retry_until_s is None:
-            call.retry_until_s = self.clock() + self.retry_window_s
-        return super().request(method, url, *args, **kwargs)
+    def exchange(
+        self, method: str, url: str, call: Call, *, stream: bool = False, timeout: float | None = None, **parts: Any
+    ) -> requests.Response:
+        """The response to one call; `parts` are those of a `requests.Request`. Raises what requests raises."""
+        request = self.prepare_request(requests.Request(method, url, **parts))
+        vars(request)["hub_call"] = call
+        settings = self.merge_environment_settings(request.url, {}, stream, None, None)
+        return self.send(request, timeout=timeout, **settings)
 
-    def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
-        """requests' own, but quicker for what a load consists of: a plain URL, JSON or nothing, and no cookies."""
-        special = request.files or request.data or request.params or request.auth or request.cookies or self.cookies
-        if special or request.hooks["response"] or not _PLAIN_URL.fullmatch(str(request.url)):
-            return super().prepare_request(request)
-        prepared = requests.PreparedRequest()
-        prepared.method, prepared.url, prepared.hooks = request.method, str(request.url), self.hooks
-        headers: dict[str, Any] = dict(self.headers)
-        if request.json is not None:
-            prepared.body = json.dumps(request.json).encode()
-            headers |= {"Content-Type": "application/json", "Content-Length": str(len(prepared.body))}
-        elif request.method not in ("GET", "HEAD"):
-            headers["Content-Length"] = "0"
-        headers |= request.headers or {}
-        prepared.headers = requests.structures.CaseInsensitiveDict(
-            {name: value for name, value in headers.items() if value is not None}
-        )
-        return prepared
-
-    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
-        """requests' own, once for each host, since it looks through the whole environment for proxies."""
-        if proxies or verify is not None or cert:
-            return super().merge_environment_settings(url, proxies, stream, verify, cert)
-        origin = _origin(url)
-        if origin not in self._settings:
-            self._settings[origin] = super().merge_environment_settings(url, proxies, False, verify, cert)
-        return self._settings[origin] | {"stream": stream or self.stream}
-
-    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
-        """requests' own, without what is left out here: redirects and cookies."""
-        kwargs = self.merge_environment_settings(request.url, None, None, None, None) | kwargs
-        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
-        kwargs.pop("allow_redirects", None)
-        self.call.tries += 1
-        self.traffic.sent(self.call.observer, again=self.call.tries > 1)
-        sent_s = self.clock()
-        try:
-            response = self.get_adapter(request.url or "").send(request, **kwargs)
-            response.elapsed = timedelta(seconds=self.clock() - sent_s)
-            for hook in request.hooks["response"]:
-                response = hook(response, **kwargs) or response
-            if not kwargs["stream"]:
-                response.content  # noqa: B018  # which reads it
-        except requests.exceptions.ChunkedEncodingError:  # the answer broke off, which urllib3 leaves to us
-            self.call.lost = True
-            if self.call.tries > RETRIES or self.out_of_time(self.call):
-                raise
-            return self.send(request, **kwargs)
+    def answered(self, response: requests.Response) -> None:
+        """Count an answer, and note the moment if it is the hub's."""
         self.traffic.answered(response.status_code)
-        if response.status_code not in (502, 503, 504):  # which a proxy says of a hub that is not there
+        if not is_lost(response.status_code, response.headers):
             self.answered_s = self.clock()
-        return response
 
     @property
     def hub_is_gone(self) -> bool:
         """Whether the hub has not answered anything for so long that sending more is no use."""
         return self.clock() - self.answered_s > self.gone_after_s
-
-    def out_of_time(self, call: Call) -> bool:
-        return call.retry_until_s is not None and self.clock() >= call.retry_until_s
 
     def ask(
         self,
@@ -1210,10 +1126,10 @@ class HubSession(requests.Session):
         call = call or Call()
         sent_s = self.clock()
         try:
-            reply = _read_reply(self.request(method, url, call=call, **kwargs), call, self.clock())
+            reply = _read_reply(self.exchange(method, url, call, **kwargs), call, self.clock())
         except Stopped:
             return Reply(0, self.clock(), reason="the run was stopped", lost=call.lost)
-        except requests.RequestException as error:
+        except OSError as error:  # which requests' own errors are too
             lost = call.lost or not _never_sent(error)
             reply = Reply(0, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
         if operation:
@@ -1228,7 +1144,7 @@ class HubSession(requests.Session):
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
         call = Call(observer=True, retry_until_s=until_s)
         try:
-            with self.request("GET", url, call=call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
                 self._streams[response] = until_s
                 try:
                     for line in response.iter_lines() if response.status_code == 200 else ():
@@ -1250,12 +1166,12 @@ class HubSession(requests.Session):
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
         return not (self.stopping.wait(seconds) if seconds > 0 else self.stopping.is_set())
 
-    def back_off(self, seconds: float) -> None:
-        """Wait before another try, raising `Stopped` when told to stop meanwhile."""
+    def back_off(self, call: Call, asked_s: float | None) -> None:
+        """Wait before the next try, as long as the hub asked or for 0, 1, 2, 4, 8 s; raises `Stopped` when told to."""
         began_s = self.clock()
-        going_on = self.pause(seconds)
-        self.call.backoff_s += self.clock() - began_s
-        self.call.tries += 1
+        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
+        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S))
+        call.backoff_s += self.clock() - began_s
         if not going_on:
             raise Stopped
 
@@ -1292,13 +1208,12 @@ def _read_reply(response: requests.Response, call: Call, answered_s: float) -> R
     message = data.get("message") if isinstance(data, dict) else None
     if data is None and response.content:
         message = "not JSON but " + response.headers.get("Content-Type", "something unnamed").partition(";")[0]
-    lost = call.lost or is_lost(response.status_code, response.headers)
     return Reply(
         response.status_code,
         answered_s,
         data,
         message or "",
-        lost,
+        call.lost or is_lost(response.status_code, response.headers),
         call.tries,
         call.backoff_s,
         _retry_after_s(response),
@@ -1340,7 +1255,7 @@ def why(error: BaseException) -> str:
             return "the answer broke off"
         if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
             return "host name not found"
-    return type(error).__name__
+    return type(error).__name__ if isinstance(error, requests.RequestException) else str(error)
 
 
 def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> None:
@@ -1375,7 +1290,7 @@ class SimulatedHub(BaseAdapter):
             status, data = self._answer(request.method or "", path.split("/"), body)
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
-        response._content = b"" if data is None else json.dumps(data).encode()
+        response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
     def close(self) -> None:
@@ -1607,56 +1522,6 @@ def _drain(source: Iterator[T], work: Callable[[T], R], results: dict[T, R | Exc
         except Exception as error:
             LOG.exception("A worker failed on %s", item)
             results[item] = error
-
-
-class Crowd:
-    """Threads that take items as they come, and can use one processor between them, since they share an interpreter.
-
-    When they use it up, more of them only get into each other's way, and handing over from one processor to another
-    costs as much as sending: then all but the first `FEW` wait, and these stay on one processor where the system can
-    do that.
-    """
-
-    FEW = 50
-
-    def __init__(self, clock: Callable[[], float], cpu_clock: Callable[[], float] = time.process_time) -> None:
-        self._clock, self._cpu_clock = clock, cpu_clock
-        self._seen = clock(), cpu_clock()
-        self._looking, self._room = threading.Lock(), threading.Event()
-        self._room.set()
-        self._closed = False
-
-    def turns(self, items: Iterator[T], size: int, processor: int) -> list[Iterator[T]]:
-        """For each of so many threads, the items that it is to take; on the n-th processor when they are crowded."""
-        return [self._turns(items, number >= self.FEW, processor) for number in range(size)]
-
-    def look(self) -> None:
-        """See whether they used up a processor since the last look, which was a tenth of a second ago or more."""
-        if self._clock() < self._seen[0] + 0.1 or not self._looking.acquire(blocking=False):
-            return
-        before, self._seen = self._seen, (self._clock(), self._cpu_clock())
-        passed_s, cpu_s = map(operator.sub, self._seen, before)
-        if cpu_s > CPU_BOUND * passed_s and not self._closed:
-            self._room.clear()
-        else:
-            self._room.set()
-        self._looking.release()
-
-    def close(self) -> None:
-        """Nobody waits any more."""
-        self._closed = True
-        self._room.set()
-
-    def _turns(self, items: Iterator[T], spare: bool, processor: int) -> Iterator[T]:
-        kept = not hasattr(os, "sched_setaffinity")
-        while (not spare or self._room.wait()) and (item := next(items, None)) is not None:
-            if not kept and not self._room.is_set():
-                processors = sorted(os.sched_getaffinity(0))
-                os.sched_setaffinity(0, {processors[processor % len(processors)]})
-                kept = True
-            yield item
-            self.look()
-        self.close()
 
 
 def on_schedule(due: Iterable[tuple[int, float]], last_s: float, session: HubSession) -> Iterator[tuple[int, float]]:
@@ -2258,17 +2123,17 @@ def perform(
     """Do one operation on a user and measure it, whatever it raises; from when it was due, or (None) from now."""
     sent_s = session.clock()
     error: str | None
+    call = Call(tries=1)
     try:
         response = send(user, endpoint, session)
-        error = None if response.ok else str(response.status_code)
+        error, call = None if response.ok else str(response.status_code), call_of(response.request)
     except Stopped:
         return
     except requests.RequestException as failure:
-        error = why(failure)
+        error, call = why(failure), call_of(failure.request)
     except Exception as failure:
         LOG.debug("The operation %s failed on %s", operation, user, exc_info=True)
         error = f"{type(failure).__name__}: {failure}"
-    call = session.call
     due_s = sent_s if due_s is None else due_s
     session.metrics.add(Sample(operation, user, due_s, sent_s, session.clock(), error, call.tries, call.backoff_s))
 
@@ -2301,9 +2166,9 @@ class Load:
     def open_workers(self) -> int:
         """Threads that an open load needs in each process to go on while the hub answers nothing for 3 seconds.
 
-        More than 400 get into each other's way: then more processes are what helps.
+        More than 200 get into each other's way: then more processes are what helps.
         """
-        return max(self.workers, min(400, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
+        return max(self.workers, min(200, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
 
     def due(self, part: int, pace: Pace) -> Iterator[tuple[int, float]]:
         """Number and due moment of each request of an open load that one of the processes sends."""
@@ -2322,16 +2187,8 @@ def send_load(
     if load.rate_per_s:
         last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
         due = Shared(on_schedule(load.due(part, Pace(load.rate_per_s, started_s)), last_s, session))
-        send = functools.partial(send_when_due, load=load, endpoint=endpoint, session=session)
-        with contextlib.closing(Crowd(session.clock)) as crowd:
-
-            def look_and_tell() -> None:
-                crowd.look()
-                on_tick()
-
-            processor = part if load.processes > 1 else os.getpid()  # so that two runs at a time seldom share one
-            senders = [functools.partial(send, turns) for turns in crowd.turns(due, load.open_workers, processor)]
-            in_threads(senders, session, look_and_tell)
+        sender = functools.partial(send_when_due, due, load=load, endpoint=endpoint, session=session)
+        in_threads([sender] * load.open_workers, session, on_tick)
         return
     until_s = started_s + load.duration_s if load.duration_s else None
     workers = load.workers * load.processes
@@ -2494,7 +2351,7 @@ class Ping:
 
     def _read(self, username: str, endpoint: str, session: HubSession) -> requests.Response:
         """`GET /users/{name}`, once: a retry would hide what it is there to see."""
-        return session.request("GET", user_url(endpoint, username), call=Call(observer=True, retry_until_s=0))
+        return session.exchange("GET", user_url(endpoint, username), Call(observer=True, retry_until_s=0))
 
 
 class Monitor:
@@ -2533,7 +2390,7 @@ class Monitor:
             sent_s = self._session.clock()
             try:
                 call = Call(observer=True, retry_until_s=0)
-                response = self._session.request("GET", self._url, call=call, timeout=METRICS_TIMEOUT_S)
+                response = self._session.exchange("GET", self._url, call, timeout=METRICS_TIMEOUT_S)
                 page = response.text if response.status_code == 200 else ""
                 families = list(self._parser.text_string_to_metric_families(page))
             except (requests.RequestException, ValueError) as error:

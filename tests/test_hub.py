@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -51,9 +50,15 @@ def test_get_session_retries_on_every_method_and_counts_it(
     response = session.request(method, endpoint + "/users/nobody/activity", json={})
     assert response.status_code in (404, 405)
     assert len(proxy.requests) == 2
-    assert (session.call.tries, session.traffic.retries, session.traffic.requests) == (2, 1, 2)
-    policy = session.get_adapter(endpoint).max_retries
-    assert policy.backoff_factor == 0.5 and policy.status_forcelist == {429, 503, 504}
+    assert (session.traffic.retries, session.traffic.requests) == (1, 2)
+
+
+def test_a_request_is_tried_six_times_with_a_back_off_that_doubles(proxy: FaultProxy, endpoint: str) -> None:
+    proxy.rule = every(matching("GET", "nobody"), Answer(503))
+    session, slept = hst.HubSession("x", retry_window_s=1e9), []
+    session.pause = lambda seconds: slept.append(seconds) is None  # type: ignore[method-assign]
+    assert session.get(endpoint + "/users/nobody").status_code == 503
+    assert (len(proxy.requests), slept) == (6, [0, 1, 2, 4, 8])
 
 
 def test_the_time_that_the_hub_asks_for_is_slept_and_is_not_latency(
@@ -87,15 +92,55 @@ def test_a_netrc_file_does_not_replace_the_token(
     assert hst.get_session(new_hub.token).get(new_hub.endpoint + "/user").json()["name"] == "hub-stress-test"
 
 
-def test_every_call_has_a_time_out(proxy: FaultProxy, endpoint: str, new_hub: LocalHub) -> None:
-    session = hst.get_session(new_hub.token)
-    seen: list[Any] = []
-    send = session.transport.send
-    session.transport.send = lambda *a, **kw: seen.append(kw["timeout"]) or send(*a, **kw)  # type: ignore[method-assign]
+class Wire(hst.SimulatedHub):
+    """A simulated hub that remembers with which settings it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        self.seen.append(kwargs)
+        return super().send(request, *args, **kwargs)
+
+
+def test_every_request_has_a_time_out() -> None:
+    wire, endpoint = Wire(), "http://x/hub/api"
+    session = hst.HubSession("x", wire)
     session.get(endpoint + "/users")
+    session.send(session.prepare_request(requests.Request("GET", endpoint + "/user")))
     hst.read_state("alice", endpoint, session)
     list(session.events(endpoint + "/users/alice/server/progress", session.clock() + 5))
-    assert len(seen) == 3 and all(seen)
+    assert len(wire.seen) == 4 and all(settings["timeout"] for settings in wire.seen)
+
+
+def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(variable, raising=False)
+    wire, endpoint = Wire(), "https://x/hub/api"
+    session = hst.HubSession("x", wire)
+    session.get(endpoint + "/user")
+    session.verify, session.cert, session.proxies = "/own/ca.pem", "/own/cert.pem", {"https": "http://proxy:3128"}
+    session.get(endpoint + "/user")
+    hst.read_state("alice", endpoint, session)
+    assert wire.seen[0]["verify"] is True and len(wire.seen) == 3
+    for settings in wire.seen[1:]:
+        assert (settings["verify"], settings["cert"]) == ("/own/ca.pem", "/own/cert.pem")
+        assert settings["proxies"]["https"] == "http://proxy:3128"
+
+
+def test_a_certificate_file_that_is_not_there_is_a_reason_and_no_traceback(
+    new_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
+    endpoint = new_hub.endpoint.replace("http:", "https:")
+    assert "/nowhere/ca.pem" in hst.get_session("x").ask("GET", endpoint + "/", call=hst.Call(retry_until_s=0)).reason
+
+
+def test_no_cookie_of_the_hub_is_kept(hub: LocalHub) -> None:
+    session = hst.get_session(hub.token)
+    assert "Set-Cookie" in session.get(hub.endpoint.removesuffix("/api") + "/login").headers
+    assert not session.cookies
 
 
 @pytest.mark.parametrize("end", ["stop", "deadline"])
@@ -291,125 +336,3 @@ def test_a_hub_that_stays_silent_is_reported_within_its_time_out(proxy: FaultPro
     call = hst.Call(retry_until_s=session.clock() + 1)
     reply = session.ask("GET", endpoint + "/users", call=call, timeout=1)
     assert (reply.status, reply.reason) == (0, hst.TIMED_OUT)
-
-
-PREPARED: dict[str, tuple[str, str, dict[str, object]]] = {
-    "json": ("POST", "http://x/hub/api/users/a-1/activity", {"json": {"last_activity": "2026-11-20T16:00:00Z"}}),
-    "nothing": ("GET", "http://x:8081/hub/api/users/a%2Fb", {}),
-    "a post of nothing": ("POST", "https://x/hub/api/users/a/server", {}),
-    "a header more, and one less": ("GET", "http://x/", {"headers": {"Accept": "text/x", "Authorization": None}}),
-    "what has to be quoted": ("GET", "http://x/hub/api/users/a b", {}),
-    "a path to be resolved": ("GET", "http://x/hub/api/../login", {}),
-    "a query": ("GET", "http://x/hub/api/users", {"params": {"limit": 5}}),
-    "a form": ("POST", "http://x/hub/login", {"data": {"name": "a"}}),
-}
-
-
-@pytest.mark.parametrize("case", PREPARED)
-def test_a_request_that_is_prepared_the_quick_way_is_the_one_that_requests_prepares(case: str) -> None:
-    method, url, more = PREPARED[case]
-    session = hst.get_session("secret")
-    quick = session.prepare_request(requests.Request(method, url, **more))
-    plain = requests.Session.prepare_request(session, requests.Request(method, url, **more))
-    assert (quick.method, quick.url, quick.body, dict(quick.headers)) == (
-        plain.method,
-        plain.url,
-        plain.body,
-        dict(plain.headers),
-    )
-    session.cookies.set("lb", "node-2")
-    assert session.prepare_request(requests.Request(method, url, **more)).headers["Cookie"] == "lb=node-2"
-
-
-def test_an_answer_is_the_one_that_requests_builds(hub: LocalHub) -> None:
-    session, plain = hst.get_session(hub.token), requests.Session()
-    plain.headers["Authorization"] = f"token {hub.token}"
-    hub_url = hub.endpoint.removesuffix("/api")
-    for path, params in (("/api/users", {"limit": 1}), ("/api/users/nobody", {}), ("/home", {}), ("/login", {})):
-        ours = session.get(hub_url + path, params=params)
-        theirs = plain.get(hub_url + path, params=params, allow_redirects=False)
-        assert (ours.status_code, ours.reason, ours.url) == (theirs.status_code, theirs.reason, theirs.url)
-        assert (ours.encoding, ours.headers.keys()) == (theirs.encoding, theirs.headers.keys())
-        assert (ours.text[:20], ours.is_redirect, len(ours.history)) == (theirs.text[:20], theirs.is_redirect, 0)
-        assert 0 < ours.elapsed.total_seconds() < 30 and ours.request.headers["Authorization"].endswith(hub.token)
-    assert theirs.cookies and not session.cookies
-
-
-def test_two_hosts_can_take_turns(hub: LocalHub) -> None:
-    session = hst.get_session(hub.token)
-    other = hub.endpoint.replace("127.0.0.1", "localhost")
-    answers = [session.get(f"{endpoint}/").status_code for endpoint in (hub.endpoint, other) * 3]
-    assert other != hub.endpoint and answers == [200] * 6
-
-
-def test_a_request_that_is_sent_as_it_is_has_a_time_out_too(
-    proxy: FaultProxy, endpoint: str, new_hub: LocalHub
-) -> None:
-    session = hst.get_session(new_hub.token)
-    options: dict[str, Any] = {}
-    session.hooks["response"].append(lambda response, **kwargs: options.update(kwargs))
-    request = session.prepare_request(requests.Request("GET", endpoint + "/user"))
-    assert session.send(request, allow_redirects=True).json()["name"] == "hub-stress-test"
-    assert options["timeout"] == hst.DEFAULT_TIMEOUT and options["verify"]
-
-
-class Clocks:
-    """The time that has passed, and the processor's."""
-
-    now_s = cpu_s = 0.0
-
-    def pass_(self, seconds: float, share: float) -> None:
-        self.now_s, self.cpu_s = self.now_s + seconds, self.cpu_s + seconds * share
-
-
-def test_threads_that_use_up_a_processor_are_fewer_until_they_do_not() -> None:
-    clocks = Clocks()
-    crowd = hst.Crowd(lambda: clocks.now_s, lambda: clocks.cpu_s)
-    few, items, taken = crowd.FEW, itertools.count(), set[int]()
-    first, *_, spare = crowd.turns(hst.Shared(items), few + 1, 0)
-    assert next(first) == 0 and next(spare) == 1
-    clocks.pass_(0.2, share=0.99)
-    crowd.look()
-    thread = threading.Thread(target=lambda: taken.add(next(spare)))
-    thread.start()
-    thread.join(0.2)
-    assert thread.is_alive() and not taken  # it waits
-    clocks.pass_(0.2, share=0.5)
-    crowd.look()
-    thread.join(5)
-    assert taken == {2}
-
-
-def test_threads_that_use_up_a_processor_stay_on_one_and_the_others_are_left_alone() -> None:
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    clocks, before, kept = Clocks(), os.sched_getaffinity(0), []
-    crowd = hst.Crowd(lambda: clocks.now_s, lambda: clocks.cpu_s)
-    turns = crowd.turns(iter(range(3)), 1, processor=len(before))
-    thread = threading.Thread(target=lambda: kept.extend(os.sched_getaffinity(0) for _ in turns[0]))
-    clocks.pass_(0.2, share=0.99)
-    crowd.look()
-    thread.start()
-    thread.join(5)
-    assert kept == [{min(before)}] * 3 and os.sched_getaffinity(0) == before
-
-
-@pytest.mark.parametrize("end", ["no more items", "closed"])
-def test_whoever_waits_in_a_crowd_sees_its_end(end: str) -> None:
-    clocks = Clocks()
-    crowd = hst.Crowd(lambda: clocks.now_s, lambda: clocks.cpu_s)
-    first, *spare = crowd.turns(hst.Shared(range(3)), crowd.FEW + 20, 0)
-    clocks.pass_(0.2, share=0.99)
-    crowd.look()
-    threads = [threading.Thread(target=list, args=(turns,)) for turns in spare[crowd.FEW :]]
-    for thread in threads:
-        thread.start()
-    if end == "closed":
-        crowd.close()
-    else:
-        assert list(first) == [0, 1, 2]
-    clocks.pass_(0.2, share=0.99)
-    crowd.look()  # is too late to hold anybody back
-    for thread in threads:
-        thread.join(5)
-    assert not any(thread.is_alive() for thread in threads)
