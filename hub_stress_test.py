@@ -20,18 +20,18 @@ name follows that pattern, and never to an admin. Unless --keep is given, every 
 whatever happened, and the hub is listed once more to be sure; what could not be removed is named, with exit code 4.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub
-says that the server is ready, throttling included. Every other latency runs from sending a request (with --rate, from
-when it was due) to its final answer, without the time the tool slept because the hub asked it to wait. "Ping" is one
-user being read five times a second all the while, from when each ping was due: what everybody else on the hub feels.
-"Hub's own" is what the hub's metrics page says of its process; "spent" sets it beside what was measured here.
+says that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
+Every other latency runs from sending a request (with --rate, from when it was due) to its final answer, without the
+time that the tool slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from
+when each ping was due: it is what everybody else on the hub feels. "Hub's own" comes from the hub's metrics page.
 Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
-Exit codes: 0 done and nothing failed (no --fail-if condition held); 1 done, but something failed (one held); 2 bad
-usage; 3 no hub there, token refused or too weak (nothing was changed); 4 something this run made is still on the hub;
-130 and 143 interrupted by SIGINT and SIGTERM, cleaned up.
+Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
+could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
+4 something that this run made is still on the hub; 130 and 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
 What it does not promise: it logs nobody in through a browser and opens no notebook, so what a login page, a proxy or a
-user's own server costs is not measured. Two runs at one time on one hub need different --run names.
+user's own server costs is not measured. Two runs at the same time on one hub need different --run names.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import heapq
 import html
 import importlib
 import importlib.util
@@ -62,7 +63,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
@@ -85,23 +86,23 @@ LOG = logging.getLogger("hub-stress-test")
 USERNAME_PREFIX = "hub-stress-test"
 DEFAULT_TIMEOUT = 30  # seconds that one request may take
 SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to stop
-CLEANUP_TIMEOUT_S = 300.0  # how long cleaning up goes on without getting anywhere
+CLEANUP_TIMEOUT_S = 300.0  # cleanup gives up after so long without progress
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
-RETRY_WINDOW_S = 60.0  # no further try of a request so long after its first
-LATE_SEND_S = 0.1  # a request sent so much after it was due shows that the generator was too slow
+RETRY_WINDOW_S = 60.0  # no retry so long after the first try
+RETRY_AFTER_MAX_S = 120.0
+HUB_GONE_S = 120.0  # the load ends when the hub has not answered for so long
+LATE_ACT_S = 2.0  # how long a hub may take to act on a request whose answer was lost
+THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub names no time
+HEAD_START_S = 0.02  # of throttled starts before new ones
+STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
 OPEN_STARTS_MAX = 1000  # threads, and so servers that can be starting at one time in the open model
-CPU_BOUND = 0.85  # of a processor: a process that used more could hardly send faster
+LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
+OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
+BUSY = 0.85  # of a processor: a process that used more could hardly do more
 CAPACITY_FIRST_RATE_PER_S = 16.0
 CAPACITY_STEP_S = 10.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
-OPEN_GRACE_S = 5.0  # how long after its end an open load may still send what was due before
-LATE_S = 2.0  # how long a hub is given to act on a request whose answer was lost, before it is asked what it did
-HUB_GONE_S = 120.0  # no further load once the hub has not answered for so long
-RETRY_AFTER_MAX_S = 120.0
-THROTTLE_PAUSE_S = 5.0  # before a throttled start is asked again when the hub names no time
-FIRST_COME_S = 0.02  # the head start of who waited for a place over who comes only now
-STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
 PING_RATE_PER_S = 5.0
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
@@ -110,12 +111,11 @@ PAGE = 200  # users a page: the most that a hub gives
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
 LOG_HEADER = "hub-stress-test log"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TIMED_OUT = "no answer in time"
 
-Model = dict[str, Any]  # what the hub says of a user
-Results = dict[str, Any]  # what a command found, with the keys of the results file
+Json = dict[str, Any]  # what was just read from JSON, or is about to be written
 T = TypeVar("T")
 R = TypeVar("R")
+Walk = Iterator[float]  # something that goes on by itself; it yields the moments at which to go on
 
 
 class ExitCode(enum.IntEnum):
@@ -149,23 +149,25 @@ class SetupError(HubStressError):
     exit_code = ExitCode.SETUP
 
 
-class HubRefused(HubStressError):
-    """The hub would not do, in the middle of a run, what the run needs to go on."""
+class CutShort(HubStressError):
+    """The run cannot go on to its end; what was made is cleaned up, and the run has failed."""
 
-    def __init__(self, doing: str, reply: Reply) -> None:
-        super().__init__(f"The hub would not {doing}: {reply}")
+
+class HubRefused(CutShort):
+    """The hub refused what the run needs to go on."""
+
+    def __init__(self, task: str, reply: Reply) -> None:
         self.token_refused = reply.status in (401, 403)
-
-
-class LoadDied(HubStressError):
-    """A process that sends the load is gone, with what it measured."""
+        hint = " (has the token expired?)" if self.token_refused else ""
+        refused = "refused" if reply.status else "did not answer when asked"
+        super().__init__(f"the hub {refused} to {task}: {reply}{hint}")
 
 
 class Stopped(Exception):
-    """The run was told to stop while this request waited for another try."""
+    """The run was told to stop."""
 
 
-# ==== Records ========================================================================================================
+# ==== Pure rules: words and numbers ==================================================================================
 
 
 class Secret(str):
@@ -175,111 +177,49 @@ class Secret(str):
         return "'***'"
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One operation on one user, and what came of it. Moments are seconds of a monotonic clock."""
-
-    operation: str
-    user: str
-    due_s: float
-    sent_s: float
-    answered_s: float
-    error: str | None = None  # a status or a short reason; None when it succeeded
-    tries: int = 1
-    backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
-
-    @property
-    def latency_s(self) -> float:
-        return self.answered_s - self.due_s - self.backoff_s
-
-    @property
-    def lateness_s(self) -> float:
-        """How late the tool itself was in sending."""
-        return self.sent_s - self.due_s
+def duration_text(seconds: float | None) -> str:
+    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.{1 if seconds < 0.00995 else 0}f} ms"
+    if seconds < 99.95:
+        return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """The final answer to a request, or why there was none."""
-
-    status: int  # 0 when no answer came
-    answered_s: float
-    data: Any = None  # the body, where it is JSON
-    reason: str = ""  # why no answer came, or the hub's own message
-    lost: bool = False  # an answer to this request was lost: the hub may have acted on it without our knowing
-    tries: int = 1
-    backoff_s: float = 0.0
-    retry_after_s: float | None = None
-    location: str | None = None  # where a redirect, which is not followed, points
-
-    @property
-    def hub_status(self) -> int:
-        """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
-        return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
-
-    def __str__(self) -> str:
-        if not self.status:
-            return self.reason
-        return f"{self.status} ({self.reason})" if self.reason else str(self.status)
+def bytes_text(number: float | None) -> str:
+    """117 MB, 40 kB; a dash for None."""
+    if number is None:
+        return "–"
+    return f"{number / 1e6:.0f} MB" if number >= 9.95e5 else f"{number / 1e3:.0f} kB"
 
 
-@dataclasses.dataclass(frozen=True)
-class Readiness:
-    """How waiting for a server ended."""
-
-    ready_at_s: float | None = None  # the moment, of a monotonic clock; None when it did not become ready
-    reason: str = ""  # why it did not, where that is known
-    running: bool = True  # whether something may be running on the hub
-    message: str = ""  # what the hub said for longest while the server was starting
+def rounded(seconds: float | None) -> float | None:
+    """To a tenth of a millisecond, which is finer than anything here is measured."""
+    return None if seconds is None else round(seconds, 4)
 
 
-@dataclasses.dataclass(frozen=True)
-class ServerStart:
-    """What became of one server. `ready_s` is what its user waited; None when it did not become ready.
-
-    Moments are seconds of a monotonic clock.
-    """
-
-    user: str
-    ready_s: float | None
-    throttled: int = 0
-    reason: str = ""
-    running: bool = False  # whether something may be running on the hub
-    message: str = ""  # what the hub said for longest meanwhile
-    due_s: float = 0.0
-    throttled_s: float | None = None  # the first 429
-    asked_s: float = 0.0  # sending the request that was not throttled, or the last
-    ended_s: float = 0.0  # ready, or known to have failed
-
-    @property
-    def ready(self) -> bool:
-        return self.ready_s is not None
-
-    @property
-    def general_reason(self) -> str:
-        """The reason without the user's or their pod's name, so that the same ones can be counted."""
-        plain = self.reason.replace(self.user, "<user>").replace(self.user.replace("-", "-2d"), "<user>")
-        return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
+def utc(moment: datetime) -> str:
+    """The moment as 2026-11-20T16:00:00Z."""
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-@dataclasses.dataclass(frozen=True)
-class CleanUp:
-    """What cleaning up did: how many users are gone, and who is still there."""
-
-    deleted: int = 0
-    left: tuple[str, ...] = ()
-    kept: int = 0
+def without_credentials(url: str) -> str:
+    """The URL without the user and password that it may carry."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-class ServerState(enum.Enum):
-    """What the hub says of a user and their server."""
-
-    GONE = "no such user"
-    STOPPED = "no server"
-    STARTING = "starting"
-    READY = "ready"
-    STOPPING = "stopping"
-    UNKNOWN = "not known"
+def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
+    """Phase, done, failed, rate, and how long the rest takes at that rate."""
+    of, left = (f" of {total:,}", "") if total else ("", "")
+    if total and done:
+        left_s = elapsed_s / done * (total - done)
+        left = f", about {f'{left_s:.0f} s' if left_s < 100 else duration_text(left_s)} left"
+    some_failed = f", {failed:,} failed" if failed else ""
+    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
 
 
 # ==== Pure rules: names ==============================================================================================
@@ -308,26 +248,433 @@ def is_test_user(name: str, run: str | None = None) -> bool:
 
 
 def first_free_index(names: Iterable[str], run: str = "") -> int:
-    """One more than the highest index that is in use; gaps are not filled, since a gap may be in use a moment later."""
+    """One more than the highest index in use; gaps are not filled, since a gap may be in use a moment later."""
     return 1 + max((index for name in names if (index := index_of(name, run)) is not None), default=0)
 
 
-# ==== Pure rules: pacing and metrics =================================================================================
+def natural(name: str) -> tuple[str, int]:
+    """A sort key by which the second user comes before the tenth."""
+    digits = re.search("[0-9]*$", name)
+    return (name[: digits.start()], int(digits[0] or 0)) if digits else (name, 0)
+
+
+def purge_command(run: str | None) -> str:
+    """The command that removes what a run left behind."""
+    return "hub-stress-test purge" + (f" --run {run}" if run else "")
+
+
+# ==== Pure rules: conditions =========================================================================================
+
+LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
+STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
+COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+UNITS = {"": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "%": 0.01}
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
-    """A fixed schedule: the n-th request (from 0) is due n / rate after the start, however slowly the hub answers."""
+class Judgement:
+    """A condition, the value of its metric, and whether it was met."""
 
-    rate_per_s: float
-    started_s: float
+    condition: str
+    value: float | None
+    held: bool
 
-    def due_s(self, n: int) -> float:
-        return self.started_s + n / self.rate_per_s
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A condition under which a run has failed, like `server_ready.p95 > 30s`."""
+
+    text: str
+    metric: str
+    comparison: str
+    limit: float  # seconds, a share, a number, or a multiple of the baseline's value
+    relative: bool  # whether it is such a multiple
+
+    def judge(self, found: Json, baseline: Json | None) -> Judgement:
+        """Whether results meet the condition; where nothing was measured, they do."""
+        value, limit = metric_value(found, self.metric), self.limit
+        if self.relative:
+            before = metric_value(baseline or {}, self.metric)
+            limit = math.nan if before is None else before * limit
+        held = value is None or math.isnan(limit) or COMPARISONS[self.comparison](value, limit)
+        return Judgement(self.text, value, held)
+
+
+def metric_value(found: Json, metric: str) -> float | None:
+    """The value of a condition's metric in results: seconds, a share or a number; None when nothing was measured."""
+    name, _, statistic = metric.rpartition(".")
+    if metric == "throttled":
+        value = found.get("http", {}).get("throttled")
+    elif not name:
+        value = found.get(metric)
+    else:
+        measured = found.get("operations", {}).get(name, {})
+        value = (measured.get("latency_s", {}) if statistic in LATENCY_STATISTICS else measured).get(statistic)
+    return None if value is None else float(value)
+
+
+# ==== The plan, made from one table of options =======================================================================
+#
+# The fields of Plan are the table: each says how it is written on the command line, for which commands, and under
+# Locust. Parser, help, the results' `options` and Locust's options are made from it. First, what a value may be.
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return float(text)
+
+
+def duration(text: str) -> float:
+    """Seconds in a duration like 90, 90s, 5m or 1h."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
+    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
+        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
+    return seconds
+
+
+def run_name(text: str) -> str:
+    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
+    if not RUN_NAME.fullmatch(text) or len(text) > 40:
+        raise argparse.ArgumentTypeError(
+            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
+        )
+    return text
+
+
+def endpoint_url(text: str) -> str:
+    """An http or https URL without the slash at its end and without credentials."""
+    url = urllib.parse.urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+        raise argparse.ArgumentTypeError(
+            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
+        )
+    return without_credentials(text).rstrip("/")
+
+
+def token_text(text: str) -> Secret:
+    """A token, wrapped so that it cannot be printed by accident."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
+    return Secret(text)
+
+
+def mix_of(text: str) -> dict[str, float]:
+    """Weights by operation, from NAME=WEIGHT,…"""
+    parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
+    mix = {part[1]: float(part[2]) for part in parts if part}
+    if len(mix) != len(parts) or not all(mix.values()):
+        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
+    return mix
+
+
+def profile_value(text: str) -> str | Json:
+    """A profile's slug, or an object of user options in JSON."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"this is not valid JSON ({error}): {text}") from None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"expected a profile's slug or a JSON object, not {text}")
+    return options
+
+
+def results_file(text: str) -> Json:
+    """The results that an earlier run wrote."""
+    try:
+        with open(text, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
+    if not isinstance(found, dict) or found.get("schema") != 1:
+        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+    return found
+
+
+def writable_file(text: str) -> str:
+    """The path of a file that can be written; nothing is written yet."""
+    folder = os.path.dirname(os.path.abspath(text))
+    if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+    return text
+
+
+def condition(text: str) -> Condition:
+    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|%|x|)\s*", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
+    metric, comparison, number, unit = match.groups()
+    statistic = metric.rpartition(".")[2]
+    if metric not in ("failed", "failed_rate", "throttled") and ("." not in metric or statistic not in STATISTICS):
+        raise argparse.ArgumentTypeError(
+            f"{metric!r} is not failed, failed_rate, throttled, or OPERATION.STAT, with one of {', '.join(STATISTICS)}"
+        )
+    fits = {"x": True, "": True, "%": metric == "failed_rate"}.get(unit, statistic in LATENCY_STATISTICS)
+    if not fits:
+        raise argparse.ArgumentTypeError(f"the unit {unit!r} does not fit {metric} in {text!r}")
+    return Condition(" ".join(text.split()), metric, comparison, float(number) * UNITS[unit], unit == "x")
+
+
+FAILED = condition("failed > 0")
+STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
+LOADS, LOCUST_ALONE = (STRESS, ACTIVITY), ()
+DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
+Parse = Callable[[str], Any]
+METAVARS: dict[Parse, str] = {
+    whole_number: "N",
+    positive_number: "R",
+    duration: "DURATION",
+    run_name: "NAME",
+    endpoint_url: "URL",
+    token_text: "TOKEN",
+    mix_of: "NAME=WEIGHT,…",
+    profile_value: "P",
+    condition: "CONDITION",
+    results_file: "FILE",
+    writable_file: "FILE",
+    str: "FILE",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """How a field of the plan is written: on the command line, and as --hub-… under Locust."""
+
+    flags: str
+    help: str
+    kind: Parse | None  # None: a switch
+    on: Collection[str]  # the commands that have it
+    locust: str | None  # the default under Locust, as text; None: not an option there
+    repeatable: bool = False
+    const: Any = None  # what it means without a value, if that is allowed
+
+    @property
+    def flag(self) -> str:
+        return self.flags.split()[-1]
+
+    @property
+    def key(self) -> str:
+        """The name in the results' `options`."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
+        settings |= {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
+        settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        settings |= {"action": "append"} if self.repeatable else {}
+        parser.add_argument(*self.flags.split(), help=self.help, **settings)
+
+    def add_to_locust(self, parser: Any) -> None:
+        """As --hub-…, whose values stay text: that is what a web form holds and what Locust sends to workers."""
+
+        def check(text: str) -> str:
+            if text and self.kind:
+                self.kind(text)
+            return text
+
+        settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
+        settings |= {"include_in_web_ui": False} if self.repeatable or self.kind in (endpoint_url, token_text) else {}
+        metavar = METAVARS[self.kind or str]
+        parser.add_argument(f"--hub-{self.flag[2:]}", help=self.help, metavar=metavar, type=check, **settings)
+
+
+def option(
+    flags: str,
+    help: str,
+    kind: Parse | None = None,
+    default: Any = None,
+    on: Collection[str] = COMMANDS,
+    locust: str | None = None,
+    **more: Any,
+) -> Any:
+    """A field of the plan with its option; without `kind` a switch, whose default is False."""
+    row = Option(flags, help, kind, on, locust, **more)
+    return dataclasses.field(default=default if kind else False, metadata={"option": row})
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was asked for: whom, how many, how they arrive, what is sent, when the run has failed."""
+
+    command: str = STRESS
+    endpoint: str | None = option(
+        "-e --endpoint", "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=""
+    )
+    token: Secret | None = option(
+        "-t --token", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, locust=""
+    )
+    dry_run: bool = option("--dry-run", "send no request; show what would be done, on a simulated empty hub")
+    log_to_file: bool | str = option(
+        "--log-to-file", "log to FILE, or to a new file in the temporary directory", str, const=True
+    )
+    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
+    run: str | None = option(
+        "--run", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust"
+    )
+    results: str | None = option("--results", "write the results as JSON", writable_file)
+    report: str | None = option("--report", "write a report as one HTML page (needs plotly)", writable_file)
+    fail_if: tuple[Condition, ...] = option(
+        "--fail-if",
+        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces the default, failed > 0",
+        condition,
+        (),
+        locust="",
+        repeatable=True,
+    )
+    baseline: Json | None = option("--baseline", "results of an earlier run: print old, new and ratio", results_file)
+    count: int = option("-c --count", "users, in stress-test each with a server (100)", whole_number, 100, LOADS)
+    batch_size: int = option(
+        "-b --batch-size",
+        "servers starting, users made or removed at the same time (10)",
+        whole_number,
+        10,
+        (STRESS, PURGE),
+    )
+    keep: bool = option("-k --keep", "leave the users, and their servers, on the hub", on=LOADS)
+    profile: str | Json | None = option(
+        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, on=(STRESS,), locust=""
+    )
+    server_timeout_s: float = option(
+        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, (STRESS,), "60s"
+    )
+    fail_fast: bool = option("--fail-fast", "start no more servers once one has failed", on=(STRESS,))
+    rate_per_s: float | None = option(
+        "--rate", "start R servers, or send R requests, per second, however slow the hub", positive_number, on=LOADS
+    )
+    hold_s: float = option(
+        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0, (STRESS,)
+    )
+    workers: int = option(
+        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100, (ACTIVITY,)
+    )
+    duration_s: float | None = option(
+        "--duration", "send for so long; without it, once for each user", duration, on=(ACTIVITY,)
+    )
+    processes: int = option("--processes", "spread the threads over N processes (1)", whole_number, 1, (ACTIVITY,))
+    mix: Mapping[str, float] | None = option(
+        "--mix",
+        "operations by weight (activity=1); read and list are there too",
+        mix_of,
+        None,
+        (ACTIVITY,),
+        "activity=1",
+    )
+    operations: str | None = option(
+        "--operations", "a file that registers operations of your own", str, on=(ACTIVITY,), locust=""
+    )
+    find_capacity: bool = option(
+        "--find-capacity", "raise the rate until a condition is met: what does the hub sustain?", on=(ACTIVITY,)
+    )
+    cleanup_timeout_s: float = option(
+        "--cleanup-timeout", "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S
+    )
+    scale: float = option(
+        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, LOCUST_ALONE, "1"
+    )
+    stay_s: float | None = option("--stay", "how long a Person keeps the server", duration, None, LOCUST_ALONE, "60s")
+    visits: int = option("--visits", "how many times a Person comes", whole_number, 1, LOCUST_ALONE, "1")
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What decides whether the run has failed; a search for capacity also minds how long requests take."""
+        slow = (condition(f"{name}.p95 > 500ms") for name in self.mix or DEFAULT_MIX) if self.find_capacity else ()
+        return self.fail_if or (FAILED, *slow)
+
+    def options(self) -> Json:
+        """Every option of the command with its value, for the results; the token and the baseline are left out."""
+        rows = [(name, row) for name, row in OPTIONS.items() if self.command in row.on]
+        options = {row.key: getattr(self, name) for name, row in rows if name not in ("token", "baseline")}
+        return options | {"fail_if": [one.text for one in self.fail_if]}
+
+
+OPTIONS: dict[str, Option] = {
+    field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
+}
+LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
+
+
+# ==== Events, and the recorder that folds them =======================================================================
+
+
+class Kind(enum.Enum):
+    """Kinds of failure, by what an operator does next."""
+
+    AWAY = "no answer"
+    REFUSED = "refused"
+    SPAWN = "the spawn failed"
+    LATE = "not ready in time"
+    THROTTLED = "still throttled"
+    FULL = "no more servers allowed"
+    VANISHED = "gone while starting"
+    LOST = "gone while held"
+    BROKEN = "the operation raised"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why something failed. The text names no user, so that equal reasons can be counted."""
+
+    kind: Kind
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One step for one person, and what came of it. Moments are seconds of a monotonic clock."""
+
+    step: str
+    user: str
+    due_s: float
+    sent_s: float
+    ended_s: float
+    reason: Reason | None = None  # why it failed; None when it succeeded
+    tries: int = 1
+    backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
+    throttled: int = 0  # how often the hub answered 429
+    throttled_s: float | None = None  # the first 429
+    asked_s: float | None = None  # when the last try was sent
+    message: str = ""  # what the hub said for longest meanwhile
+
+    @property
+    def latency_s(self) -> float:
+        return max(0.0, self.ended_s - self.due_s - self.backoff_s)
+
+    @property
+    def lateness_s(self) -> float:
+        """How late the tool itself was in sending."""
+        return max(0.0, self.sent_s - self.due_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Seconds; each None when nothing was measured."""
+
+    min: float | None = None
+    mean: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+    def enough(self, name: str, samples: int) -> float | None:
+        """A statistic, but None for a percentile of so few samples that it is but the maximum."""
+        value: float | None = getattr(self, name)
+        return value if samples >= {"p90": 10, "p95": 20, "p99": 100}.get(name, 1) else None
 
 
 class Distribution:
-    """Durations folded into buckets 1 % wide, so that an hour costs no more memory than a minute.
+    """A latency histogram with buckets 1 % wide, so that an hour costs no more memory than a minute.
 
     Count, mean, minimum and maximum are exact; a percentile (nearest rank) is within 0.5 %.
     """
@@ -370,17 +717,11 @@ class Distribution:
                 return min(max(math.exp((bucket + 0.5) * self.GROWTH), self.min_s), self.max_s)
         return None
 
-    def summary(self) -> dict[str, float | None]:
-        """Seconds for each statistic of the results file; each None when nothing was measured."""
+    def summary(self) -> Statistics:
         if not self.count:
-            return dict.fromkeys(("min", "mean", "p50", "p90", "p95", "p99", "max"))
+            return Statistics()
         percentiles = {f"p{percent}": self.percentile(percent) for percent in (50, 90, 95, 99)}
-        return {"min": self.min_s, "mean": self.total_s / self.count, **percentiles, "max": self.max_s}
-
-
-def rounded(seconds: float | None) -> float | None:
-    """To a tenth of a millisecond, which is finer than anything here is measured."""
-    return None if seconds is None else round(seconds, 4)
+        return Statistics(min=self.min_s, mean=self.total_s / self.count, max=self.max_s, **percentiles)
 
 
 class Timeline:
@@ -428,46 +769,105 @@ class Timeline:
         self.spans, self.span_s = self.widened(span_s), span_s
 
 
-class _Operation:
-    """The samples of one operation, folded: how long those took that succeeded, and those that failed."""
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What is known of one operation, in the results."""
+
+    count: int
+    failed: int
+    rate_per_s: float | None
+    latency_s: Statistics
+    lateness_s: Statistics
+    backoff_s: float
+    errors: dict[str, int]
+
+    def enough(self, statistic: str) -> float | None:
+        """A statistic of what succeeded, if there were enough of them."""
+        return self.latency_s.enough(statistic, self.count - self.failed)
+
+
+@dataclasses.dataclass(frozen=True)
+class OperationTimeline:
+    """Counts and latencies for each span of time, in seconds since the run began; and the latency histogram."""
+
+    span_s: float
+    at_s: list[float | None]
+    count: list[int]
+    failed: list[int]
+    p50_s: list[float | None]
+    p95_s: list[float | None]
+    max_s: list[float | None]
+    latency_s: list[float | None]
+    often: list[int]
+
+
+class Fold:
+    """The events of one operation, folded: how long those took that succeeded, and those that failed."""
 
     def __init__(self) -> None:
         self.latency, self.failed, self.lateness = Timeline(), Timeline(), Distribution()
         self.count = 0
         self.backoff_s = 0.0
-        self.errors: collections.Counter[str] = collections.Counter()
-        self.first_due_s, self.last_answered_s = math.inf, -math.inf
+        self.reasons: collections.Counter[Reason] = collections.Counter()
+        self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
-    def merge(self, other: _Operation) -> None:
+    def add(self, event: Event) -> None:
+        self.count += 1
+        self.backoff_s += event.backoff_s
+        self.first_due_s = min(self.first_due_s, event.due_s)
+        self.last_ended_s = max(self.last_ended_s, event.ended_s)
+        self.lateness.add(event.lateness_s)
+        if event.reason is None:
+            self.latency.add(event.due_s, event.latency_s)
+        else:
+            self.failed.add(event.due_s, event.latency_s)
+            self.reasons[event.reason] += 1
+
+    def merge(self, other: Fold) -> None:
         self.latency.merge(other.latency)
         self.failed.merge(other.failed)
         self.lateness.merge(other.lateness)
         self.count += other.count
         self.backoff_s += other.backoff_s
-        self.errors.update(other.errors)
+        self.reasons.update(other.reasons)
         self.first_due_s = min(self.first_due_s, other.first_due_s)
-        self.last_answered_s = max(self.last_answered_s, other.last_answered_s)
+        self.last_ended_s = max(self.last_ended_s, other.last_ended_s)
 
-    def timeline(self, began_s: float) -> dict[str, Any]:
-        """Count, failures and latencies in seconds for each span of time; and how often which latency came."""
+    def summary(self) -> Operation:
+        span_s = self.last_ended_s - self.first_due_s
+        errors: collections.Counter[str] = collections.Counter()
+        for reason, number in self.reasons.items():
+            errors[reason.text] += number
+        return Operation(
+            count=self.count,
+            failed=self.reasons.total(),
+            rate_per_s=self.count / span_s if span_s > 0 else None,
+            latency_s=self.latency.total().summary(),
+            lateness_s=self.lateness.summary(),
+            backoff_s=self.backoff_s,
+            errors=dict(errors),
+        )
+
+    def timeline(self, began_s: float) -> OperationTimeline:
         span_s = max(self.latency.span_s, self.failed.span_s)
         good, bad = self.latency.widened(span_s), self.failed.widened(span_s)
         spans = sorted(good.keys() | bad.keys())
-        good |= {span: Distribution() for span in spans if span not in good}
-        shown = {name: [rounded(good[span].summary()[name]) for span in spans] for name in ("p50", "p95", "max")}
+        shown = [good[span].summary() if span in good else Statistics() for span in spans]
         often: collections.Counter[int] = collections.Counter()
         for bucket, number in self.latency.total().buckets.items():
             often[bucket // 10] += number
         tenths = range(min(often) - 1, max(often) + 2) if often else ()
-        return {
-            "span_s": span_s,
-            "at_s": [rounded(max(0.0, (span + 0.5) * span_s - began_s)) for span in spans],
-            "count": [good[span].count for span in spans],
-            "failed": [bad[span].count if span in bad else 0 for span in spans],
-            **{f"{name}_s": values for name, values in shown.items()},
-            "latency_s": [rounded(math.exp((bucket * 10 + 5) * Distribution.GROWTH)) for bucket in tenths],
-            "often": [often[bucket] for bucket in tenths],
-        }
+        return OperationTimeline(
+            span_s=span_s,
+            at_s=[rounded(max(0.0, (span + 0.5) * span_s - began_s)) for span in spans],
+            count=[good[span].count if span in good else 0 for span in spans],
+            failed=[bad[span].count if span in bad else 0 for span in spans],
+            p50_s=[rounded(one.p50) for one in shown],
+            p95_s=[rounded(one.p95) for one in shown],
+            max_s=[rounded(one.max) for one in shown],
+            latency_s=[rounded(math.exp((bucket * 10 + 5) * Distribution.GROWTH)) for bucket in tenths],
+            often=[often[bucket] for bucket in tenths],
+        )
 
 
 class _Counting:
@@ -483,67 +883,72 @@ class _Counting:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-class Metrics(_Counting):
-    """Samples folded into numbers: `add` from any thread, `merge` from another process, `summarise` at the end."""
+class Recorder(_Counting):
+    """Takes events from any thread: folds them, keeps those of each person's way, hands each on to whoever listens.
 
-    def __init__(self) -> None:
+    `people` has a row for each person, in the order in which their first event came: the step's name to its event.
+    """
+
+    def __init__(self, *listeners: Callable[[Event], None], people_steps: Collection[str] = ()) -> None:
         super().__init__()
-        self._operations: dict[str, _Operation] = {}
+        self.people: dict[str, dict[str, Event]] = {}
+        self._folds: dict[str, Fold] = {}
+        self._listeners, self._people_steps = listeners, people_steps
 
-    def add(self, sample: Sample) -> None:
+    def add(self, event: Event) -> None:
         with self._lock:
-            folded = self._operations.setdefault(sample.operation, _Operation())
-            folded.count += 1
-            folded.backoff_s += sample.backoff_s
-            folded.first_due_s = min(folded.first_due_s, sample.due_s)
-            folded.last_answered_s = max(folded.last_answered_s, sample.answered_s)
-            folded.lateness.add(max(0.0, sample.lateness_s))
-            if sample.error is None:
-                folded.latency.add(sample.due_s, max(0.0, sample.latency_s))
-            else:
-                folded.failed.add(sample.due_s, max(0.0, sample.latency_s))
-                folded.errors[sample.error] += 1
+            self._folds.setdefault(event.step, Fold()).add(event)
+            if event.step in self._people_steps:
+                self.people.setdefault(event.user, {})[event.step] = event
+        for listener in self._listeners:
+            listener(event)
 
-    def merge(self, other: Metrics) -> None:
+    def merge(self, other: Recorder) -> None:
+        """Add what another process, or a step of a search, has folded."""
         with self._lock:
-            for name, folded in other._operations.items():
-                self._operations.setdefault(name, _Operation()).merge(folded)
+            for name, fold in other._folds.items():
+                self._folds.setdefault(name, Fold()).merge(fold)
 
     def count(self, names: Iterable[str]) -> int:
-        return sum(self._operations[name].count for name in self._operations.keys() & set(names))
+        return sum(self._folds[name].count for name in self._folds.keys() & set(names))
 
     def failures(self, names: Iterable[str]) -> int:
-        return sum(self._operations[name].errors.total() for name in self._operations.keys() & set(names))
+        return sum(self._folds[name].reasons.total() for name in self._folds.keys() & set(names))
+
+    def reasons(self, name: str) -> Mapping[Reason, int]:
+        """How often an operation failed, for each reason."""
+        return self._folds[name].reasons if name in self._folds else {}
+
+    def kinds(self) -> set[Kind]:
+        """All kinds of failure that there were."""
+        return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
 
     def late_share(self, names: Iterable[str]) -> float:
         """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
         lateness = Distribution()
-        for name in self._operations.keys() & set(names):
-            lateness.merge(self._operations[name].lateness)
+        for name in self._folds.keys() & set(names):
+            lateness.merge(self._folds[name].lateness)
         return lateness.share_above(LATE_SEND_S)
 
-    def summarise(self) -> dict[str, dict[str, Any]]:
-        """Operation name to count, failures, rate, latency and lateness in seconds."""
+    def summarise(self) -> dict[str, Operation]:
         with self._lock:
-            return {name: self._summary(folded) for name, folded in self._operations.items()}
+            return {name: fold.summary() for name, fold in self._folds.items()}
 
-    def timeline(self, began_s: float) -> dict[str, dict[str, Any]]:
-        """Operation name to what it did in each span of time, in seconds since `began_s`."""
+    def timeline(self, began_s: float) -> dict[str, OperationTimeline]:
         with self._lock:
-            return {name: folded.timeline(began_s) for name, folded in self._operations.items()}
+            return {name: fold.timeline(began_s) for name, fold in self._folds.items()}
 
-    @staticmethod
-    def _summary(folded: _Operation) -> dict[str, Any]:
-        span_s = folded.last_answered_s - folded.first_due_s
-        return {
-            "count": folded.count,
-            "failed": sum(folded.errors.values()),
-            "rate_per_s": folded.count / span_s if span_s > 0 else None,
-            "latency_s": folded.latency.total().summary(),
-            "lateness_s": folded.lateness.summary(),
-            "backoff_s": folded.backoff_s,
-            "errors": dict(folded.errors),
-        }
+
+@dataclasses.dataclass(frozen=True)
+class Http:
+    """The requests of a run, in the results."""
+
+    requests: int
+    retries: int
+    throttled: int
+    statuses: dict[str, int]
+    observer_requests: int
+    observer_share: float | None
 
 
 class Traffic(_Counting):
@@ -571,49 +976,33 @@ class Traffic(_Counting):
         with self._lock:
             self.statuses[status] += 1
 
-    def summarise(self) -> dict[str, Any]:
+    def summarise(self) -> Http:
         with self._lock:
-            return {
-                "requests": self.requests,
-                "retries": self.retries,
-                "throttled": self.statuses[429],
-                "statuses": {str(status): n for status, n in sorted(self.statuses.items())},
-                "observer_requests": self.observer_requests,
-                "observer_share": self.observer_requests / self.requests if self.requests else None,
-            }
+            return Http(
+                requests=self.requests,
+                retries=self.retries,
+                throttled=self.statuses[429],
+                statuses={str(status): n for status, n in sorted(self.statuses.items())},
+                observer_requests=self.observer_requests,
+                observer_share=self.observer_requests / self.requests if self.requests else None,
+            )
 
 
 # ==== Pure rules: what the hub's answers mean ========================================================================
 
 
-def is_lost(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether a proxy answered for a hub that was away: the hub may have acted, and its answer is lost.
+class ServerState(enum.Enum):
+    """What the hub says of a user and their server."""
 
-    A proxy answers 502, 503 or 504 when the hub dies in the middle of a request. The hub's own answers carry its
-    version in a header.
-    """
-    return status in (502, 503, 504) and "X-JupyterHub-Version" not in headers
-
-
-def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
-    """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
-
-    It tells why a start took long: a spawner says that it pulls an image, or waits for a node, when that begins.
-    """
-    ends = [at_s for at_s, _ in said[1:]] + [until_s]
-    return max(zip(said, ends), key=lambda one: one[1] - one[0][0])[0][1] if said else ""
+    GONE = "no such user"
+    STOPPED = "no server"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    UNKNOWN = "not known"
 
 
-def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
-    """Phase, done, failed, rate and the time that the rest takes at that rate."""
-    of, left = (f" of {total:,}", "") if total else ("", "")
-    if total and done:
-        left = f", about {elapsed_s / done * (total - done):.0f} s left"
-    some_failed = f", {failed:,} failed" if failed else ""
-    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
-
-
-def server_state(model: Mapping[str, Any]) -> ServerState:
+def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known."""
     if "servers" not in model:
         return ServerState.UNKNOWN
@@ -638,11 +1027,22 @@ def state_after_delete(status: int) -> ServerState:
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
-NEEDED_SCOPES = {
-    "stress-test": {"admin:users", "delete:users", "list:users", "servers", "delete:servers", "read:servers"},
-    "activity-stress-test": {"admin:users", "delete:users", "list:users", "users:activity", "read:servers"},
-    "purge": {"delete:users", "list:users", "delete:servers", "read:servers"},
-}
+def is_lost(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether a proxy answered for a hub that was away: the hub may have acted, and its answer is lost.
+
+    A proxy answers 502, 503 or 504 when the hub dies in the middle of a request. The hub's own answers carry its
+    version in a header.
+    """
+    return status in (502, 503, 504) and "X-JupyterHub-Version" not in headers
+
+
+def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
+    """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
+
+    It tells why a start took long: a spawner says that it pulls an image, or waits for a node, when that begins.
+    """
+    ends = [at_s for at_s, _ in said[1:]] + [until_s]
+    return max(zip(said, ends), key=lambda stood: stood[1] - stood[0][0])[0][1] if said else ""
 
 
 def missing_scopes(granted: Iterable[str], needed: Iterable[str]) -> list[str]:
@@ -675,319 +1075,7 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
 
 
-def exit_code(left: Collection[str], interrupted_by: int | None, failed: bool) -> ExitCode:
-    """The one decision on how a run ends; it has failed when a condition held.
-
-    | left on the hub | interrupted | failed | code        |
-    | yes             | any         | any    | 4           |
-    | no              | SIGINT      | any    | 130         |
-    | no              | SIGTERM     | any    | 143         |
-    | no              | no          | yes    | 1           |
-    | no              | no          | no     | 0           |
-    """
-    if left:
-        return ExitCode.LEFT_BEHIND
-    if interrupted_by is not None:
-        return ExitCode(128 + interrupted_by)
-    return ExitCode.FAILED if failed else ExitCode.OK
-
-
-# ==== Pure rules: words ==============================================================================================
-
-OPERATION_TITLES = {
-    "server_ready": "server ready",
-    "start_server": "start request",
-    "stop_server": "stop request",
-    "create_users": "create users",
-    "delete_user": "delete user",
-    "list_users": "list users",
-    "activity": "activity report",
-    "read": "read user",
-    "list": "list page",
-    "ping": "ping",
-}
-
-
-def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit: 840 ms, 1.25 s, 62.1 s; a dash for nothing measured."""
-    if seconds is None:
-        return "–"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.{1 if seconds < 0.00995 else 0}f} ms"
-    return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
-
-
-def bytes_text(number: float | None) -> str:
-    """117 MB, 40 kB; a dash for nothing measured."""
-    if number is None:
-        return "–"
-    return f"{number / 1e6:.0f} MB" if number >= 9.95e5 else f"{number / 1e3:.0f} kB"
-
-
-# ==== Pure rules: the hub's own figures ==============================================================================
-
-_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
-    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|running_servers|"
-    "event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
-)
-LAG_RESOLUTION_S = 0.05  # what a hub can tell of its event loop's lag
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The hub's own figures at one moment of our monotonic clock, by name and label."""
-
-    at_s: float
-    figures: Mapping[tuple[str, str], float]
-
-    def get(self, name: str, label: str = "") -> float:
-        return self.figures.get((name, label), 0.0)
-
-
-def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
-    """What matters to us among the samples (name, labels, value) of a hub's metrics page."""
-    figures: collections.Counter[tuple[str, str]] = collections.Counter()
-    for full_name, labels, value in samples:
-        match = _OWN_FIGURES.fullmatch(full_name)
-        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
-            continue
-        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
-        if "handler" in labels:
-            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
-        figures[match[1], label] += value  # type: ignore[assignment]
-    return Snapshot(at_s, figures)
-
-
-def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
-    """How much a counter has grown; after a restart of the hub it began at 0 again."""
-    total = 0.0
-    for before, after in zip(snapshots, snapshots[1:]):
-        total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
-    return total
-
-
-def restarted(before: Snapshot, after: Snapshot) -> bool:
-    """Whether the hub began anew between two snapshots."""
-    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
-
-
-def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
-    """A quantile of a histogram's cumulative buckets (upper bound, count), straight between their bounds."""
-    total = buckets[-1][1] if buckets else 0.0
-    lower, below = 0.0, 0.0
-    for upper, count in buckets:
-        if total and count >= share * total:
-            return lower if math.isinf(upper) else lower + (upper - lower) * (share * total - below) / (count - below)
-        lower, below = upper, count
-    return None
-
-
-def hub_metrics(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> dict[str, Any] | None:
-    """What the hub says of itself between the first and the last snapshot; None without two of them.
-
-    `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
-    """
-    if len(snapshots) < 2:
-        return None
-    first, last = snapshots[0], snapshots[-1]
-    rss = [one.get("process_resident_memory_bytes") for one in snapshots]
-    lag = sorted((float(le), grown(snapshots, name, le)) for name, le in last.figures if name.startswith("event_loop"))
-    lags = [quantile(lag, share) for share in (0.95, 1.0)]
-    cpu_s = grown(snapshots, "process_cpu_seconds_total")
-    under_load = cpu_shares([one for one in snapshots if one.at_s < load_ended_s + 1.0])
-    return {
-        "cpu_s": cpu_s,
-        "cpu_share": cpu_s / (last.at_s - first.at_s),
-        "cpu_share_max": max((share for _, share in under_load), default=cpu_s / (last.at_s - first.at_s)),
-        "rss_before_bytes": rss[0],
-        "rss_max_bytes": max(rss),
-        "rss_after_bytes": rss[-1],
-        "rss_per_server_bytes": max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
-        "event_loop_lag_p95_s": None if lags[0] is None else max(lags[0], LAG_RESOLUTION_S),
-        "event_loop_lag_max_s": None if lags[1] is None else max(lags[1], LAG_RESOLUTION_S),
-        "running_servers_max": max(0.0, *(one.get("running_servers") for one in snapshots)),
-        "requests": _own_durations(snapshots, "request_duration_seconds"),
-        "spawns": _own_durations(snapshots, "server_spawn_duration_seconds"),
-    }
-
-
-def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, dict[str, float]]:
-    counts = {
-        label: grown(snapshots, f"{name}_count", label) for n, label in snapshots[-1].figures if n == f"{name}_count"
-    }
-    return {
-        label: {"count": count, "mean_s": grown(snapshots, f"{name}_sum", label) / count}
-        for label, count in counts.items()
-        if count > 0
-    }
-
-
-def cpu_shares(snapshots: Sequence[Snapshot], least_s: float = 1.0) -> list[tuple[float, float]]:
-    """The share of a processor that the hub used up to each moment, over stretches of at least `least_s`."""
-    shares: list[tuple[float, float]] = []
-    since = 0
-    for at in range(1, len(snapshots)):
-        took_s = snapshots[at].at_s - snapshots[since].at_s
-        if took_s >= least_s or (at == len(snapshots) - 1 and not shares):
-            stretch = snapshots[since : at + 1]
-            shares.append((snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3)))
-            since = at
-    return shares
-
-
-HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
-BUSY = 0.85  # of a processor: a hub, which has but one, could hardly do more
-IN_FRONT_S = 0.02  # on a request, for which the way to the hub and back deserves a mention
-
-
-def time_spent(results: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
-    own, operations = results["hub"]["metrics"], results["operations"]
-    if not own:
-        return
-    wait_s, start_s = metric_value(results, "server_ready.mean"), own["spawns"].get("success", {}).get("mean_s")
-    if wait_s and start_s:
-        throttled_s = operations["start_server"]["backoff_s"] / operations["start_server"]["count"]
-        rest_s = wait_s - throttled_s - start_s
-        parts = [f"the hub took {duration_text(min(start_s, wait_s))} to start the server"]
-        parts += [f"{duration_text(throttled_s)} passed while it throttled"] if throttled_s > IN_FRONT_S else []
-        parts += [f"{duration_text(rest_s)} went to all the rest"] if rest_s > IN_FRONT_S else []
-        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
-    for name, handler in HANDLERS.items():
-        whole_s, inside_s = metric_value(results, f"{name}.mean"), own["requests"].get(handler, {}).get("mean_s")
-        if (
-            whole_s and inside_s and (name == "ping" or not results["capacity"])
-        ):  # whose steps before are not in whole_s
-            outside_s = whole_s - inside_s
-            if outside_s < whole_s / 2:
-                where = "in the hub"
-            elif outside_s < IN_FRONT_S:
-                where = "elsewhere, but so little that it does not matter"
-            elif own["cpu_share_max"] > BUSY:
-                where = f"waiting for the hub, whose process used up to {own['cpu_share_max']:.0%} of a processor"
-            else:
-                where = "not in the hub but in front of it: network, proxy, TLS or this machine"
-            text = f"a mean {OPERATION_TITLES[name]} of {duration_text(whole_s)}"
-            yield f"{text} took {duration_text(inside_s)} by the hub's own clock: most of it was spent {where}"
-
-
-def advice(results: Mapping[str, Any]) -> Iterator[str]:
-    """What to look at next, when a run has failed."""
-    servers, own, statuses = results["servers"] or {}, results["hub"]["metrics"] or {}, results["http"]["statuses"]
-    reasons = " ".join(servers.get("reasons", {}))
-    if any("connection refused" in one["errors"] for one in results["operations"].values()):
-        yield "the hub was away: is it running? With consecutive_failure_limit it ends itself after failed starts"
-    if "Active user limit" in reasons:
-        yield "the hub allows no more servers: raise its active_server_limit"
-    elif servers.get("throttled"):
-        yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
-    if "not ready after" in reasons:
-        yield "some were still starting: see the hub's log and the spawner's events, or allow more by --server-timeout"
-    elif servers.get("failed"):
-        yield "see the hub's log for the users named in the results; on Kubernetes, the events of their pods"
-    if own.get("cpu_share_max", 0) > BUSY:
-        yield (
-            f"the hub's process used {own['cpu_share_max']:.0%} of a processor, and it can use only one: "
-            "give it a faster one, or less to do"
-        )
-    if results["hub"]["restarts"]:
-        yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
-    if statuses.keys() & {"502", "503", "504"}:
-        yield "502, 503 and 504 come from what stands in front of the hub: look at the proxy's and the ingress's logs"
-
-
-# ==== Pure rules: conditions and capacity ============================================================================
-
-LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
-STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
-COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-UNITS = {"": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "%": 0.01}
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """A condition under which a run has failed, like `server_ready.p95 > 30s`."""
-
-    text: str
-    metric: str
-    comparison: str
-    limit: float  # seconds, a share, a number, or a multiple of the baseline's value
-    relative: bool  # whether it is such a multiple
-
-    def judge(self, results: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Condition, value, and whether it held; where nothing was measured, it did."""
-        value = metric_value(results, self.metric)
-        limit = self.limit
-        if self.relative:
-            before = metric_value(baseline or {}, self.metric)
-            limit = math.nan if before is None else before * limit
-        held = value is None or math.isnan(limit) or COMPARISONS[self.comparison](value, limit)
-        return {"condition": self.text, "value": value, "held": held}
-
-
-def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
-    match = re.fullmatch(r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|%|x|)\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
-    metric, comparison, number, unit = match.groups()
-    statistic = metric.rpartition(".")[2]
-    if metric not in ("failed", "failed_rate", "throttled") and ("." not in metric or statistic not in STATISTICS):
-        raise argparse.ArgumentTypeError(
-            f"{metric!r} is not failed, failed_rate, throttled, or OPERATION.STAT, with one of {', '.join(STATISTICS)}"
-        )
-    fits = {"x": True, "": True, "%": metric == "failed_rate"}.get(unit, statistic in LATENCY_STATISTICS)
-    if not fits:
-        raise argparse.ArgumentTypeError(f"the unit {unit!r} does not fit {metric} in {text!r}")
-    return Condition(" ".join(text.split()), metric, comparison, float(number) * UNITS[unit], unit == "x")
-
-
-def metric_value(results: Mapping[str, Any], metric: str) -> float | None:
-    """The value of a condition's metric in results: seconds, a share or a number; None when nothing was measured."""
-    name, _, statistic = metric.rpartition(".")
-    if not name:
-        value: float | None = results.get("http", {}).get("throttled") if metric == "throttled" else results.get(metric)
-        return value
-    measured = results.get("operations", {}).get(name, {})
-    value = measured.get("latency_s", {}).get(statistic) if statistic in LATENCY_STATISTICS else measured.get(statistic)
-    return None if value is None else float(value)
-
-
-FAILED = condition("failed > 0")
-
-
-class CapacitySearch:
-    """Which rate to try next: doubling until a condition holds, then halving the interval to within 5 %."""
-
-    def __init__(self, first_rate_per_s: float) -> None:
-        self.sustained: float | None = None  # the highest rate at which no condition held
-        self.broken: float | None = None  # the lowest at which one did
-        self.unknown = False  # whether the generator could not send a rate, so that nothing is known of higher ones
-        self._first = first_rate_per_s
-
-    def next_rate(self) -> float | None:
-        """Requests per second, or None when the answer is known as well as it can be."""
-        if self.unknown:
-            return None
-        if self.broken is None:
-            return self._first if self.sustained is None else self.sustained * 2
-        if self.sustained is None:
-            return self.broken / 2 if self.broken > 1 else None
-        middle = (self.sustained + self.broken) / 2
-        return middle if self.broken > self.sustained * 1.05 else None
-
-    def tell(self, rate_per_s: float, held: bool | None) -> None:
-        """What came of a rate; None when it could not be sent, which says nothing about the hub."""
-        if held is None:
-            self.unknown = True
-        elif held:
-            self.broken = rate_per_s
-        else:
-            self.sustained = rate_per_s
-
-
-# ==== The hub: session, retry, dry run ===============================================================================
-
+# ==== The hub: session and transport =================================================================================
 
 RETRIED = frozenset({429, 503, 504})
 NEVER_SENT = (NewConnectionError, ConnectTimeoutError, SSLError)  # the hub has not seen a request that ended so
@@ -999,16 +1087,53 @@ class Call:
 
     observer: bool = False  # made only to watch
     seen: frozenset[int] = frozenset()  # statuses that the caller wants to see itself: not retried
-    retry_until_s: float | None = None  # no more tries after this moment; None: as long as the session's window
+    retry_until_s: float | None = None  # no retry after this moment; None: within the session's window
     tries: int = 0
     backoff_s: float = 0.0
     lost: bool = False  # an answer was lost: the hub may have acted on the request
+
+
+def once(observer: bool = False) -> Call:
+    """A call without retries."""
+    return Call(observer, retry_until_s=0.0)
 
 
 def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call:
     """The call that a request is part of; it is kept with the request, so that whoever holds its answer finds it."""
     call: Call = vars(request).setdefault("hub_call", Call()) if request else Call(tries=1)
     return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The final answer to a request, or why there was none."""
+
+    status: int  # 0 when no answer came
+    sent_s: float
+    answered_s: float
+    data: Any = None  # the body, where it is JSON
+    message: str = ""  # why no answer came, or the hub's own message
+    lost: bool = False  # an answer to this request was lost: the hub may have acted on it without our knowing
+    tries: int = 1
+    backoff_s: float = 0.0
+    retry_after_s: float | None = None
+    location: str | None = None  # where a redirect, which is not followed, points
+
+    @property
+    def hub_status(self) -> int:
+        """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
+        return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
+
+    def __str__(self) -> str:
+        if not self.status:
+            return self.message
+        return f"{self.status} ({self.message})" if self.message else str(self.status)
+
+    def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
+        """What is recorded of a request; `ok` are the statuses with which it succeeded."""
+        reason = Reason(Kind.REFUSED, str(self.status)) if self.status else Reason(Kind.AWAY, self.message)
+        failure = None if self.status in ok else reason
+        return Event(step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s)
 
 
 class Transport(BaseAdapter):
@@ -1077,7 +1202,7 @@ class HubSession(requests.Session):
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
-        self.metrics, self.traffic = Metrics(), Traffic()
+        self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
         self._simulated, self._pool_maxsize = wire, pool_maxsize
@@ -1097,54 +1222,24 @@ class HubSession(requests.Session):
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
         return self.send(request, timeout=timeout, **settings)
 
-    def answered(self, response: requests.Response) -> None:
-        """Count an answer, and note the moment if it is the hub's."""
-        self.traffic.answered(response.status_code)
-        if not is_lost(response.status_code, response.headers):
-            self.answered_s = self.clock()
-
-    @property
-    def hub_is_gone(self) -> bool:
-        """Whether the hub has not answered anything for so long that sending more is no use."""
-        return self.clock() - self.answered_s > self.gone_after_s
-
-    def ask(
-        self,
-        method: str,
-        url: str,
-        *,
-        operation: str | None = None,
-        user: str = "",
-        due_s: float | None = None,
-        ok: Collection[int] = (200, 201, 202, 204),
-        call: Call | None = None,
-        **kwargs: Any,
-    ) -> Reply:
-        """The final answer, or why there is none; never raises. Measured as `operation`; `ok` are its successes."""
+    def ask(self, method: str, url: str, *, call: Call | None = None, **parts: Any) -> Reply:
+        """The final answer, or why there is none; never raises. `parts` are those of `exchange`."""
+        sent_s, call = self.clock(), call or Call()
         if self.stopping.is_set():
-            return Reply(0, self.clock(), reason="the run was stopped before this was sent")
-        call = call or Call()
-        sent_s = self.clock()
+            return Reply(0, sent_s, sent_s, message="the run was stopped before this was sent")
         try:
-            reply = _read_reply(self.exchange(method, url, call, **kwargs), call, self.clock())
+            return _read_reply(self.exchange(method, url, call, **parts), call, sent_s, self.clock())
         except Stopped:
-            return Reply(0, self.clock(), reason="the run was stopped", lost=call.lost)
+            return Reply(0, sent_s, self.clock(), message="the run was stopped", lost=call.lost)
         except OSError as error:  # which requests' own errors are too
             lost = call.lost or not _never_sent(error)
-            reply = Reply(0, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
-        if operation:
-            error_label = None if reply.status in ok else str(reply.status or reply.reason)
-            due_s = sent_s if due_s is None else due_s
-            self.metrics.add(
-                Sample(operation, user, due_s, sent_s, reply.answered_s, error_label, reply.tries, reply.backoff_s)
-            )
-        return reply
+            return Reply(0, sent_s, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
 
-    def events(self, url: str, until_s: float) -> Iterator[Model]:
+    def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call = Call(observer=True, retry_until_s=until_s)
+        call, timeout_s = Call(observer=True, retry_until_s=until_s), min(STREAM_TIMEOUT_S, until_s - self.clock())
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=max(0.05, timeout_s)) as response:
                 self._streams[response] = until_s
                 try:
                     for line in response.iter_lines() if response.status_code == 200 else ():
@@ -1162,6 +1257,17 @@ class HubSession(requests.Session):
                 with contextlib.suppress(RuntimeError, ValueError, OSError):  # it has just ended by itself
                     getattr(response.raw, "shutdown", response.close)()
 
+    def answered(self, response: requests.Response) -> None:
+        """Count an answer, and note the moment if it is the hub's."""
+        self.traffic.answered(response.status_code)
+        if not is_lost(response.status_code, response.headers):
+            self.answered_s = self.clock()
+
+    @property
+    def hub_is_gone(self) -> bool:
+        """Whether the hub has not answered anything for so long that sending more is no use."""
+        return self.clock() - self.answered_s > self.gone_after_s
+
     def pause(self, seconds: float) -> bool:
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
         return not (self.stopping.wait(seconds) if seconds > 0 else self.stopping.is_set())
@@ -1170,7 +1276,8 @@ class HubSession(requests.Session):
         """Wait before the next try, as long as the hub asked or for 0, 1, 2, 4, 8 s; raises `Stopped` when told to."""
         began_s = self.clock()
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S))
+        left_s = (call.retry_until_s or 0.0) - began_s
+        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, left_s))
         call.backoff_s += self.clock() - began_s
         if not going_on:
             raise Stopped
@@ -1180,19 +1287,25 @@ class HubSession(requests.Session):
         self.stopping.set()
         self.cut_streams()
 
-    def beside(self) -> HubSession:
-        """A session on the same hub with samples of its own, which stops with this one."""
-        other = HubSession(self.token, self._simulated, self._pool_maxsize)
-        other.traffic, other.hooks, other.stopping = self.traffic, self.hooks, self.stopping
+    def sibling(self, traffic: Traffic | None = None, **times: float) -> HubSession:
+        """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
+        other = HubSession(self.token, self._simulated, self._pool_maxsize, **times)
+        other.traffic = traffic or self.traffic
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env"):
+            setattr(other, setting, getattr(self, setting))
         return other
 
     def for_cleaning_up(self) -> HubSession:
-        """A session on the same hub with the same counts, which the stop of this one does not reach.
+        """A session on the same hub, which the stop of this one does not reach.
 
-        It tries once: cleaning up looks again anyway. And it soon looks whether a silent hub is there at all.
+        It tries once, since cleanup looks again anyway, and soon looks whether a silent hub is there at all.
         """
-        other = HubSession(self.token, self._simulated, self._pool_maxsize, retry_window_s=0, gone_after_s=20)
-        other.metrics, other.traffic, other.hooks = self.metrics, self.traffic, self.hooks
+        return self.sibling(retry_window_s=0.0, gone_after_s=20.0)
+
+    def beside(self) -> HubSession:
+        """A session on the same hub with counts of its own, which stops with this one."""
+        other = self.sibling(Traffic())
+        other.stopping = self.stopping
         return other
 
 
@@ -1200,7 +1313,7 @@ def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedReques
     return request
 
 
-def _read_reply(response: requests.Response, call: Call, answered_s: float) -> Reply:
+def _read_reply(response: requests.Response, call: Call, sent_s: float, answered_s: float) -> Reply:
     try:
         data = response.json() if response.content else None
     except ValueError:
@@ -1210,6 +1323,7 @@ def _read_reply(response: requests.Response, call: Call, answered_s: float) -> R
         message = "not JSON but " + response.headers.get("Content-Type", "something unnamed").partition(";")[0]
     return Reply(
         response.status_code,
+        sent_s,
         answered_s,
         data,
         message or "",
@@ -1228,16 +1342,19 @@ def _retry_after_s(response: requests.Response) -> float | None:
         return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it was raised for, as far down as requests and urllib3 have wrapped it."""
     while error is not None:
         yield error
         inner = [getattr(error, "reason", None), *error.args, error.__cause__, error.__context__]
-        error = next((e for e in inner if isinstance(e, BaseException)), None)  # type: ignore[assignment]
+        error = next((e for e in inner if isinstance(e, BaseException)), None)
 
 
 def _never_sent(error: BaseException) -> bool:
     return any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
+
+
+TIMED_OUT = "no answer in time"
 
 
 def why(error: BaseException) -> str:
@@ -1276,12 +1393,12 @@ def get_session(token: str, dry_run: bool = False, pool_maxsize: int = 100) -> H
 
 
 class SimulatedHub(BaseAdapter):
-    """A transport of requests that answers as an empty hub would: every server is ready at once, nothing is sent."""
+    """An adapter of requests that answers as an empty hub would: every server is ready at once, nothing is sent."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        self._users: dict[str, Model] = {}
+        self._users: dict[str, Json] = {}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).partition("/hub/api/")[2]
@@ -1304,7 +1421,7 @@ class SimulatedHub(BaseAdapter):
             case "GET", [""]:
                 return 200, {"version": "simulated"}
             case "GET", ["user"]:
-                return 200, {"name": "dry-run", "scopes": sorted(set().union(*NEEDED_SCOPES.values()))}
+                return 200, {"name": "dry-run", "scopes": sorted(set().union(*map(needed_scopes, COMMANDS)))}
             case "GET", ["users"]:
                 return 200, list(users.values())
             case "POST", ["users"]:
@@ -1324,12 +1441,70 @@ class SimulatedHub(BaseAdapter):
         return unknown
 
 
+# ==== The hub: its API ===============================================================================================
+
+
+def user_url(endpoint: str, name: str, *rest: str) -> str:
+    """The URL of a user, or of what follows below it."""
+    return "/".join([f"{endpoint}/users", urllib.parse.quote(name, safe=""), *rest])
+
+
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub that has answered, and whose token will do."""
+    """A hub's API: a method for each call, with the answers to expect. It neither measures nor claims nor cleans."""
 
     endpoint: str
-    version: str
+    session: HubSession
+    version: str = ""
+
+    def page_of_users(self, offset: int) -> Reply:
+        """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
+
+        Hubs from 2.3 filter by name.
+        """
+        return self.session.ask(
+            "GET",
+            f"{self.endpoint}/users",
+            params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
+            headers={"Accept": "application/jupyterhub-pagination+json"},
+            timeout=2 * DEFAULT_TIMEOUT,
+        )
+
+    def create(self, names: Sequence[str]) -> Reply:
+        """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
+        timeout_s = max(len(names), DEFAULT_TIMEOUT)
+        return self.session.ask("POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s)
+
+    def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
+        """What `GET /users/{name}` says, by `until_s`: 200, or 404 when gone; anything else is not known."""
+        timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
+        call = Call(observer, retry_until_s=until_s)
+        reply = self.session.ask("GET", user_url(self.endpoint, name), call=call, timeout=timeout_s)
+        if reply.hub_status == 404:
+            return ServerState.GONE
+        return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
+
+    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
+        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
+        options = {"profile": profile} if isinstance(profile, str) else profile or None
+        call = Call(seen=frozenset({429}), retry_until_s=until_s)
+        url = user_url(self.endpoint, name, "server")
+        return self.session.ask("POST", url, call=call, json=options, timeout=self._left_s(until_s))
+
+    def progress(self, name: str, until_s: float) -> Iterator[Json]:
+        """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
+        return self.session.events(user_url(self.endpoint, name, "server", "progress"), until_s)
+
+    def stop(self, name: str) -> Reply:
+        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
+        return self.session.ask("DELETE", user_url(self.endpoint, name, "server"))
+
+    def _left_s(self, until_s: float) -> float:
+        return max(0.05, until_s - self.session.clock())
+
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
+        return self.session.ask("DELETE", user_url(self.endpoint, name))
 
 
 def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
@@ -1338,7 +1513,7 @@ def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
     `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
     """
     version = _hub_version(endpoint, session)
-    reply = session.ask("GET", f"{endpoint}/user", call=Call(retry_until_s=0))
+    reply = session.ask("GET", f"{endpoint}/user", call=once())
     if reply.status in (401, 403):
         raise SetupError(
             f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
@@ -1347,7 +1522,7 @@ def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
     if reply.status != 200 or not isinstance(reply.data, dict):
         raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user answered {reply}.")
     _check_rights(reply.data, command)
-    return Hub(endpoint, version)
+    return Hub(endpoint, session, version)
 
 
 def _hub_version(endpoint: str, session: HubSession) -> str:
@@ -1355,13 +1530,13 @@ def _hub_version(endpoint: str, session: HubSession) -> str:
     if version := _version_in(reply):
         return version
     if not reply.status:
-        raise SetupError(f"Nothing answers at {endpoint}: {reply.reason}. Is the hub running, and is this its URL?")
-    raise SetupError(f"No hub API at {endpoint}: {_what_came(reply)}. {_advice(endpoint, reply, session)}")
+        raise SetupError(f"Nothing answers at {endpoint}: {reply.message}. Is the hub running, and is this its URL?")
+    raise SetupError(f"No hub API at {endpoint}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}")
 
 
 def _probe(endpoint: str, session: HubSession) -> Reply:
     """What `GET /` answers; sent without the token, which nobody gets before a hub has shown itself."""
-    return session.ask("GET", f"{endpoint}/", call=Call(retry_until_s=0), headers={"Authorization": None})
+    return session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
 
 
 def _version_in(reply: Reply) -> str | None:
@@ -1371,10 +1546,10 @@ def _version_in(reply: Reply) -> str | None:
 def _what_came(reply: Reply) -> str:
     if reply.location:
         return f"it answers {reply.status} and redirects to {without_credentials(reply.location)}"
-    return f"it answers {reply}" if reply.status != 200 or reply.reason else "it answers JSON without a version"
+    return f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
 
 
-def _advice(endpoint: str, reply: Reply, session: HubSession) -> str:
+def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
     guess = likely_endpoint(endpoint, reply.location)
     if guess.startswith("https:") and endpoint.startswith("http:"):
         return f"Use https: --endpoint {guess}"
@@ -1383,7 +1558,7 @@ def _advice(endpoint: str, reply: Reply, session: HubSession) -> str:
     return "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
 
-def _check_rights(owner: Model, command: str) -> None:
+def _check_rights(owner: Json, command: str) -> None:
     """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
     if "scopes" not in owner:
         if not owner.get("admin"):
@@ -1391,24 +1566,14 @@ def _check_rights(owner: Model, command: str) -> None:
                 f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users."
             )
         return
-    if missing := missing_scopes(owner["scopes"], NEEDED_SCOPES[command]):
+    if missing := missing_scopes(owner["scopes"], needed_scopes(command)):
         raise SetupError(
             f"The token lacks what {command} needs: {', '.join(missing)}. Put this into the hub's configuration, "
             f"beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
         )
 
 
-def without_credentials(url: str) -> str:
-    """The URL without the user and password that it may carry."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def user_url(endpoint: str, name: str, *rest: str) -> str:
-    return "/".join([f"{endpoint}/users", urllib.parse.quote(name, safe=""), *rest])
-
-
-# ==== Threads and progress ============================================================================================
+# ==== Progress, and many things at the same time =====================================================================
 
 
 def timeit(f: Callable[..., R]) -> Callable[..., R]:
@@ -1464,93 +1629,129 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-class Shared(Iterator[T]):
-    """An iterator that threads can share."""
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """A fixed schedule: the n-th (from 0) is due n / rate after the start, however slowly the hub answers."""
 
-    def __init__(self, items: Iterable[T]) -> None:
-        self._items, self._lock = iter(items), threading.Lock()
+    rate_per_s: float
+    started_s: float
 
-    def __next__(self) -> T:
-        with self._lock:
-            return next(self._items)
+    def due_s(self, n: int) -> float:
+        return self.started_s + n / self.rate_per_s
 
 
-def in_threads(workers: Sequence[Callable[[], None]], session: HubSession, on_tick: Callable[[], object]) -> None:
-    """Run each worker in a thread of its own until all have returned or the session is told to stop.
+class Driver:
+    """Takes walks on in threads: decides which one begins when, and does what is due next.
 
-    `on_tick` is called ten times a second. Raises what a worker raised.
+    Walks begin by a fixed schedule (open model), or, without a pace, so that at most `limit` are in their first stretch
+    at the same time (closed model). A walk that waits needs no thread. One that waits without end goes on `hold_s`
+    after all others have ended or wait so too. `limit` is the number of threads as well.
     """
-    session.answered_s = session.clock()
-    pool = ThreadPoolExecutor(len(workers), thread_name_prefix="hub-stress-test")
-    try:
-        running = {pool.submit(worker) for worker in workers}
-        while running and not session.stopping.is_set():
-            done, running = wait(running, timeout=0.1)
-            for future in done:
-                future.result()
-            session.cut_streams()
-            on_tick()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
+    def __init__(
+        self,
+        session: HubSession,
+        limit: int,
+        pace: Pace | None = None,
+        until_s: float = math.inf,
+        hold_s: float = 0.0,
+        may_begin: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._session, self._limit, self._pace, self._until_s, self._hold_s = session, limit, pace, until_s, hold_s
+        self._may_begin = may_begin
+        self._pool = ThreadPoolExecutor(limit, thread_name_prefix="hub-stress-test")
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
+        self._numbers = itertools.count()
+        self._begun = self._beginning = self._acting = 0
+        self._error: Exception | None = None
 
-def fan_out(
-    work: Callable[[T], R],
-    items: Iterable[T],
-    concurrency: int,
-    session: HubSession,
-    on_tick: Callable[[Mapping[T, R | Exception]], None] | None = None,
-) -> dict[T, R | Exception]:
-    """What `work` gave, or the exception it raised, for each item, from `concurrency` threads.
+    def run(self, begin: Callable[[T, float], Walk], items: Sequence[T], on_tick: Callable[[], None]) -> None:
+        """Begin a walk for each item, with the moment at which it is due, and return when all have ended.
 
-    Items are taken one by one as threads become free. Absent are those not begun when the hub is gone, and those not
-    finished when the session is told to stop. `on_tick` sees the results ten times a second.
-    """
-    results: dict[T, R | Exception] = {}
-    worker = functools.partial(_drain, Shared(items), work, results, session)
-    in_threads([worker] * concurrency, session, lambda: on_tick(results) if on_tick else None)
-    return dict(results)
-
-
-def _drain(source: Iterator[T], work: Callable[[T], R], results: dict[T, R | Exception], session: HubSession) -> None:
-    """Work on items until there are none left; what each gave is recorded, whatever it raised."""
-    for item in source:
-        if session.stopping.is_set() or session.hub_is_gone:
-            return
+        It ends earlier when told to stop, or when the hub is gone; nothing begins after `until_s`, or when it no longer
+        may. `on_tick` is called ten times a second. Raises what a walk raised.
+        """
+        session, count = self._session, len(items)
+        session.answered_s = tick_s = session.clock()
         try:
-            results[item] = work(item)
+            while not session.stopping.is_set() and not session.hub_is_gone and not self._error:
+                with self._changed:
+                    now_s = session.clock()
+                    while (due_s := self._next_due_s(count, now_s)) <= now_s < self._until_s:
+                        walk = begin(items[self._begun], due_s)
+                        self._begun, self._beginning = self._begun + 1, self._beginning + 1
+                        self._submit(walk, first=True)
+                    next_s = self._let_go_on(now_s, due_s)
+                    if next_s is None:
+                        break
+                    self._changed.wait(max(0.0, min(next_s, tick_s + 0.1) - session.clock()))
+                if session.clock() >= tick_s + 0.1:
+                    tick_s = session.clock()
+                    session.cut_streams()
+                    on_tick()
+            on_tick()
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._error:
+            raise self._error
+
+    def _next_due_s(self, count: int, now_s: float) -> float:
+        """When the next of so many walks is to begin; infinity when none is, or no place is free."""
+        if self._begun == count or now_s >= self._until_s or not self._may_begin():
+            return math.inf
+        if self._pace:
+            return self._pace.due_s(self._begun)
+        return now_s if self._beginning < self._limit else math.inf
+
+    def _let_go_on(self, now_s: float, next_s: float) -> float | None:
+        """Let those go on whose moment has come; the next moment at which something is due, None when all is done."""
+        while self._waiting and self._waiting[0][0] <= now_s:
+            self._submit(heapq.heappop(self._waiting)[2], first=False)
+        next_s = min(next_s, self._waiting[0][0] if self._waiting else math.inf)
+        if self._acting or next_s < math.inf:
+            return next_s
+        if not self._waiting:
+            return None
+        LOG.info("Holding the servers for %g s", self._hold_s)
+        self._waiting = [(now_s + self._hold_s, number, walk) for _, number, walk in self._waiting]
+        return now_s + self._hold_s
+
+    def _submit(self, walk: Walk, first: bool) -> None:
+        self._acting += 1
+        self._pool.submit(self._go_on, walk, first)
+
+    def _go_on(self, walk: Walk, first: bool) -> None:
+        """In a thread: take one walk on until it waits or ends."""
+        at_s: float | None = None
+        try:
+            if not first or self._session.clock() < self._until_s:
+                at_s = next(walk, None)
         except Exception as error:
-            LOG.exception("A worker failed on %s", item)
-            results[item] = error
+            self._error = error
+        with self._changed:
+            self._acting -= 1
+            self._beginning -= first
+            if at_s is not None:
+                heapq.heappush(self._waiting, (at_s, next(self._numbers), walk))
+            if at_s is not None or not self._pace or not self._acting:
+                self._changed.notify()
 
 
-def on_schedule(due: Iterable[tuple[int, float]], last_s: float, session: HubSession) -> Iterator[tuple[int, float]]:
-    """Each request when it is due, or as soon after as somebody asks for it; ends at `last_s`, or when told to stop."""
-    for n, due_s in due:
-        if not session.pause(due_s - session.clock()) or session.clock() > last_s or session.hub_is_gone:
-            return
-        yield n, due_s
+# ==== Users: found, claimed, made ====================================================================================
 
 
-# ==== Users ==========================================================================================================
-
-
-def list_users(endpoint: str, session: HubSession) -> Iterator[Model]:
+def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
     """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
 
-    `GET /users`: pages on hubs from 2.0, followed by `next.offset` since `next.url` may be wrong behind a proxy; a
-    plain list of all on 1.x. A page may be short while there is a next one.
+    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short while there
+    is a next one.
     """
     offset: int | None = 0
     while offset is not None:
-        reply = session.ask(
-            "GET",
-            f"{endpoint}/users",
-            operation="list_users",
-            params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
-            headers={"Accept": "application/jupyterhub-pagination+json"},
-            timeout=2 * DEFAULT_TIMEOUT,
-        )
+        reply = hub.page_of_users(offset)
+        _end_if_stopped(hub, reply)
+        record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
             raise HubRefused("list its users", reply)
@@ -1558,12 +1759,16 @@ def list_users(endpoint: str, session: HubSession) -> Iterator[Model]:
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
 
-def find_existing_stress_test_users(endpoint: str, session: HubSession, *, run: str | None = None) -> list[Model]:
+def _end_if_stopped(hub: Hub, reply: Reply) -> None:
+    """Raise `Stopped` where it was we who gave a request up."""
+    if not reply.status and hub.session.stopping.is_set():
+        raise Stopped
+
+
+def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
     """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    found = [
-        user for user in list_users(endpoint, session) if is_test_user(user["name"], run) and not user.get("admin")
-    ]
-    LOG.debug("Found %d users of ours", len(found))
+    found = [user for user in list_users(hub, record) if is_test_user(user["name"], run) and not user.get("admin")]
+    LOG.debug("Found %d test users", len(found))
     return found
 
 
@@ -1594,59 +1799,36 @@ class Claims:
         return [*self.confirmed, *(() if self.rivals else self.unconfirmed)]
 
 
-@timeit
-def create_users(
-    count: int,
-    batch_size: int,
-    endpoint: str,
-    session: HubSession,
-    existing_users: Sequence[Model | str] = (),
-    *,
-    run: str = "",
-    claims: Claims | None = None,
-) -> list[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+def make_users(
+    count: int, batch_size: int, hub: Hub, record: Recorder, claims: Claims, taken: Iterable[str], run: str
+) -> Iterator[list[str]]:
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those `taken`.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`; those made by then are in `claims`, or, where the
-    caller keeps no claims, are deleted first.
+    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made by then are in `claims`.
     """
-    kept = Claims() if claims is None else claims
-    taken = [user if isinstance(user, str) else user["name"] for user in existing_users]
     indexes = itertools.count(first_free_index(taken, run))
-    batches: list[list[str]] = []
-    try:
-        with Progress("creating users", count) as progress:
-            while missing := count - sum(map(len, batches)):
-                wanted = [username(index, run) for index in itertools.islice(indexes, min(batch_size, missing))]
-                if made := _create_batch(wanted, endpoint, session, kept):
-                    batches.append(made)
-                progress.tell(sum(map(len, batches)))
-    except HubRefused:
-        if claims is None:
-            delete_users(kept.ours, endpoint, session, batch_size)
-        raise
-    return batches
+    made = 0
+    with Progress("creating users", count) as progress:
+        while made < count:
+            wanted = [username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))]
+            if batch := make_batch(wanted, hub, record, claims):
+                made += len(batch)
+                yield batch
+            progress.tell(made)
 
 
-def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims: Claims) -> list[str]:
-    """Those of the wanted users that this call made.
+def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
+    """Those of the wanted users that this call made. Raises `HubRefused`, or `Stopped`.
 
-    `POST /users`: 201 with the new ones; 409 when all exist. After a lost answer both mean "look", see Claims; so does
-    a 500, since the hub may have made some of the batch before it failed.
+    After a lost answer, and after a 500, since the hub may have made part of the batch, one has to look: see Claims.
     """
     claims.ask(wanted)
-    reply = session.ask(
-        "POST",
-        f"{endpoint}/users",
-        operation="create_users",
-        json={"usernames": wanted},
-        timeout=max(len(wanted), DEFAULT_TIMEOUT),
-        ok=(201, 409),
-    )
-    done = reply.status in (201, 409)
-    unsure = reply.lost or reply.status >= 500
+    reply = hub.create(wanted)
+    _end_if_stopped(hub, reply)
+    record.add(reply.event("create_users", ok=(201, 409)))
+    done, unsure = reply.status in (201, 409), reply.lost or reply.status >= 500
     if unsure:
-        there = {user["name"] for user in list_users(endpoint, session)}
+        there = {user["name"] for user in list_users(hub, record)}
     else:
         there = {user["name"] for user in reply.data} if reply.status == 201 else set()
         claims.rivals |= done and not there.issuperset(wanted)
@@ -1657,22 +1839,17 @@ def _create_batch(wanted: list[str], endpoint: str, session: HubSession, claims:
     return made
 
 
-def read_state(name: str, endpoint: str, session: HubSession, observer: bool = False) -> ServerState:
-    """What the hub says of a user now. `GET /users/{name}`: 200, or 404 when gone; anything else is not known."""
-    reply = session.ask("GET", user_url(endpoint, name), call=Call(observer=observer))
-    if reply.hub_status == 404:
-        return ServerState.GONE
-    return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
-
-
-# ==== Servers ========================================================================================================
+# ==== Steps of a person, each a function =============================================================================
+#
+# A step is a generator. It yields the events that it leaves, and, where it has to wait (a person stays, or thinks), the
+# moment at which to go on: whoever drives it waits, not the step. So the same steps run in threads and in greenlets.
 
 
 class Turns:
-    """Whose turn it is to ask again, among the starts that the hub has throttled.
+    """Which of the starts that the hub has throttled retries next.
 
-    Each start that ends frees a place on the hub, and the start that was due first takes it: sleeping for the whole of
-    the hub's Retry-After (30 to 60 s) would leave the place empty.
+    Each start that ends frees a place on the hub, and the throttled start that was due first takes it: sleeping for
+    the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
     """
 
     def __init__(self) -> None:
@@ -1685,7 +1862,7 @@ class Turns:
         return self._freed
 
     def free(self) -> bool:
-        """A place is free; whether somebody waits who will take it."""
+        """A place is free; whether a throttled start waits for it."""
         with self._changed:
             self._freed += 1
             self._changed.notify_all()
@@ -1702,374 +1879,398 @@ class Turns:
                         self._taken += 1
                         break
                     self._changed.wait(min(left_s, 0.2))
-            finally:  # also when whoever waits here is killed, as Locust does to its users
+            finally:  # also when the waiting thread is killed, as Locust does to its users
                 self._waiting.remove(due_s)
 
 
-def profile_options(profile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The body that asks for a profile: a slug as {"profile": slug}; an object of user options as it is."""
-    return {"profile": profile} if isinstance(profile, str) else dict(profile) if profile else None
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What the people of one run share."""
+
+    hub: Hub
+    plan: Plan
+    record: Recorder
+    turns: Turns = dataclasses.field(default_factory=Turns)
+    states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
 
 
-def ask_to_start(
-    name: str, endpoint: str, session: HubSession, profile: str | Mapping[str, Any] | None, until_s: float
-) -> Reply:
-    """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
-    timeout_s = max(1.0, until_s - session.clock())
-    call = Call(seen=frozenset({429}), retry_until_s=until_s)
-    url = user_url(endpoint, name, "server")
-    return session.ask("POST", url, call=call, json=profile_options(profile), timeout=timeout_s)
+@dataclasses.dataclass(frozen=True)
+class Visitor:
+    """A person with a user of their own, who is due at a moment."""
+
+    name: str
+    due_s: float
 
 
-def start_server(
-    username: str, endpoint: str, session: HubSession, profile: str | Mapping[str, Any] | None = None
-) -> bool:
-    """Whether the hub took the request to start this user's server; it may still be starting."""
-    reply = ask_to_start(username, endpoint, session, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
-    if reply.status not in (201, 202):
-        LOG.error("The server of %s did not start: %s", username, reply)
-        return False
-    LOG.debug("Starting the server of %s", username)
-    return True
+Act = Callable[[Visitor, Site], Iterator["Event | float"]]
 
 
-def await_ready(name: str, endpoint: str, session: HubSession, until_s: float) -> Readiness:
-    """How the start of a server ended, or that it had not by `until_s`.
+@dataclasses.dataclass(frozen=True)
+class Readiness:
+    """How waiting for a server ended."""
 
-    From `GET /users/{name}/server/progress`, a stream that ends with an event `ready` or `failed` (whose message is
-    the hub's reason); where no stream can be had, from the user model, which does not know why.
+    ready_at_s: float | None = None  # None when it did not become ready
+    reason: Reason | None = None
+    running: bool = True  # whether something may be running on the hub
+    message: str = ""  # what the hub said for longest while the server was starting
+
+
+def come(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Ask for a server, as often as the hub throttles, and follow it until it is ready or has failed.
+
+    Leaves `start_server`, unless no answer came, and `server_ready`. After that it goes on at once: the driver sees
+    that the start has ended.
     """
+    session = site.hub.session
+    site.states[person.name] = ServerState.READY  # from now on something may be running
+    reply, asked = _ask_until_taken(person, site)
+    if reply.status:
+        yield asked
+    end = _follow(person, reply, site)
+    if reply.status != 429 and site.turns.free():
+        session.pause(HEAD_START_S)
+    if not end.running:
+        site.states[person.name] = ServerState.STOPPED
+    ended_s = session.clock() if end.ready_at_s is None else end.ready_at_s
+    reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
+    ready = dataclasses.replace(asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message)
+    yield dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0)
+    yield ended_s
+
+
+def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
+    """The hub's answer other than 429, or its last 429 when time is up; and the event of the start request."""
+    session, plan = site.hub.session, site.plan
+    sent_s, until_s = session.clock(), person.due_s + plan.server_timeout_s
+    refusals: list[float] = []
+    backoff_s = 0.0
+    while True:
+        freed, asked_s = site.turns.freed, session.clock()
+        reply = site.hub.start(person.name, plan.profile, until_s)
+        backoff_s += reply.backoff_s
+        if reply.status == 429:
+            refusals.append(reply.answered_s)
+        if reply.status != 429 or reply.answered_s >= until_s or session.stopping.is_set():
+            break
+        retry_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
+        site.turns.wait(person.due_s, freed, retry_s, session)
+        backoff_s += session.clock() - reply.answered_s
+    event = dataclasses.replace(
+        reply.event("start_server", person.name, ok=(201, 202)),
+        due_s=person.due_s,
+        sent_s=sent_s,
+        tries=len(refusals) + reply.tries,
+        backoff_s=backoff_s,
+        throttled=len(refusals),
+        throttled_s=refusals[0] if refusals else None,
+        asked_s=asked_s,
+    )
+    return reply, event
+
+
+def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
+    """What became of a start that was answered with `reply`."""
+    waited = f"after {duration_text(site.plan.server_timeout_s)}"
+    if reply.status == 201:
+        return Readiness(reply.answered_s)
+    if reply.status == 429:
+        kind = Kind.FULL if reply.message.startswith("Active user limit") else Kind.THROTTLED
+        text = f"still throttled {waited}: {reply.message.partition('.')[0] or 429}"
+        return Readiness(reason=Reason(kind, text), running=False)
+    if reply.hub_status == 404:
+        text = "the hub no longer knows the user: it may have restarted"
+        return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
+    if reply.status in (401, 403):
+        return Readiness(reason=Reason(Kind.REFUSED, f"the hub no longer accepts the token: {reply}"), running=False)
+    end = await_ready(person.name, site.hub, person.due_s + site.plan.server_timeout_s)
+    if end.ready_at_s is not None or end.reason:
+        return end
+    if reply.status == 202 or reply.message == TIMED_OUT:
+        last_word = f"; the hub said: {end.message}" if end.message else ""
+        late = Reason(Kind.LATE, f"not ready {waited}{last_word}")
+        reason = late if end.running else Reason(Kind.VANISHED, "it vanished while starting")
+    elif reply.status:
+        reason = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
+    else:
+        reason = Reason(Kind.AWAY, f"no answer to the start: {reply}")
+    return dataclasses.replace(end, reason=reason)
+
+
+def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
+    """How the start of a server ended, or that it had not by `until_s` (then without a reason).
+
+    From the progress stream, which ends with an event `ready` or `failed` (whose message is the hub's reason); where
+    no stream can be had, from the user model, which does not know why.
+    """
+    session = hub.session
     pause_s, message = 0.1, ""
     while session.clock() < until_s and not session.stopping.is_set():
-        moment_s, event, heard = follow_progress(name, endpoint, session, until_s)
+        moment_s, event, heard = follow_progress(name, hub, until_s)
         message = heard or message
         if event.get("ready"):
             return Readiness(moment_s, message=message)
         if event.get("failed"):
-            reason = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
-            return Readiness(None, reason, running=False)
-        state = read_state(name, endpoint, session, observer=True)
+            text = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
+            return Readiness(reason=Reason(Kind.SPAWN, text), running=False, message=message)
+        state = hub.state(name, observer=True, until_s=until_s)
         if state is ServerState.READY:
             return Readiness(session.clock(), message=message)
         if state in (ServerState.STOPPED, ServerState.GONE):
-            return Readiness(running=False)
+            return Readiness(running=False, message=message)
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
     return Readiness(message=message)
 
 
-def follow_progress(name: str, endpoint: str, session: HubSession, until_s: float) -> tuple[float, Model, str]:
+def follow_progress(name: str, hub: Hub, until_s: float) -> tuple[float, Json, str]:
     """The event that ends a progress stream, empty if none did by `until_s`; its moment; and the longest message.
 
     The stream is read to its end, which follows at once, so that its connection can be used again.
     """
-    moment_s, last = until_s, Model()
+    moment_s, last = until_s, Json()
     said: list[tuple[float, str]] = []
-    for event in session.events(user_url(endpoint, name, "server", "progress"), until_s):
+    for event in hub.progress(name, until_s):
         if not last and (event.get("ready") or event.get("failed")):
-            moment_s, last = session.clock(), event
+            moment_s, last = hub.session.clock(), event
         elif not last and event.get("message") and event.get("progress") != 0:  # 0 is the hub's own "Server requested"
-            said.append((session.clock(), str(event["message"])))
-    return moment_s, last, longest_message(said, min(moment_s, session.clock()))
+            said.append((hub.session.clock(), str(event["message"])))
+    return moment_s, last, longest_message(said, min(moment_s, hub.session.clock()))
+
+
+def without_name(text: str, user: str) -> str:
+    """A reason without the user's or their pod's name, so that the same ones can be counted."""
+    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
+    return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
+
+
+def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Keep the server, then look whether it is still there: it failed if the server was lost. Raises `HubRefused`."""
+    session, plan = site.hub.session, site.plan
+    began_s = session.clock()
+    yield began_s + plan.stay_s if plan.stay_s else math.inf
+    look_until_s = session.clock() + RETRY_WINDOW_S
+    while (state := site.hub.state(person.name)) is ServerState.UNKNOWN:
+        if session.clock() > look_until_s:
+            raise CutShort("the hub did not say whether the servers that were held are still there")
+        yield session.clock() + 1.0
+    lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
+    yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
+
+
+def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Stop the server, if there is one, and wait until it has stopped.
+
+    A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
+    """
+    states, session = site.states, site.hub.session
+    if states.get(person.name) in (ServerState.STARTING, ServerState.READY):
+        reply = site.hub.stop(person.name)
+        states[person.name] = state_after_stop(reply.hub_status)
+        yield reply.event("stop_server", person.name, ok=(202, 204, 404))
+    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    while states.get(person.name) is ServerState.STOPPING and session.clock() < until_s:
+        yield session.clock() + 0.5
+        states[person.name] = site.hub.state(person.name)
+
+
+def delete(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Delete the user, if there is no server; else it is left to cleaning up."""
+    if site.states.get(person.name) is ServerState.STOPPED:
+        reply = site.hub.delete(person.name)
+        site.states[person.name] = state_after_delete(reply.hub_status)
+        yield reply.event("delete_user", person.name, ok=(204, 404))
+
+
+# ==== The table of steps, and a person's journey through them ========================================================
 
 
 @dataclasses.dataclass(frozen=True)
-class Starter:
-    """Starts servers and follows each until it is ready or has failed; threads share it."""
+class Step:
+    """What is measured under a name: in results, conditions, tables and Locust."""
 
-    endpoint: str
-    session: HubSession
-    profile: str | Mapping[str, Any] | None = None
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
-    turns: Turns = dataclasses.field(default_factory=Turns)
-    failures: list[str] = dataclasses.field(default_factory=list)
-
-    def bring_up(self, name: str, due_s: float | None = None) -> ServerStart:
-        """What became of one server, due now or at `due_s`, measured as `start_server` and `server_ready`."""
-        sent_s = self.session.clock()
-        due_s = sent_s if due_s is None else due_s
-        reply, refusals, asked_s = self._ask_until_taken(name, due_s, sent_s)
-        start = self._follow(name, reply, due_s)
-        if reply.status != 429 and self.turns.free():
-            self.session.pause(FIRST_COME_S)
-        start = dataclasses.replace(
-            start,
-            throttled=len(refusals),
-            due_s=due_s,
-            throttled_s=refusals[0] if refusals else None,
-            asked_s=asked_s,
-            ended_s=self.session.clock() if start.ready_s is None else due_s + start.ready_s,
-        )
-        if not self.session.stopping.is_set():
-            self._measure(start)
-        if not start.ready:
-            LOG.debug("The server of %s failed: %s", name, start.reason)
-            self.failures.append(name)
-        return start
-
-    def bring_up_when_due(self, name_and_due: tuple[str, float]) -> ServerStart:
-        return self.bring_up(*name_and_due)
-
-    def _ask_until_taken(self, name: str, due_s: float, sent_s: float) -> tuple[Reply, list[float], float]:
-        """The hub's answer other than "later", or its last "later" when time is up; the moments of all "later", and
-        that of the last request."""
-        until_s = due_s + self.timeout_s
-        refusals: list[float] = []
-        backoff_s = 0.0
-        while True:
-            freed, asked_s = self.turns.freed, self.session.clock()
-            reply = ask_to_start(name, self.endpoint, self.session, self.profile, until_s)
-            backoff_s += reply.backoff_s
-            if reply.status == 429:
-                refusals.append(reply.answered_s)
-            if reply.status != 429 or reply.answered_s >= until_s or self.session.stopping.is_set():
-                break
-            ask_again_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
-            self.turns.wait(due_s, freed, ask_again_s, self.session)
-            backoff_s += self.session.clock() - reply.answered_s
-        if reply.status and not self.session.stopping.is_set():  # when stopping, we ourselves cut it short
-            error = None if reply.status in (201, 202) else str(reply.status)
-            tries = len(refusals) + reply.tries
-            self.session.metrics.add(
-                Sample("start_server", name, due_s, sent_s, reply.answered_s, error, tries, backoff_s)
-            )
-        return reply, refusals, asked_s
-
-    def _follow(self, name: str, reply: Reply, due_s: float) -> ServerStart:
-        """What became of a start that was answered with `reply`."""
-        if reply.status == 201:
-            return ServerStart(name, reply.answered_s - due_s, running=True)
-        if reply.status == 429:
-            return ServerStart(name, None, reason=f"still throttled after {self.timeout_s:g} s: {reply.reason}")
-        if reply.hub_status == 404:
-            return ServerStart(name, None, reason="the hub no longer knows the user: it may have restarted")
-        if reply.status in (401, 403):
-            return ServerStart(name, None, reason=f"the hub no longer accepts the token: {reply}")
-        end = await_ready(name, self.endpoint, self.session, due_s + self.timeout_s)
-        if end.ready_at_s is not None:
-            return ServerStart(name, end.ready_at_s - due_s, running=True, message=end.message)
-        reason = end.reason
-        if not reason and (reply.status == 202 or reply.reason == TIMED_OUT):
-            last_word = f"; the hub said: {end.message}" if end.message else ""
-            reason = f"not ready after {self.timeout_s:g} s{last_word}" if end.running else "it vanished while starting"
-        return ServerStart(name, None, reason=reason or f"the start was answered {reply}", running=end.running)
-
-    def _measure(self, start: ServerStart) -> None:
-        error = None if start.ready else start.general_reason
-        self.session.metrics.add(
-            Sample("server_ready", start.user, start.due_s, start.due_s, start.ended_s, error, start.throttled + 1)
-        )
+    name: str
+    title: str
+    scopes: tuple[str, ...] = ()  # that the token needs for it
+    act: Act | None = None  # what a person does; None: it is measured elsewhere
+    wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
+    always: bool = False  # also after an earlier step has failed
+    drawn: bool = False  # in the report, person by person
 
 
-@timeit
-def start_servers(
-    users: Sequence[Sequence[str]],
-    endpoint: str,
-    session: HubSession,
-    profile: str | Mapping[str, Any] | None = None,
-    *,
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
-    fail_fast: bool = False,
-    rate_per_s: float | None = None,
-) -> dict[str, ServerStart]:
-    """What became of each user's server, for batches of users.
-
-    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after a failure with `fail_fast`, or a
-    stop) are absent.
-    """
-    starter = Starter(endpoint, session, profile, timeout_s)
-    names = [name for batch in users for name in batch]
-    going_on = functools.partial(itertools.takewhile, lambda _: not (fail_fast and starter.failures))
-    with Progress("starting servers", len(names)) as progress:
-
-        def tell(starts: Mapping[Any, ServerStart | Exception]) -> None:
-            progress.tell(len(starts), len(starter.failures))
-
-        if rate_per_s is None:
-            concurrency = max((len(batch) for batch in users), default=1)
-            outcomes = fan_out(starter.bring_up, going_on(names), concurrency, session, tell)
-        else:
-            pace = Pace(rate_per_s, session.clock())
-            schedule = on_schedule(((n, pace.due_s(n)) for n in range(len(names))), math.inf, session)
-            due = ((names[n], due_s) for n, due_s in going_on(schedule))
-            concurrency = min(len(names), OPEN_STARTS_MAX)
-            timed = fan_out(starter.bring_up_when_due, due, concurrency, session, tell)
-            outcomes = {name: start for (name, _), start in timed.items()}
-    return {
-        name: ServerStart(name, None, reason=repr(start), running=True) if isinstance(start, Exception) else start
-        for name, start in outcomes.items()
-    }
-
-
-def hold_servers(
-    starts: Mapping[str, ServerStart], hold_s: float, endpoint: str, session: HubSession
-) -> dict[str, ServerStart]:
-    """The same, `hold_s` seconds later: servers that were ready and no longer are have failed. Raises `HubRefused`."""
-    LOG.info("Holding the servers for %g s", hold_s)
-    session.pause(hold_s)
-    if session.stopping.is_set():
-        return dict(starts)
-    states = {user["name"]: server_state(user) for user in find_existing_stress_test_users(endpoint, session)}
-    gone = {name for name, start in starts.items() if start.ready and states.get(name) is not ServerState.READY}
-    lost = functools.partial(
-        dataclasses.replace, ready_s=None, reason="it became ready, but was gone before the end of --hold"
+STEPS = {
+    step.name: step
+    for step in (
+        Step("server_ready", "server ready", ("read:servers",), come, drawn=True),
+        Step("start_server", "start request", ("servers",), drawn=True),
+        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s), drawn=True),
+        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), always=True),
+        Step("create_users", "create users", ("admin:users",)),
+        Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: bool(plan.stay_s), always=True),
+        Step("list_users", "list users", ("list:users", "read:servers")),
+        Step("activity", "activity report", ("users:activity",)),
+        Step("read", "read user"),
+        Step("list", "list page"),
+        Step("ping", "ping"),
     )
-    return {name: lost(start) if name in gone else start for name, start in starts.items()}
+}
+STEPS_OF = {
+    STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
+    ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
+    PURGE: ("list_users", "stop_server", "delete_user"),
+}
 
 
-def wait_for_servers_to_start(
-    users: Sequence[Sequence[str]], endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
-) -> dict[str, bool]:
-    """Whether each server, already asked for, was ready within `timeout_s`."""
-    until_s = session.clock() + timeout_s
-    names = [name for batch in users for name in batch]
-    concurrency = max((len(batch) for batch in users), default=1)
-    ends = fan_out(lambda name: await_ready(name, endpoint, session, until_s), names, concurrency, session)
-    return {name: isinstance(end := ends.get(name), Readiness) and end.ready_at_s is not None for name in names}
+def needed_scopes(command: str) -> set[str]:
+    """The scopes that a token needs for a command."""
+    return {scope for name in STEPS_OF[command] for scope in STEPS[name].scopes}
 
 
-# ==== Stopping and cleaning up =======================================================================================
+def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
+    """A recorder that keeps the steps that are drawn person by person."""
+    return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.drawn})
 
 
-def ask_to_stop(name: str, endpoint: str, session: HubSession) -> ServerState:
-    """The state after `DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user, else not known."""
-    url = user_url(endpoint, name, "server")
-    reply = session.ask("DELETE", url, operation="stop_server", user=name, ok=(202, 204, 404))
-    return state_after_stop(reply.hub_status)
+def title_of(name: str) -> str:
+    """An operation's title; one of the operator's own is its name."""
+    return STEPS[name].title if name in STEPS else name
 
 
-def ask_to_delete(name: str, endpoint: str, session: HubSession) -> ServerState:
-    """The state after `DELETE /users/{name}`: 204 or 404 gone, else not known."""
-    url = user_url(endpoint, name)
-    reply = session.ask("DELETE", url, operation="delete_user", user=name, ok=(204, 404))
-    return state_after_delete(reply.hub_status)
+def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) -> Walk:
+    """Take a person through these steps (None: those of the plan), recording each; the moments at which to go on.
 
-
-def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
-    """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
-    state = ask_to_stop(username, endpoint, session)
-    if state is ServerState.STOPPING and wait:
-        return wait_for_server_to_stop(username, endpoint, session)
-    return state is not ServerState.UNKNOWN
-
-
-@timeit
-def stop_servers(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int) -> dict[str, bool]:
-    """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
-    stopped = fan_out(lambda name: stop_server(name, endpoint, session), usernames, batch_size, session)
-    return {name: stopped.get(name) is True for name in usernames}
-
-
-def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
-    """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    pause_s = 0.1
-    while session.clock() < until_s:
-        if read_state(username, endpoint, session) in (ServerState.STOPPED, ServerState.GONE):
-            return True
-        if not session.pause(pause_s):
-            return False
-        pause_s = min(pause_s * 1.5, 1.0)
-    LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
-    return False
-
-
-@timeit
-def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
-    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
-    asked = [name for name, was_asked in stopped.items() if was_asked]
-    outcomes = fan_out(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10, session)
-    stopped.update({name: outcomes.get(name) is True for name in asked})
-
-
-@timeit
-def delete_users_after_stopping_servers(stopped: Mapping[str, bool], endpoint: str, session: HubSession) -> bool:
-    """Whether every user is gone; those whose server has not stopped are left alone."""
-    names = [name for name, has_stopped in stopped.items() if has_stopped]
-    states = fan_out(lambda name: ask_to_delete(name, endpoint, session), names, 10, session)
-    return all(states.get(name) is ServerState.GONE for name in stopped)
-
-
-@timeit
-def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int = 10) -> bool:
-    """Whether every one of these users is gone, their servers stopped first."""
-    states = dict.fromkeys(usernames, ServerState.READY)
-    return not remove_users(states, set(usernames).__contains__, endpoint, session, batch_size).left
-
-
-def remove_user(
-    name: str, states: Mapping[str, ServerState], gone: set[str], endpoint: str, session: HubSession
-) -> None:
-    """The next steps for a user in the state that `states` has: stop the server, delete the user without one.
-
-    A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
-    Those that are gone are added to `gone`.
+    After a failed step the later ones are not tried, but for those that always are. A stop ends it without a record:
+    it was we who cut the step short.
     """
-    state = states[name]
-    if state in (ServerState.STARTING, ServerState.READY):
-        state = ask_to_stop(name, endpoint, session)
-    if state is ServerState.STOPPED:
-        state = ask_to_delete(name, endpoint, session)
-    if state is ServerState.GONE and states[name] is not state:
-        gone.add(name)
+    failed = False
+    for step in [step for step in STEPS.values() if step.wanted(site.plan)] if steps is None else steps:
+        if not step.act or (failed and not step.always):
+            continue
+        for news in _whatever_happens(step, step.act, person, site):
+            if site.hub.session.stopping.is_set():
+                return
+            if isinstance(news, Event):
+                site.record.add(news)
+                failed |= news.step == step.name and news.reason is not None
+            else:
+                yield news
+
+
+def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iterator[Event | float]:
+    """What a step yields; when it raises what nobody expected, that is a failure of this person."""
+    began_s = site.hub.session.clock()
+    try:
+        yield from act(person, site)
+    except (HubStressError, Stopped):
+        raise
+    except Exception as error:
+        LOG.exception("The step %s failed for %s", step.name, person.name)
+        reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
+        yield Event(step.name, person.name, person.due_s, began_s, site.hub.session.clock(), reason)
+
+
+def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) -> None:
+    """Take people through their journeys, as the plan has them arrive. Raises `CutShort`."""
+    plan, session = site.plan, site.hub.session
+    pace = Pace(plan.rate_per_s, session.clock()) if plan.rate_per_s else None
+    limit = min(len(names), OPEN_STARTS_MAX) if pace else plan.batch_size
+
+    def may_come() -> bool:
+        return not (plan.fail_fast and site.record.failures(["server_ready"]))
+
+    def begin(name: str, due_s: float) -> Walk:
+        return journey(Visitor(name, due_s), site)
+
+    Driver(session, limit, pace, hold_s=plan.hold_s, may_begin=may_come).run(begin, names, on_tick)
+
+
+# ==== Cleaning up ====================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanUp:
+    """What cleaning up did: how many users are gone, and who is still there."""
+
+    deleted: int = 0
+    left: tuple[str, ...] = ()
+    kept: int = 0
 
 
 @timeit
 def remove_users(
-    states: Mapping[str, ServerState],
+    thought: Mapping[str, ServerState],
     ours: Callable[[str], bool],
-    endpoint: str,
-    session: HubSession,
+    hub: Hub,
+    record: Recorder,
     concurrency: int,
-    *,
     timeout_s: float = CLEANUP_TIMEOUT_S,
     gone: set[str] | None = None,
 ) -> CleanUp:
-    """Remove users until the hub lists none that are `ours`, or has let us get no further for `timeout_s` seconds.
+    """Remove users until the hub lists none that are `ours`, or there was no progress for `timeout_s` seconds.
 
-    `states` are what is thought of each user; after every round the hub's own list corrects that. Users thought to be
+    `thought` is what is thought of each user; after every round the hub's own list corrects that. Users thought to be
     `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin. `gone` is
     kept up to date while this goes on.
     """
-    gone = set() if gone is None else gone
-    left = {name: state for name, state in states.items() if ours(name)}
+    session, gone = hub.session, set() if gone is None else gone
+    left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
-    to_do = left
+    to_do = dict(left)
     with Progress("removing users", len(left)) as progress:
         while True:
-            step = functools.partial(remove_user, states=to_do, gone=gone, endpoint=endpoint, session=session)
-            fan_out(step, to_do, concurrency, session, lambda _: progress.tell(len(gone)))
             before = len(left)
+            let_go(to_do, hub, record, concurrency, gone, lambda: progress.tell(len(gone)))
             try:
-                found = find_existing_stress_test_users(endpoint, session)
-                left = to_do = {user["name"]: server_state(user) for user in found if ours(user["name"])}
+                found = find_users(hub, record, None)
+                left = {user["name"]: server_state(user) for user in found if ours(user["name"])}
+                to_do = dict(left)
                 existing |= left.keys()
                 gone.difference_update(left)
                 done, refusals = not left, 0
-            except HubRefused as error:
-                LOG.warning("Cleaning up: %s", error)
+            except (HubRefused, Stopped) as error:
                 left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
-                refusals += error.token_refused or not left
+                if isinstance(error, HubRefused):
+                    LOG.warning("Cleaning up: %s", error)
+                    refusals += error.token_refused or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                return CleanUp(len(existing - left.keys()), tuple(left))
+                return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)))
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
-# ==== Load: operations, ping, closed and open model ==================================================================
+def let_go(
+    states: dict[str, ServerState],
+    hub: Hub,
+    record: Recorder,
+    concurrency: int,
+    gone: set[str],
+    on_tick: Callable[[], None],
+) -> None:
+    """One round: stop and delete each user as far as that goes without waiting; `states` and `gone` tell how far."""
+    site = Site(hub, Plan(), record, states=states)
 
-Operation = Callable[[str, str, HubSession], requests.Response]
-OPERATIONS: dict[str, Operation] = {}
+    def leave(name: str, due_s: float) -> Walk:
+        was_gone = states[name] is ServerState.GONE
+        next(journey(Visitor(name, due_s), site, (STEPS["stop_server"], STEPS["delete_user"])), None)
+        if states[name] is ServerState.GONE and not was_gone:
+            gone.add(name)
+        yield from ()
+
+    Driver(hub.session, concurrency).run(leave, list(states), on_tick)
 
 
-def operation(name: str) -> Callable[[Operation], Operation]:
+# ==== Load: operations, closed and open model ========================================================================
+
+Send = Callable[[str, str, HubSession], requests.Response]
+OPERATIONS: dict[str, Send] = {}
+
+
+def operation(name: str) -> Callable[[Send], Send]:
     """A decorator that gives a function `(username, endpoint, session) -> requests.Response` a name for --mix."""
 
-    def register(function: Operation) -> Operation:
+    def register(function: Send) -> Send:
         OPERATIONS[name] = function
         return function
 
@@ -2118,30 +2319,31 @@ def choose(mix: Mapping[str, float], n: int) -> str:
 
 
 def perform(
-    operation: str, send: Operation, user: str, endpoint: str, session: HubSession, due_s: float | None = None
+    step: str, send: Send, user: str, endpoint: str, session: HubSession, record: Recorder, due_s: float | None = None
 ) -> None:
-    """Do one operation on a user and measure it, whatever it raises; from when it was due, or (None) from now."""
-    sent_s = session.clock()
-    error: str | None
-    call = Call(tries=1)
+    """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now."""
+    sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
-        error, call = None if response.ok else str(response.status_code), call_of(response.request)
+        call = call_of(response.request)
+        if not response.ok:
+            reason = Reason(Kind.REFUSED, str(response.status_code))
     except Stopped:
         return
-    except requests.RequestException as failure:
-        error, call = why(failure), call_of(failure.request)
-    except Exception as failure:
-        LOG.debug("The operation %s failed on %s", operation, user, exc_info=True)
-        error = f"{type(failure).__name__}: {failure}"
+    except requests.RequestException as error:
+        reason, call = Reason(Kind.AWAY, why(error)), call_of(error.request)
+    except Exception as error:
+        LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
+        reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
     due_s = sent_s if due_s is None else due_s
-    session.metrics.add(Sample(operation, user, due_s, sent_s, session.clock(), error, call.tries, call.backoff_s))
+    record.add(Event(step, user, due_s, sent_s, session.clock(), reason, call.tries, call.backoff_s))
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
     """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
 
+    endpoint: str
     users: tuple[str, ...]
     mix: Mapping[str, float]
     workers: int  # threads in each process; in the open model there are more if a slow hub could need them
@@ -2170,69 +2372,64 @@ class Load:
         """
         return max(self.workers, min(200, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
 
-    def due(self, part: int, pace: Pace) -> Iterator[tuple[int, float]]:
-        """Number and due moment of each request of an open load that one of the processes sends."""
-        return ((n, pace.due_s(n)) for n in range(part, self.planned, self.processes))
-
 
 def send_load(
-    load: Load, part: int, started_s: float, endpoint: str, session: HubSession, tell: Callable[[int, int], None]
+    load: Load, part: int, started_s: float, session: HubSession, record: Recorder, tell: Callable[[int, int], None]
 ) -> None:
     """Send one process's part of a load, from `started_s` on, telling how many requests are done and have failed."""
 
-    def on_tick(_: object = None) -> None:
-        tell(session.metrics.count(load.mix), session.metrics.failures(load.mix))
+    def on_tick() -> None:
+        tell(record.count(load.mix), record.failures(load.mix))
+
+    def send(n: int, user: str, due_s: float | None = None) -> None:
+        name = choose(load.mix, n)
+        perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
+
+    def one_request(n: int, due_s: float) -> Walk:
+        send(n, load.users[n % len(load.users)], due_s)
+        yield from ()
+
+    def one_worker(share: Sequence[str], due_s: float) -> Walk:
+        """One request for each user of a share, each after a random 0 to 1 s."""
+        for n, user in enumerate(share if until_s is None else itertools.cycle(share)):
+            yield session.clock() + random.random()
+            if until_s and session.clock() >= until_s:
+                return
+            send(n, user)
 
     session.pause(started_s - session.clock())
     if load.rate_per_s:
+        pace = Pace(load.rate_per_s / load.processes, started_s + part / load.rate_per_s)
         last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
-        due = Shared(on_schedule(load.due(part, Pace(load.rate_per_s, started_s)), last_s, session))
-        sender = functools.partial(send_when_due, due, load=load, endpoint=endpoint, session=session)
-        in_threads([sender] * load.open_workers, session, on_tick)
+        driver = Driver(session, load.open_workers, pace, last_s)
+        driver.run(one_request, range(part, load.planned, load.processes), on_tick)
         return
     until_s = started_s + load.duration_s if load.duration_s else None
     workers = load.workers * load.processes
     shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
-    work = functools.partial(work_through, load=load, endpoint=endpoint, session=session, until_s=until_s)
-    fan_out(work, shares, load.workers, session, on_tick)
+    Driver(session, load.workers).run(one_worker, shares, on_tick)
 
 
-def send_when_due(due: Iterator[tuple[int, float]], load: Load, endpoint: str, session: HubSession) -> None:
-    """One worker of the open model: send the next request as soon as it is due, going round the users."""
-    for n, due_s in due:
-        name = choose(load.mix, n)
-        perform(name, OPERATIONS[name], load.users[n % len(load.users)], endpoint, session, due_s)
-
-
-def work_through(share: Sequence[str], load: Load, endpoint: str, session: HubSession, until_s: float | None) -> None:
-    """One worker of the closed model: one request for each user of its share, each after a random 0 to 1 s."""
-    for n, user in enumerate(share if until_s is None else itertools.cycle(share)):
-        if not session.pause(random.random()) or session.hub_is_gone or session.clock() >= (until_s or math.inf):
-            return
-        name = choose(load.mix, n)
-        perform(name, OPERATIONS[name], user, endpoint, session)
-
-
-def spread_load(load: Load, endpoint: str, session: HubSession) -> float:
+def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
     """Send a load from its processes; the busiest one's share of a processor while it sent.
 
-    Their samples and counts go to the session. Raises `HubStressError` when a process dies.
+    Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
     with Progress(load.title, None if load.duration_s and not load.rate_per_s else load.planned) as progress:
         if load.processes > 1:
-            return _spread_over_processes(load, endpoint, session, progress)
+            return _spread_over_processes(load, session, record, progress)
         cpu_s, began_s = time.process_time(), session.clock()
-        send_load(load, 0, session.clock(), endpoint, session, progress.tell)
+        send_load(load, 0, session.clock(), session, record, progress.tell)
         return (time.process_time() - cpu_s) / max(session.clock() - began_s, 1e-3)
 
 
-def _spread_over_processes(load: Load, endpoint: str, session: HubSession, progress: Progress) -> float:
+def _spread_over_processes(load: Load, session: HubSession, record: Recorder, progress: Progress) -> float:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(load.processes)]
     children = [
-        context.Process(target=_send_in_process, args=(theirs, load, part, endpoint, session.token), daemon=True)
+        context.Process(target=_send_in_process, args=(theirs, load, part, session.token), daemon=True)
         for part, (_, theirs) in enumerate(pipes)
     ]
     with _signals_blocked():
@@ -2240,9 +2437,9 @@ def _spread_over_processes(load: Load, endpoint: str, session: HubSession, progr
             child.start()
             theirs.close()
     try:
-        return _lead([ours for ours, _ in pipes], session, progress)
+        return _lead([ours for ours, _ in pipes], session, record, progress)
     except (EOFError, OSError):
-        raise LoadDied("a process that sends the load died") from None
+        raise CutShort("a process that sends the load died") from None
     finally:
         for child in children:
             child.join(1.0)
@@ -2265,7 +2462,7 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _lead(pipes: Sequence[Connection], session: HubSession, progress: Progress) -> float:
+def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, progress: Progress) -> float:
     """Start the processes at one moment, pass a stop on, and collect what they measured; the largest CPU share."""
     import multiprocessing.connection
 
@@ -2280,7 +2477,7 @@ def _lead(pipes: Sequence[Connection], session: HubSession, progress: Progress) 
         for pipe in [pipe for pipe in waiting if pipe.poll()]:
             news = pipe.recv()
             if isinstance(news, Sent):
-                session.metrics.merge(news.metrics)
+                record.merge(news.record)
                 session.traffic.merge(news.traffic)
                 busiest = max(busiest, news.cpu_share)
                 waiting.remove(pipe)
@@ -2299,22 +2496,22 @@ def _lead(pipes: Sequence[Connection], session: HubSession, progress: Progress) 
 class Sent:
     """What one process measured, and its share of a processor meanwhile."""
 
-    metrics: Metrics
+    record: Recorder
     traffic: Traffic
     cpu_share: float
 
 
-def _send_in_process(pipe: Connection, load: Load, part: int, endpoint: str, token: str) -> None:
+def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
     load_operations(load.operations_file)
-    session = get_session(token, pool_maxsize=load.open_workers)
+    session, record = get_session(token, pool_maxsize=load.open_workers), Recorder()
     pipe.send("ready")
     started_s = pipe.recv()
     threading.Thread(target=_stop_when_told, args=(pipe, session), daemon=True).start()
     cpu_s = time.process_time()
-    send_load(load, part, started_s, endpoint, session, lambda done, failed: pipe.send((done, failed)))
+    send_load(load, part, started_s, session, record, lambda done, failed: pipe.send((done, failed)))
     cpu_share = (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
-    pipe.send(Sent(session.metrics, session.traffic, cpu_share))
+    pipe.send(Sent(record, session.traffic, cpu_share))
 
 
 def _stop_when_told(pipe: Connection, session: HubSession) -> None:
@@ -2326,32 +2523,73 @@ def _stop_when_told(pipe: Connection, session: HubSession) -> None:
 # ==== Watching: pings, and the hub's own figures =====================================================================
 
 
-class Ping:
-    """While the `with` block runs, reads one user five times a second: what everybody else on the hub feels."""
+class Regularly:
+    """While the `with` block runs, a thread of its own does something at fixed moments, each told when it was due."""
 
-    def __init__(self, username: str, endpoint: str, session: HubSession) -> None:
-        self._username, self._endpoint, self._session = username, endpoint, session
+    def __init__(self, what: str, period_s: float, act: Callable[[float], None]) -> None:
+        self._period_s, self._act = period_s, act
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ping", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join(1.0)  # a ping that a silent hub holds up is left to itself
+        self._thread.join(1.0)  # one that a silent hub holds up is left to itself
 
     def _run(self) -> None:
-        pace = Pace(PING_RATE_PER_S, self._session.clock())
-        for n in itertools.count():
-            due_s = pace.due_s(n)
-            if self._done.wait(max(0.0, due_s - self._session.clock())) or self._session.stopping.is_set():
+        pace = Pace(1 / self._period_s, time.monotonic())
+        for due_s in map(pace.due_s, itertools.count(1)):
+            if self._done.wait(max(0.0, due_s - time.monotonic())):
                 return
-            perform("ping", self._read, self._username, self._endpoint, self._session, due_s)
+            self._act(due_s)
 
-    def _read(self, username: str, endpoint: str, session: HubSession) -> requests.Response:
+
+def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
+    """Reads one user five times a second: what everybody else on the hub feels."""
+
+    def read(user: str, endpoint: str, session: HubSession) -> requests.Response:
         """`GET /users/{name}`, once: a retry would hide what it is there to see."""
-        return session.exchange("GET", user_url(endpoint, username), Call(observer=True, retry_until_s=0))
+        return session.exchange("GET", user_url(endpoint, user), once(observer=True))
+
+    def ping(due_s: float) -> None:
+        if not session.stopping.is_set():
+            perform("ping", read, user, endpoint, session, record, due_s)
+
+    return Regularly("ping", 1 / PING_RATE_PER_S, ping)
+
+
+_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
+    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|running_servers|"
+    "event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+)
+LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The hub's own figures at one moment of our monotonic clock, by name and label."""
+
+    at_s: float
+    figures: Mapping[tuple[str, str], float]
+
+    def get(self, name: str, label: str = "") -> float:
+        return self.figures.get((name, label), 0.0)
+
+
+def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
+    """The figures that matter here, among the samples (name, labels, value) of a hub's metrics page."""
+    figures: dict[tuple[str, str], float] = {}
+    for full_name, labels, value in samples:
+        match = _OWN_FIGURES.fullmatch(full_name)
+        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
+            continue
+        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
+        if "handler" in labels:
+            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
+        figures[match[1], label] = figures.get((match[1], label), 0.0) + value
+    return Snapshot(at_s, figures)
 
 
 class Monitor:
@@ -2366,21 +2604,19 @@ class Monitor:
         self._url = endpoint.removesuffix("/api") + "/metrics"
         self._session = session.for_cleaning_up()  # so that it sees the hub also after the load was stopped
         self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
-        self._done, self._looking = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        self._wanted = wanted
+        self._looking, self._wanted = threading.Lock(), wanted
+        self._looks = Regularly("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         if wanted and not self._parser:
             self.missing = "prometheus-client is not installed: pip install prometheus-client"
             LOG.info("The hub's own figures are not read, since %s", self.missing)
 
     def __enter__(self) -> Monitor:
         self.look()
-        self._thread.start()
+        self._looks.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join(1.0)
+        self._looks.__exit__()
 
     def look(self) -> None:
         """Take one more snapshot, unless there is a reason why none can be had."""
@@ -2389,8 +2625,7 @@ class Monitor:
                 return
             sent_s = self._session.clock()
             try:
-                call = Call(observer=True, retry_until_s=0)
-                response = self._session.exchange("GET", self._url, call, timeout=METRICS_TIMEOUT_S)
+                response = self._session.exchange("GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S)
                 page = response.text if response.status_code == 200 else ""
                 families = list(self._parser.text_string_to_metric_families(page))
             except (requests.RequestException, ValueError) as error:
@@ -2404,46 +2639,35 @@ class Monitor:
             elif not self.snapshots:
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
 
-    def _run(self) -> None:
-        while not self._done.wait(METRICS_EVERY_S):
-            self.look()
 
-
-# ==== The three commands =============================================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """How a run is judged and how it ends; and the options it was given, for the record."""
-
-    conditions: Sequence[Condition] = (FAILED,)
-    baseline: Mapping[str, Any] | None = None
-    cleanup_timeout_s: float = CLEANUP_TIMEOUT_S
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+# ==== A run, and the three commands ==================================================================================
 
 
 class Run:
-    """One run on one hub: what it talks through, whom it has made, what went wrong.
+    """One run of a plan: the hub it talks to, what it has made, what it has seen, what went wrong.
 
     As a context it answers SIGINT and SIGTERM: the first ends the load, so that cleaning up begins; the second leaves.
+    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
     """
 
-    def __init__(
-        self, command: str, token: str, endpoint: str, dry_run: bool, name: str | None, concurrency: int, terms: Terms
-    ) -> None:
-        self.command, self.name, self.dry_run, self.terms = command, name, dry_run, terms
-        self.session = get_session(token, dry_run, concurrency + 2)
-        self.started, self._began_s = datetime.now(timezone.utc), self.session.clock()
-        self.hub = check_hub(endpoint, self.session, command)
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
+        self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
+        self.record = new_recorder()
+        self.hub = check_hub(plan.endpoint or "", self.session, plan.command)
         self.existing = self._look()
-        self.monitor = Monitor(self.hub.endpoint, self.session, wanted=command != "purge" and not dry_run)
+        self.site = Site(self.hub, plan, self.record)
+        watched = plan.command != PURGE and not plan.dry_run
+        self.monitor = Monitor(self.hub.endpoint, self.session, watched)
         self.claims = Claims()
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
-        self.troubles: list[str] = []  # what ended the run early
+        self.capacity: Capacity | None = None
+        self.troubles: list[str] = []  # what cut the run short
         self.warnings: list[str] = []
         self.interrupted_by: int | None = None
-        self.load_ended_s = self._began_s
+        self.load_ended_s = self.began_s
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Run:
@@ -2459,383 +2683,963 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted_by is not None:
-            _leave_at_once(number, len(set(self.claims.ours) - self.gone), self.purge_command)
+            leave_at_once(number, len(set(self.claims.ours) - self.gone), self.plan.run)
         self.interrupted_by = number
         LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
         self.session.stop()
 
-    @property
-    def purge_command(self) -> str:
-        return "hub-stress-test purge" + (f" --run {self.name}" if self.name else "")
-
-    def _look(self) -> list[Model]:
+    def _look(self) -> list[Json]:
         """The users of this run's naming; raises `SetupError`, since nothing has been changed yet."""
+        run = self.plan.run if self.plan.command == PURGE else self.plan.run or ""
         try:
-            return find_existing_stress_test_users(self.hub.endpoint, self.session, run=self.name)
+            return find_users(self.hub, self.record, run)
         except HubRefused as error:
-            raise SetupError(f"{error}. Nothing was changed.") from None
+            raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
 
-    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], concurrency: int) -> None:
-        """Remove users, for whom `states` are what is thought of their servers, from the hub."""
-        session = self.session if self.command == "purge" else self.session.for_cleaning_up()
-        session.pause(LATE_S if self.claims.unconfirmed else 0)
-        self.cleaned = remove_users(
-            states,
-            ours,
-            self.hub.endpoint,
-            session,
-            concurrency,
-            timeout_s=self.terms.cleanup_timeout_s,
-            gone=self.gone,
-        )
+    @timeit
+    def make_users(self, count: int, batch_size: int) -> list[str]:
+        """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
+        taken = [user["name"] for user in self.existing]
+        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, self.plan.run or "")
+        return [name for batch in batches for name in batch]
 
-    def warn_if_late(self, names: Collection[str], unsent: int = 0, cpu_share: float = 0.0) -> None:
+    @timeit
+    def start_servers(self, names: Sequence[str]) -> None:
+        """Take the people through their journeys. Raises `CutShort`."""
+        ready = ["server_ready"]
+        with Progress("starting servers", len(names)) as progress:
+            take_through(names, self.site, lambda: progress.tell(self.record.count(ready), self.record.failures(ready)))
+
+    def pinging(self, name: str) -> Regularly:
+        return pinging(name, self.hub.endpoint, self.session, self.record)
+
+    def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
         """Say so if this tool, and not the hub, set the pace."""
-        late = self.session.metrics.late_share(names)
-        if late <= 0.01 and not unsent:
-            return
-        cause = (
-            "this machine was too slow: spread the load over more --processes"
-            if cpu_share > CPU_BOUND
-            else "all threads were waiting for the hub: give more --workers or --processes"
-        )
-        self.warnings.append(
-            f"THE GENERATOR WAS LATE: {late:.0%} of the requests were sent more than {LATE_SEND_S:g} s after they "
-            f"were due, {unsent} not at all; {cause if names != ['start_server'] else 'this machine was too slow'}. "
-            "Latencies count from when a request was due"
-        )
+        late = self.record.late_share(names)
+        if late > 0.01 or unsent:
+            self.warnings.append(
+                f"THE GENERATOR WAS LATE: {late:.0%} of the requests were sent more than {LATE_SEND_S:g} s after they "
+                f"were due, {unsent} not at all; {cause}. Latencies count from when a request was due"
+            )
 
-    def clean_up(self, starts: Mapping[str, ServerStart] | None, keep: bool, concurrency: int) -> None:
-        """Remove what this run made; `starts` is what became of the servers, None if none were asked for."""
+    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession) -> None:
+        """Remove users, for whom `states` are what is thought of their servers, from the hub."""
+        hub, plan = dataclasses.replace(self.hub, session=session), self.plan
+        self.cleaned = remove_users(states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, self.gone)
+
+    def clean_up(self) -> None:
+        """Remove what this run made."""
         self.load_ended_s = self.session.clock()
         self.monitor.look()
         if self.session.hub_is_gone:
-            self.troubles.append(f"the hub did not answer for {HUB_GONE_S:.0f} s: no more load was sent")
+            self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
         ours = self.claims.ours
-        if keep:
+        if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %d users", len(ours))
-            unseen = ServerState.STOPPED if starts is None else ServerState.READY
+            session = self.session.for_cleaning_up()
             states = dict.fromkeys(self.claims.unconfirmed, ServerState.UNKNOWN)
-            states |= dict.fromkeys(self.claims.confirmed, unseen)
-            states |= {name: ServerState.STOPPED for name, start in (starts or {}).items() if not start.running}
-            self.remove(states, set(ours).__contains__, concurrency)
-
-    def results(
-        self,
-        failed: int = 0,
-        tried: int = 0,
-        starts: Mapping[str, ServerStart] | None = None,
-        capacity: Mapping[str, Any] | None = None,
-    ) -> Results:
-        """All that there is to say, with the keys of the results file; the verdict is over the rest."""
-        self.monitor.look()
-        servers = None if starts is None else _server_results(tried, starts, self.interrupted_by is not None)
-        left = sorted(self.cleaned.left)
-        failed = failed or len(self.troubles)
-        created = max(len(self.claims.confirmed), self.cleaned.deleted + len(left))
-        found: Results = {
-            "schema": 1,
-            "tool": {"name": "hub-stress-test", "version": __version__},
-            "command": self.command,
-            "hub": self._hub_results(servers["ready"] if servers else 0),
-            "started": utc(self.started),
-            "finished": utc(datetime.now(timezone.utc)),
-            "duration_s": self.session.clock() - self._began_s,
-            "options": {"dry_run": self.dry_run, "run": self.name, **self.terms.options},
-            "users": {
-                "created": 0 if self.command == "purge" else created,
-                "deleted": self.cleaned.deleted,
-                "kept": self.cleaned.kept,
-                "left_behind": left,
-            },
-            "failed": failed,
-            "failed_rate": failed / tried if tried else None,
-            "servers": servers,
-            "operations": self.session.metrics.summarise(),
-            "http": self.session.traffic.summarise(),
-            "capacity": capacity,
-            "warnings": [*self.troubles, *self.warnings],
-            "timeline": self._timeline(starts),
-        }
-        if times := found["hub"]["restarts"]:
-            found["warnings"].append(f"the hub restarted during the run{f', {times} times' if times > 1 else ''}")
-        if capacity is None:
-            found["conditions"] = [one.judge(found, self.terms.baseline) for one in self.terms.conditions]
-            bad = any(one["held"] for one in found["conditions"])
-        else:
-            found["conditions"], bad = [], capacity["rate_per_s"] is None
-        purge_given_up = self.command == "purge" and self.interrupted_by is not None  # not made by this run
-        found["exit_code"] = int(exit_code([] if purge_given_up else left, self.interrupted_by, bad))
-        return found
-
-    def _hub_results(self, servers_ready: int) -> dict[str, Any]:
-        snapshots = self.monitor.snapshots
-        return {
-            "endpoint": self.hub.endpoint,
-            "version": self.hub.version,
-            "restarts": sum(map(restarted, snapshots, snapshots[1:])) if snapshots else None,
-            "metrics": hub_metrics(snapshots, self.load_ended_s, servers_ready),
-            "metrics_missing": self.monitor.missing or None,
-        }
-
-    def _timeline(self, starts: Mapping[str, ServerStart] | None) -> dict[str, Any]:
-        """What happened when, in seconds since the run began: what the report draws."""
-        return {
-            "operations": self.session.metrics.timeline(self._began_s),
-            "servers": None if starts is None else _server_timeline(starts, self._began_s),
-            "hub": _hub_timeline(self.monitor.snapshots, self._began_s),
-            "load_ended_s": rounded(self.load_ended_s - self._began_s),
-        }
+            states |= {name: self.site.states.get(name, ServerState.STOPPED) for name in self.claims.confirmed}
+            session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
+            self.remove(states, set(ours).__contains__, session)
 
 
-def _leave_at_once(number: int, users: int, purge_command: str) -> None:
-    sys.stderr.write(f"\nLeft at once: up to {users} users remain on the hub. Remove them with: {purge_command}\n")
+def leave_at_once(number: int, users: int, run: str | None) -> None:
+    """End the program, saying how to remove what remains."""
+    sys.stderr.write(f"\nLeft at once: up to {users} users remain on the hub. Remove them with: {purge_command(run)}\n")
     sys.stderr.flush()
     os._exit(128 + number)
 
 
-def utc(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+def stress(run: Run) -> None:
+    """Make users, start their servers, hold them."""
+    names = run.make_users(run.plan.count, run.plan.batch_size)
+    with run.pinging(names[0]):
+        run.start_servers(names)
+    if run.plan.rate_per_s:
+        run.warn_if_late(["start_server"], 0, "this machine was too slow")
 
 
-def run_stress_test(
-    count: int,
-    batch_size: int,
-    token: str,
-    endpoint: str,
-    dry_run: bool = False,
-    keep: bool = False,
-    profile: str | Mapping[str, Any] | None = None,
-    *,
-    run: str = "",
-    server_timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
-    fail_fast: bool = False,
-    rate_per_s: float | None = None,
-    hold_s: float = 0.0,
-    terms: Terms = Terms(),
-) -> Results:
-    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
-
-    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
-    """
-    token = Secret(token)
-    starts: dict[str, ServerStart] | None = None
-    with Run("stress-test", token, endpoint, dry_run, run, batch_size, terms) as this:
-        hub, session = this.hub.endpoint, this.session
-        how: dict[str, Any] = {"timeout_s": server_timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-        try:
-            users = create_users(count, batch_size, hub, session, this.existing, run=run, claims=this.claims)
-            starts = {}
-            with Ping(users[0][0], hub, session):
-                starts = start_servers(users, hub, session, profile, **how)
-                starts = hold_servers(starts, hold_s, hub, session) if hold_s else starts
-        except HubRefused as error:
-            this.troubles.append(str(error))
-        finally:
-            this.clean_up(starts, keep, batch_size)
-        this.warn_if_late(["start_server"])
-        starts = starts or {}
-        return this.results(count - sum(start.ready for start in starts.values()), count, starts)
-
-
-def _server_results(requested: int, starts: Mapping[str, ServerStart], interrupted: bool) -> dict[str, Any]:
-    ready = sorted(
-        ((start.ready_s, start) for start in starts.values() if start.ready_s is not None), key=lambda w: -w[0]
+def activity(run: Run) -> None:
+    """Report activity for users without servers; those of this run's name that are there already come first."""
+    plan, session = run.plan, run.session
+    users = [user["name"] for user in run.existing][: plan.count]
+    users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    mix, processes = plan.mix or DEFAULT_MIX, 1 if plan.dry_run else plan.processes
+    workers = math.ceil(plan.workers / processes)
+    load = Load(
+        run.hub.endpoint, tuple(users), mix, workers, plan.rate_per_s, plan.duration_s, processes, plan.operations
     )
-    reasons = collections.Counter(start.general_reason for start in starts.values() if not start.ready)
-    reasons["never started, or cut short" if interrupted else "never started"] = requested - len(starts)
-    throttled_s = [start.throttled_s for start in starts.values() if start.throttled_s is not None]
-    return {
-        "requested": requested,
-        "ready": len(ready),
-        "failed": requested - len(ready),
-        "reasons": {reason: number for reason, number in reasons.most_common() if number},
-        "throttled": sum(start.throttled > 0 for start in starts.values()),
-        "throttling_began_s": min(throttled_s) - min(start.due_s for start in starts.values()) if throttled_s else None,
-        "slowest": [
-            {"user": start.user, "ready_s": ready_s, "throttled": start.throttled, "message": start.message}
-            for ready_s, start in ready[:5]
-        ],
-    }
+    with run.pinging(users[0]):
+        if plan.find_capacity:
+            run.capacity = measure_capacity(load, plan, session, run.record)
+            return
+        cpu_share = spread_load(load, session, run.record)
+    if not session.stopping.is_set():
+        slow = "this machine was too slow: spread the load over more --processes"
+        waiting = "all threads were waiting for the hub: give more --workers or --processes"
+        unsent = load.planned - run.record.count(mix) if plan.rate_per_s else 0
+        run.warn_if_late(mix, unsent, slow if cpu_share > BUSY else waiting)
 
 
-def _server_timeline(starts: Mapping[str, ServerStart], began_s: float) -> dict[str, Any]:
-    """The moments of each server's start, in seconds since the run began, as lists in the order in which it was due."""
-    inorder = sorted(starts.values(), key=lambda start: start.due_s)
-    moments = {
-        name: [
-            None if (at_s := getattr(start, name)) is None else rounded(max(0.0, at_s - began_s)) for start in inorder
-        ]
-        for name in ("due_s", "throttled_s", "asked_s", "ended_s")
-    }
-    return {"user": [start.user for start in inorder], **moments, "ready": [start.ready for start in inorder]}
+def purge(run: Run) -> None:
+    """Remove the users that earlier runs left behind."""
+    LOG.info("Found %d users to remove", len(run.existing))
+    states = {user["name"]: server_state(user) for user in run.existing}
+    if states:
+        run.remove(states, functools.partial(is_test_user, run=run.plan.run), run.session)
 
 
-def _hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> dict[str, Any] | None:
-    """The hub's CPU share and memory, in seconds since the run began."""
-    if not snapshots:
-        return None
-    shares = cpu_shares(snapshots)
-    return {
-        "cpu_at_s": [rounded(at_s - began_s) for at_s, _ in shares],
-        "cpu_share": [rounded(share) for _, share in shares],
-        "at_s": [rounded(one.at_s - began_s) for one in snapshots],
-        "rss_bytes": [one.get("process_resident_memory_bytes") for one in snapshots],
-        "running_servers": [max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
-    }
-
-
-def notebook_activity_test(
-    count: int,
-    token: str,
-    endpoint: str,
-    workers: int,
-    keep: bool = False,
-    dry_run: bool = False,
-    *,
-    run: str = "",
-    duration_s: float | None = None,
-    rate_per_s: float | None = None,
-    processes: int = 1,
-    mix: Mapping[str, float] | None = None,
-    operations_file: str | None = None,
-    find_capacity: bool = False,
-    terms: Terms = Terms(),
-) -> Results:
-    """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
-
-    Closed model, or with `rate_per_s` open model, from `processes`; `find_capacity` looks for the highest rate. Users
-    of this run's name that are there already come first; only those made here are deleted. Raises `SetupError`.
-    """
-    token = Secret(token)
-    mix = mix or {"activity": 1.0}
-    capacity, cpu_share, unsent = None, 0.0, 0
-    with Run("activity-stress-test", token, endpoint, dry_run, run, workers, terms) as this:
-        hub, session = this.hub.endpoint, this.session
-        users = [user["name"] for user in this.existing][:count]
+def carry_out(plan: Plan) -> Results:
+    """What a plan's run found, also when something failed. Raises `SetupError`; nothing has been changed then."""
+    with Run(plan) as run:
         try:
-            if missing := count - len(users):
-                made = create_users(missing, 10, hub, session, this.existing, run=run, claims=this.claims)
-                users += [name for batch in made for name in batch]
-            processes = 1 if dry_run else processes
-            each = math.ceil(workers / processes)
-            load = Load(tuple(users), mix, each, rate_per_s, duration_s, processes, operations_file)
-            with Ping(users[0], hub, session):
-                if find_capacity:
-                    capacity = measure_capacity(load, terms, hub, session)
-                else:
-                    cpu_share = spread_load(load, hub, session)
-                    unsent = load.planned - session.metrics.count(mix) if rate_per_s else 0
-        except (HubRefused, LoadDied) as error:
-            this.troubles.append(str(error))
+            {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
+        except CutShort as error:
+            run.troubles.append(str(error))
+        except Stopped:
+            LOG.debug("Stopped")
         finally:
-            this.clean_up(None, keep, 10)
-        if not find_capacity and not session.stopping.is_set():
-            this.warn_if_late(list(mix), unsent, cpu_share)
-        return this.results(session.metrics.failures(mix), session.metrics.count(mix), capacity=capacity)
+            run.clean_up()
+        run.monitor.look()
+        return results_of(run)
 
 
-def measure_capacity(load: Load, terms: Terms, endpoint: str, session: HubSession) -> dict[str, Any]:
-    """The highest rate at which no condition holds, and the steps to it; the session gets that step's samples."""
+# ==== Capacity =======================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityStep:
+    """What one rate showed."""
+
+    rate_per_s: float
+    sent_per_s: float
+    p95_s: float | None
+    failed: int
+    held: str | None  # the condition that was met, or that the generator could not send so much
+    generator_bound: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """The highest rate at which no condition was met, and the steps to it."""
+
+    rate_per_s: float | None
+    servers_reporting_every_300_s: int | None
+    generator_bound: bool
+    steps: list[CapacityStep]
+
+
+class CapacitySearch:
+    """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %."""
+
+    def __init__(self, first_rate_per_s: float) -> None:
+        self.sustained: float | None = None  # the highest rate at which no condition was met
+        self.broken: float | None = None  # the lowest at which one was
+        self.unknown = False  # whether the generator could not send a rate, so that nothing is known of higher ones
+        self._first = first_rate_per_s
+
+    def next_rate(self) -> float | None:
+        """Requests per second, or None when the answer is known as well as it can be."""
+        if self.unknown:
+            return None
+        if self.broken is None:
+            return self._first if self.sustained is None else self.sustained * 2
+        if self.sustained is None:
+            return self.broken / 2 if self.broken > 1 else None
+        middle = (self.sustained + self.broken) / 2
+        return middle if self.broken > self.sustained * 1.05 else None
+
+    def tell(self, rate_per_s: float, held: bool | None) -> None:
+        """What came of a rate; None when it could not be sent, which says nothing about the hub."""
+        if held is None:
+            self.unknown = True
+        elif held:
+            self.broken = rate_per_s
+        else:
+            self.sustained = rate_per_s
+
+
+def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
+    """Search for the highest rate that the hub sustains; `record` gets the events of that step."""
     search = CapacitySearch(load.rate_per_s or CAPACITY_FIRST_RATE_PER_S)
-    steps: list[dict[str, Any]] = []
-    best = Metrics()
+    steps: list[CapacityStep] = []
+    best = Recorder()
     while (rate := search.next_rate()) and not session.stopping.is_set():
-        step = session.beside()
+        beside, seen = session.beside(), Recorder()
         step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(step_load, endpoint, step)
+        cpu_share = spread_load(step_load, beside, seen)
+        session.traffic.merge(beside.traffic)
         if session.stopping.is_set():
             break
-        steps.append(_capacity_step(step_load, step, terms, cpu_share))
-        LOG.info("At %.4g per second: %s", rate, steps[-1]["held"] or "sustained")
-        held = None if steps[-1]["generator_bound"] else steps[-1]["held"] is not None
-        best = step.metrics if held is False else best
+        steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))
+        LOG.info("At %.4g per second: %s", rate, steps[-1].held or "sustained")
+        held = None if steps[-1].generator_bound else steps[-1].held is not None
+        best = seen if held is False else best
         search.tell(rate, held)
-        _drain_hub(load.users[0], endpoint, session)
-    session.metrics.merge(best)
+        _drain_hub(Hub(load.endpoint, session), load.users[0])
+    record.merge(best)
     reports_per_s = (search.sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
-    return {
-        "rate_per_s": search.sustained,
-        "servers_reporting_every_300_s": int(reports_per_s * SERVER_REPORTS_EVERY_S) or None,
-        "generator_bound": search.unknown,
-        "steps": steps,
-    }
+    servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
+    return Capacity(search.sustained, servers, search.unknown, steps)
 
 
-def _capacity_step(load: Load, step: HubSession, terms: Terms, cpu_share: float) -> dict[str, Any]:
-    """What one rate showed; `held` is the condition that held, or that the generator could not send so much."""
-    operations = step.metrics.summarise()
-    count, failed = step.metrics.count(load.mix), step.metrics.failures(load.mix)
-    seen = {
-        "operations": operations,
-        "http": step.traffic.summarise(),
-        "failed": failed,
-        "failed_rate": failed / count if count else None,
-    }
-    held = next((one.text for one in terms.conditions if one.judge(seen, terms.baseline)["held"]), None)
-    late = step.metrics.late_share(load.mix) > 0.01 or count < load.planned
-    bound = late and cpu_share > CPU_BOUND
-    return {
-        "rate_per_s": load.rate_per_s,
-        "sent_per_s": count / (load.duration_s or math.nan),
-        "p95_s": metric_value(seen, next(iter(load.mix)) + ".p95"),
-        "failed": failed,
-        "held": "the generator could not send this rate" if bound else held,
-        "generator_bound": bound,
-    }
+def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+    """Judge one rate by its own requests alone."""
+    count, failed = seen.count(load.mix), seen.failures(load.mix)
+    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
+    found["failed_rate"] = failed / count if count else None
+    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
+    late = seen.late_share(load.mix) > 0.01 or count < load.planned
+    bound = late and cpu_share > BUSY
+    return CapacityStep(
+        rate_per_s=load.rate_per_s or 0.0,
+        sent_per_s=count / (load.duration_s or math.nan),
+        p95_s=metric_value(found, next(iter(load.mix)) + ".p95"),
+        failed=failed,
+        held="the generator could not send this rate" if bound else held,
+        generator_bound=bound,
+    )
 
 
-def _drain_hub(user: str, endpoint: str, session: HubSession) -> None:
+def _drain_hub(hub: Hub, user: str) -> None:
     """Give the hub time to get over a step: until it answers within 0.1 s again, twice."""
+    session = hub.session
     until_s, quick = session.clock() + DRAIN_S, 0
     while quick < 2 and session.clock() < until_s and session.pause(0.5):
         asked_s = session.clock()
-        read_state(user, endpoint, session)
+        hub.state(user)
         quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
 
 
-def purge_users(
-    token: str,
-    endpoint: str,
-    dry_run: bool = False,
-    *,
-    run: str | None = None,
-    batch_size: int = 10,
-    terms: Terms = Terms(),
-) -> Results:
-    """Remove every user that this tool's naming made (of one run, if named), except admins; the results.
+# ==== Results: a fold over the events ================================================================================
 
-    Finding nothing is success. Raises `SetupError`.
+
+@dataclasses.dataclass(frozen=True)
+class OwnDurations:
+    """How often the hub did something, and how long it took by its own clock."""
+
+    count: float
+    mean_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFigures:
+    """What the hub says of itself between the first and the last look at its metrics page.
+
+    `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
+    `event_loop_wait_s` is how long a request waits on average that comes while the hub's one thread is at work.
     """
-    token = Secret(token)
-    with Run("purge", token, endpoint, dry_run, run, batch_size, terms) as this:
-        LOG.info("Found %d users to remove", len(this.existing))
-        states = {user["name"]: server_state(user) for user in this.existing}
-        if states:
-            this.remove(states, functools.partial(is_test_user, run=run), batch_size)
-        return this.results(len(this.cleaned.left), len(states))
+
+    cpu_s: float
+    cpu_share: float
+    cpu_share_max: float
+    rss_before_bytes: float
+    rss_max_bytes: float
+    rss_after_bytes: float
+    rss_per_server_bytes: float | None
+    event_loop_lag_p95_s: float | None
+    event_loop_lag_max_s: float | None
+    event_loop_wait_s: float | None
+    event_loop_samples: int
+    running_servers_max: float
+    requests: dict[str, OwnDurations]
+    spawns: dict[str, OwnDurations]
 
 
-# ==== Reporters ======================================================================================================
+@dataclasses.dataclass(frozen=True)
+class HubSide:
+    """The hub, in the results."""
+
+    endpoint: str
+    version: str
+    restarts: int | None
+    metrics: HubFigures | None
+    metrics_missing: str | None
 
 
-def render_summary(
-    results: Results, baseline: Mapping[str, Any] | None = None, *, colour: bool = False, width: int = 100
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class Users:
+    """The users that a run made, removed and left."""
+
+    created: int
+    deleted: int
+    kept: int
+    left_behind: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """A server that took long."""
+
+    user: str
+    ready_s: float
+    throttled: int
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A server that failed or was lost, and the last that the hub said of it."""
+
+    user: str
+    reason: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Servers:
+    """What became of the servers: `ready` are all that became ready, of which `lost` were gone while they were held."""
+
+    requested: int
+    ready: int
+    failed: int
+    lost: int
+    reasons: dict[str, int]
+    failures: list[Failure]
+    throttled: int
+    throttling_began_s: float | None
+    slowest: list[Slow]
+    usual_message: str  # what the hub said of every server that it said anything of; "" when it told them apart
+
+
+@dataclasses.dataclass(frozen=True)
+class ServersTimeline:
+    """The moments of each server, in seconds since the run began, in the order in which they were due."""
+
+    user: list[str]
+    due_s: list[float | None]
+    throttled_s: list[float | None]
+    asked_s: list[float | None]
+    ended_s: list[float | None]
+    ready: list[bool]
+    lost_s: list[float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class HubTimeline:
+    """The hub's CPU share and memory, in seconds since the run began."""
+
+    cpu_at_s: list[float | None]
+    cpu_share: list[float | None]
+    at_s: list[float | None]
+    rss_bytes: list[float]
+    running_servers: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunTimeline:
+    """What happened when: what the report draws."""
+
+    operations: dict[str, OperationTimeline]
+    servers: ServersTimeline | None
+    hub: HubTimeline | None
+    load_ended_s: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that there is to say of a run, with the keys of the results file."""
+
+    schema: int
+    tool: dict[str, str]
+    command: str
+    hub: HubSide
+    started: str
+    finished: str
+    duration_s: float
+    options: Json
+    users: Users
+    failed: int
+    failed_rate: float | None
+    servers: Servers | None
+    operations: dict[str, Operation]
+    http: Http
+    capacity: Capacity | None
+    warnings: list[str]
+    advice: list[str]  # what to look at next, when the run has failed
+    timeline: RunTimeline
+    conditions: list[Judgement] = dataclasses.field(default_factory=list)
+    exit_code: int = 0
+
+
+def as_json(thing: Any) -> Any:
+    """The same as JSON has it: records become objects."""
+    if dataclasses.is_dataclass(thing):
+        return {field.name: as_json(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
+    if isinstance(thing, Mapping):
+        return {name: as_json(value) for name, value in thing.items()}
+    return [as_json(one) for one in thing] if isinstance(thing, (list, tuple)) else thing
+
+
+def exit_code(left: Collection[str], interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
+    """The one decision on how a run ends. It has failed when a condition was met, whichever were asked for.
+
+    | left on the hub | interrupted | cut short | failed | code |
+    | yes             | any         | any       | any    | 4    |
+    | no              | SIGINT      | any       | any    | 130  |
+    | no              | SIGTERM     | any       | any    | 143  |
+    | no              | no          | yes       | any    | 1    |
+    | no              | no          | no        | yes    | 1    |
+    | no              | no          | no        | no     | 0    |
+    """
+    if left:
+        return ExitCode.LEFT_BEHIND
+    if interrupted_by is not None:
+        return ExitCode(128 + interrupted_by)
+    return ExitCode.FAILED if cut_short or failed else ExitCode.OK
+
+
+def results_of(run: Run) -> Results:
+    """What a run found; the conditions are judged by all the rest."""
+    plan, left = run.plan, list(run.cleaned.left)
+    servers = (
+        servers_of(run.record.people, plan.count, run.interrupted_by is not None) if plan.command == STRESS else None
+    )
+    snapshots = run.monitor.snapshots
+    restarts = sum(map(restarted, snapshots, snapshots[1:]))
+    if servers:
+        failed, tried = servers.failed + servers.lost, plan.count
+    elif plan.command == PURGE:
+        failed, tried = len(left), len(run.existing)
+    else:
+        mix = plan.mix or DEFAULT_MIX
+        failed, tried = run.record.failures(mix), run.record.count(mix)
+    made = max(len(run.claims.confirmed), run.cleaned.deleted + len(left))
+    figures = hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0)
+    found = Results(
+        schema=1,
+        tool={"name": "hub-stress-test", "version": __version__},
+        command=plan.command,
+        hub=HubSide(
+            run.hub.endpoint, run.hub.version, restarts if snapshots else None, figures, run.monitor.missing or None
+        ),
+        started=utc(run.started),
+        finished=utc(datetime.now(timezone.utc)),
+        duration_s=run.session.clock() - run.began_s,
+        options=plan.options(),
+        users=Users(0 if plan.command == PURGE else made, run.cleaned.deleted, run.cleaned.kept, left),
+        failed=failed,
+        failed_rate=failed / tried if tried else None,
+        servers=servers,
+        operations=run.record.summarise(),
+        http=run.session.traffic.summarise(),
+        capacity=run.capacity,
+        warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
+        advice=[],
+        timeline=RunTimeline(
+            operations=run.record.timeline(run.began_s),
+            servers=servers_timeline(run.record.people, run.began_s) if servers else None,
+            hub=hub_timeline(snapshots, run.began_s),
+            load_ended_s=rounded(run.load_ended_s - run.began_s),
+        ),
+    )
+    data = as_json(found)
+    judged = [] if run.capacity else [one.judge(data, plan.baseline) for one in plan.conditions]
+    unfound = run.capacity is not None and run.capacity.rate_per_s is None
+    not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
+    bad = unfound or any(one.held for one in judged)
+    code = exit_code([] if not_ours else left, run.interrupted_by, bool(run.troubles), bad)
+    next_steps = list(advice(found, run.record.kinds())) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
+    return dataclasses.replace(found, conditions=judged, exit_code=int(code), advice=next_steps)
+
+
+def _restart_warning(times: int) -> Iterator[str]:
+    if times:
+        yield f"the hub restarted during the run{f', {times} times' if times > 1 else ''}"
+
+
+People = Mapping[str, Mapping[str, Event]]
+
+
+def servers_of(people: People, requested: int, interrupted: bool) -> Servers:
+    """What became of the servers of so many people."""
+    ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
+    ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
+    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].reason]
+    bad = [(end, end.reason.text) for end in [*ends, *lost] if end.reason]
+    reasons = collections.Counter(text for _, text in bad)
+    never = "never started, or cut short" if interrupted else "never started"
+    reasons[never] = requested - len(ends)
+    throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
+    messages = {end.message for end in ends if end.message}
+    return Servers(
+        requested=requested,
+        ready=len(ready),
+        failed=requested - len(ready),
+        lost=len(lost),
+        reasons={reason: number for reason, number in reasons.most_common() if number},
+        failures=[Failure(end.user, text, end.message) for end, text in bad],
+        throttled=sum(end.throttled > 0 for end in ends),
+        throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
+        slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
+        usual_message=messages.pop() if len(messages) == 1 else "",
+    )
+
+
+def servers_timeline(people: People, began_s: float) -> ServersTimeline:
+    """The moments of each server, in the order in which they were due."""
+    rows = [row for row in people.values() if "server_ready" in row]
+    rows.sort(key=lambda row: row["server_ready"].due_s)
+    ends = [row["server_ready"] for row in rows]
+    stays = [row.get("stay") for row in rows]
+
+    def since(at_s: float | None) -> float | None:
+        return None if at_s is None else rounded(max(0.0, at_s - began_s))
+
+    return ServersTimeline(
+        user=[end.user for end in ends],
+        due_s=[since(end.due_s) for end in ends],
+        throttled_s=[since(end.throttled_s) for end in ends],
+        asked_s=[since(end.asked_s) for end in ends],
+        ended_s=[since(end.ended_s) for end in ends],
+        ready=[end.reason is None for end in ends],
+        lost_s=[since(held.ended_s) if held and held.reason else None for held in stays],
+    )
+
+
+# ---- the hub's own figures ----
+
+
+def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
+    """How much a counter has grown; after a restart of the hub it began at 0 again."""
+    total = 0.0
+    for before, after in zip(snapshots, snapshots[1:]):
+        total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
+    return total
+
+
+def restarted(before: Snapshot, after: Snapshot) -> bool:
+    """Whether the hub began anew between two snapshots."""
+    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
+
+
+Buckets = Sequence[tuple[float, float]]  # of a histogram: upper bound, and count up to there
+
+
+def quantile(buckets: Buckets, share: float) -> float | None:
+    """A quantile of a histogram, straight between the bounds of its buckets."""
+    total = buckets[-1][1] if buckets else 0.0
+    lower, below = 0.0, 0.0
+    for upper, count in buckets:
+        if total and count >= share * total:
+            return lower if math.isinf(upper) else lower + (upper - lower) * (share * total - below) / (count - below)
+        lower, below = upper, count
+    return None
+
+
+def loop_wait_s(buckets: Buckets) -> float | None:
+    """How long a request waits on average for the hub's one thread; None where the hub does not tell.
+
+    From the lengths of the intervals between two looks of the event loop at itself. What an interval lasts beyond
+    `LOOP_INTERVAL_S` is work; a request that comes at a random moment finds the loop at work for half of such a piece.
+    """
+    lower, below, work, length = 0.0, 0.0, 0.0, 0.0
+    for upper, count in buckets:
+        middle = lower if math.isinf(upper) else (lower + upper) / 2
+        work += (count - below) * max(0.0, middle - LOOP_INTERVAL_S) ** 2 / 2
+        length += (count - below) * middle
+        lower, below = upper, count
+    return work / length if length else None
+
+
+def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
+    """What the hub says of itself; None without two looks at it."""
+    if len(snapshots) < 2:
+        return None
+    first, last = snapshots[0], snapshots[-1]
+    rss = [one.get("process_resident_memory_bytes") for one in snapshots]
+    under_load = [one for one in snapshots if one.at_s < load_ended_s + 1.0]
+    loop = _buckets(snapshots)
+    lags = [quantile(loop, share) for share in (0.95, 1.0)]
+    cpu_s = grown(snapshots, "process_cpu_seconds_total")
+    cpu_share = cpu_s / (last.at_s - first.at_s)
+    return HubFigures(
+        cpu_s=cpu_s,
+        cpu_share=cpu_share,
+        cpu_share_max=max((share for _, share in cpu_shares(under_load)), default=cpu_share),
+        rss_before_bytes=rss[0],
+        rss_max_bytes=max(rss),
+        rss_after_bytes=rss[-1],
+        rss_per_server_bytes=max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
+        event_loop_lag_p95_s=None if lags[0] is None else max(lags[0], LOOP_INTERVAL_S),
+        event_loop_lag_max_s=None if lags[1] is None else max(lags[1], LOOP_INTERVAL_S),
+        event_loop_wait_s=loop_wait_s(_buckets(under_load)),
+        event_loop_samples=int(loop[-1][1]) if loop else 0,
+        running_servers_max=max(0.0, *(one.get("running_servers") for one in snapshots)),
+        requests=_own_durations(snapshots, "request_duration_seconds"),
+        spawns=_own_durations(snapshots, "server_spawn_duration_seconds"),
+    )
+
+
+def _buckets(snapshots: Sequence[Snapshot]) -> Buckets:
+    """The intervals of the hub's event loop between the first and the last snapshot."""
+    name = "event_loop_interval_seconds_bucket"
+    bounds = [label for known, label in (snapshots[-1].figures if snapshots else ()) if known == name]
+    return sorted((float(bound), grown(snapshots, name, bound)) for bound in bounds)
+
+
+def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDurations]:
+    labels = [label for known, label in snapshots[-1].figures if known == f"{name}_count"]
+    counts = {label: grown(snapshots, f"{name}_count", label) for label in labels}
+    return {
+        label: OwnDurations(count, grown(snapshots, f"{name}_sum", label) / count)
+        for label, count in counts.items()
+        if count > 0
+    }
+
+
+def cpu_shares(snapshots: Sequence[Snapshot], least_s: float = 1.0) -> list[tuple[float, float]]:
+    """The share of a processor that the hub used up to each moment, over stretches of at least `least_s`."""
+    shares: list[tuple[float, float]] = []
+    since = 0
+    for at in range(1, len(snapshots)):
+        took_s = snapshots[at].at_s - snapshots[since].at_s
+        if took_s >= least_s or (at == len(snapshots) - 1 and not shares):
+            stretch = snapshots[since : at + 1]
+            shares.append((snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3)))
+            since = at
+    return shares
+
+
+def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline | None:
+    """The hub's CPU share and memory at each look; None when there was no look."""
+    if not snapshots:
+        return None
+    shares = cpu_shares(snapshots)
+    return HubTimeline(
+        cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
+        cpu_share=[rounded(share) for _, share in shares],
+        at_s=[rounded(one.at_s - began_s) for one in snapshots],
+        rss_bytes=[one.get("process_resident_memory_bytes") for one in snapshots],
+        running_servers=[max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
+    )
+
+
+# ==== What it means: where the time went, and what to look at next ===================================================
+
+HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
+NEGLIGIBLE_S = 0.02  # on a request, for which the way to the hub and back does not deserve a mention
+
+
+def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
+    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of its time.
+
+    A request that waits for the hub's one thread is not on the hub's clock. How long it waited, the event loop's
+    intervals say; hubs before 5.0 do not have them, and there the CPU share has to do, which on a machine with other
+    work may stay low although the hub could use more.
+    """
+    outside_s = whole_s - inside_s
+    if outside_s < whole_s / 2:
+        return "most of it was spent in the hub"
+    if outside_s < NEGLIGIBLE_S:
+        return "the rest is too little to matter"
+    busy = f"the hub's one thread, which used up to {hub.cpu_share_max:.0%} of a processor"
+    front = "in front of the hub: network, proxy, TLS or this machine"
+    if hub.event_loop_wait_s is not None:
+        waiting = LOOP_PASSES * hub.event_loop_wait_s / outside_s
+    else:
+        waiting = 1.0 if hub.cpu_share_max > BUSY else 0.0 if hub.cpu_share_max < BUSY / 2 else 0.5
+    if waiting > 0.7:
+        return f"most of it was spent waiting for {busy}"
+    return f"most of it was spent {front}" if waiting < 0.25 else f"the rest was spent waiting for {busy}, and {front}"
+
+
+LOOP_PASSES = 4.0  # how often a request waits for the hub's event loop, as measured on a saturated hub (6.1.1)
+
+
+def time_spent(results: Results) -> Iterator[str]:
+    """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
+    own, operations = results.hub.metrics, results.operations
+    if not own:
+        return
+    ready, started = operations.get("server_ready"), own.spawns.get("success")
+    if ready and ready.latency_s.mean and started:
+        wait_s = ready.latency_s.mean
+        throttled_s = operations["start_server"].backoff_s / operations["start_server"].count
+        rest_s = wait_s - throttled_s - started.mean_s
+        parts = [f"the hub took {duration_text(min(started.mean_s, wait_s))} to start the server"]
+        parts += [f"throttling took {duration_text(throttled_s)}"] if throttled_s > NEGLIGIBLE_S else []
+        parts += [f"everything else took {duration_text(rest_s)}"] if rest_s > NEGLIGIBLE_S else []
+        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
+    for name, handler in HANDLERS.items():
+        seen, inside = operations.get(name), own.requests.get(handler)
+        if seen and seen.latency_s.mean and inside and (name == "ping" or not results.capacity):
+            # a capacity's operations are those of one step, the hub's figures those of all
+            whole_s = seen.latency_s.mean
+            text = f"a mean {title_of(name)} of {duration_text(whole_s)}"
+            where = where_time_went(whole_s, inside.mean_s, own)
+            yield f"{text} took {duration_text(inside.mean_s)} by the hub's own clock: {where}"
+
+
+def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
+    """What to look at next, when a run has failed in such ways."""
+    servers, own, statuses = results.servers, results.hub.metrics, results.http.statuses
+    if Kind.AWAY in kinds:
+        yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
+    if Kind.FULL in kinds:
+        yield "the hub allows no more servers: raise its active_server_limit"
+    elif servers and servers.throttled:
+        yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
+    if Kind.LATE in kinds:
+        yield "some servers were still starting: see the hub's log and the spawner's events, or raise --server-timeout"
+    elif servers and servers.failures:
+        yield "see the hub's log for the users named above; on Kubernetes, the events of their pods"
+    if Kind.LOST in kinds:
+        yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
+    if own and own.cpu_share_max > BUSY:
+        yield (
+            f"the hub's process used {own.cpu_share_max:.0%} of a processor, and it can use only one: "
+            "give it a faster one, or less to do"
+        )
+    if results.hub.restarts:
+        yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
+    if statuses.keys() & {"502", "503", "504"}:
+        yield "502, 503 and 504 come from what stands in front of the hub: look at the proxy's and the ingress's logs"
+
+
+# ==== Sections, and the summary as text ==============================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and rows of cells, which the summary shows as text and the report as HTML.
+
+    Without a header, rows are a label and a sentence; a label that repeats is shown once.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    header: Sequence[str] = ()
+    left: Collection[int] = (0,)  # the columns that are aligned to the left
+
+
+ENTITLED = {ExitCode.OK: "PASSED", ExitCode.FAILED: "FAILED", ExitCode.LEFT_BEHIND: "LEFT SOMETHING BEHIND"}
+REASONS_SHOWN = 5
+NAMES_SHOWN = 3
+
+
+def verdict_of(results: Results) -> tuple[str, str]:
+    """The word and the sentence that a run comes down to."""
+    servers, capacity = results.servers, results.capacity
+    word = ENTITLED.get(ExitCode(results.exit_code), "INTERRUPTED")
+    if results.options["dry_run"]:
+        return (
+            "DRY RUN",
+            "no request was sent; this is what would be done, on a hub where every server is ready at once",
+        )
+    if results.command == PURGE:
+        return word, f"{results.users.deleted} users removed"
+    if servers:
+        lost = f"; {servers.lost} {'was' if servers.lost == 1 else 'were'} lost while held" if servers.lost else ""
+        waited = _waited(results.operations.get("server_ready"))
+        return word, f"{servers.ready} of {servers.requested} servers became ready{lost}{waited}"
+    if capacity:
+        return word, _capacity_sentence(capacity)
+    load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
+    count, failed = (sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed"))
+    what = "activity reports" if load == ["activity"] or not load else "requests"
+    return word, f"{count - failed} of {count} {what} were accepted"
+
+
+def _waited(ready: Operation | None) -> str:
+    if not ready or ready.latency_s.max is None:
+        return ""
+    most = ready.enough("p95")
+    nearly_all = f", 95 % at most {duration_text(most)}" if most is not None else ""
+    return (
+        f"; half waited {duration_text(ready.latency_s.p50)}{nearly_all}, the last {duration_text(ready.latency_s.max)}"
+    )
+
+
+def _capacity_sentence(capacity: Capacity) -> str:
+    if capacity.rate_per_s is None:
+        return "the capacity was not found: no rate that was tried was sustained"
+    least = "at least " if capacity.generator_bound else ""
+    servers = capacity.servers_reporting_every_300_s
+    meaning = f": {servers:,} running servers that report their activity every 300 s" if servers else ""
+    return f"this hub sustains {least}{capacity.rate_per_s:.0f} requests per second{meaning}"
+
+
+def facts(results: Results) -> Section:
+    """What was asked, what came of it, how long it took, why, and what to do next."""
+    http = results.http
+    monitoring = f"{http.observer_share or 0:.0%} monitoring, {http.retries} retries"
+    rows = [
+        *(("because", reason) for reason in results.warnings),
+        *(("because", f"{one.condition}: it is {_value_text(one)}") for one in _told(results, True)),
+        ("hub", f"{results.hub.version} at {results.hub.endpoint}"),
+        *_server_facts(results),
+        *_errors(results.operations),
+        ("requests", f"{http.requests:,}, of which {monitoring}"),
+        ("duration", duration_text(results.duration_s)),
+        *_hub_facts(results),
+        *(("where the time went", sentence) for sentence in time_spent(results)),
+        *_cleanup_facts(results),
+        *(("condition", f"{one.condition}: not met, it is {_value_text(one)}") for one in _told(results, False)),
+        *(("next", one) for one in results.advice),
+    ]
+    return Section("Summary", rows)
+
+
+def _told(results: Results, held: bool) -> list[Judgement]:
+    """The conditions worth a line: the default one is told by the rest."""
+    return [one for one in results.conditions if one.held is held and one.condition != FAILED.text]
+
+
+def _value_text(judged: Judgement) -> str:
+    metric, value = judged.condition.split()[0], judged.value
+    if value is None:
+        return "not measured"
+    if metric.rpartition(".")[2] in LATENCY_STATISTICS:
+        return duration_text(value)
+    return f"{value:.1%}" if metric == "failed_rate" else f"{value:g}"
+
+
+def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
+    servers, options = results.servers, results.options
+    if not servers:
+        return
+    rate = options["rate"]
+    pace = f"{rate:g} per second, however slow the hub" if rate else f"{options['batch_size']} at a time"
+    throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
+    since = f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
+    counts = f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
+    yield "servers", f"{servers.requested} requested, {pace}; {counts}{throttled}{since}"
+    for reason, number in list(servers.reasons.items())[:REASONS_SHOWN]:
+        yield "failed", f"{number} × {reason}{_named([one.user for one in servers.failures if one.reason == reason])}"
+    if others := sum(list(servers.reasons.values())[REASONS_SHOWN:]):
+        yield "failed", f"{others} × something else: see the results file"
+    slowest = [f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest]
+    if any(_why_slow(one, servers) for one in servers.slowest):
+        yield from (("slowest", one) for one in slowest)
+    elif slowest:
+        yield "slowest", "; ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in slowest)
+
+
+def _named(users: Sequence[str]) -> str:
+    more = f" and {len(users) - NAMES_SHOWN} more" if len(users) > NAMES_SHOWN else ""
+    return f" ({', '.join(sorted(users, key=natural)[:NAMES_SHOWN])}{more})" if users else ""
+
+
+def _why_slow(server: Slow, servers: Servers) -> str:
+    """How often it was throttled, and what the hub said for longest if that tells it from the other servers."""
+    reasons = [f"throttled {server.throttled} ×"] if server.throttled else []
+    reasons += [f"longest at: {server.message}"] if server.message and server.message != servers.usual_message else []
+    return ": " + ", ".join(reasons) if reasons else ""
+
+
+def _errors(operations: Mapping[str, Operation]) -> Iterator[tuple[str, str]]:
+    for name in in_order(operations):
+        if name not in ("server_ready", "stay"):  # which are told by the servers
+            for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
+                yield "errors", f"{title_of(name)}: {number} × {reason}"
+
+
+def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
+    own, missing = results.hub.metrics, results.hub.metrics_missing
+    if missing:
+        yield "hub's own", f"figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}"
+    if not own:
+        return
+    most_s = own.event_loop_lag_max_s
+    usual_s = own.event_loop_lag_p95_s if own.event_loop_samples >= 20 else None
+    usual = f"{_lag_text(usual_s)} (p95), " if usual_s is not None else ""
+    lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
+    each = f", {bytes_text(own.rss_per_server_bytes)} a server" if own.rss_per_server_bytes is not None else ""
+    memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
+    cpu = f"CPU {own.cpu_s:.1f} s, {own.cpu_share:.0%} of a processor, under load up to {own.cpu_share_max:.0%}"
+    yield "hub's own", f"{cpu}; {memory}{lag}"
+
+
+def _lag_text(seconds: float) -> str:
+    return f"≤ {duration_text(seconds)}" if seconds <= LOOP_INTERVAL_S else duration_text(seconds)
+
+
+def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
+    users, remedy = results.users, purge_command(results.options["run"])
+    if users.kept:
+        yield "cleanup", f"{users.kept} users kept, as asked; remove them with: {remedy}"
+    elif users.left_behind:
+        yield "cleanup", f"{users.deleted} users deleted; {len(users.left_behind)} ARE STILL THERE:"
+        yield "cleanup", " ".join(users.left_behind)
+        yield "cleanup", f"remove them with: {remedy}"
+    else:
+        yield "cleanup", f"{users.deleted} users deleted, none left"
+
+
+def in_order(operations: Collection[str]) -> list[str]:
+    """Operations in the order of the table of steps, one's own behind."""
+    return [name for name in [*STEPS, *sorted(set(operations) - set(STEPS))] if name in operations]
+
+
+def latency_section(operations: Mapping[str, Operation]) -> Section:
+    """A row for each operation, with a dash where too few succeeded for a statistic."""
+    columns = ("mean", "p50", "p95", "p99", "max")
+    rows = [
+        (
+            title_of(name),
+            str(operations[name].count),
+            str(operations[name].failed),
+            *(duration_text(operations[name].enough(column)) for column in columns),
+        )
+        for name in in_order(operations)
+    ]
+    return Section("Latency", rows, ("operation", "count", "failed", *columns))
+
+
+def capacity_section(capacity: Capacity) -> Section:
+    """A row for each rate that was tried."""
+    rows = [
+        (
+            f"{step.rate_per_s:.4g}",
+            f"{step.sent_per_s:.4g}",
+            duration_text(step.p95_s),
+            str(step.failed),
+            step.held or "none: sustained",
+        )
+        for step in capacity.steps
+    ]
+    return Section("Capacity", rows, ("tried per s", "sent per s", "p95", "failed", "condition met"), left=(4,))
+
+
+def comparison_section(baseline: Json, results: Results) -> Section:
+    """Old, new and ratio of what both runs measured."""
+    columns, now = ("p50", "p95", "max"), as_json({"operations": results.operations})
+    rows = []
+    for name in in_order(results.operations):
+        if name in baseline.get("operations", {}):
+            old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, now))
+            cells = (comparison(baseline, now, f"{name}.{column}") for column in columns)
+            rows.append((title_of(name), *cells, f"{old:g}→{new:g}"))
+    before = (baseline.get("capacity") or {}).get("rate_per_s")
+    after = results.capacity and results.capacity.rate_per_s
+    if before and after:
+        rows.append(("capacity per s", f"{before:.4g}→{after:.4g} {after / before:.2f}x", "", "", ""))
+    return Section("Against the baseline", rows, ("against baseline", *columns, "failed"))
+
+
+def comparison(baseline: Json, results: Json, metric: str) -> str:
+    """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
+    old, new = metric_value(baseline, metric), metric_value(results, metric)
+    ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
+    return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
+
+
+def render_summary(results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
-    page = [_verdict(results), *(f"because   {reason}" for reason in _because(results)), *_facts(results)]
-    if results["exit_code"] in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
-        page += [f"next      {one}" for one in advice(results)]
-    page = [one if before[:10] != one[:10] else f"{'':<10}{one[10:]}" for before, one in zip(["", *page], page)]
-    page = [line for one in page for line in textwrap.wrap(one, width, subsequent_indent=" " * 10, **_UNBROKEN)]
-    if results["capacity"]:
-        page += ["", *_capacity_table(results["capacity"])]
-    if not results["options"]["dry_run"] and results["operations"]:
-        page += ["", *_latency_table(results["operations"])]
+    word, sentence = verdict_of(results)
+    sections = [facts(results)]
+    if results.capacity:
+        sections.append(capacity_section(results.capacity))
+    if not results.options["dry_run"] and results.operations:
+        sections.append(latency_section(results.operations))
     if baseline:
-        page += ["", *_comparison_table(baseline, results)]
+        sections.append(comparison_section(baseline, results))
+    page = textwrap.wrap(f"{word}: {sentence}", width, subsequent_indent="  ", **_UNBROKEN)
+    for number, section in enumerate(sections):
+        page += [""] * (number > 0) + list(_as_table(section) if section.header else _as_prose(section, width))
     return "\n".join(map(_coloured, page) if colour else page)
 
 
@@ -2845,185 +3649,27 @@ _COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33, "because"
 
 def _coloured(line: str) -> str:
     """The line, its first word in the colour that the word has."""
-    word = re.match(r"\w*", line)[0]  # type: ignore[index]
+    word = line.partition(" ")[0].rstrip(":")
     return f"\033[1;{_COLOURS[word]}m{word}\033[0m{line[len(word) :]}" if word in _COLOURS else line
 
 
-def _because(results: Results) -> Iterator[str]:
-    yield from results["warnings"]
-    for one in results["conditions"]:
-        if one["held"] and one["condition"] != FAILED.text:
-            yield f"{one['condition']}: it is {_value_text(one)}"
+def _as_prose(section: Section, width: int) -> Iterator[str]:
+    """Sentences behind their labels, a label that repeats left out."""
+    indent = max(len(row[0]) for row in section.rows) + 2
+    for before, (label, sentence) in zip([("", ""), *section.rows], section.rows):
+        head = ("" if label == before[0] else label).ljust(indent)
+        yield from textwrap.wrap(head + sentence, width, subsequent_indent=" " * indent, **_UNBROKEN)
 
 
-def _verdict(results: Results) -> str:
-    servers, capacity = results["servers"], results["capacity"]
-    words = {0: "PASSED", 1: "FAILED", 4: "LEFT SOMETHING BEHIND"}.get(results["exit_code"], "INTERRUPTED")
-    if results["options"]["dry_run"]:
-        return "DRY RUN: no request was sent; this is what would be done, on a hub where every server is ready at once."
-    if results["command"] == "purge":
-        return f"{words}: {results['users']['deleted']} users removed"
-    if servers:
-        half, most, last = (metric_value(results, f"server_ready.{name}") for name in ("p50", "p95", "max"))
-        waited = (
-            f"; half waited {duration_text(half)}, 95% at most {duration_text(most)}, the last {duration_text(last)}"
+def _as_table(section: Section) -> Iterator[str]:
+    lines = [section.header, *section.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(section.header))]
+    for line in lines:
+        cells = (
+            cell.ljust(width) if column in section.left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
         )
-        return f"{words}: {servers['ready']} of {servers['requested']} servers became ready{waited if half else ''}"
-    if capacity:
-        return f"{words}: {_capacity_sentence(capacity)}"
-    load = set(results["operations"]) - {"create_users", "delete_user", "list_users", "stop_server", "ping"}
-    count = sum(results["operations"][name]["count"] for name in load)
-    what = "activity reports" if load <= {"activity"} else "requests"
-    failed = sum(results["operations"][name]["failed"] for name in load)
-    return f"{words}: {count - failed} of {count} {what} were accepted"
-
-
-def _capacity_sentence(capacity: Mapping[str, Any]) -> str:
-    rate, servers = capacity["rate_per_s"], capacity["servers_reporting_every_300_s"]
-    if rate is None:
-        return "the capacity was not found: no rate that was tried was sustained"
-    least = "at least " if capacity["generator_bound"] else ""
-    meaning = f": {servers:,} running servers that report their activity every 300 s" if servers else ""
-    return f"this hub sustains {least}{rate:.0f} requests per second{meaning}"
-
-
-def _facts(results: Results) -> Iterator[str]:
-    servers, http = results["servers"], results["http"]
-    yield f"hub       {results['hub']['version']} at {results['hub']['endpoint']}"
-    if servers:
-        yield from _server_facts(servers, results["options"])
-    for name in sorted(results["operations"].keys() - {"server_ready"}):
-        for reason, number in list(results["operations"][name]["errors"].items())[:REASONS_SHOWN]:
-            yield f"answered  {number} × {reason} to {OPERATION_TITLES.get(name, name)}"
-    extra = f"{http['observer_share'] or 0:.0%} of them only to observe, {http['retries']} repeated"
-    yield f"took      {duration_text(results['duration_s'])}, {http['requests']:,} requests ({extra})"
-    yield from _hub_facts(results)
-    yield from _cleaning(results)
-    for one in results["conditions"]:
-        if not one["held"] and one["condition"] != FAILED.text:
-            yield f"condition {one['condition']}: not held, it is {_value_text(one)}"
-
-
-REASONS_SHOWN = 5
-
-
-def _server_facts(servers: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
-    rate, batch_size = options.get("rate"), options.get("batch_size")
-    pace = f"{rate:g} per second, however slow the hub" if rate else f"at most {batch_size} starting at a time"
-    yield f"asked     {servers['requested']} servers, {pace}"
-    throttled = f"; {servers['throttled']} were throttled" if servers["throttled"] else ""
-    since = f", from {duration_text(servers['throttling_began_s'])} after the first start on" if throttled else ""
-    yield f"came      {servers['ready']} ready, {servers['failed']} failed{throttled}{since}"
-    reasons = list(servers["reasons"].items())
-    for reason, number in reasons[:REASONS_SHOWN]:
-        yield f"failed    {number} × {reason}"
-    if others := sum(number for _, number in reasons[REASONS_SHOWN:]):
-        yield f"failed    {others} × something else: see the results file"
-    slowest = [f"{duration_text(one['ready_s'])}, {one['user']}{_why_slow(one)}" for one in servers["slowest"]]
-    remarkable = any(map(_why_slow, servers["slowest"]))
-    yield from (f"slowest   {one}" for one in (slowest if remarkable or not slowest else [_in_one_line(slowest)]))
-
-
-def _in_one_line(parts: Iterable[str]) -> str:
-    return "; ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-
-
-def _why_slow(server: Mapping[str, Any]) -> str:
-    reasons = [f"throttled {server['throttled']} ×"] if server["throttled"] else []
-    reasons += [f"longest at: {server['message']}"] if server["message"] else []
-    return ": " + ", ".join(reasons) if reasons else ""
-
-
-def _hub_facts(results: Results) -> Iterator[str]:
-    own, missing = results["hub"]["metrics"], results["hub"]["metrics_missing"]
-    if missing:
-        yield f"hub's own figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}"
-    if not own:
-        return
-    lag_s, most_s = own["event_loop_lag_p95_s"], own["event_loop_lag_max_s"]
-    lag = f"; event loop late by {_lag_text(lag_s)} (p95), {_lag_text(most_s)} (max)" if lag_s else ""
-    each = own["rss_per_server_bytes"]
-    memory = f"memory {bytes_text(own['rss_before_bytes'])} before, {bytes_text(own['rss_after_bytes'])} after"
-    memory += f", {bytes_text(each)} a server" if each is not None else ""
-    cpu = (
-        f"CPU {own['cpu_s']:.1f} s, {own['cpu_share']:.0%} of a processor, under load up to {own['cpu_share_max']:.0%}"
-    )
-    yield f"hub's own {cpu}; {memory}{lag}"
-    for sentence in time_spent(results):
-        yield f"spent     {sentence}"
-
-
-def _lag_text(seconds: float) -> str:
-    return f"≤ {duration_text(seconds)}" if seconds <= LAG_RESOLUTION_S else duration_text(seconds)
-
-
-def _value_text(judged: Mapping[str, Any]) -> str:
-    metric, value = judged["condition"].split()[0], judged["value"]
-    if value is None:
-        return "not measured"
-    if metric.rpartition(".")[2] in LATENCY_STATISTICS:
-        return duration_text(value)
-    return f"{value:.1%}" if metric == "failed_rate" else f"{value:g}"
-
-
-def _cleaning(results: Results) -> Iterator[str]:
-    users, run = results["users"], results["options"]["run"]
-    purge = "hub-stress-test purge" + (f" --run {run}" if run else "")
-    if users["kept"]:
-        yield f"kept      {users['kept']} users, as asked; remove them with: {purge}"
-    elif users["left_behind"]:
-        yield f"cleaned   {users['deleted']} users deleted; {len(users['left_behind'])} ARE STILL THERE:"
-        yield "          " + " ".join(users["left_behind"])
-        yield f"          remove them with: {purge}"
-    else:
-        yield f"cleaned   {users['deleted']} users deleted, none left"
-
-
-def _in_order(operations: Mapping[str, Any]) -> list[str]:
-    return [name for name in [*OPERATION_TITLES, *sorted(operations.keys() - OPERATION_TITLES)] if name in operations]
-
-
-ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples below which a percentile is but the maximum
-
-
-def _latency_table(operations: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    columns = ("mean", "p50", "p95", "p99", "max")
-    yield f"{'waited for':<16}{'count':>7}{'failed':>8}" + "".join(f"{column:>9}" for column in columns)
-    for name in _in_order(operations):
-        measured = operations[name]
-        good = measured["count"] - measured["failed"]
-        shown = [measured["latency_s"][one] if good >= ENOUGH.get(one, 1) else None for one in columns]
-        times = "".join(f"{duration_text(seconds):>9}" for seconds in shown)
-        yield f"{OPERATION_TITLES.get(name, name):<16}{measured['count']:>7}{measured['failed']:>8}{times}"
-
-
-def _capacity_table(capacity: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{'tried per s':>12}{'sent per s':>12}{'p95':>9}{'failed':>8}  what held"
-    for step in capacity["steps"]:
-        p95 = duration_text(step["p95_s"])
-        row = f"{step['rate_per_s']:>12.4g}{step['sent_per_s']:>12.4g}{p95:>9}{step['failed']:>8}"
-        yield f"{row}  {step['held'] or 'nothing: sustained'}"
-
-
-def _comparison_table(baseline: Mapping[str, Any], results: Results) -> Iterator[str]:
-    """Old, new and ratio of what both runs measured."""
-    columns = ("p50", "p95", "max")
-    yield f"{'against baseline':<16}" + "".join(f"{name:>20}" for name in columns) + f"{'failed':>10}"
-    for name in _in_order(results["operations"]):
-        if name in baseline.get("operations", {}):
-            cells = "".join(f"{comparison(baseline, results, f'{name}.{column}'):>20}" for column in columns)
-            old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, results))
-            yield f"{OPERATION_TITLES.get(name, name):<16}{cells}{f'{old:g}→{new:g}':>10}"
-    before, after = ((run.get("capacity") or {}).get("rate_per_s") for run in (baseline, results))
-    if before and after:
-        yield f"capacity: {before:.4g} → {after:.4g} per second, {after / before:.2f}x"
-
-
-def comparison(baseline: Mapping[str, Any], results: Mapping[str, Any], metric: str) -> str:
-    """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
-    old, new = metric_value(baseline, metric), metric_value(results, metric)
-    ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
-    return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
+        yield "  ".join(cells).rstrip()
 
 
 # ==== The report =====================================================================================================
@@ -3044,7 +3690,7 @@ p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 @media (max-width: 700px) { .pair { display: block } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
+.left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
 .words td:first-child { white-space: nowrap }
 .words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
 .bad { color: #dc2626 } .plot { width: 100%; min-width: 0 }
@@ -3065,6 +3711,7 @@ LAYOUT: dict[str, Any] = {
 }
 ENOUGH_TO_PLOT = 10
 Trace = dict[str, Any]  # of plotly
+Moments = Sequence["float | None"]
 
 
 class Page:
@@ -3074,19 +3721,26 @@ class Page:
         self._parts: list[str] = []
         self._plots: list[tuple[str, list[Trace], dict[str, Any]]] = []
 
-    def add(self, element: str, text: str, **attributes: str) -> None:
-        given = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items())
-        self._parts.append(f"<{element}{given}>{html.escape(text)}</{element}>")
+    def add(self, element: str, text: str) -> None:
+        self._parts.append(f"<{element}>{html.escape(text)}</{element}>")
 
     def open(self, tag: str) -> None:
         self._parts.append(tag)
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> None:
-        """A table that scrolls by itself on a narrow screen; no header where `header` is empty."""
-        rows = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{row}</tr>" for row in ([head] if header else []) + rows)
+    def section(self, section: Section) -> None:
+        """A heading and a table, which scrolls by itself on a narrow screen; rows without a header are sentences."""
+        self.add("h2", section.title)
+        rows = [("th", section.header)] if section.header else []
+        body = "".join(
+            "<tr>" + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row)) + "</tr>"
+            for kind, row in [*rows, *(("td", row) for row in section.rows)]
+        )
+        kind = "" if section.header else "words"
         self._parts.append(f'<div class="scroll"><table class="{kind}">{body}</table></div>')
+
+    @staticmethod
+    def _cell(kind: str, text: str, left: bool) -> str:
+        return f"<{kind}{' class=left' if left else ''}>{html.escape(text)}</{kind}>"
 
     def plot(self, traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> None:
         """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
@@ -3114,79 +3768,94 @@ def _script(data: Any) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def render_report(results: Results, baseline: Mapping[str, Any] | None = None) -> str:
+def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
-    page, timeline = Page(), results["timeline"]
-    verdict = _verdict(results)
-    page.open(f'<h1><b class="{verdict.split()[0].rstrip(":")}">{html.escape(verdict.partition(":")[0])}</b>')
-    page.add("span", verdict.partition(":")[2])
+    page, timeline = Page(), results.timeline
+    word, sentence = verdict_of(results)
+    page.open(f'<h1><b class="{word.split()[0]}">{html.escape(word)}</b>')
+    page.add("span", f" {sentence}")
     page.open("</h1>")
-    versions = f"{results['tool']['name']} {results['tool']['version']}"
-    page.add("p", f"{versions} {results['command']}, {results['started']} to {results['finished']}")
-    notes = [f"because   {one}" for one in _because(results)] + list(_facts(results))
-    failed = results["exit_code"] in (ExitCode.FAILED, ExitCode.LEFT_BEHIND)
-    notes += [f"next      {one}" for one in advice(results)] if failed else []
-    page.table((), ((note[:10].strip(), note[10:]) for note in notes), "words")
-    if results["capacity"]:
-        page.add("h2", "Capacity")
-        header, *rows = (re.split(r"  +", line.strip(), maxsplit=4) for line in _capacity_table(results["capacity"]))
-        page.table(header, rows)
-    if timeline["servers"] and timeline["servers"]["user"]:
-        _plot_servers(page, timeline["servers"], timeline["load_ended_s"])
+    versions = f"{results.tool['name']} {results.tool['version']}"
+    page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
+    page.section(facts(results))
+    if results.capacity:
+        page.section(capacity_section(results.capacity))
+    if timeline.servers and timeline.servers.user:
+        _plot_servers(page, timeline.servers, timeline.load_ended_s or 0.0)
     _plot_watch(page, results)
-    if results["operations"]:
-        page.add("h2", "What was waited for")
-        header, *rows = (re.split(r"  +", line.strip()) for line in _latency_table(results["operations"]))
-        page.table(header, rows)
-    for name in _in_order(results["operations"]):
+    if results.operations:
+        page.section(latency_section(results.operations))
+    for name in in_order(results.operations):
         old = ((baseline or {}).get("timeline") or {}).get("operations", {}).get(name)
-        if sum(timeline["operations"][name]["often"]) >= ENOUGH_TO_PLOT:
-            _plot_operation(page, name, results, timeline["operations"][name], old)
-    _add_tables(page, results, baseline)
-    return page.render(f"hub-stress-test: {verdict}", importlib.import_module("plotly.offline").get_plotlyjs())
+        if sum(timeline.operations[name].often) >= ENOUGH_TO_PLOT:
+            _plot_operation(page, name, results, timeline.operations[name], old)
+    for section in _appendix(results, baseline):
+        page.section(section)
+    title = f"hub-stress-test: {word}: {sentence}"
+    return page.render(title, importlib.import_module("plotly.offline").get_plotlyjs())
 
 
-def server_curves(servers: Mapping[str, Any], until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting (throttled), starting, ready and failed at each of so many moments."""
-    due, asked, ended = sorted(servers["due_s"]), sorted(servers["asked_s"]), sorted(servers["ended_s"])
-    ready = sorted(end for end, good in zip(servers["ended_s"], servers["ready"]) if good)
+def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
+    if baseline:
+        yield comparison_section(baseline, results)
+    if own := results.hub.metrics:
+        durations = [(f"spawn: {name}", one) for name, one in own.spawns.items()] + list(own.requests.items())
+        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations]
+        yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
+    if results.conditions:
+        judged = [(one.condition, "met" if one.held else "not met", _value_text(one)) for one in results.conditions]
+        yield Section("Conditions", judged, ("the run fails if", "", "it is"))
+    given = {name.replace("_", "-"): value for name, value in results.options.items()}
+    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
+    shown = [(name, str(value)) for name, value in given.items() if value not in (None, False, [])]
+    yield Section("Options and versions", shown)
+
+
+def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
+    """How many servers were waiting (throttled), starting, ready, failed and lost at each of so many moments."""
+    due, asked, ended = (sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s))
+    ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
+    lost = sorted(at for at in servers.lost_s if at is not None)
     moments = [until_s * n / points for n in range(points + 1)]
-    count = functools.partial(bisect.bisect_right)
+    count = bisect.bisect_right
     return {
         "at_s": [round(at, 3) for at in moments],
         "waiting": [count(due, at) - count(asked, at) for at in moments],
         "starting": [count(asked, at) - count(ended, at) for at in moments],
-        "ready": [count(ready, at) for at in moments],
+        "ready": [count(ready, at) - count(lost, at) for at in moments],
         "failed": [count(ended, at) - count(ready, at) for at in moments],
+        "lost": [count(lost, at) for at in moments],
     }
 
 
-def _plot_servers(page: Page, servers: Mapping[str, Any], until_s: float) -> None:
+def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
     page.add("h2", "Servers")
     curves = server_curves(servers, until_s)
-    kinds = {"failed": RED, "ready": GREEN, "starting": BLUE, "waiting": AMBER}
+    kinds = {"failed": RED, "lost": "#a21caf", "ready": GREEN, "starting": BLUE, "waiting": AMBER}
+    kinds = {kind: colour for kind, colour in kinds.items() if kind != "lost" or any(curves["lost"])}
     stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
     traces = [stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()]
     page.plot(traces, 260, "servers", hovermode="x unified")
     page.add("h3", "How long each waited, in the order in which they were due")
-    asked, ended, ready = servers["asked_s"], servers["ended_s"], servers["ready"]
-    taken = [at if held is None else held for held, at in zip(servers["throttled_s"], asked)]
-    good = [at if is_ready else None for at, is_ready in zip(ended, ready)]
+    asked, ended, good = servers.asked_s, servers.ended_s, servers.ready
+    taken = [at if held is None else held for held, at in zip(servers.throttled_s, asked)]
+    left = [until_s if at is None else at for at in servers.lost_s]
     bars = [
-        _bars("asked", GREY, servers["due_s"], taken, servers["user"]),
-        _bars("throttled", AMBER, servers["throttled_s"], asked, servers["user"]),
-        _bars(
-            "starting", BLUE, [at if is_ready else None for at, is_ready in zip(asked, ready)], ended, servers["user"]
-        ),
-        _bars("failed", RED, [None if is_ready else at for at, is_ready in zip(asked, ready)], ended, servers["user"]),
-        _bars("ready", READY, good, [until_s] * len(good), servers["user"]),
+        _bars("asked", GREY, servers.due_s, taken, servers.user),
+        _bars("throttled", AMBER, servers.throttled_s, asked, servers.user),
+        _bars("starting", BLUE, [at if ok else None for at, ok in zip(asked, good)], ended, servers.user),
+        _bars("failed", RED, [None if ok else at for at, ok in zip(asked, good)], ended, servers.user),
+        _bars("ready", READY, [at if ok else None for at, ok in zip(ended, good)], left, servers.user),
+        _bars("lost", RED, servers.lost_s, [until_s] * len(good), servers.user),
     ]
-    page.plot(bars, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
+    shown = [bar for bar in bars if bar["name"] != "lost" or bar["x"]]
+    page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
 
 
-def _bars(name: str, colour: str, begins: Sequence[float | None], ends: Sequence[float], users: Sequence[str]) -> Trace:
+def _bars(name: str, colour: str, begins: Moments, ends: Moments, users: Sequence[str]) -> Trace:
     """A horizontal bar for each server that has a beginning: one line with gaps, since there may be thousands."""
-    shown = [(n, begin, end) for n, (begin, end) in enumerate(zip(begins, ends)) if begin is not None and end >= begin]
+    spans = enumerate(zip(begins, ends))
+    shown = [(n, a, b) for n, (a, b) in spans if a is not None and b is not None and b >= a]
     said = [f"{users[n]}: {name} for {duration_text(end - begin)}" for n, begin, end in shown]
     x = [at for _, begin, end in shown for at in (begin, end, None)]
     y = [at for n, _, _ in shown for at in (n + 1, n + 1, None)]
@@ -3201,19 +3870,19 @@ def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **line: An
 
 def _plot_watch(page: Page, results: Results) -> None:
     """What everybody else felt, beside how busy the hub was."""
-    ping, hub = results["timeline"]["operations"].get("ping"), results["timeline"]["hub"]
+    ping, hub = results.timeline.operations.get("ping"), results.timeline.hub
     if not ping:
         return
     page.add("h2", "What everybody else felt, and how busy the hub was")
     for sentence in time_spent(results):
         page.add("p", sentence[:1].upper() + sentence[1:] + ".")
-    pings = (("p50", BLUE), ("max", AMBER))
-    traces = [_line(f"ping {one}", ping["at_s"], milliseconds(ping[f"{one}_s"]), colour) for one, colour in pings]
+    pings = (("ping p50", ping.p50_s, BLUE), ("ping max", ping.max_s, AMBER))
+    traces = [_line(name, ping.at_s, milliseconds(values), colour) for name, values, colour in pings]
     if not hub:
         page.plot(traces, 280, "ping, ms", hovermode="x unified")
         return
-    share = [round(100 * one) for one in hub["cpu_share"]]
-    busy = _line("hub's CPU", [hub["at_s"][0], *hub["cpu_at_s"]], [*share[:1], *share], RED, shape="vh", width=1)
+    share = [round(100 * (one or 0.0)) for one in hub.cpu_share]
+    busy = _line("hub's CPU", [hub.at_s[0], *hub.cpu_at_s], [*share[:1], *share], RED, shape="vh", width=1)
     busy |= {"yaxis": "y2", "fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
     right = {"title": {"text": "hub's CPU, % of a processor"}, "overlaying": "y", "side": "right", "showgrid": False}
     right |= {"range": [0, max([105, *share])], "dtick": 25}
@@ -3221,63 +3890,34 @@ def _plot_watch(page: Page, results: Results) -> None:
     page.plot([*traces, busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
 
 
-def milliseconds(seconds: Iterable[float | None]) -> list[float | None]:
+def milliseconds(seconds: Moments) -> list[float | None]:
     """The same durations in milliseconds; None stays None."""
     return [None if one is None else round(one * 1000, 1) for one in seconds]
 
 
-def _plot_operation(
-    page: Page, name: str, results: Results, seen: Mapping[str, Any], old: Mapping[str, Any] | None
-) -> None:
+def _plot_operation(page: Page, name: str, results: Results, seen: OperationTimeline, old: Json | None) -> None:
     """Latency over time, and how often each latency came, with its percentiles; the baseline's in grey."""
-    page.add("h3", OPERATION_TITLES.get(name, name))
+    page.add("h3", title_of(name))
     page.open('<div class="pair">')
-    lines = {"p50": BLUE, "p95": AMBER, "max": RED}
-    traces = [_line(one, seen["at_s"], milliseconds(seen[f"{one}_s"]), colour) for one, colour in lines.items()]
+    lines = (("p50", seen.p50_s, BLUE), ("p95", seen.p95_s, AMBER), ("max", seen.max_s, RED))
+    traces = [_line(one, seen.at_s, milliseconds(values), colour) for one, values, colour in lines]
     traces += [_line("baseline p95", old["at_s"], milliseconds(old["p95_s"]), GREY, dash="dot")] if old else []
-    if any(seen["failed"]):
-        failed = [(at, number) for at, number in zip(seen["at_s"], seen["failed"]) if number]
+    if any(seen.failed):
+        failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
         marks = _line("failed", [at for at, _ in failed], [0] * len(failed), RED)
-        traces.append(
-            marks | {"mode": "markers", "cliponaxis": False, "text": [f"{number} failed" for _, number in failed]}
-        )
+        text = [f"{number} failed" for _, number in failed]
+        traces.append(marks | {"mode": "markers", "cliponaxis": False, "text": text})
     page.plot([trace | {"mode": trace["mode"].replace("lines", "lines+markers")} for trace in traces], 230, "ms")
-    runs = [("share of all", seen, BLUE), *([("baseline", old, GREY)] if old else [])]
-    shares = [(one, run["latency_s"], [100 * n / sum(run["often"]) for n in run["often"]], c) for one, run, c in runs]
+    runs = [("share of all", seen.latency_s, seen.often, BLUE)]
+    runs += [("baseline", old["latency_s"], old["often"], GREY)] if old else []
+    shares = [(one, at_s, [100 * n / sum(often) for n in often], colour) for one, at_s, often, colour in runs]
     traces = [_line(one, milliseconds(x), y, colour, shape="hvh") | {"fill": "tozeroy"} for one, x, y, colour in shares]
-    latency_s, top = results["operations"][name]["latency_s"], max(max(y) for _, _, y, _ in shares)
+    latency_s, top = results.operations[name].latency_s, max(max(y) for _, _, y, _ in shares)
     for one, dash in (("p50", "solid"), ("p95", "dash"), ("p99", "dot")):
-        at_ms = latency_s[one] * 1000
-        traces.append(_line(f"{one} {duration_text(latency_s[one])}", [at_ms, at_ms], [0, top], AMBER, dash=dash))
+        at_s = getattr(latency_s, one)
+        traces.append(_line(f"{one} {duration_text(at_s)}", [at_s * 1000] * 2, [0, top], AMBER, dash=dash))
     page.plot(traces, 230, "%", xaxis={"title": {"text": "ms"}, "type": "log", "nticks": 5})
     page.open("</div>")
-
-
-def _add_tables(page: Page, results: Results, baseline: Mapping[str, Any] | None) -> None:
-    if baseline:
-        page.add("h2", "Against the baseline")
-        header, *rows = (re.split(r"  +", line.strip()) for line in _comparison_table(baseline, results))
-        page.table(header, rows)
-    if own := results["hub"]["metrics"]:
-        page.add("h2", "The hub's own clock")
-        durations = [("spawn: " + name, one) for name, one in own["spawns"].items()] + list(own["requests"].items())
-        page.table(
-            ("handler", "count", "mean"),
-            ((name, f"{one['count']:.0f}", duration_text(one["mean_s"])) for name, one in durations),
-        )
-    if results["conditions"]:
-        page.add("h2", "Conditions")
-        judged = (
-            (one["condition"], "held" if one["held"] else "not held", _value_text(one)) for one in results["conditions"]
-        )
-        page.table(("the run fails if", "", "it is"), judged)
-    page.add("h2", "Options and versions")
-    facts = {**results["options"], "hub": results["hub"]["version"], "tool": results["tool"]["version"]}
-    page.table(
-        (),
-        ((name.replace("_", "-"), value) for name, value in facts.items() if value not in (None, False, [])),
-        "words",
-    )
 
 
 # ==== Files ==========================================================================================================
@@ -3285,8 +3925,9 @@ def _add_tables(page: Page, results: Results, baseline: Mapping[str, Any] | None
 
 def write_results(path: str, results: Results) -> None:
     """Write the results as JSON, whole or not at all; the timeline, which nobody reads by eye, on one line."""
-    legible = json.dumps({key: value for key, value in results.items() if key != "timeline"}, indent=2)
-    write_whole(path, f'{legible[:-2]},\n  "timeline": {json.dumps(results["timeline"])}\n}}\n')
+    data = as_json(results)
+    timeline = json.dumps(data.pop("timeline"))
+    write_whole(path, f'{json.dumps(data, indent=2)[:-2]},\n  "timeline": {timeline}\n}}\n')
 
 
 def write_whole(path: str, text: str) -> None:
@@ -3297,7 +3938,190 @@ def write_whole(path: str, text: str) -> None:
     os.replace(beside, path)
 
 
+# ==== The seeds' functions: thin wrappers, for use as a library ======================================================
+
+
+def find_existing_stress_test_users(endpoint: str, session: HubSession, *, run: str | None = None) -> list[Json]:
+    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    return find_users(Hub(endpoint, session), Recorder(), run)
+
+
+@timeit
+def create_users(
+    count: int,
+    batch_size: int,
+    endpoint: str,
+    session: HubSession,
+    existing_users: Sequence[Json | str] = (),
+    *,
+    run: str = "",
+) -> list[list[str]]:
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+
+    Names that turn out to be taken are skipped. Raises `HubRefused`; those made by then are deleted first.
+    """
+    claims = Claims()
+    taken = [user if isinstance(user, str) else user["name"] for user in existing_users]
+    try:
+        return list(make_users(count, batch_size, Hub(endpoint, session), Recorder(), claims, taken, run))
+    except HubRefused:
+        delete_users(claims.ours, endpoint, session, batch_size)
+        raise
+
+
+def start_server(username: str, endpoint: str, session: HubSession, profile: str | Json | None = None) -> bool:
+    """Whether the hub took the request to start this user's server; it may still be starting."""
+    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    reply = Hub(endpoint, session).start(username, profile, until_s)
+    if reply.status not in (201, 202):
+        LOG.error("The server of %s did not start: %s", username, reply)
+    return reply.status in (201, 202)
+
+
+@timeit
+def start_servers(
+    users: Sequence[Sequence[str]],
+    endpoint: str,
+    session: HubSession,
+    profile: str | Json | None = None,
+    *,
+    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    fail_fast: bool = False,
+    rate_per_s: float | None = None,
+) -> dict[str, Event]:
+    """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
+
+    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
+    however slowly the hub answers (open model). Users whose start was not begun (after a failure with `fail_fast`, or a
+    stop) are absent.
+    """
+    names = [name for batch in users for name in batch]
+    largest = max((len(batch) for batch in users), default=1)
+    how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
+    site = Site(Hub(endpoint, session), Plan(batch_size=largest, profile=profile, **how), new_recorder())
+    take_through(names, site, lambda: None)
+    return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
+
+
+def wait_for_servers_to_start(
+    users: Sequence[Sequence[str]], endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
+) -> dict[str, bool]:
+    """Whether each server, already asked for, was ready within `timeout_s`."""
+    hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
+    names = [name for batch in users for name in batch]
+    concurrency = max((len(batch) for batch in users), default=1)
+    ends = _for_each(lambda name: await_ready(name, hub, until_s), names, concurrency)
+    return {name: end.ready_at_s is not None for name, end in ends.items()}
+
+
+def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
+    """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
+    state = state_after_stop(Hub(endpoint, session).stop(username).hub_status)
+    if state is ServerState.STOPPING and wait:
+        return wait_for_server_to_stop(username, endpoint, session)
+    return state is not ServerState.UNKNOWN
+
+
+@timeit
+def stop_servers(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int) -> dict[str, bool]:
+    """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
+    return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
+
+
+def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
+    """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
+    hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    pause_s = 0.1
+    while session.clock() < until_s:
+        if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
+            return True
+        if not session.pause(pause_s):
+            return False
+        pause_s = min(pause_s * 1.5, 1.0)
+    LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
+    return False
+
+
+@timeit
+def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
+    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
+    asked = [name for name, was_asked in stopped.items() if was_asked]
+    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10))
+
+
+@timeit
+def delete_users_after_stopping_servers(stopped: Mapping[str, bool], endpoint: str, session: HubSession) -> bool:
+    """Whether every user is gone; those whose server has not stopped are left alone."""
+    hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
+    states = _for_each(lambda name: state_after_delete(hub.delete(name).hub_status), names, 10)
+    return all(states.get(name) is ServerState.GONE for name in stopped)
+
+
+@timeit
+def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int = 10) -> bool:
+    """Whether every one of these users is gone, their servers stopped first."""
+    states, ours = dict.fromkeys(usernames, ServerState.READY), set(usernames).__contains__
+    return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
+
+
+def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
+    with ThreadPoolExecutor(concurrency) as pool:
+        return dict(zip(names, pool.map(work, names)))
+
+
+def run_stress_test(
+    count: int,
+    batch_size: int,
+    token: str,
+    endpoint: str,
+    dry_run: bool = False,
+    keep: bool = False,
+    profile: str | Json | None = None,
+    **options: Any,
+) -> Json:
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
+
+    `options` are further fields of `Plan`. Raises `SetupError`; nothing has been changed then.
+    """
+    token = Secret(token)
+    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
+    plan = Plan(STRESS, count=count, batch_size=batch_size, keep=keep, profile=profile, **where, **options)
+    return _results_as_json(plan)
+
+
+def notebook_activity_test(
+    count: int, token: str, endpoint: str, workers: int, keep: bool = False, dry_run: bool = False, **options: Any
+) -> Json:
+    """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
+
+    `options` are further fields of `Plan`. Raises `SetupError`; nothing has been changed then.
+    """
+    token = Secret(token)
+    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
+    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, keep=keep, **where, **options))
+
+
+def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
+    """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
+
+    Finding nothing is success. `options` are further fields of `Plan`. Raises `SetupError`.
+    """
+    token = Secret(token)
+    return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
+
+
+def _results_as_json(plan: Plan) -> Json:
+    found: Json = as_json(carry_out(plan))
+    return found
+
+
 # ==== Command line ===================================================================================================
+
+COMMAND_HELP = {
+    STRESS: "make users, start their servers, measure, remove them",
+    ACTIVITY: "send the activity reports of running servers, measure",
+    PURGE: "remove the users that earlier runs left behind",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -3307,192 +4131,23 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def whole_number(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def duration(text: str) -> float:
-    """Seconds in a duration like 90, 90s, 5m or 1h."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
-    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
-        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
-    return seconds
-
-
-def run_name(text: str) -> str:
-    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
-    if not RUN_NAME.fullmatch(text) or len(text) > 40:
-        raise argparse.ArgumentTypeError(
-            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
-        )
-    return text
-
-
-def endpoint_url(text: str) -> str:
-    """An http or https URL without the slash at its end and without credentials."""
-    url = urllib.parse.urlsplit(text)
-    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise argparse.ArgumentTypeError(
-            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
-        )
-    return without_credentials(text).rstrip("/")
-
-
-def token_text(text: str) -> Secret:
-    """A token, wrapped so that it cannot be printed by accident."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
-    return Secret(text)
-
-
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return float(text)
-
-
-def mix_of(text: str) -> dict[str, float]:
-    """Weights by operation, from NAME=WEIGHT,…"""
-    parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
-    mix = {part[1]: float(part[2]) for part in parts if part}
-    if len(mix) != len(parts) or not all(mix.values()):
-        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
-    return mix
-
-
-def results_file(text: str) -> dict[str, Any]:
-    """The results that an earlier run wrote."""
-    try:
-        with open(text, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
-    if not isinstance(found, dict) or found.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} holds no results of this tool")
-    return found
-
-
-def writable_file(text: str) -> str:
-    """The path of a file that can be written; nothing is written yet."""
-    folder = os.path.dirname(os.path.abspath(text))
-    if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written")
-    return text
-
-
-def profile_value(text: str) -> str | dict[str, Any]:
-    """A profile's slug, or an object of user options in JSON."""
-    if not text.lstrip().startswith(("{", "[")):
-        return text
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"this is not valid JSON ({error}): {text}") from None
-    if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f"expected a profile's slug or a JSON object, not {text}")
-    return options
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One option of the command line; without a `kind` it is a switch."""
-
-    flags: str
-    help: str
-    kind: Callable[[str], Any] | None = None
-    metavar: str | None = None
-    default: Any = None
-    const: Any = None  # what it means without a value, if that is allowed
-    repeatable: bool = False
-
-    def add_to(self, parser: argparse.ArgumentParser, **overriding: Any) -> None:
-        settings: dict[str, Any] = {"help": self.help, "default": self.default}
-        settings |= {"type": self.kind, "metavar": self.metavar} if self.kind else {"action": "store_true"}
-        settings |= {"nargs": "?", "const": self.const} if self.const else {}
-        settings |= {"action": "append"} if self.repeatable else {}
-        parser.add_argument(*self.flags.split(), **settings | overriding)
-
-
-GLOBAL_OPTIONS = (
-    Option("-e --endpoint", "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, "URL"),
-    Option("-t --token", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, "TOKEN"),
-    Option("--dry-run", "send no request; show what would be done, on a simulated empty hub"),
-    Option("--log-to-file", "log to FILE, or to a new file in the temporary directory", str, "FILE", const=True),
-    Option("-v --verbose", "debug log, one line for each request with its response time"),
-    Option("--run", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, "NAME"),
-    Option("--results", "write the results as JSON", writable_file, "FILE"),
-    Option("--report", "write a report as one HTML page (needs plotly)", writable_file, "FILE"),
-    Option(
-        "--fail-if",
-        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable (failed > 0)",
-        condition,
-        "CONDITION",
-        repeatable=True,
-    ),
-    Option("--baseline", "results of an earlier run: print old, new and ratio", results_file, "FILE"),
-)
-KEEP = Option("-k --keep", "leave the users, and their servers, on the hub")
-CLEANUP_TIMEOUT = Option(
-    "--cleanup-timeout",
-    "how long cleaning up goes on without getting any further (5m)",
-    duration,
-    "DURATION",
-    CLEANUP_TIMEOUT_S,
-)
-COMMAND_OPTIONS = {
-    "stress-test": (
-        Option("-c --count", "how many users and servers (100)", whole_number, "N", 100),
-        Option("-b --batch-size", "servers starting at one time, users made at a time (10)", whole_number, "N", 10),
-        KEEP,
-        Option("-p --profile", "a profile's slug, or a JSON object of user options", profile_value, "P"),
-        Option("--server-timeout", "how long a user waits for a server (60s)", duration, "DURATION", 60.0),
-        Option("--fail-fast", "start no more servers once one has failed"),
-        Option("--rate", "start R servers per second, however slow the hub; without it, see -b", positive_number, "R"),
-        Option(
-            "--hold", "keep the servers for so long, then check that all are still ready", duration, "DURATION", 0.0
-        ),
-        CLEANUP_TIMEOUT,
-    ),
-    "activity-stress-test": (
-        Option("-c --count", "how many users (100)", whole_number, "N", 100),
-        KEEP,
-        Option("--workers", "threads that send (100); with --rate, at least so many", whole_number, "N", 100),
-        Option("--rate", "send R requests per second, however slow the hub (open model)", positive_number, "R"),
-        Option("--duration", "go round the users for so long; without it, once", duration, "DURATION"),
-        Option("--processes", "spread the threads over N processes (1)", whole_number, "N", 1),
-        Option("--mix", "operations by weight (activity=1); there are read and list too", mix_of, "NAME=WEIGHT,…"),
-        Option("--operations", "a file that registers operations of your own", str, "FILE.py"),
-        Option("--find-capacity", "raise the rate until a condition holds: what does the hub sustain?"),
-        CLEANUP_TIMEOUT,
-    ),
-    "purge": (Option("-b --batch-size", "users removed at one time (10)", whole_number, "N", 10), CLEANUP_TIMEOUT),
-}
-COMMAND_HELP = {
-    "stress-test": "make users, start their servers, measure, remove them",
-    "activity-stress-test": "send the activity reports of running servers, measure",
-    "purge": "remove the users that earlier runs left behind",
-}
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line. Global options stand before or after the command."""
+    """The parser of the command line. Options of all commands stand before or after the command."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    for option in GLOBAL_OPTIONS:
-        option.add_to(parser)
+    defaults = vars(Plan())
+    everywhere = {name: row for name, row in OPTIONS.items() if row.on == COMMANDS and name != "cleanup_timeout_s"}
+    for name, row in everywhere.items():
+        row.add_to(parser, dest=name, default=defaults[name] or None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, options in COMMAND_OPTIONS.items():
-        command = commands.add_parser(name, help=COMMAND_HELP[name], allow_abbrev=False)
-        for option in options:
-            option.add_to(command)
-        for option in GLOBAL_OPTIONS:
-            again = {"dest": "fail_if_too"} if option.repeatable else {}
-            option.add_to(command, default=argparse.SUPPRESS, **again)  # so that it does not undo an earlier one
+    for command in COMMANDS:
+        sub = commands.add_parser(command, help=COMMAND_HELP[command], allow_abbrev=False)
+        for name, row in OPTIONS.items():
+            if name in everywhere:  # a default here would undo what was given before the command
+                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name, default=argparse.SUPPRESS)
+            elif command in row.on:
+                row.add_to(sub, dest=name, default=defaults[name])
     return parser
 
 
@@ -3500,32 +4155,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program."""
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
-        if word == "--log-to-file" and following in NEEDED_SCOPES:  # a subcommand, not the optional FILE
+        if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
     args = build_parser().parse_args(words)
-    args.fail_if = (args.fail_if or []) + vars(args).pop("fail_if_too", []) or None
-    env = os.environ
-    if args.endpoint is None and (found := env.get("JUPYTERHUB_ENDPOINT") or env.get("JUPYTERHUB_API_URL")):
-        args.endpoint = _from_environment(endpoint_url, found, "JUPYTERHUB_ENDPOINT")
-    if args.token is None and (found := env.get("JUPYTERHUB_API_TOKEN")):
-        args.token = _from_environment(token_text, found, "JUPYTERHUB_API_TOKEN")
+    args.fail_if = (*(args.fail_if or ()), *vars(args).pop("fail_if_too", ()))
+    args.endpoint = args.endpoint or endpoint_from_environment()
+    args.token = args.token or token_from_environment()
     return args
 
 
-def _from_environment(convert: Callable[[str], T], text: str, variable: str) -> T:
-    try:
-        return convert(text)
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"environment variable {variable}: {error}") from None
+def endpoint_from_environment() -> str | None:
+    """The hub's API as the environment has it. Raises `UsageError`."""
+    return _from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
+
+
+def token_from_environment() -> Secret | None:
+    """The token as the environment has it. Raises `UsageError`."""
+    return _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
+
+
+def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
+    for variable in variables:
+        if text := os.environ.get(variable):
+            try:
+                return convert(text)
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"environment variable {variable}: {error}") from None
+    return None
 
 
 def validate(args: argparse.Namespace) -> None:
     """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence."""
-    for option in ("count", "batch_size", "workers"):
-        value = getattr(args, option, None)
+    for name in ("count", "batch_size", "workers"):
+        value = getattr(args, name, None)
         if value is not None and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} {value}: expected a whole number of at least 1")
+            raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
     if getattr(args, "dry_run", False):
         if getattr(args, "find_capacity", False):
             raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
@@ -3537,7 +4202,7 @@ def validate(args: argparse.Namespace) -> None:
         raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
     for one in getattr(args, "fail_if", None) or ():
         name = one.metric.rpartition(".")[0]
-        if name and name not in OPERATION_TITLES.keys() | OPERATIONS.keys():
+        if name and name not in STEPS.keys() | OPERATIONS.keys():
             raise UsageError(f"--fail-if {one.text!r}: there is no operation {name!r}")
         if one.relative and not args.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
@@ -3547,6 +4212,14 @@ def validate(args: argparse.Namespace) -> None:
         raise UsageError("no token: put it into the environment variable JUPYTERHUB_API_TOKEN, or give --token")
     if args.endpoint is None:
         raise UsageError("no endpoint: give --endpoint https://YOUR-HUB/hub/api, or set JUPYTERHUB_ENDPOINT")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The plan that a valid command line asks for."""
+    given = vars(args)
+    return Plan(
+        **{field.name: given[field.name] for field in dataclasses.fields(Plan) if given.get(field.name) is not None}
+    )
 
 
 class _Redacting(logging.Formatter):
@@ -3578,7 +4251,7 @@ def setup_logging(
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
-        LOG.info("Started with %s", options_of(args))
+        LOG.info("Started with %s", plan_of(args).options())
     sys.excepthook = _log_uncaught
 
 
@@ -3611,99 +4284,32 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: Tr
     LOG.critical("This is a bug of hub-stress-test", exc_info=(kind, error, traceback))
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Every option with its value, the token left out."""
-    options = {name: value for name, value in vars(args).items() if name not in ("token", "command", "baseline")}
-    return options | {"fail_if": [one.text for one in args.fail_if or ()]}
-
-
-def run_command(args: argparse.Namespace) -> Results:
-    """What the command that was asked for found."""
-    slow = args.mix or {"activity": 1.0} if getattr(args, "find_capacity", False) else {}
-    default = (FAILED, *(condition(f"{name}.p95 > 500ms") for name in slow))
-    terms = Terms(args.fail_if or default, args.baseline, args.cleanup_timeout, options_of(args))
-    if args.command == "purge":
-        return purge_users(
-            args.token, args.endpoint, args.dry_run, run=args.run, batch_size=args.batch_size, terms=terms
-        )
-    if args.command == "stress-test":
-        return run_stress_test(
-            args.count,
-            min(args.batch_size, args.count),
-            args.token,
-            args.endpoint,
-            args.dry_run,
-            args.keep,
-            args.profile,
-            run=args.run or "",
-            server_timeout_s=args.server_timeout,
-            fail_fast=args.fail_fast,
-            rate_per_s=args.rate,
-            hold_s=args.hold,
-            terms=terms,
-        )
-    return notebook_activity_test(
-        args.count,
-        args.token,
-        args.endpoint,
-        args.workers,
-        args.keep,
-        args.dry_run,
-        run=args.run or "",
-        duration_s=args.duration,
-        rate_per_s=args.rate,
-        processes=args.processes,
-        mix=args.mix,
-        operations_file=args.operations,
-        find_capacity=args.find_capacity,
-        terms=terms,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`, whose summary is on standard output."""
     try:
         args = parse_args(argv)
         validate(args)
         setup_logging(args.verbose, args.log_to_file, args)
-        results = run_command(args)
+        plan = plan_of(args)
+        results = carry_out(plan)
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
-    if args.results:
-        write_results(args.results, results)
-    if args.report:
-        write_whole(args.report, render_report(results, args.baseline))
+    if plan.results:
+        write_results(plan.results, results)
+    if plan.report:
+        write_whole(plan.report, render_report(results, plan.baseline))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(render_summary(results, args.baseline, colour=colour))
-    return int(results["exit_code"])
+    print(render_summary(results, plan.baseline, colour=colour))
+    return results.exit_code
 
 
 # ==== Locust users: the same load from many machines =================================================================
 #
 # Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that they wait
 # for each other. What is above works there as it is; here is only what stands between it and Locust.
-
-LOCUST_RUN = "locust"
-LOCUST_OPTIONS = (
-    Option(
-        "--hub-endpoint", "the hub's API; else --host, JUPYTERHUB_ENDPOINT, JUPYTERHUB_API_URL", endpoint_url, "URL"
-    ),
-    Option("--hub-token", "else JUPYTERHUB_API_TOKEN (better), on every machine", token_text, "TOKEN"),
-    Option("--hub-run", "users are called hub-stress-test-NAME-<worker>-<n>", run_name, "NAME", LOCUST_RUN),
-    Option("--hub-mix", "what a RunningServer sends, by weight", mix_of, "NAME=WEIGHT,…", "activity=1"),
-    Option("--hub-operations", "a file that registers operations of your own", str, "FILE.py", ""),
-    Option("--hub-scale", "a RunningServer sends so many times as often as every 300 s", positive_number, "F", "1"),
-    Option("--hub-stay", "how long a Person keeps the server", duration, "DURATION", "60s"),
-    Option("--hub-visits", "how many times a Person comes", whole_number, "N", "1"),
-    Option("--hub-profile", "a profile's slug, or a JSON object of user options", str, "P", ""),
-    Option("--hub-server-timeout", "how long a Person waits for a server", duration, "DURATION", "60s"),
-    Option(
-        "--hub-fail-if", "the exit code is 1 if METRIC OP VALUE; repeatable", condition, "CONDITION", repeatable=True
-    ),
-)
 
 
 def locust_is_loading() -> bool:
@@ -3714,7 +4320,7 @@ def locust_is_loading() -> bool:
     return frame is not None
 
 
-def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int) -> Results:
+def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int) -> Json:
     """What conditions are about, from the entries of Locust's statistics; its latencies include those of failures."""
     operations = {
         entry.name: {
@@ -3747,17 +4353,16 @@ if locust_is_loading():
     SAY = LOG.getChild("locust")
     SAY.setLevel(logging.INFO)
 
-    class LocustSession:
-        """What a HubSession is to the functions above, over Locust's fast client; samples become Locust's requests."""
+    class FastSession:
+        """What operations need of a session, over Locust's fast client, which reports each request as `operation`."""
 
         def __init__(self, user: FastHttpUser, token: str) -> None:
-            self.clock, self.stopping, self.metrics = time.monotonic, threading.Event(), self
-            self.operation: str | None = None  # what the next request is reported as
-            self._client, self._events = user.client, user.environment.events
+            self.operation: str | None = None
+            self._client = user.client
             self._headers = {"Authorization": f"token {token}", "Accept-Encoding": "identity"}
 
         def request(self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any) -> Any:
-            """Locust's own, with the token and without redirects; reported as `operation`."""
+            """Locust's own, with the token and without redirects."""
             kwargs = {"name": self.operation, "allow_redirects": False} | kwargs
             return self._client.request(method, url, headers=self._headers | dict(headers or {}), **kwargs)
 
@@ -3767,113 +4372,70 @@ if locust_is_loading():
         patch = functools.partialmethod(request, "PATCH")
         delete = functools.partialmethod(request, "DELETE")
 
-        def ask(
-            self,
-            method: str,
-            url: str,
-            *,
-            operation: str | None = None,
-            user: str = "",
-            ok: Collection[int] = (200, 201, 202, 204),
-            call: Call | None = None,
-            timeout: float = 0,
-            **kwargs: Any,
-        ) -> Reply:
-            """As a HubSession's, in one try; the time-out is the one that the user class has."""
-            sent_s = self.clock()
-            response = self.request(method, url, catch_response=True, **kwargs)  # which reports nothing by itself
-            if response.status_code:
-                reply = _read_reply(response, call or Call(tries=1), self.clock())
-            else:
-                reply = Reply(0, self.clock(), reason=why(response.error), lost=not _never_sent(response.error))
-            if operation:
-                error = None if reply.status in ok else str(reply.status or reply.reason)
-                self.add(Sample(operation, user, sent_s, sent_s, reply.answered_s, error))
-            return reply
-
-        def events(self, url: str, until_s: float) -> Iterator[Model]:
-            """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-            response = self.request("GET", url, stream=True, catch_response=True)
-            try:
-                while response.status_code == 200 and (line := self._line(response, until_s)):
-                    if line.startswith(b"data:"):
-                        yield json.loads(line.removeprefix(b"data:"))
-            except (OSError, ValueError) as error:
-                LOG.debug("Progress stream of %s broke: %s", url, why(error))
-            finally:
-                if response.status_code:
-                    response.release()
-
-        def _line(self, response: Any, until_s: float) -> bytes:
-            line = b""
-            with gevent.Timeout(max(0.001, until_s - self.clock()), False):
-                while not line.endswith(b"\n") and (byte := response.read(1)):
-                    line += byte
-                return line
-            return b""
-
-        def add(self, sample: Sample) -> None:
-            """Report a sample to Locust, in its milliseconds."""
-            error = HubStressError(sample.error) if sample.error else None
-            self._events.request.fire(
-                request_type="hub",
-                name=sample.operation,
-                response_time=max(0.0, sample.latency_s) * 1000,
-                response_length=0,
-                exception=error,
-                context={},
-            )
-
-        def pause(self, seconds: float) -> bool:
-            gevent.sleep(max(0.0, seconds))
-            return True
-
-    class Site:
+    class LocustSite:
         """What the users of one process share in one test: the hub, the names, and who has to be deleted at its end."""
 
         def __init__(self, environment: Any, worker: int) -> None:
-            self.args = locust_args(environment)
-            self.run = f"{self.args.run}-{worker}"
-            self.session = get_session(self.args.token)
-            self.hub = check_locust_hub(environment, self.args, self.session)
-            existing = find_existing_stress_test_users(self.hub.endpoint, self.session, run=self.run)
-            self.indexes = itertools.count(first_free_index([user["name"] for user in existing], self.run))
-            self.turns, self.claims, self.throttled = Turns(), Claims(), 0
-            self.states: dict[str, ServerState] = {}
-            self.gone: list[str] = []  # who has left and was deleted
+            plan = locust_plan(environment)
+            self.run = f"{plan.run}-{worker}"
+            self.session = get_session(plan.token or "", pool_maxsize=1000)
+            self._cutting = gevent.spawn(self._cut_streams)
+            hub = check_hub(plan.endpoint or "", self.session, plan.command)
+            self._fire = environment.events.request.fire
+            self.site = Site(hub, plan, new_recorder(self._report))
+            taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
+            self.indexes = itertools.count(first_free_index(taken, self.run))
+            self.claims, self.throttled = Claims(), 0
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
 
-        def new_user(self, session: HubSession, batch: int) -> str:
+        def _report(self, event: Event) -> None:
+            """Hand an event to Locust, in its milliseconds."""
+            self.throttled += event.throttled if event.step == "server_ready" else 0
+            self._fire(
+                request_type="hub",
+                name=event.step,
+                response_time=event.latency_s * 1000,
+                response_length=0,
+                exception=HubStressError(event.reason.text) if event.reason else None,
+                context={},
+            )
+
+        def _cut_streams(self) -> None:
+            while self.session.pause(0.1):
+                self.session.cut_streams()
+
+        def new_user(self, batch: int) -> str:
             """The name of a user for this caller alone, made with the next ones in one batch; raises `HubRefused`."""
             with self._making:
                 while not self._spare:
                     wanted = [username(index, self.run) for index in itertools.islice(self.indexes, batch)]
-                    self._spare = _create_batch(wanted, self.hub.endpoint, session, self.claims)
+                    self._spare = make_batch(wanted, self.site.hub, self.site.record, self.claims)
                 return self._spare.pop(0)
 
-        def clean_up(self) -> dict[str, Any]:
+        def clean_up(self) -> Json:
             """Delete whom this process has made, once; what to tell the master."""
+            states = self.site.states
+            left_already = {name for name, state in states.items() if state is ServerState.GONE}
             with self._cleaning, _second_signal_leaves(self):
                 if self._cleaned is None:
-                    ours = set(self.claims.ours) - set(self.gone)
-                    states = dict.fromkeys(ours, ServerState.STOPPED) | self.states
-                    session = self.session.for_cleaning_up()
-                    session.pause(LATE_S if self.claims.unconfirmed else 0)
-                    self._cleaned = remove_users(
-                        {name: states[name] for name in ours}, ours.__contains__, self.hub.endpoint, session, 10
-                    )
-            deleted = self._cleaned.deleted + len(self.gone)
-            told: dict[str, Any] = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
+                    self._cutting.kill()
+                    ours = set(self.claims.ours) - left_already
+                    hub = dataclasses.replace(self.site.hub, session=self.session.for_cleaning_up())
+                    hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
+                    thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
+                    self._cleaned = remove_users(thought, ours.__contains__, hub, Recorder(), 10)
+            deleted = self._cleaned.deleted + len(left_already)
+            told: Json = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
             return told | {"run": self.run}
 
     @contextlib.contextmanager
-    def _second_signal_leaves(site: Site) -> Iterator[None]:
+    def _second_signal_leaves(shared: LocustSite) -> Iterator[None]:
         """While a test cleans up, another signal leaves at once, saying how to remove the rest."""
 
         def leave(number: int, _: FrameType | None) -> None:
-            _leave_at_once(number, len(site.claims.ours), f"hub-stress-test purge --run {site.run}")
+            leave_at_once(number, len(shared.claims.ours), shared.run)
 
         before = {number: signal.signal(number, leave) for number in SIGNALS}
         try:
@@ -3882,29 +4444,26 @@ if locust_is_loading():
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def locust_args(environment: Any) -> argparse.Namespace:
-        """The options of a test, from the command line or the web form; raises `UsageError`."""
-        options = vars(environment.parsed_options)
-        args = argparse.Namespace(baseline=None, token=environment.hub_token)
-        for option in LOCUST_OPTIONS[2:]:
-            flag = option.flags
-            given = options[flag[2:].replace("-", "_")]
-            texts = given or [] if option.repeatable else [given]
+    def locust_plan(environment: Any) -> Plan:
+        """The plan of a test, from the command line or the web form; raises `UsageError`."""
+        options, given = vars(environment.parsed_options), Json()
+        for name, row in LOCUST_OPTIONS.items():
+            if name in ("endpoint", "token"):
+                continue
+            value = options[f"hub_{row.key}"]
             try:
-                values = [option.kind(str(text)) if text and option.kind else None for text in texts]
+                values = [row.kind(str(one)) for one in (value or ()) if row.kind] if row.repeatable else ()
+                if row.repeatable:
+                    given[name] = tuple(values)
+                elif value and row.kind:
+                    given[name] = row.kind(str(value))
             except argparse.ArgumentTypeError as error:
-                raise UsageError(f"argument {flag}: {error}") from None
-            setattr(args, flag.removeprefix("--hub-").replace("-", "_"), values if option.repeatable else values[0])
-        args.profile = profile_value(args.profile) if args.profile else None
-        args.operations = args.operations or None
-        args.endpoint = environment.host and endpoint_url(environment.host)
-        validate(args)
-        return args
-
-    def check_locust_hub(environment: Any, args: argparse.Namespace, session: HubSession) -> Hub:
-        """The hub, once it has shown that it accepts the token for what the user classes will do."""
+                raise UsageError(f"argument --hub-{row.flag[2:]}: {error}") from None
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
-        return check_hub(args.endpoint, session, "stress-test" if people else "activity-stress-test")
+        endpoint = environment.host and endpoint_url(environment.host)
+        plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, token=environment.hub_token, **given)
+        validate(argparse.Namespace(**vars(plan)))
+        return plan
 
     class HubUser(FastHttpUser):
         """A Locust user with a user of their own on the hub."""
@@ -3916,18 +4475,14 @@ if locust_is_loading():
         network_timeout = connection_timeout = float(DEFAULT_TIMEOUT)
 
         def on_start(self) -> None:
-            site: Site | None = getattr(self.environment, "hub_site", None)
-            if site is None:  # its check has failed, and said why
+            shared: LocustSite | None = getattr(self.environment, "hub_site", None)
+            if shared is None:  # its check has failed, and said why
                 raise StopUser
-            self.site, self.session = site, LocustSession(self, site.args.token)
-
-        @property
-        def hub_session(self) -> HubSession:
-            return self.session  # type: ignore[return-value]
+            self.shared, self.site, self.plan = shared, shared.site, shared.site.plan
 
         def new_user(self) -> str:
             try:
-                return self.site.new_user(self.hub_session, self.batch)
+                return self.shared.new_user(self.batch)
             except HubRefused as error:
                 SAY.error("%s", error)
                 raise StopUser from None
@@ -3939,8 +4494,8 @@ if locust_is_loading():
 
         def on_start(self) -> None:
             super().on_start()
-            self.username = self.new_user()
-            self._interval_s: float = SERVER_REPORTS_EVERY_S / self.site.args.scale
+            self.username, self.session = self.new_user(), FastSession(self, self.plan.token or "")
+            self._interval_s: float = SERVER_REPORTS_EVERY_S / self.plan.scale
             self._number = random.randrange(1000)  # where in the mix this one begins
             self._due_s: float = time.monotonic() + random.random() * self._interval_s
             gevent.sleep(self._due_s - time.monotonic())  # so that not all send at one time
@@ -3953,12 +4508,13 @@ if locust_is_loading():
         @task
         def send(self) -> None:
             self._number += 1
-            name = self.session.operation = choose(self.site.args.mix, self._number)
+            name = self.session.operation = choose(self.plan.mix or DEFAULT_MIX, self._number)
+            session: Any = self.session
             try:
-                OPERATIONS[name](self.username, self.site.hub.endpoint, self.hub_session)
+                OPERATIONS[name](self.username, self.site.hub.endpoint, session)
             except Exception as error:
-                now_s = time.monotonic()
-                self.session.add(Sample(name, self.username, now_s, now_s, now_s, f"{type(error).__name__}: {error}"))
+                now_s, reason = time.monotonic(), Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
+                self.site.record.add(Event(name, self.username, now_s, now_s, now_s, reason))
 
     class Person(HubUser):
         """Logs in, waits until their server is ready, stays for --hub-stay, stops it and leaves."""
@@ -3971,44 +4527,27 @@ if locust_is_loading():
 
         @task
         def visit(self) -> None:
-            args, site = self.site.args, self.site
-            if self._visits == args.visits:
+            if self._visits == self.plan.visits:
                 gevent.sleep(3600)  # has left, but stays in Locust's count, which it would otherwise fill up again
                 return
             self._visits += 1
-            name = self.new_user()
-            site.states[name] = ServerState.READY
-            starter = Starter(site.hub.endpoint, self.hub_session, args.profile, args.server_timeout, site.turns)
-            start = starter.bring_up(name)
-            site.throttled += start.throttled
-            if start.ready:
-                gevent.sleep(args.stay)
-            stopped = stop_server(name, site.hub.endpoint, self.hub_session, wait=True)
-            if stopped and ask_to_delete(name, site.hub.endpoint, self.hub_session) is ServerState.GONE:
-                site.gone.append(name)
+            name, clock = self.new_user(), time.monotonic
+            try:
+                for at_s in journey(Visitor(name, clock()), self.site):
+                    gevent.sleep(max(0.0, at_s - clock()))
+            except CutShort as error:
+                SAY.error("%s", error)
 
     def _add_options(parser: Any) -> None:
-        for option in LOCUST_OPTIONS:
-            hidden = {"include_in_web_ui": False} if option in LOCUST_OPTIONS[:2] or option.repeatable else {}
-            option.add_to(parser, type=_checked(option.kind), **hidden)
-
-    def _checked(kind: Any) -> Callable[[str], str]:
-        """Text that `kind` accepts, as text: which is what a web form's field holds, and what Locust can send on."""
-
-        def check(text: str) -> str:
-            if text:
-                kind(text)
-            return text
-
-        return check
+        for row in LOCUST_OPTIONS.values():
+            row.add_to_locust(parser)
 
     def _begin(environment: Any, runner: Any, **_: Any) -> None:
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
-        found = os.environ.get("JUPYTERHUB_ENDPOINT") or os.environ.get("JUPYTERHUB_API_URL")
-        environment.host = environment.host or options.hub_endpoint or found
+        environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
         environment.hub_reports = {}
         for kind in environment.user_classes:
             kind.host = environment.host or ""
@@ -4019,23 +4558,25 @@ if locust_is_loading():
                 runner.register_message("hub-cleaned-up", _note_report)
             if options.headless:
                 try:
-                    args = locust_args(environment)
-                    check_locust_hub(environment, args, get_session(args.token))
+                    _check(environment)
                 except HubStressError as error:
                     sys.stderr.write(f"hub-stress-test: {error}\n")
                     raise SystemExit(int(error.exit_code)) from None
+
+    def _check(environment: Any) -> None:
+        """Whether the hub accepts the token for what the user classes will do; else raises `HubStressError`."""
+        plan = locust_plan(environment)
+        check_hub(plan.endpoint or "", get_session(plan.token or ""), plan.command)
 
     def _start(environment: Any, **_: Any) -> None:
         environment.hub_site, environment.hub_reports = None, {}
         runner = environment.runner
         try:
             if isinstance(runner, MasterRunner):
-                args = locust_args(environment)
-                check_locust_hub(environment, args, get_session(args.token))
+                _check(environment)
             else:
-                site = Site(environment, getattr(runner, "worker_index", 0))
-                environment.hub_site = site
-                SAY.info("Users of this process are called %s", username(0, site.run)[:-1] + "<n>")
+                environment.hub_site = shared = LocustSite(environment, getattr(runner, "worker_index", 0))
+                SAY.info("Users of this process are called %s", username(0, shared.run)[:-1] + "<n>")
         except HubStressError as error:
             SAY.error("%s", error)
             environment.process_exit_code = int(error.exit_code)
@@ -4057,11 +4598,11 @@ if locust_is_loading():
 
     def _clean_up(environment: Any, **_: Any) -> None:
         runner = environment.runner
-        site: Site | None = getattr(environment, "hub_site", None)
-        told = site.clean_up() if site else {}
+        shared: LocustSite | None = getattr(environment, "hub_site", None)
+        told = shared.clean_up() if shared else {}
         if isinstance(runner, WorkerRunner):
             runner.send_message("hub-cleaned-up", told)
-        elif site:
+        elif shared:
             environment.hub_reports["local"] = told
 
     def _note_report(environment: Any, msg: Any, **_: Any) -> None:
@@ -4077,28 +4618,29 @@ if locust_is_loading():
         left = [name for told in reports for name in told["left"]]
         for told in reports:
             if told["left"]:
-                SAY.error("STILL THERE: %s; hub-stress-test purge --run %s", " ".join(told["left"]), told["run"])
+                SAY.error("STILL THERE: %s; %s", " ".join(told["left"]), purge_command(told["run"]))
         if not environment.process_exit_code:
             environment.process_exit_code = _judge(environment, reports, left)
 
     def _judge(environment: Any, reports: Sequence[Mapping[str, Any]], left: list[str]) -> int:
         runner: Any = environment.runner
-        args = locust_args(environment)
+        plan = locust_plan(environment)
         lost = (
             [client.id for client in runner.clients.all if client.state == STATE_MISSING]
             if hasattr(runner, "clients")
             else []
         )
         for client in lost:
-            run = f"{args.run}-{runner.get_worker_index(client)}"
-            SAY.error("A worker is gone, and what it made may still be there: hub-stress-test purge --run %s", run)
+            run = f"{plan.run}-{runner.get_worker_index(client)}"
+            SAY.error("A worker is gone, and what it made may still be there: %s", purge_command(run))
         SAY.info("%d users deleted, %s left", sum(told["deleted"] for told in reports), len(left) or "none")
         throttled = sum(told["throttled"] for told in reports)
-        results = locust_results(runner.stats.entries.values(), {*args.mix, "server_ready"}, throttled)
-        judged = [one.judge(results, None) for one in args.fail_if or (FAILED,)]
+        load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
+        found = locust_results(runner.stats.entries.values(), load, throttled)
+        judged = [one.judge(found, None) for one in plan.conditions]
         for one in judged:
-            SAY.info("%s: %s, it is %s", one["condition"], "HELD" if one["held"] else "not held", _value_text(one))
-        return int(exit_code([*left, *lost], None, any(one["held"] for one in judged)))
+            SAY.info("%s: %s, it is %s", one.condition, "MET" if one.held else "not met", _value_text(one))
+        return int(exit_code([*left, *lost], None, False, any(one.held for one in judged)))
 
     hooks: Any = events
     hooks.init_command_line_parser.add_listener(_add_options)

@@ -15,6 +15,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb"
 )
+PATIENCE_S = 60.0  # for a page to load, or a script to run
 
 
 @contextlib.contextmanager
@@ -27,6 +28,8 @@ def browser(width: int = 1280, height: int = 900, dark: bool = False) -> Iterato
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+        driver.set_page_load_timeout(PATIENCE_S)
+        driver.set_script_timeout(PATIENCE_S)
         try:
             driver.execute_cdp_cmd(
                 "Emulation.setDeviceMetricsOverride",

@@ -35,28 +35,56 @@ START_TIMEOUT_S = 30.0
 BOOT = "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterhub.app import main; main()"
 
 
+def option(flag: str, default: Any, help: str, metavar: str | None = None) -> Any:
+    """A field of the options, and how it is written on the command line; without `metavar` a switch."""
+    return dataclasses.field(default=default, metadata={"flag": flag, "help": help, "metavar": metavar})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubOptions:
     """How the hub behaves. Shares are exact: of ten spawns at 0.4, four fail. A profile may ask for other values."""
 
-    version: str | None = None  # another JupyterHub than the one beside this interpreter; installed on first use
-    spawn_s: float = 0.0  # how long a server takes to start
-    spawn_jitter_s: float = 0.0  # at most so much longer, at random
-    stop_s: float = 0.0  # how long a server takes to stop
-    fail_rate: float = 0.0  # share of spawns that fail with a reason
-    hang_rate: float = 0.0  # share of spawns that never end
-    slow_spawn_timeout_s: float = 10.0  # after which a start is answered with 202
-    slow_stop_timeout_s: float = 10.0
-    start_timeout_s: float = 60.0  # after which the hub gives a spawn up
-    concurrent_spawn_limit: int = 100
-    active_server_limit: int = 0
-    consecutive_failure_limit: int = 0  # failures in a row after which the hub exits
-    bystanders: int = 0  # users that are there beside alice and the look-alikes
-    admins: tuple[str, ...] = ()  # admins that are there
-    real_servers: bool = False  # jupyterhub-singleuser instead of stubs
-    database: str = "memory"  # or the path of an sqlite file, whose users outlive a restart
-    base_url: str = "/"
-    scopes: tuple[str, ...] = ROLE_SCOPES  # of the token
+    version: str | None = option(
+        "--version", None, "run this JupyterHub, installed on first use (the one beside this interpreter)", "X.Y.Z"
+    )
+    spawn_s: float = option("--spawn", 0.0, "a server takes so many seconds to start (0)", "SECONDS")
+    spawn_jitter_s: float = option(
+        "--jitter", 0.0, "a server takes at most so many seconds longer to start, at random (0)", "SECONDS"
+    )
+    stop_s: float = option("--stop", 0.0, "a server takes so many seconds to stop (0)", "SECONDS")
+    fail_rate: float = option("--fail", 0.0, "this share of the spawns, 0 to 1, fails with a reason (0)", "SHARE")
+    hang_rate: float = option("--hang", 0.0, "this share of the spawns, 0 to 1, never ends (0)", "SHARE")
+    slow_spawn_timeout_s: float = option(
+        "--slow-spawn-timeout", 10.0, "the hub answers a start with 202 after so many seconds (10)", "SECONDS"
+    )
+    slow_stop_timeout_s: float = option(
+        "--slow-stop-timeout", 10.0, "the hub answers a stop with 202 after so many seconds (10)", "SECONDS"
+    )
+    start_timeout_s: float = option(
+        "--start-timeout", 60.0, "the hub gives a spawn up after so many seconds (60)", "SECONDS"
+    )
+    concurrent_spawn_limit: int = option(
+        "--spawn-limit", 100, "the hub throttles while so many servers are starting (100; 0 is no limit)", "SERVERS"
+    )
+    active_server_limit: int = option(
+        "--server-limit",
+        0,
+        "the hub throttles while so many servers are starting or running (0 is no limit)",
+        "SERVERS",
+    )
+    consecutive_failure_limit: int = option(
+        "--failure-limit", 0, "the hub exits after so many failed spawns in a row (0 is never)", "SPAWNS"
+    )
+    bystanders: int = option("--bystanders", 0, "so many users exist beside alice and the look-alikes (0)", "USERS")
+    admins: tuple[str, ...] = option("--admin", (), "an admin of this name exists; repeatable (none)", "NAME")
+    real_servers: bool = option("--real-servers", False, "servers are jupyterhub-singleuser instead of stubs")
+    database: str = option(
+        "--database", "memory", "users are kept in this sqlite file, and outlive a restart (memory)", "FILE"
+    )
+    base_url: str = option("--base-url", "/", "the hub is at this path, which ends in a slash (/)", "PATH")
+    scopes: tuple[str, ...] = option(
+        "--scope", ROLE_SCOPES, f"the token has this scope; repeatable ({', '.join(ROLE_SCOPES)})", "SCOPE"
+    )
 
 
 def hub_python(version: str | None) -> str:
@@ -183,12 +211,14 @@ class LocalHub:
     def users(self) -> dict[str, dict[str, Any]]:
         """What the hub says of every user, by name."""
         found: dict[str, dict[str, Any]] = {}
-        following: dict[str, Any] | None = {"offset": 0}
-        while following:
-            path = f"/users?limit=200&offset={following['offset']}"
+        offset: int | None = 0
+        while offset is not None:
+            path = f"/users?limit=200&offset={offset}"
             _, data = self.call("GET", path, accept="application/jupyterhub-pagination+json")
             items, following = (data, None) if isinstance(data, list) else (data["items"], data["_pagination"]["next"])
             found |= {user["name"]: user for user in items}
+            before, offset = offset, following["offset"] if following else None
+            assert offset is None or offset > before, "the hub's pages do not end"
         return found
 
     def log(self) -> str:
@@ -204,11 +234,12 @@ def _clean_environment() -> dict[str, str]:
 
 def free_port() -> int:
     """A port that nobody has, below those that the system gives out, so that it is still free after a restart."""
-    while True:
+    for _ in range(1000):
         port = 20000 + secrets.randbelow(12000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise RuntimeError("there is no free port between 20000 and 32000")
 
 
 def run_beside(hub: LocalHub, command: list[str]) -> int:
@@ -221,19 +252,18 @@ def run_beside(hub: LocalHub, command: list[str]) -> int:
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = {"slow_spawn_timeout_s": "--slow-spawn-timeout", "concurrent_spawn_limit": "--spawn-limit"}
-    flags |= {"spawn_jitter_s": "--jitter", "active_server_limit": "--server-limit", "scopes": "--scope"}
-    flags |= {"consecutive_failure_limit": "--failure-limit", "admins": "--admin"}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for field in dataclasses.fields(HubOptions):
-        flag = flags.get(field.name, "--" + field.name.removesuffix("_s").removesuffix("_rate").replace("_", "-"))
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, dest=field.name, action="store_true")
+        flag, text, metavar = (field.metadata[key] for key in ("flag", "help", "metavar"))
+        if metavar is None:
+            parser.add_argument(flag, dest=field.name, action="store_true", help=text)
         elif isinstance(field.default, tuple):
-            parser.add_argument(flag, dest=field.name, action="append", help=f"repeatable ({', '.join(field.default)})")
+            parser.add_argument(flag, dest=field.name, action="append", help=text, metavar=metavar)
         else:
             kind = str if field.default is None else type(field.default)
-            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, help=f"({field.default})")
+            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, help=text, metavar=metavar)
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, help="what to run beside the hub; without one it just stays up"
     )

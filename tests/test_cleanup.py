@@ -1,107 +1,38 @@
-"""Cleaning up, against hubs that hypothesis makes up: whatever they answer, it ends and touches only what is ours."""
+"""Cleaning up: whatever a hub answers, it ends and touches only what is ours; the users that are left are named."""
 
 from __future__ import annotations
 
-import functools
-import json
-import random
-import traceback
-import urllib.parse
 from typing import Any
 
 import pytest
-import requests
-from conftest import run_tool, tool_users
-from fault_proxy import AnswerAfter, Delay, FaultProxy, first, matching
+from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, first, matching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from localhub import LocalHub
+from made_up import ENDPOINT, MODELS, ErraticHub, TimeTraveller
+from tool import THEIR_ADMIN, THEIRS, run_tool, start_tool, tool_users
 
 import hub_stress_test as hst
 from hub_stress_test import ServerState
 
 OURS = [f"hub-stress-test-{n}" for n in range(1, 5)]
-THEIRS = ["alice", "hub-stress-tester", "hub-stress-test-admin", "hub-stress-test-9", "hub-stress-test-x-1"]
-MODELS = {
-    ServerState.STOPPED: {},
-    ServerState.STARTING: {"": {"pending": "spawn", "ready": False}},
-    ServerState.READY: {"": {"pending": None, "ready": True}},
-    ServerState.STOPPING: {"": {"pending": "stop", "ready": False}},
-}
+NOT_OURS = ["alice", "hub-stress-tester", "hub-stress-test-admin", "hub-stress-test-9", "hub-stress-test-x-1"]
 STATES = st.sampled_from(sorted(MODELS, key=str))
 STATUSES = st.sampled_from([200, 202, 204, 400, 403, 404, 429, 500, 502, 503])
 
 
-class MadeUpHub(requests.adapters.BaseAdapter):
-    """Users in any state; each request is answered out of `statuses`, and acted on or not, as it comes."""
-
-    def __init__(self, states: dict[str, ServerState], statuses: list[int], seed: int) -> None:
-        super().__init__()
-        self.states = dict(states)
-        self.written_to: set[str] = set()
-        self._statuses = list(statuses)
-        self._rng = random.Random(seed)
-
-    def close(self) -> None:
-        pass
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        response = requests.Response()
-        response.request, response.url = request, request.url or ""
-        path = urllib.parse.urlsplit(response.url).path.removeprefix("/hub/api/users").strip("/").split("/")
-        response.status_code, data = self._answer(request.method or "", *path)
-        response._content = json.dumps(data).encode()
-        return response
-
-    def _answer(self, method: str, name: str, *rest: str) -> tuple[int, Any]:
-        self._drift()
-        honest = not self._statuses
-        status = 200 if honest else self._statuses.pop()
-        if method == "GET":
-            models = [{"name": n, "admin": False, "servers": MODELS[s]} for n, s in self.states.items()]
-            return status, models if status == 200 else None
-        self.written_to.add(name)
-        state = self.states.get(name)
-        if state is None:
-            return 404, None
-        if honest or self._rng.random() < 0.5:  # it acts, whatever it then answers
-            if rest and state is not ServerState.STARTING:
-                self.states[name] = ServerState.STOPPED
-            elif not rest and state is ServerState.STOPPED:
-                del self.states[name]
-            elif honest:
-                return 500, None
-            return (204 if honest else status), None
-        return (status if status not in (204, 404) else 500), None
-
-    def _drift(self) -> None:
-        """Servers go on by themselves: what starts becomes ready or fails, what stops has stopped."""
-        for name, state in list(self.states.items()):
-            if state is ServerState.STARTING and self._rng.random() < 0.3:
-                self.states[name] = self._rng.choice([ServerState.READY, ServerState.STOPPED])
-            if state is ServerState.STOPPING and self._rng.random() < 0.3:
-                self.states[name] = ServerState.STOPPED
+def clean_up(thought: dict[str, ServerState], session: hst.HubSession) -> hst.CleanUp:
+    return hst.remove_users(thought, set(OURS).__contains__, hst.Hub(ENDPOINT, session), hst.Recorder(), 1)
 
 
-class TimeTraveller(hst.HubSession):
-    """A session whose pauses take no time but move its clock."""
-
-    def __init__(self, hub: MadeUpHub) -> None:
-        super().__init__("x", hub)
-        self._now_s = 0.0
-        self.clock = lambda: self._now_s
-        self.answered_s = 0.0
-
-    def pause(self, seconds: float) -> bool:
-        self._now_s += seconds
-        return not self.stopping.is_set()
+# ==== Hubs that are made up ==========================================================================================
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     states=st.fixed_dictionaries({name: STATES for name in OURS}),
-    theirs=st.fixed_dictionaries({name: STATES for name in THEIRS}),
-    thought=st.fixed_dictionaries({name: st.sampled_from(sorted(ServerState, key=str)) for name in OURS + THEIRS}),
+    theirs=st.fixed_dictionaries({name: STATES for name in NOT_OURS}),
+    thought=st.fixed_dictionaries({name: st.sampled_from(sorted(ServerState, key=str)) for name in OURS + NOT_OURS}),
     statuses=st.lists(STATUSES, max_size=40),
     seed=st.integers(0, 1000),
 )
@@ -112,50 +43,58 @@ def test_whatever_a_hub_answers_cleaning_up_ends_and_writes_only_to_ours(
     statuses: list[int],
     seed: int,
 ) -> None:
-    hub = MadeUpHub(states | theirs, statuses, seed)
-    cleaned = hst.remove_users(thought, set(OURS).__contains__, "http://x/hub/api", TimeTraveller(hub), 1)
-    assert hub.written_to <= set(OURS)
-    assert hub.states.keys() >= set(THEIRS)
-    assert set(cleaned.left) >= hub.states.keys() & set(OURS)
+    erratic = ErraticHub(states | theirs, statuses, seed)
+    cleaned = clean_up(thought, TimeTraveller(erratic))
+    assert erratic.written_to <= set(OURS)
+    assert erratic.states.keys() >= set(NOT_OURS)
+    assert set(cleaned.left) >= erratic.states.keys() & set(OURS)
 
 
 @settings(max_examples=30, deadline=None)
 @given(states=st.fixed_dictionaries({name: STATES for name in OURS}), seed=st.integers(0, 1000))
 def test_a_hub_that_comes_to_its_senses_is_left_empty(states: dict[str, ServerState], seed: int) -> None:
-    hub = MadeUpHub(states, [500, 502, 503, 400, 429] * 3, seed)
-    thought = dict.fromkeys(OURS, ServerState.READY)
-    cleaned = hst.remove_users(thought, set(OURS).__contains__, "http://x/hub/api", TimeTraveller(hub), 1)
-    assert cleaned == hst.CleanUp(deleted=4) and not hub.states
+    erratic = ErraticHub(states, [500, 502, 503, 400, 429] * 3, seed)
+    cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), TimeTraveller(erratic))
+    assert cleaned == hst.CleanUp(deleted=4) and not erratic.states
 
 
 @settings(max_examples=30, deadline=None)
 @given(status=st.sampled_from([400, 403, 429, 500, 502, 503]), seed=st.integers(0, 1000))
 def test_a_hub_that_never_does_anything_is_given_up_with_every_name(status: int, seed: int) -> None:
-    hub = MadeUpHub(dict.fromkeys(OURS, ServerState.READY), [status] * 100_000, seed)
-    hub._rng.random = lambda: 1.0  # type: ignore[method-assign]  # it never acts
-    session = TimeTraveller(hub)
-    cleaned = hst.remove_users(
-        dict.fromkeys(OURS, ServerState.READY), set(OURS).__contains__, "http://x/hub/api", session, 1
-    )
+    erratic = ErraticHub(dict.fromkeys(OURS, ServerState.READY), [status] * 100_000, seed, acts=0.0)
+    session = TimeTraveller(erratic)
+    cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), session)
     assert set(cleaned.left) == set(OURS)
     assert session.clock() <= hst.CLEANUP_TIMEOUT_S + 300
 
 
-def test_users_that_the_hub_makes_after_its_answer_was_given_up_are_removed_too(new_hub: LocalHub) -> None:
-    with FaultProxy(new_hub.endpoint) as proxy:
-        endpoint = proxy.url + "/hub/api"
-        session, claims = hst.get_session(new_hub.token), hst.Claims()
-        proxy.rule = first(1, matching("POST", "/users$"), AnswerAfter(502))
-        assert hst.create_users(3, 3, endpoint, session, claims=claims) == [OURS[:3]]
-        late = hst.Call(retry_until_s=0)
-        claims.ask(["hub-stress-test-4"])
-        proxy.rule = first(1, matching("POST", "/users$"), Delay(1))
-        body = {"usernames": ["hub-stress-test-4"]}
-        assert session.ask("POST", endpoint + "/users", json=body, timeout=0.3, call=late).lost
-        states = dict.fromkeys(claims.confirmed, ServerState.STOPPED) | {"hub-stress-test-4": ServerState.UNKNOWN}
-        session.pause(hst.LATE_S)
-        cleaned = hst.remove_users(states, set(claims.ours).__contains__, endpoint, session, 2)
-    assert cleaned.left == () and not tool_users(new_hub)
+class OneAtATime(ErraticHub):
+    """A hub that deletes a user only when it was asked for the list meanwhile."""
+
+    listed = True
+
+    def _answer(self, method: str, name: str, *rest: str) -> tuple[int, Any]:
+        if method == "DELETE" and not self.listed:
+            return 500, None
+        self.listed = method == "GET"
+        return super()._answer(method, name, *rest)
+
+
+class Slow(TimeTraveller):
+    """A session whose pauses all take 200 s."""
+
+    def pause(self, seconds: float) -> bool:
+        return super().pause(200.0)
+
+
+def test_cleaning_up_goes_on_beyond_its_time_while_there_is_progress() -> None:
+    slow = OneAtATime(dict.fromkeys(OURS, ServerState.STOPPED), [], seed=1)
+    session = Slow(slow)
+    cleaned = clean_up(dict.fromkeys(OURS, ServerState.STOPPED), session)
+    assert cleaned == hst.CleanUp(deleted=4) and session.clock() > hst.CLEANUP_TIMEOUT_S
+
+
+# ==== Claims =========================================================================================================
 
 
 def test_names_whose_making_was_not_confirmed_are_not_deleted_when_another_run_is_about() -> None:
@@ -167,30 +106,153 @@ def test_names_whose_making_was_not_confirmed_are_not_deleted_when_another_run_i
     assert claims.ours == ["hub-stress-test-1"]
 
 
-def test_an_admin_of_our_naming_is_never_touched(hub: LocalHub) -> None:
+def test_users_that_the_hub_makes_after_its_answer_was_given_up_are_removed_too(new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        session, record, claims = hst.get_session(new_hub.token), hst.Recorder(), hst.Claims()
+        hub = hst.Hub(proxy.url + "/hub/api", session)
+        proxy.rule = first(1, matching("POST", "/users$"), AnswerAfter(502))
+        assert list(hst.make_users(3, 3, hub, record, claims, [], "")) == [OURS[:3]]
+        claims.ask(OURS[3:])
+        proxy.rule = first(1, matching("POST", "/users$"), Delay(1))
+        body = {"usernames": OURS[3:]}
+        assert session.ask("POST", hub.endpoint + "/users", json=body, timeout=0.3, call=hst.once()).lost
+        states = dict.fromkeys(claims.confirmed, ServerState.STOPPED) | {OURS[3]: ServerState.UNKNOWN}
+        session.pause(hst.LATE_ACT_S)
+        cleaned = hst.remove_users(states, set(claims.ours).__contains__, hub, record, 2)
+    assert cleaned.left == () and not tool_users(new_hub)
+
+
+# ==== Kept users, and purge ==========================================================================================
+
+
+def test_kept_users_are_exactly_as_many_as_asked_and_their_servers_run(hub: LocalHub) -> None:
+    done = run_tool("stress-test", "-c", "13", "-b", "5", "--keep", hub=hub)
+    assert done.code == 0 and "13 users kept, as asked; remove them with: hub-stress-test purge" in done.summary
+    kept, users = tool_users(hub), hub.users()
+    assert len(kept) == 13
+    assert all(users[name]["servers"][""]["ready"] for name in kept)
+    done = run_tool("purge", hub=hub)
+    assert done.code == 0 and "13 users removed" in done.summary
+    assert not tool_users(hub)
+
+
+def test_users_kept_by_an_activity_test_were_active_and_have_no_servers(hub: LocalHub) -> None:
+    done = run_tool("activity-stress-test", "-c", "15", "--workers", "15", "--keep", hub=hub)
+    assert done.code == 0 and "15 of 15 activity reports were accepted" in done.summary
+    kept, users = tool_users(hub), hub.users()
+    assert len(kept) == 15
+    assert all(users[name]["last_activity"] and not users[name]["servers"] for name in kept)
     assert run_tool("purge", hub=hub).code == 0
-    assert hub.users()["hub-stress-test-400"]["admin"]
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1/hub/api", "http://hub.invalid/hub/api"])
-def test_the_token_is_in_no_traceback_even_with_locals(endpoint: str) -> None:
-    token = "s3cr3t-" + "t0k3n"
-    session = hst.HubSession(token, retry_window_s=0)
-    commands: list[functools.partial[Any]] = [
-        functools.partial(hst.run_stress_test, 1, 1, token, endpoint),
-        functools.partial(hst.purge_users, token, endpoint),
-        functools.partial(hst.notebook_activity_test, 1, token, endpoint, 1),
-        functools.partial(hst.create_users, 1, 1, endpoint, session),
-    ]
-    for command in commands:
-        with pytest.raises(hst.HubStressError) as raised:
-            command()
-        within = raised.value.with_traceback(raised.tb.tb_next)  # without this test's own frame
-        assert token not in "".join(traceback.TracebackException.from_exception(within, capture_locals=True).format())
+def test_350_kept_users_are_seen_and_purged_and_nobody_else_is(hub: LocalHub) -> None:
+    names = [f"hub-stress-test-{n}" for n in range(1, 351)]
+    assert hub.call("POST", "/users", {"usernames": names})[0] == 201
+    theirs = {name: user for name, user in hub.users().items() if name not in names}
+    done = run_tool("purge", "--batch-size", "20", hub=hub)
+    assert done.code == 0 and "350 users removed" in done.summary
+    after = hub.users()
+    assert after.keys() == theirs.keys() >= THEIRS
+    assert after[THEIR_ADMIN]["admin"]
+    assert {n: u["last_activity"] for n, u in after.items()} == {n: u["last_activity"] for n, u in theirs.items()}
 
 
-def test_fifty_starts_at_a_time_get_through_a_hub_that_lets_five() -> None:
-    with LocalHub(concurrent_spawn_limit=5, spawn_s=0.2, slow_spawn_timeout_s=0) as hub:
-        done = run_tool("stress-test", "-c", "60", "-b", "50", hub=hub)
-        assert done.code == 0 and "60 ready, 0 failed" in done.stdout and "were throttled" in done.stdout
-        assert not tool_users(hub)
+def test_a_purge_that_finds_nothing_succeeds_and_leaves_an_admin_of_our_naming_alone(hub: LocalHub) -> None:
+    done = run_tool("purge", hub=hub)
+    assert done.code == 0 and "0 users removed" in done.summary
+    assert hub.users()[THEIR_ADMIN]["admin"]
+
+
+def test_a_purge_of_one_run_leaves_the_other_runs_users(hub: LocalHub) -> None:
+    hub.call("POST", "/users", {"usernames": ["hub-stress-test-1", "hub-stress-test-a-1", "hub-stress-test-a-1-1"]})
+    assert run_tool("purge", "--run", "a", hub=hub).code == 0
+    assert tool_users(hub) == {"hub-stress-test-1", "hub-stress-test-a-1-1"}
+    assert run_tool("--run", "a-1", "purge", hub=hub).code == 0
+    assert tool_users(hub) == {"hub-stress-test-1"}
+    assert run_tool("purge", hub=hub).code == 0
+
+
+def test_a_purge_removes_users_whose_servers_are_in_any_state(new_hub: LocalHub) -> None:
+    new_hub.call("POST", "/users", {"usernames": OURS})
+    session = hst.get_session(new_hub.token)
+    hub = hst.Hub(new_hub.endpoint, session)
+    servers = [hst.user_url(hub.endpoint, name, "server") for name in OURS]
+
+    def begin(method: str, url: str, wish: dict[str, float] | None = None) -> None:
+        """Ask for something that takes longer than anybody waits."""
+        assert session.ask(method, url, json=wish, call=hst.once(), timeout=0.5).lost
+
+    assert hub.start(OURS[0], None, session.clock() + 20).status == 201
+    assert hub.start(OURS[1], {"stop_s": 3.0}, session.clock() + 20).status == 201
+    begin("DELETE", servers[1])
+    begin("POST", servers[2], {"spawn_s": 3.0})
+    states = [ServerState.READY, ServerState.STOPPING, ServerState.STARTING, ServerState.STOPPED]
+    assert [hub.state(name) for name in OURS] == states
+    done = run_tool("purge", hub=new_hub)
+    assert done.code == 0 and "4 users removed" in done.summary
+    assert not tool_users(new_hub)
+
+
+def test_a_run_skips_the_names_of_kept_users_and_does_not_touch_them(hub: LocalHub) -> None:
+    """A gap between them collides with nobody."""
+    hub.call("POST", "/users", {"usernames": ["hub-stress-test-1", "hub-stress-test-3"]})
+    assert run_tool("stress-test", "-c", "3", hub=hub).code == 0
+    assert tool_users(hub) == {"hub-stress-test-1", "hub-stress-test-3"}
+    assert run_tool("purge", hub=hub).code == 0
+
+
+def test_activity_uses_kept_users_first_and_deletes_only_those_it_made(hub: LocalHub) -> None:
+    theirs = {"hub-stress-test-1", "hub-stress-test-5", "hub-stress-test-a-9"}
+    hub.call("POST", "/users", {"usernames": sorted(theirs)})
+    done = run_tool("activity-stress-test", "-c", "6", "--workers", "6", hub=hub)
+    assert done.code == 0 and "6 of 6 activity reports were accepted" in done.summary
+    assert "4 users deleted, none left" in done.summary
+    assert tool_users(hub) == theirs
+    assert run_tool("purge", hub=hub).code == 0
+
+
+# ==== Runs at the same time ==========================================================================================
+
+
+def test_parallel_runs_of_different_names_never_touch_each_others_users(hub: LocalHub) -> None:
+    hub.call("POST", "/users", {"usernames": ["hub-stress-test-a-1", "hub-stress-test-1"]})
+    words = ("stress-test", "-c", "12", "-b", "6", "--run")
+    with start_tool(*words, "a", hub=hub) as one, start_tool(*words, "b", hub=hub) as other:
+        ends = [one.outcome(), other.outcome()]
+    for done in ends:
+        assert done.code == 0, done
+        assert "12 of 12 servers became ready" in done.summary and "12 users deleted, none left" in done.summary
+    assert tool_users(hub) == {"hub-stress-test-a-1", "hub-stress-test-1"}
+    assert run_tool("purge", hub=hub).code == 0
+
+
+def test_two_runs_of_the_same_name_each_keep_to_what_they_made(hub: LocalHub) -> None:
+    words = ("stress-test", "-c", "15", "-b", "5")
+    with start_tool(*words, hub=hub) as one, start_tool(*words, hub=hub) as other:
+        ends = [one.outcome(), other.outcome()]
+    for done in ends:
+        assert done.code == 0, done
+        assert "15 of 15 servers became ready" in done.summary
+    assert not tool_users(hub)
+
+
+# ==== What cannot be removed =========================================================================================
+
+
+@pytest.mark.parametrize("command", [("stress-test", "-c", "4"), ("activity-stress-test", "-c", "4")], ids=" ".join)
+def test_users_that_cannot_be_deleted_are_named_with_the_command_that_removes_them(
+    command: tuple[str, ...], new_hub: LocalHub
+) -> None:
+    stubborn = {"hub-stress-test-ci-2", "hub-stress-test-ci-3"}
+    refuse = {f"/hub/api/users/{name}" for name in stubborn}
+    with FaultProxy(new_hub.endpoint) as proxy:
+        locked = Answer(500, b'{"message": "database is locked"}')
+        proxy.rule = lambda request: locked if request.method == "DELETE" and request.path in refuse else None
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        done = run_tool(*command, "--run", "ci", "--cleanup-timeout", "3s", hub=new_hub, env=env)
+    assert done.code == 4 and done.summary.startswith("LEFT SOMETHING BEHIND: ")
+    assert "2 users deleted; 2 ARE STILL THERE: hub-stress-test-ci-2 hub-stress-test-ci-3" in done.summary
+    assert "remove them with: hub-stress-test purge --run ci" in done.summary
+    assert tool_users(new_hub) == stubborn
+    assert run_tool("purge", "--run", "ci", hub=new_hub).code == 0
+    assert not tool_users(new_hub)

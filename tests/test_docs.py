@@ -15,7 +15,7 @@ from pathlib import Path
 import localhub
 import pytest
 import yaml
-from conftest import MODULE
+from tool import MODULE
 
 import hub_stress_test as hst
 
@@ -71,7 +71,7 @@ def readme_options(heading: str) -> set[str]:
 def test_the_readme_documents_exactly_the_options_that_there_are() -> None:
     found = options()
     assert readme_options("## The three commands") == found[""]
-    for command in ("stress-test", "activity-stress-test", "purge"):
+    for command in hst.COMMANDS:
         assert found[command] >= found[""] - {"--version"}
         assert readme_options(f"### {command}") == found[command] - found[""]
 
@@ -111,7 +111,8 @@ def test_the_module_imports_nothing_but_its_two_dependencies_and_under_locust_th
 
 
 def test_the_readme_documents_exactly_the_options_that_locust_gets() -> None:
-    assert readme_options("## Beyond one machine: Locust") == {option.flags for option in hst.LOCUST_OPTIONS}
+    flags = {f"--hub-{row.flag.removeprefix('--')}" for row in hst.LOCUST_OPTIONS.values()}
+    assert readme_options("## Beyond one machine: Locust") == flags
 
 
 def test_the_manifest_in_the_readme_is_valid_yaml() -> None:
@@ -143,9 +144,16 @@ def test_the_seeds_constants_have_their_values() -> None:
     assert hst.LOG.name == "hub-stress-test"
 
 
+def readme_blocks(kinds: str) -> str:
+    """The README's code of these kinds, lines that go on in the next one joined."""
+    blocks = re.findall(rf"^```(?:{kinds})\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.sub(r" *\\?\n +(?=--)", " ", "\n".join(blocks))
+
+
 def commands_in_readme() -> list[str]:
-    blocks = re.findall(r"^```(?:sh|console|yaml)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    found = re.findall(r"(?<![\w/-])(?:\.venv/bin/)?hub-stress-test ((?:stress|activity|purge).*)", "\n".join(blocks))
+    """The arguments of every call of the tool in the README."""
+    code = readme_blocks("sh|console|yaml")
+    found = re.findall(r"(?<![\w/-])(?:\.venv/bin/)?hub-stress-test ((?:stress|activity|purge)[^;&|\n]*)", code)
     assert len(found) >= 5
     return found
 
@@ -157,13 +165,30 @@ def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, mo
     words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line))
     args = hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"])
     hst.validate(args)
-    assert args.command in hst.NEEDED_SCOPES
+    assert hst.plan_of(args).command in hst.COMMANDS
 
 
-def test_every_public_name_is_documented() -> None:
-    for name, thing in vars(hst).items():
-        if inspect.isfunction(thing) and thing.__module__ == hst.__name__ and not name.startswith("_"):
-            assert thing.__doc__ or name in ("utc", "user_url"), name
+def test_every_name_of_the_module_in_the_readmes_python_is_there() -> None:
+    code = readme_blocks("python")
+    used = {name for line in re.findall(r"from hub_stress_test import (.*)", code) for name in re.findall(r"\w+", line)}
+    used |= set(re.findall(r"\bhst\.(\w+)", code))
+    assert used and [name for name in used if not hasattr(hst, name)] == []
+
+
+def test_every_operation_and_statistic_stands_in_the_readme() -> None:
+    rows = "\n".join(re.findall(r"^\| .*", README, re.MULTILINE))
+    for name, step in hst.STEPS.items():
+        assert f"`{name}`" in rows, "which --fail-if takes"
+        assert re.search(rf"^\| .*\b{step.title}\b", rows, re.MULTILINE), "which the summary shows"
+    assert all(f"`{name}`" in rows for name in (*hst.STATISTICS, *hst.COMPARISONS))
+
+
+def test_every_public_function_and_class_says_what_it_is() -> None:
+    ours = {name: thing for name, thing in vars(hst).items() if getattr(thing, "__module__", "") == hst.__name__}
+    public = {name: thing for name, thing in ours.items() if callable(thing) and not name.startswith("_")}
+    said = {name: thing.__doc__ or "" for name, thing in public.items()}
+    generated = [name for name, text in said.items() if text.startswith(f"{name}(")]  # by dataclass
+    assert {name for name, text in said.items() if not text} | {*generated} <= {"ExitCode"}
 
 
 def test_the_tree_is_the_one_that_was_agreed() -> None:

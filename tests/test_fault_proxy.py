@@ -155,10 +155,10 @@ def until(condition: Any) -> None:
         time.sleep(0.005)
 
 
-def outcome(url: str) -> str:
-    """What a client that allows half a second meets: a status, or the name of the error."""
+def outcome(url: str, within_s: float = SOON_S) -> str:
+    """What a client that allows so much time meets: a status, or the name of the error."""
     try:
-        with requests.get(url, timeout=0.5) as response:
+        with requests.get(url, timeout=within_s) as response:
             return str(response.status_code)
     except requests.RequestException as error:
         return type(error).__name__
@@ -283,7 +283,7 @@ def test_a_delay_comes_before_the_upstream_acts(upstream: Upstream, proxy: Fault
     assert outcome(f"{proxy.url}/a") == "201"
     assert time.monotonic() - start >= 0.2
     proxy.rule = every(ANY, Delay(60))
-    assert outcome(f"{proxy.url}/b") == "ReadTimeout"
+    assert outcome(f"{proxy.url}/b", 0.5) == "ReadTimeout"
     assert upstream.hits == {"GET /a": 1}
 
 
@@ -328,7 +328,7 @@ def test_a_stream_is_reset_in_its_middle(
 def test_a_silent_request_ends_with_its_client_or_with_the_proxy(upstream: Upstream) -> None:
     with FaultProxy(upstream.url) as proxy, ThreadPoolExecutor(1) as pool:
         proxy.rule = every(ANY, Silence())
-        assert outcome(f"{proxy.url}/a") == "ReadTimeout"
+        assert outcome(f"{proxy.url}/a", 0.5) == "ReadTimeout"
         held = pool.submit(requests.get, proxy.url, timeout=SOON_S)
         until(lambda: len(proxy.requests) == 2)
         proxy.close()

@@ -2,23 +2,19 @@
 
     python -m pytest -m faults -n 8
 
-prints a table: fault, phase, exit code, users left, seconds, whether the output said why.
+prints a table: fault, phase, exit code, users left, seconds, whether the summary said why.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import MODULE, tool_users
 from fault_proxy import (
     Answer,
     AnswerAfter,
@@ -33,43 +29,65 @@ from fault_proxy import (
     matching,
 )
 from localhub import LocalHub
+from tool import THEIRS, Outcome, Running, run_tool, start_tool, tool_users, wait_until
 
-pytestmark = pytest.mark.faults
+import hub_stress_test as hst
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 
 COUNT = 8
-WORDS = ["stress-test", "-c", str(COUNT), "-b", "4", "--hold", "2s", "--server-timeout", "8s"]
+BATCH = 4
+WORDS = ["stress-test", "-c", str(COUNT), "-b", str(BATCH), "--hold", "2s", "--server-timeout", "8s"]
+SEED = 20261121  # of the moments at which signals are sent
 HTML = {"Content-Type": "text/html"}
 BAD_GATEWAY = Answer(502, b"<html><h1>502 Bad Gateway</h1></html>", HTML)
 UNAVAILABLE = Answer(503, b"<html><h1>503 Service Unavailable</h1></html>", HTML)
+NO_BACKEND = Answer(404, b"<html>default backend", HTML)
 LIMIT = Answer(429, b'{"status": 429, "message": "Active user limit exceeded. Try again in a few minutes."}')
 LOCKED = Answer(500, b'{"status": 500, "message": "database is locked"}')
 REVOKED = Answer(403, b'{"status": 403, "message": "Missing or invalid credentials."}')
 
 Match = Callable[[Request], bool]
+Record = Callable[[str, object], None]
+
+
+# ---- Phases ----
 
 
 class Holding:
-    """Recognises the pings that come when all servers are ready and held."""
+    """Recognises reads of one user (a regex of names) that come while all servers are held.
 
-    def __init__(self) -> None:
-        self._streams = 0
-        self._last_s = 0.0
+    They are held from the moment on at which the hub calls all of them ready; half a second later the tool knows, too.
+    """
+
+    def __init__(self, hub: LocalHub, names: str) -> None:
+        self._hub, self._names = hub, names
+        self._ready_s: float | None = None
 
     def __call__(self, request: Request) -> bool:
-        if request.path.endswith("/progress"):
-            self._streams, self._last_s = self._streams + 1, time.monotonic()
-        ping = bool(re.search("/users/[^/]+$", request.path)) and request.method == "GET"
-        return ping and self._streams >= COUNT and time.monotonic() - self._last_s > 0.9
+        if request.method != "GET" or not re.search("/users/[^/]+$", request.path):
+            return False
+        if self._ready_s is None and servers_ready(self._hub) == COUNT:
+            self._ready_s = time.monotonic()
+        held = self._ready_s is not None and time.monotonic() > self._ready_s + 0.5
+        return held and re.search(f"/users/hub-stress-test-{self._names}$", request.path) is not None
 
 
-PHASES: dict[str, Callable[[], Match]] = {
-    "listing": lambda: matching("GET", r"/users\?"),
-    "creating": lambda: matching("POST", "/users$"),
-    "starting": lambda: matching("POST", "/server$"),
-    "waiting": lambda: matching("GET", "/progress$"),
-    "holding": Holding,
-    "stopping": lambda: matching("DELETE", "/server$"),
-    "deleting": lambda: matching("DELETE", "/users/[^/]+$"),
+def servers_ready(hub: LocalHub) -> int:
+    """How many servers the hub calls ready."""
+    servers = [user["servers"].get("") for user in hub.users().values()]
+    return sum(server is not None and server["ready"] for server in servers)
+
+
+PHASES: dict[str, Callable[[LocalHub], Match]] = {
+    "listing": lambda hub: matching("GET", r"/users\?"),
+    "creating": lambda hub: matching("POST", "/users$"),
+    "starting": lambda hub: matching("POST", "/server$"),
+    "waiting": lambda hub: matching("GET", "/progress$"),
+    "holding": lambda hub: Holding(hub, "1"),  # whom the pings read
+    "looking": lambda hub: Holding(hub, "[2-8]"),  # who are read once, at the end of the hold
+    "stopping": lambda hub: matching("DELETE", "/server$"),
+    "deleting": lambda hub: matching("DELETE", "/users/[^/]+$"),
 }
 
 
@@ -82,14 +100,18 @@ class FromThenOn:
     def __init__(
         self,
         match: Match,
-        fault: Fault | None,
-        seconds: float,
-        act: Callable[[], None] | None = None,
+        fault: Fault | None = None,
+        seconds: float = 0.0,
+        act: Callable[[], object] | None = None,
         at_first: Fault | None = None,
     ) -> None:
         self._match, self._fault, self._seconds, self._act, self._at_first = match, fault, seconds, act, at_first
         self._began_s: float | None = None
         self._lock = threading.Lock()
+
+    @property
+    def begun(self) -> bool:
+        return self._began_s is not None
 
     def __call__(self, request: Request) -> Fault | None:
         with self._lock:
@@ -103,16 +125,7 @@ class FromThenOn:
         return self._fault if active else None
 
 
-def run_through(proxy: FaultProxy, hub: LocalHub, *more: str, limit_s: float = 100) -> tuple[int, str, str, float]:
-    """Exit code, stdout, both outputs and seconds of a run through the proxy."""
-    began_s = time.monotonic()
-    env = os.environ | hub.environment | {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
-    words = [sys.executable, "-W", "error", str(MODULE), *WORDS, *more]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=limit_s)
-    said = done.stdout + done.stderr
-    assert "Traceback" not in said, said
-    assert hub.token not in said
-    return done.returncode, done.stdout, said, time.monotonic() - began_s
+# ---- Runs, and what they say ----
 
 
 @pytest.fixture
@@ -121,71 +134,164 @@ def hub() -> Iterator[LocalHub]:
         yield hub
 
 
-Record = Callable[[str, object], None]
+def start_through(proxy: FaultProxy, hub: LocalHub, *more: str) -> Running:
+    return start_tool(*WORDS, *more, hub=hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
 
 
-def check(record: Record, row: tuple[object, ...], hub: LocalHub, ran: tuple[int, str, str, float], why: str) -> None:
-    """The hub came back: nothing is left, the exit code says how it went, the output says why."""
-    code, stdout, said, took_s = ran
-    left = sorted(tool_users(hub))
-    explained = re.search(why, said) is not None
-    record("fault", (*row, code, len(left), f"{took_s:.1f}", "yes" if explained else "NO"))
-    assert not left, said
-    assert code in (0, 1, 3), said
-    assert code != 3 or row[1] == "listing", said
-    assert explained, said
+def run_through(proxy: FaultProxy, hub: LocalHub, *more: str, limit_s: float = 100) -> tuple[Outcome, float]:
+    """A run through the proxy, and its seconds."""
+    began_s = time.monotonic()
+    with start_through(proxy, hub, *more) as run:
+        return run.outcome(limit_s), time.monotonic() - began_s
 
 
-ONCE: dict[str, tuple[Fault, str]] = {
-    "reset before the hub saw it": (ResetBefore(), "[1-9] repeated|connection reset"),
-    "reset after the hub acted": (ResetAfter(), "[1-9] repeated|connection reset"),
-    "504 after the hub acted": (AnswerAfter(504, b"<html>", HTML), "[1-9] repeated|504"),
-    "503 after the hub acted": (AnswerAfter(503, b"<html>", HTML), "[1-9] repeated|503"),
-    "502 after the hub acted": (AnswerAfter(502, b"<html>", HTML), "502"),
-    "half an answer": (HalfBody(), "[1-9] repeated|broke off|connection reset"),
-    "a single 500": (LOCKED, "500"),
-    "a single 429": (LIMIT, "429|[1-9] repeated|throttled"),
+def rows_of(done: Outcome, *labels: str) -> str:
+    """The summary's rows with these labels."""
+    facts = done.summary.partition("\n\n")[0].splitlines()
+    return "\n".join(line for line in facts if re.match(f"({'|'.join(labels)})  ", line))
+
+
+def reasons_of(done: Outcome) -> str:
+    """Where a run says why: some rows of its summary, or, when nothing was changed, its last sentence."""
+    rows = rows_of(done, "because", "servers", "failed", "errors", "requests")
+    refusal = re.search("^hub-stress-test: .*", done.stderr, re.MULTILINE)
+    return rows or re.sub(r"https?://\S+", "", refusal[0] if refusal else "")
+
+
+def left_according_to(done: Outcome) -> set[str]:
+    """The users that a run says are still there."""
+    return set(re.findall(r"hub-stress-test-\d+", rows_of(done, "cleanup")))
+
+
+def note(record: Record, row: tuple[str, str], done: Outcome, left: object, took_s: float, why: str) -> None:
+    """One line of the table; and the run has to say why."""
+    explained = re.search(why, reasons_of(done)) is not None
+    record("fault", (*row, done.code, left, f"{took_s:.1f}", "yes" if explained else "NO"))
+    assert explained, (why, done.stdout + done.stderr)
+
+
+def check(
+    record: Record, row: tuple[str, str], hub: LocalHub, ran: tuple[Outcome, float], codes: set[int], why: str
+) -> None:
+    """The hub is there: nothing is left, all of theirs is, the exit code says how it went, the summary says why."""
+    done, took_s = ran
+    said = done.stdout + done.stderr
+    note(record, row, done, len(tool_users(hub)), took_s, why)
+    assert hub.users().keys() == THEIRS, said
+    assert done.code in codes, said
+    assert done.stdout.startswith({0: "PASSED: ", 1: "FAILED: ", 3: ""}[done.code]), said
+    assert (done.stdout == "") == (done.code == 3), said
+    assert done.code == 3 or rows_of(done, "cleanup").endswith("users deleted, none left"), said
+
+
+def check_left(
+    record: Record, row: tuple[str, str], proxy: FaultProxy, ran: tuple[Outcome, float], code: int, made: int, why: str
+) -> None:
+    """The hub is lost to the run: it names every user that it made, and did not see deleted, and how to purge them."""
+    done, took_s = ran
+    said = done.stdout + done.stderr
+    gone = {
+        entry.path.rpartition("/")[2]
+        for entry in proxy.requests
+        if entry.method == "DELETE" and entry.status == 204 and "/server" not in entry.path
+    }
+    named = left_according_to(done)
+    note(record, row, done, f"{len(named)} named", took_s, why)
+    assert named == {hst.username(n) for n in range(1, made + 1)} - gone, said
+    assert done.code == code, said
+    assert ("hub-stress-test purge" in rows_of(done, "cleanup")) == (code == 4), said
+
+
+# ---- Faults that end ----
+
+RETRIES = r"[1-9]\d* retries"
+
+
+def refused(status: int) -> str:
+    """How the summary says that the hub, or what stands in front of it, answered so."""
+    return rf"(×|:|with) {status}\b"
+
+
+# what is done once; the reason, as the summary has it; whether the tool retries by itself
+ONCE: dict[str, tuple[Fault, str, bool]] = {
+    "reset before the hub saw it": (ResetBefore(), "connection reset", True),
+    "reset after the hub acted": (ResetAfter(), "connection reset", True),
+    "504 after the hub acted": (AnswerAfter(504, b"<html>", HTML), "504", True),
+    "503 after the hub acted": (AnswerAfter(503, b"<html>", HTML), "503", True),
+    "502 after the hub acted": (AnswerAfter(502, b"<html>", HTML), "502", False),
+    "half an answer": (HalfBody(), "(the answer broke off|connection reset)", True),
+    "a single 500": (LOCKED, "500", False),
+    "a single 429": (LIMIT, "429", True),
 }
+UNHARMED = "8 ready, 0 failed"
+
+
+def expected_once(name: str, phase: str) -> tuple[int, str]:
+    """The exit code after a fault that comes once (or a few times) in a phase, and what the summary says of it."""
+    fault, reason, retried = ONCE[name]
+    acted = isinstance(fault, AnswerAfter)  # so that there is nothing to do again
+    if phase == "waiting" or (phase == "looking" and not retried):
+        return 0, UNHARMED  # the tool asks in another way, or again
+    if phase in ("holding", "stopping", "deleting"):
+        title = {"holding": "ping", "stopping": "stop request", "deleting": "delete user"}[phase]
+        return 0, rf"{title}: \d × {reason}"
+    if phase == "starting" and fault is LIMIT:
+        return 0, r"\b[12] throttled"
+    if retried:
+        return 0, RETRIES
+    if phase == "listing":
+        return 3, rf"list its users: {reason}\b"
+    if phase == "creating":
+        return (0, rf"create users: 1 × {reason}") if acted else (1, rf"make users: {reason}\b")
+    return (0, rf"start request: \d × {reason}") if acted else (1, rf"\d × the hub answered the start with {reason}")
+
+
+def once_in(phase: str, fault: Fault) -> Fault:
+    """The fault, as it can be in that phase."""
+    if phase == "waiting" and isinstance(fault, (ResetAfter, HalfBody)):
+        return ResetStream(3)  # in the middle of the progress stream
+    if phase in ("starting", "stopping", "deleting") and isinstance(fault, HalfBody):
+        return ResetAfter()  # these answers have no body
+    return fault
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", ONCE)
 def test_a_single_fault(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
-    fault, why = ONCE[name]
-    if phase == "waiting" and fault in (ResetAfter(), HalfBody()):
-        fault = ResetStream(3)  # in the middle of the progress stream
-    if phase == "waiting":
-        why = "8 of 8"  # the moment came from the user model instead
-    if phase == "holding":
-        why = "answered +1 × .* to ping"
-    if phase in ("starting", "stopping", "deleting") and fault == HalfBody():
-        fault = ResetAfter()  # these answers have no body
+    code, why = expected_once(name, phase)
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = first(1, PHASES[phase](), fault)
+        proxy.rule = first(1, PHASES[phase](hub), once_in(phase, ONCE[name][0]))
         ran = run_through(proxy, hub)
-        assert any(entry.fault for entry in proxy.requests)
-        check(record_property, (name, phase), hub, ran, why)
+        assert sum(entry.fault is not None for entry in proxy.requests) == 1
+        check(record_property, (name, phase), hub, ran, {code}, why)
 
 
-FOR_A_WHILE: dict[str, tuple[Fault, float, str]] = {
-    "502 pages for 5 s": (BAD_GATEWAY, 5, "502"),
-    "503 pages for 5 s": (UNAVAILABLE, 5, "503|[1-9]\\d* repeated"),
-    "404 pages of a proxy for 5 s": (Answer(404, b"<html>default backend", HTML), 5, "404"),
-    "429 without Retry-After for 5 s": (LIMIT, 5, "429|throttled|[1-9]\\d* repeated"),
-    "database locked for 5 s": (LOCKED, 5, "500"),
-    "connections reset for 5 s": (ResetBefore(), 5, "connection reset|[1-9]\\d* repeated"),
+# how a run may end when the hub is away for some seconds, from some phase on
+AWHILE: dict[str, set[int]] = dict.fromkeys(PHASES, {0}) | {
+    "listing": {0, 3},
+    "creating": {0, 1},
+    "starting": {0, 1},
+    "waiting": {0, 1},
+}
+FOR_A_WHILE: dict[str, tuple[Fault, str]] = {
+    "502 pages for 5 s": (BAD_GATEWAY, refused(502)),
+    "503 pages for 5 s": (UNAVAILABLE, f"{refused(503)}|{RETRIES}"),
+    "404 pages of a proxy for 5 s": (NO_BACKEND, refused(404)),
+    "429 without Retry-After for 5 s": (LIMIT, rf"{refused(429)}|\b[1-9]\d* throttled|{RETRIES}"),
+    "database locked for 5 s": (LOCKED, refused(500)),
+    "connections reset for 5 s": (ResetBefore(), f"connection reset|{RETRIES}"),
 }
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", FOR_A_WHILE)
 def test_a_fault_for_a_while(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
-    fault, seconds, why = FOR_A_WHILE[name]
+    fault, why = FOR_A_WHILE[name]
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = FromThenOn(PHASES[phase](), fault, seconds)
+        proxy.rule = FromThenOn(PHASES[phase](hub), fault, 5)
         ran = run_through(proxy, hub)
         assert any(entry.fault for entry in proxy.requests)
-        check(record_property, (name, phase), hub, ran, why)
+        check(record_property, (name, phase), hub, ran, AWHILE[phase], why)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -193,136 +299,175 @@ def test_a_fault_for_a_while(name: str, phase: str, hub: LocalHub, record_proper
 def test_a_hub_that_acts_and_is_away_then(page: Answer, phase: str, hub: LocalHub, record_property: Record) -> None:
     with FaultProxy(hub.endpoint) as proxy:
         acted = AnswerAfter(page.status, page.body, HTML)
-        proxy.rule = FromThenOn(PHASES[phase](), page, 4, at_first=acted)
+        proxy.rule = FromThenOn(PHASES[phase](hub), page, 4, at_first=acted)
         ran = run_through(proxy, hub)
         assert [entry.fault for entry in proxy.requests if entry.fault][0] == "AnswerAfter"
-        name = f"{page.status} after the hub acted, then for 4 s"
-        check(record_property, (name, phase), hub, ran, f"{page.status}|[1-9]\\d* repeated")
+        row = (f"{page.status} after the hub acted, then for 4 s", phase)
+        check(record_property, row, hub, ran, AWHILE[phase], f"{refused(page.status)}|{RETRIES}")
 
 
+SILENT: dict[str, set[int]] = {
+    "listing": {3},
+    "creating": {0, 1},
+    "starting": {1},
+    "waiting": {1},
+    "holding": {1},
+    "looking": {1},
+    "stopping": {0},
+    "deleting": {0},
+}
+
+
+@pytest.mark.timeout(450)
 @pytest.mark.parametrize("phase", PHASES)
 def test_two_minutes_of_silence(phase: str, hub: LocalHub, record_property: Record) -> None:
     with FaultProxy(hub.endpoint) as proxy:
         release = threading.Timer(120, lambda: proxy.silence(False))
-        proxy.rule = FromThenOn(PHASES[phase](), None, 0, lambda: (proxy.silence(True), release.start()))  # type: ignore[func-returns-value,arg-type]
-        ran = run_through(proxy, hub, limit_s=400)
-        release.join()
-        check(record_property, ("silence for 120 s", phase), hub, ran, "no answer in time|not ready after")
+
+        def fall_silent() -> None:
+            proxy.silence(True)
+            release.start()
+
+        proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=fall_silent)
+        try:
+            ran = run_through(proxy, hub, limit_s=400)
+            assert rule.begun
+            release.join(130)
+        finally:
+            release.cancel()
+        why = "no answer in time|not ready after"
+        check(record_property, ("silence for 120 s", phase), hub, ran, SILENT[phase], why)
+
+
+RESTARTED: dict[str, tuple[int, str]] = {
+    "listing": (0, UNHARMED),  # nothing was there yet that could be lost
+    "creating": (0, UNHARMED),
+    "starting": (1, "8 × the hub no longer knows the user: it may have restarted"),
+    "waiting": (1, "it vanished while starting|it may have restarted"),
+    "holding": (1, "8 × it became ready, and was gone while it was held"),
+    "looking": (1, "8 × it became ready, and was gone while it was held"),
+    "stopping": (0, UNHARMED),
+    "deleting": (0, UNHARMED),
+}
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_hub_that_restarts_without_its_state(phase: str, hub: LocalHub, record_property: Record) -> None:
+    code, why = RESTARTED[phase]
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = FromThenOn(PHASES[phase](), None, 0, hub.restart)
+        proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=hub.restart)
         ran = run_through(proxy, hub)
-        why = "may have restarted|connection reset|[1-9]\\d* repeated|was gone before the end|PASSED"
-        check(record_property, ("the hub restarts, state gone", phase), hub, ran, why)
+        assert rule.begun
+        check(record_property, ("the hub restarts, state gone", phase), hub, ran, {code}, why)
+        noticed = re.search("the hub restarted during the run", rows_of(ran[0], "because")) is not None
+        assert noticed == (phase != "listing")  # it looks at the hub's metrics from then on
 
 
-def check_left(
-    record: Record, row: tuple[str, str], proxy: FaultProxy, ran: tuple[int, str, str, float], why: str
-) -> None:
-    """The hub did not come back: exit code 4 with every name that the hub was not seen to delete."""
-    code, stdout, said, took_s = ran
-    entries = proxy.requests
-    made = any(e.method == "POST" and e.path.endswith("/users") and e.status == 201 for e in entries)
-    gone = {
-        e.path.rpartition("/")[2]
-        for e in entries
-        if e.method == "DELETE" and e.status == 204 and "/server" not in e.path
-    }
-    expected = {f"hub-stress-test-{n}" for n in range(1, COUNT + 1)} - gone if made else set()
-    named = set(re.findall(r"hub-stress-test-\d+", stdout))
-    explained = re.search(why, said) is not None
-    record("fault", (*row, code, f"{len(named)} named", f"{took_s:.1f}", "yes" if explained else "NO"))
-    assert explained, said
-    if made:
-        assert code == 4, said
-        assert named >= expected and "hub-stress-test purge" in stdout
-    else:
-        assert code in ((3,) if row[1] == "listing" else (1, 4)), said
+# ---- Faults that do not end ----
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_token_that_is_revoked(phase: str, hub: LocalHub, record_property: Record) -> None:
+    code = {"listing": 3, "creating": 1}.get(phase, 4)
+    made = 0 if phase in ("listing", "creating") else COUNT
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = FromThenOn(PHASES[phase](), REVOKED, 1e9)
+        proxy.rule = FromThenOn(PHASES[phase](hub), REVOKED, 1e9)
         ran = run_through(proxy, hub)
-        check_left(record_property, ("token revoked", phase), proxy, ran, "403")
+        check_left(record_property, ("token revoked", phase), proxy, ran, code, made, refused(403))
+        assert tool_users(hub) == left_according_to(ran[0])
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_hub_that_dies_for_good(phase: str, hub: LocalHub, record_property: Record) -> None:
+    code, made = {"listing": (3, 0), "creating": (4, BATCH)}.get(phase, (4, COUNT))
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = FromThenOn(PHASES[phase](), None, 0, hub.kill)
-        ran = run_through(proxy, hub, "--cleanup-timeout", "15s")
-        check_left(record_property, ("the hub dies for good", phase), proxy, ran, "connection reset|connection refused")
+        proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=hub.kill)
+        ran = run_through(proxy, hub, "--cleanup-timeout", "15s", limit_s=150)
+        assert rule.begun and not hub.running
+        why = "connection reset|connection refused"
+        check_left(record_property, ("the hub dies for good", phase), proxy, ran, code, made, why)
+
+
+def test_a_hub_that_is_killed_while_it_holds_the_servers_and_does_not_come_back(
+    hub: LocalHub, record_property: Record
+) -> None:
+    began_s = time.monotonic()
+    with start_tool(*WORDS, "--cleanup-timeout", "10s", hub=hub) as run, FaultProxy(hub.endpoint) as unused:
+        read_up_to("Holding", run)
+        hub.kill()
+        ran = run.outcome(150), time.monotonic() - began_s
+        why = "did not say whether the servers that were held are still there"
+        check_left(record_property, ("the hub is killed, no proxy", "holding"), unused, ran, 4, COUNT, why)
 
 
 def test_a_hub_that_exits_because_too_many_spawns_failed(record_property: Record) -> None:
-    with LocalHub(fail_rate=1, consecutive_failure_limit=3) as hub, FaultProxy(hub.endpoint) as proxy:
+    options = {"fail_rate": 1, "consecutive_failure_limit": 3, "spawn_s": 2.5}
+    with LocalHub(**options) as hub, FaultProxy(hub.endpoint) as proxy:  # it exits 2 s after the third failure
         ran = run_through(proxy, hub, "--cleanup-timeout", "10s")
-        why = "no node has 4 GB of memory free"
-        check_left(record_property, ("exit after failed spawns", "starting"), proxy, ran, why)
+        why = "4 × no node has 4 GB of memory free"
+        check_left(record_property, ("exit after failed spawns", "starting"), proxy, ran, 4, COUNT, why)
         assert not hub.running
+
+
+# ---- Limits, other versions, slow stops ----
 
 
 def test_an_active_server_limit_ends_the_run_by_itself(record_property: Record) -> None:
     with LocalHub(active_server_limit=3) as hub, FaultProxy(hub.endpoint) as proxy:
         ran = run_through(proxy, hub)
-        check(
-            record_property,
-            ("active_server_limit 3", "starting"),
-            hub,
-            ran,
-            "still throttled after 8 s: Active user limit",
-        )
-        assert "5 × still throttled" in ran[1]
+        why = "5 × still throttled after 8.00 s: Active user limit"
+        check(record_property, ("active_server_limit 3", "starting"), hub, ran, {1}, why)
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "4.1.6", None])
 @pytest.mark.parametrize("phase", ["starting", "stopping", "deleting"])
 @pytest.mark.parametrize("name", ["reset after the hub acted", "504 after the hub acted", "a single 500"])
 def test_hubs_of_other_versions(name: str, phase: str, version: str | None, record_property: Record) -> None:
-    fault, why = ONCE[name]
+    code, why = expected_once(name, phase)
     with LocalHub(version=version, slow_spawn_timeout_s=0, spawn_s=0.4) as hub, FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = first(2, PHASES[phase](), fault)
-        check(record_property, (f"{name}, hub {version or 'newest'}", phase), hub, run_through(proxy, hub), why)
+        proxy.rule = first(2, PHASES[phase](hub), ONCE[name][0])
+        row = (f"{name}, hub {version or 'newest'}", phase)
+        check(record_property, row, hub, run_through(proxy, hub), {code}, why)
+        assert sum(entry.fault is not None for entry in proxy.requests) == 2
 
 
 @pytest.mark.parametrize("version", ["1.5.1", "2.3.1", "4.1.6", None])
 def test_servers_that_take_longer_to_stop_than_the_hub_waits(version: str | None, record_property: Record) -> None:
     with LocalHub(version=version, stop_s=3, slow_stop_timeout_s=1) as hub, FaultProxy(hub.endpoint) as proxy:
         ran = run_through(proxy, hub)
-        check(record_property, (f"slow stops, hub {version or 'newest'}", "stopping"), hub, ran, "8 users deleted")
-        assert ran[0] == 0
+        check(record_property, (f"slow stops, hub {version or 'newest'}", "stopping"), hub, ran, {0}, UNHARMED)
+        assert rows_of(ran[0], "cleanup").endswith(" 8 users deleted, none left")
 
 
-def interrupt(
-    hub: LocalHub, number: int, match: Match | None, after_s: float, *more: str
-) -> tuple[int, str, str, float]:
-    """A run that is sent a signal at the first matching request, or (None) so many seconds after it began its work."""
-    with FaultProxy(hub.endpoint) as proxy:
-        env = os.environ | hub.environment | {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
-        words = [sys.executable, "-W", "error", str(MODULE), *WORDS, *more]
-        run = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        struck = threading.Event()
-        signalled_s: list[float] = []
+# ---- Signals ----
+
+
+def interrupt(hub: LocalHub, number: int, match: Match | None, after_s: float = 0.0) -> tuple[Outcome, float, bool]:
+    """A run that is sent a signal at the first matching request, or (None) so many seconds after it began its work.
+
+    With the seconds from the signal to its end, and whether it had ended already when the signal was sent.
+    """
+    with FaultProxy(hub.endpoint) as proxy, start_through(proxy, hub) as run:
+        struck: list[tuple[float, bool]] = []
 
         def strike() -> None:
-            signalled_s.append(time.monotonic())
+            struck.append((time.monotonic(), run.poll() is not None))
             run.send_signal(number)
-            struck.set()
 
-        begun = matching("POST", "/users$")
         delayed = threading.Timer(after_s, strike)
-        proxy.rule = FromThenOn(match or begun, None, 0, strike if match else delayed.start)
-        stdout, stderr = run.communicate(timeout=90)
-        assert struck.wait(10)
-        load = [e for e in proxy.requests if e.method == "POST" and e.time > signalled_s[0] + 1]
+        proxy.rule = FromThenOn(match or matching("POST", "/users$"), act=strike if match else delayed.start)
+        done = run.outcome(90)
+        wait_until(lambda: struck, 10)
+        struck_s, too_late = struck[0]
+        load = [entry for entry in proxy.requests if entry.method == "POST" and entry.time > struck_s + 1]
         assert not load, "load was sent more than a second after the signal"
-        assert "Traceback" not in stderr, stderr
-        return run.returncode, stdout, stdout + stderr, time.monotonic() - signalled_s[0]
+        return done, time.monotonic() - struck_s, too_late
+
+
+def ended_by(done: Outcome, code: int) -> bool:
+    """Whether a run ended as one does that was interrupted."""
+    cleaned = rows_of(done, "cleanup").endswith("users deleted, none left")
+    return done.code == code and done.stdout.startswith("INTERRUPTED: ") and cleaned
 
 
 SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
@@ -331,62 +476,68 @@ SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "listing"])
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_in_each_phase(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
-    number, expected = SIGNALS[name]
-    ran = interrupt(hub, number, PHASES[phase](), 0)
-    left = tool_users(hub)
-    record_property(
-        "fault", (name, phase, ran[0], len(left), f"{ran[3]:.1f}", "yes" if "INTERRUPTED" in ran[1] else "NO")
-    )
-    assert not left
-    assert (ran[0], "INTERRUPTED" in ran[1]) == (expected, True)
+    number, code = SIGNALS[name]
+    done, took_s, _ = interrupt(hub, number, PHASES[phase](hub))
+    interrupted = "yes" if done.stdout.startswith("INTERRUPTED: ") else "NO"
+    record_property("fault", (name, phase, done.code, len(tool_users(hub)), f"{took_s:.1f}", interrupted))
+    assert hub.users().keys() == THEIRS, done
+    assert ended_by(done, code), done
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "4.1.6", None])
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_at_random_moments_twenty_times(name: str, version: str | None, record_property: Record) -> None:
-    number, expected = SIGNALS[name]
-    rng = random.Random()
+    number, code = SIGNALS[name]
+    rng = random.Random(f"{SEED} {name} {version}")
     slow_spawn_timeout_s = rng.choice([0, 10])
     with LocalHub(version=version, slow_spawn_timeout_s=slow_spawn_timeout_s, spawn_s=0.4, stop_s=0.1) as hub:
-        codes, left, longest_s = set(), 0, 0.0
-        for _ in range(20):
-            after_s = rng.uniform(0, 3.2)
-            code, stdout, said, took_s = interrupt(hub, number, None, after_s)
-            left += len(tool_users(hub))
-            codes.add(code)
+        codes, longest_s = set(), 0.0
+        for after_s in [rng.uniform(0, 3.2) for _ in range(20)]:
+            done, took_s, too_late = interrupt(hub, number, None, after_s)
+            codes.add(done.code)
             longest_s = max(longest_s, took_s)
-            assert not tool_users(hub), (after_s, said)
-            assert code == expected or (code == 0 and "PASSED" in stdout), (after_s, said)
-        row = (f"{name} × 20, hub {version or 'newest'}", "random", "/".join(map(str, sorted(codes))), left)
+            assert hub.users().keys() == THEIRS, (after_s, done)
+            assert ended_by(done, code) or (too_late and done.code == 0), (after_s, done)
+        row = (f"{name} × 20, hub {version or 'newest'}", f"random, seed {SEED}", "/".join(map(str, sorted(codes))), 0)
         record_property("fault", (*row, f"{longest_s:.1f} at most", "yes"))
+        assert code in codes
+
+
+def read_up_to(word: str, run: Running, within_s: float = 60.0) -> None:
+    """Read what the tool logs, up to a line with this word; the tool is killed when that takes too long."""
+    limit = threading.Timer(within_s, run.kill)
+    limit.start()
+    assert run.stderr
+    try:
+        assert any(word in line for line in run.stderr), f"the tool ended, or was killed, before it said {word!r}"
+    finally:
+        limit.cancel()
 
 
 def test_the_second_signal_leaves_at_once_and_says_how_to_purge(record_property: Record) -> None:
     with LocalHub(stop_s=5, slow_spawn_timeout_s=0) as hub:
-        run = subprocess.Popen(
-            [sys.executable, str(MODULE), *WORDS, "--run", "x"],
-            env=os.environ | hub.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        with start_tool(*WORDS, "--run", "x", hub=hub) as run:
+            read_up_to("Holding", run)
+            run.send_signal(signal.SIGINT)
+            read_up_to("Cleaning up", run)
+            wait_until(lambda: any(server_state(user) == "stop" for user in hub.users().values()))
+            began_s = time.monotonic()
+            run.send_signal(signal.SIGINT)
+            done = run.outcome(30)
+            took_s = time.monotonic() - began_s
+        left = len(tool_users(hub))
+        said = "8 users remain on the hub" in done.stderr and "hub-stress-test purge --run x" in done.stderr
+        record_property(
+            "fault", ("SIGINT twice", "stopping", done.code, left, f"{took_s:.1f}", "yes" if said else "NO")
         )
-        assert run.stderr
-        for line in run.stderr:
-            if "Holding" in line:
-                break
-        run.send_signal(signal.SIGINT)
-        for line in run.stderr:
-            if "Cleaning up" in line:
-                break
-        time.sleep(0.5)
-        began_s = time.monotonic()
-        run.send_signal(signal.SIGINT)
-        _, stderr = run.communicate(timeout=10)
-        assert time.monotonic() - began_s < 2
-        assert run.returncode == 130
-        assert "8 users remain on the hub" in stderr and "hub-stress-test purge --run x" in stderr
-        record_property("fault", ("SIGINT twice", "stopping", 130, "8 said", "0.1", "yes"))
-        env = os.environ | hub.environment
-        purge = [sys.executable, str(MODULE), "purge", "--run", "x"]
-        assert subprocess.run(purge, env=env, capture_output=True, timeout=60).returncode == 0
-        assert not tool_users(hub)
+        assert (done.code, done.stdout, left) == (130, "", COUNT)  # it has waited for no server to stop
+        assert said, done.stderr
+        assert run_tool("purge", "--run", "x", hub=hub).code == 0
+        assert hub.users().keys() == THEIRS
+
+
+def server_state(user: dict[str, object]) -> object:
+    """What is pending for a user's server, as the hub has it."""
+    servers = user["servers"]
+    assert isinstance(servers, dict)
+    return servers[""]["pending"] if servers else None

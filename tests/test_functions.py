@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import traceback
+from collections.abc import Callable
+from typing import Any
 
+import jsonschema
 import pytest
-from conftest import tool_users
 from fault_proxy import Answer, FaultProxy, matching
 from localhub import LocalHub
+from tool import SCHEMA, tool_users
 
 import hub_stress_test as hst
+from hub_stress_test import Kind
 
 RUN = "lib"
 
@@ -19,21 +25,26 @@ def make(hub: LocalHub, session: hst.HubSession, count: int) -> list[list[str]]:
     return hst.create_users(count, 2, hub.endpoint, session, run=RUN)
 
 
+# ==== One function at a time =========================================================================================
+
+
 def test_users_are_made_in_batches_and_found_again(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     users = make(hub, session, 5)
     assert [len(batch) for batch in users] == [2, 2, 1]
     found = hst.find_existing_stress_test_users(hub.endpoint, session)
-    assert [user["name"] for user in found] == [name for batch in users for name in batch]
+    assert [user["name"] for user in found] == sum(users, [])
+    assert hst.find_existing_stress_test_users(hub.endpoint, session, run="another") == []
     more = hst.create_users(1, 1, hub.endpoint, session, found, run=RUN)
     assert more == [["hub-stress-test-lib-6"]]
-    assert hst.delete_users([user["name"] for user in found] + more[0], hub.endpoint, session)
+    assert hst.delete_users(sum(users, []) + more[0], hub.endpoint, session)
+    assert not tool_users(hub)
 
 
 def test_servers_are_started_waited_for_stopped_and_their_users_deleted(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     users = make(hub, session, 4)
-    names = [name for batch in users for name in batch]
+    names = sum(users, [])
     for name in names[:3]:
         assert hst.start_server(name, hub.endpoint, session, profile="small")
     assert not hst.start_server("hub-stress-test-lib-99", hub.endpoint, session)
@@ -49,24 +60,42 @@ def test_servers_are_started_waited_for_stopped_and_their_users_deleted(hub: Loc
     assert tool_users(hub) == {names[0]}
     assert hst.delete_users_after_stopping_servers({names[0]: True}, hub.endpoint, session)
     assert hst.wait_for_server_to_stop(names[0], hub.endpoint, session)  # a user that is gone has no server
+    assert not tool_users(hub)
 
 
-def test_start_servers_tells_what_became_of_each(hub: LocalHub) -> None:
+def test_start_servers_returns_the_event_of_each_with_the_reason_of_those_that_failed(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     users = make(hub, session, 3)
-    starts = hst.start_servers(users, hub.endpoint, session, {"fail_rate": 1.0})
-    assert [start.ready for start in starts.values()] == [False] * 3
-    assert {start.reason for start in starts.values()} == {"no node has 4 GB of memory free"}
-    assert hst.delete_users(list(starts), hub.endpoint, session)
-
-
-def test_running_without_a_command_line_gives_the_results(hub: LocalHub) -> None:
-    found = hst.run_stress_test(2, 2, hub.token, hub.endpoint, keep=True)
-    assert (found["servers"]["ready"], found["users"]["kept"], found["exit_code"]) == (2, 2, 0)
-    activity = hst.notebook_activity_test(3, hub.token, hub.endpoint, 3)
-    assert activity["operations"]["activity"]["count"] == 3 and activity["users"]["deleted"] == 1
-    assert hst.purge_users(hub.token, hub.endpoint)["users"]["deleted"] == 2
+    failed = hst.start_servers(users, hub.endpoint, session, {"fail_rate": 1.0})
+    assert failed.keys() == set(sum(users, []))
+    for event in failed.values():
+        assert event.step == "server_ready" and event.reason
+        assert event.reason.kind in (Kind.SPAWN, Kind.REFUSED) and "no node has 4 GB of memory" in event.reason.text
+    started = hst.start_servers(users, hub.endpoint, session, {"fail_rate": 0.0})
+    assert {name: event.reason for name, event in started.items()} == dict.fromkeys(sum(users, []))
+    assert all(user["servers"][""]["ready"] for name, user in hub.users().items() if name in started)
+    assert hst.delete_users(list(started), hub.endpoint, session)
     assert not tool_users(hub)
+
+
+def test_start_servers_starts_no_more_after_a_failure_with_fail_fast(new_hub: LocalHub) -> None:
+    session = hst.get_session(new_hub.token)
+    users = make(new_hub, session, 6)
+    failing = {"fail_rate": 1.0}
+    starts = hst.start_servers([[name] for name in sum(users, [])], new_hub.endpoint, session, failing, fail_fast=True)
+    assert list(starts) == users[0][:1]  # one at a time, as the largest batch
+    assert hst.delete_users(sum(users, []), new_hub.endpoint, session)
+
+
+def test_start_servers_at_a_rate_does_not_wait_for_slow_ones(new_hub: LocalHub) -> None:
+    session = hst.get_session(new_hub.token)
+    users = make(new_hub, session, 6)
+    starts = hst.start_servers(users, new_hub.endpoint, session, {"spawn_s": 2.0}, rate_per_s=20.0)
+    dues_s = [event.due_s - min(e.due_s for e in starts.values()) for event in starts.values()]
+    assert sorted(dues_s) == pytest.approx([n / 20 for n in range(6)], abs=1e-6)
+    assert all(event.reason is None and event.latency_s >= 2.0 for event in starts.values())
+    assert max(event.sent_s for event in starts.values()) < min(event.ended_s for event in starts.values())
+    assert hst.delete_users(list(starts), new_hub.endpoint, session)
 
 
 def test_a_refused_batch_deletes_what_was_made_before_it(new_hub: LocalHub) -> None:
@@ -75,7 +104,7 @@ def test_a_refused_batch_deletes_what_was_made_before_it(new_hub: LocalHub) -> N
     answers = iter([None, Answer(500, b'{"status": 500, "message": "database is locked"}')])
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = lambda request: next(answers, None) if is_create(request) else None
-        with pytest.raises(hst.HubRefused, match="would not make users: 500 .database is locked"):
+        with pytest.raises(hst.HubRefused, match=r"the hub refused to make users: 500 \(database is locked\)"):
             hst.create_users(3, 1, proxy.url + "/hub/api", session)
         assert [e.status for e in proxy.requests if e.path.endswith("/users")] == [201, 500]
     assert not tool_users(new_hub)
@@ -97,3 +126,59 @@ def test_validate_takes_what_can_be_used_and_refuses_the_rest() -> None:
     for broken in ({"count": 0}, {"batch_size": 0}, {"token": None}, {"endpoint": None}):
         with pytest.raises(hst.UsageError):
             hst.validate(argparse.Namespace(**fine | broken))
+
+
+# ==== A whole run ====================================================================================================
+
+
+def test_a_run_without_a_command_line_returns_the_results_as_plain_json(hub: LocalHub) -> None:
+    stress = hst.run_stress_test(2, 2, hub.token, hub.endpoint, keep=True)
+    assert (stress["servers"]["ready"], stress["users"]["kept"], stress["exit_code"]) == (2, 2, 0)
+    activity = hst.notebook_activity_test(3, hub.token, hub.endpoint, 3)
+    assert activity["operations"]["activity"]["count"] == 3 and activity["users"]["deleted"] == 1
+    purge = hst.purge_users(hub.token, hub.endpoint)
+    assert purge["users"]["deleted"] == 2
+    for found in (stress, activity, purge):
+        jsonschema.validate(found, SCHEMA)
+        assert hub.token not in str(found)
+    assert not tool_users(hub)
+
+
+def test_a_run_takes_all_that_a_plan_holds(new_hub: LocalHub) -> None:
+    more: dict[str, Any] = {"run": RUN, "hold_s": 1.0, "profile": "small", "keep": True}
+    found = hst.run_stress_test(2, 2, new_hub.token, new_hub.endpoint, **more)
+    assert found["operations"]["stay"]["count"] == 2 and found["servers"]["lost"] == 0
+    assert {name: found["options"][name] for name in ("run", "hold", "profile", "keep")} == {
+        "run": RUN,
+        "hold": 1.0,
+        "profile": "small",
+        "keep": True,
+    }
+    assert tool_users(new_hub) == {"hub-stress-test-lib-1", "hub-stress-test-lib-2"}
+    options = [new_hub.users()[name]["servers"][""]["user_options"] for name in tool_users(new_hub)]
+    assert options == [{"profile": "small"}] * 2
+    assert hst.purge_users(new_hub.token, new_hub.endpoint, run="another")["users"]["deleted"] == 0
+    assert hst.purge_users(new_hub.token, new_hub.endpoint, run=RUN)["users"]["deleted"] == 2
+    assert not tool_users(new_hub)
+
+
+def test_a_dry_run_needs_no_hub() -> None:
+    found = hst.run_stress_test(5, 2, "x", "http://hub.invalid/hub/api", dry_run=True)
+    assert (found["servers"]["ready"], found["users"]["deleted"], found["hub"]["version"]) == (5, 5, "simulated")
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1/hub/api", "http://hub.invalid/hub/api"])
+def test_the_token_is_in_no_traceback_even_with_locals(endpoint: str) -> None:
+    token = "s3cr3t-" + "t0k3n"
+    session = hst.HubSession(token, retry_window_s=0)
+    commands: list[Callable[[], object]] = [
+        functools.partial(hst.run_stress_test, 1, 1, token, endpoint),
+        functools.partial(hst.purge_users, token, endpoint),
+        functools.partial(hst.notebook_activity_test, 1, token, endpoint, 1),
+        functools.partial(hst.create_users, 1, 1, endpoint, session),
+    ]
+    for command in commands:
+        with pytest.raises(hst.HubStressError) as raised:
+            command()
+        within = raised.value.with_traceback(raised.tb.tb_next)  # without this test's own frame
+        assert token not in "".join(traceback.TracebackException.from_exception(within, capture_locals=True).format())

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import known_server
 import pytest
-from conftest import run_tool
 from known_server import Behaviour, KnownServer, per_second, true_latency
+from tool import run_tool
 
-SLACK_S = 0.3  # how late an answer may be on a busy machine
+SLACK_S = 1.0  # how late an answer may be on a busy machine
 
 
 class Client:
@@ -79,7 +79,8 @@ def test_every_answer_takes_the_service_time_however_many_are_on_their_way() -> 
     began_s = time.monotonic()
     with KnownServer(service_s=0.2) as server, ThreadPoolExecutor(8) as pool:
         found = [wait_s for (wait_s,) in pool.map(lambda _: waits(server, 1), range(8))]
-        assert all(0.2 <= wait_s < 0.2 + SLACK_S for wait_s in found)
+        assert min(found) >= 0.2
+        assert max(found) < 8 * 0.2  # as it would be if they were served one after the other
         arrivals = server.arrivals()
     assert len(arrivals) == 8
     assert arrivals == sorted(arrivals)
@@ -87,22 +88,23 @@ def test_every_answer_takes_the_service_time_however_many_are_on_their_way() -> 
 
 
 def test_what_arrives_in_a_freeze_is_answered_after_it() -> None:
-    with KnownServer(freeze_s=0.5, period_s=1.0) as server:
+    with KnownServer(freeze_s=1.0, period_s=3.0) as server:
         assert waits(server, 1)[0] < SLACK_S
         first_s = server.arrivals()[0]
-        time.sleep(max(0.0, first_s + 0.55 - time.monotonic()))
+        time.sleep(max(0.0, first_s + 2.05 - time.monotonic()))
         waits(server, 1)
         answered_s, arrived_s = time.monotonic(), server.arrivals()[1]
         wait_s = true_latency(server.behaviour, [arrived_s], first_s)[0]
+        assert wait_s > 0
         assert arrived_s + wait_s <= answered_s < arrived_s + wait_s + SLACK_S
 
 
 def test_every_kth_report_is_late_and_every_kth_fails() -> None:
-    with KnownServer(outlier_share=1 / 4, outlier_s=0.4, fail_share=1 / 3) as server:
+    with KnownServer(outlier_share=1 / 4, outlier_s=0.8, fail_share=1 / 3) as server:
         client = Client(server)
         found = [client.report() for _ in range(12)]
         client.connection.close()
-    assert [n for n, (_, wait_s) in enumerate(found) if wait_s >= 0.4] == [3, 7, 11]
+    assert [n for n, (_, wait_s) in enumerate(found) if wait_s >= 0.8] == [3, 7, 11]
     assert [n for n, (status, _) in enumerate(found) if status == 500] == [2, 5, 8, 11]
 
 
@@ -162,8 +164,10 @@ def launched() -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """The command without a command, and the endpoint that it says."""
     with subprocess.Popen([sys.executable, known_server.__file__], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout
-        yield launcher, launcher.stdout.readline().strip().partition("=")[2]
-        launcher.kill()
+        try:
+            yield launcher, launcher.stdout.readline().strip().partition("=")[2]
+        finally:
+            launcher.kill()
 
 
 def test_the_server_ends_with_its_launcher(launched: tuple["subprocess.Popen[str]", str]) -> None:

@@ -7,16 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import browser, complaints
-from conftest import MODULE, THEIRS, tool_users
 from localhub import LocalHub, free_port
 from selenium.webdriver.common.keys import Keys
+from tool import MODULE, THEIRS, tool_users, wait_until
 
 import hub_stress_test as hst
 
@@ -71,7 +70,7 @@ class Locust:
         for process in self.processes.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(30)
 
 
 @pytest.fixture
@@ -93,16 +92,14 @@ def rows(output: str) -> dict[str, tuple[int, int]]:
     return {name: (int(number), int(failed)) for name, number, failed in found}
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 30) -> None:
-    until_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.05)
+def servers_ready(hub: LocalHub) -> list[str]:
+    """The users whose servers the hub calls ready."""
+    return [name for name, user in hub.users().items() if user["servers"] and user["servers"][""]["ready"]]
 
 
 def test_importing_the_file_imports_no_gevent_and_defines_no_users() -> None:
     code = "import sys, hub_stress_test as h; print('gevent' in sys.modules, hasattr(h, 'Person'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, capture_output=True, text=True, timeout=60)
     assert done.stdout == "False False\n"
 
 
@@ -117,7 +114,7 @@ def test_running_servers_report_at_their_interval_under_the_operations_names(
     sent = found["activity"][0] + found["read"][0]
     assert 20 * 5 / 3 <= sent <= 20 * 9 / 3  # one every three seconds, after a random part of the first three
     assert 0.1 < found["read"][0] / sent < 0.3
-    assert "20 users deleted, none left" in said and "failed > 0: not held, it is 0" in said
+    assert "20 users deleted, none left" in said and "failed > 0: not met, it is 0" in said
 
 
 def test_people_come_are_ready_stay_and_leave_throttled_or_not(
@@ -128,19 +125,43 @@ def test_people_come_are_ready_stay_and_leave_throttled_or_not(
     code, said = locust.run(*words, "--hub-fail-if", "throttled < 1", env=hub.environment)
     assert code == 0 and hub.users().keys() == THEIRS
     found = rows(said)
-    for operation in ("start_server", "server_ready", "stop_server", "delete_user"):
+    for operation in ("start_server", "server_ready", "stay", "stop_server", "delete_user"):
         assert found[operation] == (12, 0), said
     assert "hub-stress-test-many-0-<n>" in said
+    assert re.search(r"throttled < 1: not met, it is [1-9]", said)
 
 
 def test_failed_starts_and_conditions_decide_the_exit_code(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:
     hub = make_hub(fail_rate=0.5)
     words = ("-u", "4", "-r", "4", "-t", "4s", "--hub-stay", "1s", "Person")
     code, said = locust.run(*words, env=hub.environment)
-    assert code == 1 and "failed > 0: HELD, it is 2" in said and rows(said)["server_ready"] == (4, 2)
+    assert code == 1 and "failed > 0: MET, it is 2" in said
+    found = rows(said)
+    assert (found["server_ready"], found["stay"]) == ((4, 2), (2, 0))  # who has no server does not stay
     code, said = locust.run(*words, "--hub-fail-if", "failed_rate > 60%", env=hub.environment, name="lenient")
-    assert code == 0 and "failed_rate > 60%: not held, it is 50.0%" in said
+    assert code == 0 and "failed_rate > 60%: not met, it is 50.0%" in said
     assert hub.users().keys() == THEIRS
+
+
+def test_a_server_that_is_lost_while_its_person_stays_fails_the_run(locust: Locust, slow_hub: LocalHub) -> None:
+    words = ("--headless", "--only-summary", "-u", "4", "-r", "4", "-t", "12s", "--hub-stay", "5s", "Person")
+    process = locust.start("run", *words, env=slow_hub.environment)
+    wait_until(lambda: len(servers_ready(slow_hub)) == 4)
+    slow_hub.call("DELETE", f"/users/{servers_ready(slow_hub)[0]}/server")
+    code, said = process.wait(60), locust.said("run")
+    assert rows(said)["server_ready"] == (4, 0) and rows(said)["stay"] == (4, 1), said
+    assert "it became ready, and was gone while it was held" in said
+    locust.check_secrets(slow_hub.environment)
+    assert slow_hub.users().keys() == THEIRS
+    assert "failed > 0: MET, it is 1" in said and code == 1
+
+
+def test_a_person_comes_as_often_as_told_with_a_new_user_each_time(locust: Locust, slow_hub: LocalHub) -> None:
+    words = ("-u", "2", "-r", "2", "-t", "14s", "--hub-stay", "1s", "--hub-visits", "2", "Person")
+    code, said = locust.run(*words, env=slow_hub.environment)
+    found = rows(said)
+    assert code == 0 and {found[name] for name in ("create_users", "server_ready", "stay", "delete_user")} == {(4, 0)}
+    assert "4 users deleted, none left" in said and slow_hub.users().keys() == THEIRS
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
@@ -179,7 +200,7 @@ def test_the_end_of_a_run_and_ctrl_c_at_the_master_delete_what_every_worker_made
 ) -> None:
     words = ("-u", "30", "-r", "30", "--hub-stay", "60s")
     locust.master_and_workers(3, "Person", *words, env=slow_hub.environment)
-    wait_until(lambda: sum(bool(user["servers"]) for user in slow_hub.users().values()) == 30)
+    wait_until(lambda: len(servers_ready(slow_hub)) == 30)
     runs = {re.sub(r"-\d+$", "", name) for name in tool_users(slow_hub)}
     assert runs == {f"hub-stress-test-locust-{n}" for n in range(3)}  # no two workers share a name
     os.kill(locust.processes["master"].pid, signal.SIGINT)
@@ -207,7 +228,7 @@ def test_ctrl_c_at_all_processes_of_one_machine_cleans_up(locust: Locust, slow_h
         "10",
     )
     process = locust.start("all", *words, "--hub-stay", "60s", "Person", env=slow_hub.environment)
-    wait_until(lambda: sum(bool(user["servers"]) for user in slow_hub.users().values()) == 10)
+    wait_until(lambda: len(servers_ready(slow_hub)) == 10)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(60) == 0
     assert slow_hub.users().keys() == THEIRS
@@ -236,13 +257,17 @@ def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust
     locust.start("web", "--web-host", "127.0.0.1", "--web-port", port, "RunningServer", env=slow_hub.environment)
     wait_until(lambda: "Starting web interface" in locust.said("web"))
     with browser(height=1600) as page:
-        page.set_script_timeout(10)
         wait_until(lambda: _opens(page, f"http://127.0.0.1:{port}/"))
         wait_until(lambda: page.find_elements("name", "userCount"))
         page.execute_script("[...document.querySelectorAll('.MuiAccordionSummary-root')].forEach(e => e.click())")
         wait_until(lambda: page.find_elements("name", "hubScale"))
         names = {field.get_attribute("name") for field in page.find_elements("css selector", "input")}
-        assert {"hubRun", "hubMix", "hubScale", "hubStay", "hubVisits", "hubProfile", "host"} <= names
+        fields = [
+            row
+            for row in hst.LOCUST_OPTIONS.values()
+            if not row.repeatable and row.flag not in ("--endpoint", "--token")
+        ]
+        assert {"host", *(camel(f"hub-{row.flag[2:]}") for row in fields)} <= names
         assert "hubToken" not in names and slow_hub.token not in page.page_source
         assert page.find_element("name", "host").get_attribute("value") == slow_hub.endpoint
         for name, value in {"userCount": "15", "spawnRate": "15", "hubScale": "300"}.items():
@@ -261,6 +286,12 @@ def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust
         assert [one for one in complaints(page) if "SEVERE" in one] == []
     assert slow_hub.users().keys() == THEIRS
     locust.check_secrets(slow_hub.environment)
+
+
+def camel(name: str) -> str:
+    """A hyphenated name as the page's form has it."""
+    first, *others = name.split("-")
+    return first + "".join(other.capitalize() for other in others)
 
 
 def _opens(page: Any, url: str) -> bool:

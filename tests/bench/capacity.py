@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def wrk(hub: LocalHub) -> float:
         script.flush()
         headers = ["-H", f"Authorization: token {hub.token}", "-H", "Content-Type: application/json"]
         command = ["wrk", "-t1", "-c10", "-d15s", *headers, "-s", script.name, hub.endpoint]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     assert "Non-2xx" not in said, said
     found = re.search(r"Requests/sec: +([\d.]+)", said)
     assert found, said
@@ -57,13 +58,14 @@ def capacity(hub: LocalHub) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         words = ["activity-stress-test", "-c", str(USERS), "--find-capacity", "--rate", "50", "--results", str(file)]
-        subprocess.run(
-            [sys.executable, str(TOOL), *words], env=os.environ | hub.environment, check=True, capture_output=True
-        )
+        command, env = [sys.executable, str(TOOL), *words], os.environ | hub.environment
+        subprocess.run(command, env=env, check=True, capture_output=True, timeout=600)
         return float(json.loads(file.read_text())["capacity"]["rate_per_s"])
 
 
 def main() -> None:
+    if not shutil.which("wrk"):
+        raise SystemExit("There is no wrk to compare with: apt-get install wrk. Nothing was measured.")
     with LocalHub(bystanders=USERS) as hub:
         before = wrk(hub)
         found = capacity(hub)

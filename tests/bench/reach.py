@@ -109,12 +109,14 @@ def readiness(args: argparse.Namespace) -> Iterator[Row]:
             session = hst.get_session(hub.token)
             users = hst.create_users(count, 20, hub.endpoint, session)
             wall_minus_clock_s = time.time() - session.clock()
-            starts = hst.start_servers(users, hub.endpoint, session)
-            hst.delete_users(list(starts), hub.endpoint, session, 20)
+            events = hst.start_servers(users, hub.endpoint, session)
+            gone = hst.delete_users(list(events), hub.endpoint, session, 20)
             log = hub.log()
+        if not gone or len(events) != count or any(event.reason for event in events.values()):
+            raise whole_run.RunFailed(f"servers failed, or users are left: {list(events.values())[:3]}")
         found = re.findall(r"^\[I ([\d-]+ [\d:.]+) .*\] User (\S+) took [\d.]+ seconds to start", log, re.MULTILINE)
         moments = {name: datetime.datetime.fromisoformat(stamp).timestamp() for stamp, name in found}
-        away = sorted(abs(start.ended_s + wall_minus_clock_s - moments[name]) for name, start in starts.items())
+        away = sorted(abs(event.ended_s + wall_minus_clock_s - moments[name]) for name, event in events.items())
         text = f"p50 {1000 * away[len(away) // 2]:.0f} ms, p99 {1000 * away[int(len(away) * 0.99)]:.0f} ms"
         yield f"ready, ours against the hub's log, timeout {timeout_s:g} ({len(away)} servers)", text, "50 ms, 150 ms"
 
@@ -131,7 +133,8 @@ def start_up(args: argparse.Namespace) -> Iterator[Row]:
     for _ in range(5 if args.quick else 21):
         for name, words in commands.items():
             began_s = time.monotonic()
-            subprocess.run([sys.executable, *words], cwd=TOOL.parent, env=env, stdout=subprocess.DEVNULL)
+            command = [sys.executable, *words]
+            subprocess.run(command, cwd=TOOL.parent, env=env, stdout=subprocess.DEVNULL, timeout=60, check=True)
             took[name].append(time.monotonic() - began_s)
     base = statistics.median(took.pop("import requests"))
     for name, seconds in took.items():

@@ -46,7 +46,8 @@ def run(server: KnownServer, rate: int, seconds: int, processes: int) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         command = [sys.executable, str(TOOL), *words, "--processes", str(processes), "--results", str(file)]
-        subprocess.run(command, env=os.environ | server.environment, check=True, capture_output=True)
+        env = os.environ | server.environment
+        subprocess.run(command, env=env, check=True, capture_output=True, timeout=seconds + 60)
         found: dict[str, Any] = json.loads(file.read_text())
     return Seen(server.arrivals(), found["operations"]["activity"]["latency_s"], found["warnings"])
 

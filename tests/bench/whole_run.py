@@ -35,7 +35,7 @@ from localhub import LocalHub  # noqa: E402
 
 SLOW_SPAWN_TIMEOUTS_S = (10.0, 0.0)
 PATIENCE_S = 600.0
-TOOL_PHASES = {"create_users": "create", "start_servers": "start", "remove_users": "clean up"}
+TOOL_PHASES = {"make_users": "create", "start_servers": "start", "remove_users": "clean up"}
 PHASES = (*TOOL_PHASES.values(), "the rest")
 
 
@@ -86,9 +86,10 @@ def tool_report(process: Process) -> Report:
     metrics = len(found["timeline"]["hub"]["at_s"])  # readings of the hub's metrics page
     took = re.findall(rf"Took ([\d.]+) seconds to ({'|'.join(TOOL_PHASES)})$", process.stderr, re.MULTILINE)
     pings = found["operations"]["ping"]["count"]
-    return Report(
-        found["http"]["requests"] - metrics, pings, {TOOL_PHASES[name]: float(seconds) for seconds, name in took}
-    )
+    phases_s = {TOOL_PHASES[name]: float(seconds) for seconds, name in took}
+    if phases_s.keys() != set(TOOL_PHASES.values()):
+        raise RunFailed(f"the tool's log does not say how long each phase took:\n{process.stderr[-2000:]}")
+    return Report(found["http"]["requests"] - metrics, pings, phases_s)
 
 
 def bare_report(process: Process) -> Report:

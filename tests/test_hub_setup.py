@@ -1,0 +1,143 @@
+"""Before a run: is this a hub, is the token good for the command? Otherwise exit code 3, and nothing has changed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+from fault_proxy import Answer, FaultProxy, every, matching
+from localhub import LocalHub
+from tool import run_tool, start_tool, tool_users
+
+import hub_stress_test as hst
+
+Make = Callable[..., LocalHub]
+EVERYTHING = matching(None, ".*")
+
+
+def refused(hub: LocalHub, endpoint: str, token: str | None = None, command: str = "stress-test") -> str:
+    """The sentence with which a command refuses this endpoint or token, the hub's users untouched."""
+    before = hub.users()
+    done = run_tool(command, env={"JUPYTERHUB_ENDPOINT": endpoint, "JUPYTERHUB_API_TOKEN": token or hub.token})
+    assert (done.code, done.stdout) == (3, "")
+    assert done.stderr.startswith("hub-stress-test: ")
+    assert hub.users() == before
+    return done.stderr
+
+
+# ==== The endpoint ===================================================================================================
+
+
+@pytest.mark.parametrize("path", ["", "/", "/hub", "/hub/"])
+def test_an_endpoint_without_hub_api_is_answered_with_the_right_one(hub: LocalHub, path: str) -> None:
+    right = hub.endpoint
+    said = refused(hub, right.removesuffix("/hub/api") + path)
+    assert f"The hub's API is at --endpoint {right}\n" in said and said.count("\n") == 1
+
+
+def test_a_hub_with_a_prefix_is_found_from_its_start_page(make_hub: Make) -> None:
+    hub = make_hub(base_url="/jupyter/")
+    said = refused(hub, hub.endpoint.removesuffix("/hub/api"))
+    assert f"The hub's API is at --endpoint {hub.endpoint}" in said
+    assert run_tool("stress-test", "-c", "2", hub=hub).code == 0
+    assert not tool_users(hub)
+
+
+def test_an_html_page_is_no_hub_and_is_asked_without_the_token(new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = every(EVERYTHING, Answer(200, b"<html>Welcome</html>", {"Content-Type": "text/html"}))
+        said = refused(new_hub, proxy.url + "/hub/api")
+        assert "No hub API at" in said and "not JSON but text/html" in said
+        assert [entry.path for entry in proxy.requests] == ["/hub/api/"]
+
+
+def test_json_without_a_version_is_no_hub(new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = every(EVERYTHING, Answer(200, b"{}", {"Content-Type": "application/json"}))
+        said = refused(new_hub, proxy.url + "/hub/api")
+        assert "it answers JSON without a version" in said and "An endpoint ends in /hub/api" in said
+
+
+def test_a_redirect_to_https_names_the_https_url_and_is_not_followed(new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = every(EVERYTHING, Answer(308, b"", {"Location": "https://hub.example.org/hub/api/"}))
+        said = refused(new_hub, proxy.url + "/hub/api")
+        assert "redirects to https://hub.example.org/hub/api/" in said
+        assert f"Use https: --endpoint {proxy.url.replace('http:', 'https:')}/hub/api" in said
+        assert len(proxy.requests) == 1
+
+
+def test_a_redirect_to_another_place_is_named_without_its_credentials(new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = every(EVERYTHING, Answer(302, b"", {"Location": "http://me:pa55word@login.example.org/"}))
+        said = refused(new_hub, proxy.url + "/hub/api")
+        assert "it answers 302 and redirects to http://login.example.org/" in said and "pa55word" not in said
+
+
+def test_nothing_listening_is_said_at_once(new_hub: LocalHub) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        said = refused(new_hub, f"http://127.0.0.1:{probe.getsockname()[1]}/hub/api")
+    assert "Nothing answers at" in said and "connection refused" in said
+
+
+def test_a_host_that_does_not_exist_is_said(new_hub: LocalHub) -> None:
+    assert "host name not found" in refused(new_hub, "http://hub.invalid/hub/api")
+
+
+# ==== The token ======================================================================================================
+
+
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_a_refused_token_is_said(command: str, hub: LocalHub) -> None:
+    said = refused(hub, hub.endpoint, token="0123456789abcdef", command=command)
+    assert "refuses the token" in said and "JUPYTERHUB_API_TOKEN" in said
+
+
+def test_a_token_is_sent_to_nobody_who_has_not_shown_to_be_a_hub(new_hub: LocalHub) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        where = {"JUPYTERHUB_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}/hub/api"}
+        with start_tool("purge", hub=new_hub, env=where) as run:
+            client, _ = server.accept()
+            with client:
+                client.settimeout(60)
+                head = client.recv(65536)
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            assert run.outcome().code == 3
+    assert head.startswith(b"GET /hub/api/ HTTP/1.1\r\n")
+    assert b"uthorization" not in head and new_hub.token.encode() not in head
+
+
+@pytest.mark.parametrize("version", [None, "4.1.6"])
+def test_missing_scopes_are_named_with_the_role_to_paste(version: str | None, make_hub: Make) -> None:
+    hub = make_hub(version=version, scopes=("list:users", "read:servers"))
+    said = refused(hub, hub.endpoint)
+    assert "lacks what stress-test needs: admin:users, delete:servers, delete:users, servers" in said
+    assert hst.ROLE_TO_PASTE in said
+
+
+@pytest.mark.parametrize(
+    ("command", "scopes"),
+    [
+        ("purge", ("list:users", "delete:users", "delete:servers", "read:servers")),
+        ("activity-stress-test", ("admin:users", "read:servers")),
+        ("stress-test", ("admin:users", "servers")),
+    ],
+)
+def test_the_scopes_that_a_command_asks_for_are_enough(command: str, scopes: tuple[str, ...], make_hub: Make) -> None:
+    hub = make_hub(scopes=scopes)
+    words = [command] if command == "purge" else [command, "--count", "2"]
+    assert run_tool(*words, hub=hub).code == 0
+    assert not tool_users(hub)
+
+
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(command: str, new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        locked = Answer(500, b'{"status": 500, "message": "database is locked"}')
+        proxy.rule = every(matching("GET", r"/users\?"), locked)
+        said = refused(new_hub, proxy.url + "/hub/api", new_hub.token, command)
+        assert "The hub refused to list its users: 500 (database is locked). Nothing was changed." in said
+        assert {entry.method for entry in proxy.requests} == {"GET"}

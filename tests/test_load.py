@@ -1,0 +1,289 @@
+"""The load: when each request is sent and to whom, from threads and processes; operations of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from known_server import KnownServer, per_second
+from localhub import LocalHub
+from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
+from tool import results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
+
+import hub_stress_test as hst
+from hub_stress_test import Kind
+
+# ==== Which request is due when ======================================================================================
+
+
+def test_the_schedule_does_not_move() -> None:
+    pace = hst.Pace(rate_per_s=5, started_s=100)
+    assert [pace.due_s(n) for n in (0, 1, 5, 50)] == [100, 100.2, 101, 110]
+
+
+def test_operations_are_chosen_by_weight_and_spread_evenly() -> None:
+    mix = {"activity": 8.0, "read": 1.0, "list": 1.0}
+    chosen = [hst.choose(mix, n) for n in range(1000)]
+    assert [chosen.count(name) for name in mix] == pytest.approx([800, 100, 100], abs=3)
+    assert all(chosen[n : n + 50].count("read") in (4, 5, 6) for n in range(0, 1000, 50))
+
+
+USERS = tuple(hst.username(n) for n in range(1, 11))
+
+
+def load_of(**settings: Any) -> hst.Load:
+    return hst.Load(ENDPOINT, USERS, {"activity": 1.0}, workers=100, **settings)
+
+
+@pytest.mark.parametrize(
+    ("load", "title"),
+    [
+        (load_of(), "sending"),
+        (load_of(duration_s=9.0), "sending for 9 s"),
+        (load_of(rate_per_s=2.5), "sending 2.5 per second"),
+    ],
+)
+def test_a_load_says_what_goes_on(load: hst.Load, title: str) -> None:
+    assert load.title == title
+
+
+@pytest.mark.parametrize(
+    ("load", "requests", "threads"),
+    [
+        (load_of(rate_per_s=2.5), 10, 100),
+        (load_of(rate_per_s=50, duration_s=3.0), 150, 150),
+        (load_of(rate_per_s=500, duration_s=3.0), 1500, 200),
+        (load_of(rate_per_s=180, duration_s=1.0, processes=4), 180, 135),
+    ],
+)
+def test_an_open_load_knows_how_much_it_sends_and_with_how_many_threads(
+    load: hst.Load, requests: int, threads: int
+) -> None:
+    assert (load.planned, load.open_workers) == (requests, threads)
+
+
+# ==== The closed model ===============================================================================================
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_closed_load_goes_once_through_the_users(processes: str, hub: LocalHub, tmp_path: Path) -> None:
+    words = ("activity-stress-test", "-c", "9", "--workers", "6", "--processes", processes)
+    _, found = run_for_results(tmp_path / "r", *words, hub=hub)
+    assert found["operations"]["activity"]["count"] == 9
+    assert not tool_users(hub)
+
+
+def reported(hub: HubWithUsers) -> list[str]:
+    """The users for whom activity was reported, in the order of the requests."""
+    return [path.split("/")[4] for method, path, _ in hub.asked if method == "POST"]
+
+
+def send(part: int, hub: HubWithUsers, **settings: Any) -> hst.Recorder:
+    """Send one process's part of a load to a hub without sockets."""
+    session, record = Hurried(hub), hst.Recorder()
+    load = dataclasses.replace(load_of(), **settings)
+    hst.send_load(load, part, session.clock(), session, record, lambda done, failed: None)
+    assert record.failures(load.mix) == 0
+    return record
+
+
+@pytest.mark.parametrize("workers", [1, 4, 100])
+def test_each_user_reports_once_whoever_sends_it(workers: int) -> None:
+    hub = HubWithUsers(USERS)
+    for part in range(3):
+        send(part, hub, workers=workers, processes=3)
+    assert sorted(reported(hub)) == sorted(USERS)
+
+
+def test_a_closed_load_with_a_duration_goes_round_the_users_until_it_is_over() -> None:
+    hub = HubWithUsers(USERS)
+    record = send(0, hub, duration_s=100.0)  # 2 s of ours
+    counts = Counter(reported(hub))
+    assert counts.keys() == set(USERS) and min(counts.values()) > 2
+    (seen,) = record.timeline(0.0).values()
+    assert seen.at_s[-1] is not None and seen.at_s[-1] < 150
+
+
+# ==== The open model =================================================================================================
+
+
+def test_the_parts_of_an_open_load_are_together_the_whole_each_request_at_its_time() -> None:
+    hub = HubWithUsers(USERS)
+    load = load_of(rate_per_s=40.0, duration_s=0.5, processes=3)
+    seen: list[hst.Event] = []
+    due_s: list[float] = []
+    for part in range(3):
+        session = hst.HubSession("x", hub)
+        started_s = session.clock()
+        hst.send_load(load, part, started_s, session, hst.Recorder(seen.append), lambda done, failed: None)
+        due_s += [event.due_s - started_s for event in seen[len(due_s) :]]
+    assert sorted(due_s) == pytest.approx([n / 40 for n in range(20)])
+    assert all(event.sent_s >= event.due_s and event.reason is None for event in seen)
+    assert Counter(reported(hub)) == dict.fromkeys(USERS, 2)
+
+
+def test_an_open_load_sends_every_request_at_its_time_and_counts_each(tmp_path: Path) -> None:
+    with KnownServer(service_s=0.01) as server:
+        words = ("activity-stress-test", "-c", "10", "--rate", "50", "--duration", "4s")
+        _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
+        arrivals = server.arrivals()
+    assert len(arrivals) == 200 == found["operations"]["activity"]["count"]
+    assert all(40 <= number <= 60 for number in per_second(arrivals, 50))  # the bench holds it to 1 %
+    assert found["operations"]["activity"]["latency_s"]["min"] >= 0.01
+
+
+def test_a_load_over_processes_is_one_load(tmp_path: Path) -> None:
+    with KnownServer() as server:
+        words = ("activity-stress-test", "-c", "10", "--rate", "60", "--duration", "3s", "--processes", "3")
+        _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
+        arrivals = server.arrivals()
+    assert len(arrivals) == 180 == found["operations"]["activity"]["count"]
+    assert arrivals[-1] - arrivals[0] < 5  # at the same time, not one after the other
+
+
+def test_a_server_that_freezes_is_not_flattered(tmp_path: Path) -> None:
+    """A closed loop would report a p90 of 10 ms: people who come during the freeze wait for its end."""
+    with KnownServer(service_s=0.01, freeze_s=1, period_s=3) as server:
+        words = ("activity-stress-test", "-c", "10", "--rate", "40", "--duration", "6s")
+        _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
+    latency = found["operations"]["activity"]["latency_s"]
+    assert latency["p50"] < 0.3
+    assert 0.5 < latency["p90"] < 1.2 and 0.9 < latency["max"] < 1.5
+
+
+def test_a_generator_that_is_late_says_so_before_any_number(tmp_path: Path) -> None:
+    with KnownServer(capacity_per_s=100) as server:
+        words = ("activity-stress-test", "-c", "10", "--rate", "700", "--duration", "2s")
+        done, found = run_for_results(tmp_path / "r", *words, env=server.environment)
+    sent = found["operations"]["activity"]["count"]
+    (warning,) = found["warnings"]
+    assert warning.startswith("THE GENERATOR WAS LATE") and f"{1400 - sent} not at all" in warning and sent < 1400
+    label, _, because = done.summary.splitlines()[1].partition(" ")
+    assert (label, because.strip()) == ("because", warning)
+
+
+# ==== A process that dies ============================================================================================
+
+
+def test_a_load_process_that_dies_fails_the_run_whatever_fail_if_says_and_nothing_is_left(
+    new_hub: LocalHub, tmp_path: Path
+) -> None:
+    words = ["activity-stress-test", "-c", "5", "--rate", "10", "--duration", "60s", "--processes", "2"]
+    words += ["--fail-if", "ping.p95 > 100s", "--results", str(tmp_path / "r")]
+    with start_tool(*words, hub=new_hub) as run:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        # multiprocessing's own, which comes first, and the two that send
+        wait_until(lambda: len(children.read_text().split()) == 3 and someone_is_active(new_hub))
+        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+        done = run.outcome()
+    found = results_in(tmp_path / "r", done)
+    assert done.code == 1 and found["warnings"] == ["a process that sends the load died"]
+    assert "ping.p95 > 100s: not met" in done.summary
+    assert found["users"] == {"created": 5, "deleted": 5, "kept": 0, "left_behind": []}
+    assert not tool_users(new_hub)
+
+
+def someone_is_active(hub: LocalHub) -> bool:
+    """Whether the activity of one of the tool's users has been reported."""
+    users = hub.users()
+    return any(users[name]["last_activity"] for name in tool_users(hub) & users.keys())
+
+
+# ==== One operation ==================================================================================================
+
+
+def performed(send: hst.Send) -> hst.Event | None:
+    """What is recorded of one operation on a user of a hub without sockets."""
+    seen: list[hst.Event] = []
+    hst.perform("own", send, USERS[0], ENDPOINT, TimeTraveller(HubWithUsers(USERS[:1])), hst.Recorder(seen.append))
+    return seen[0] if seen else None
+
+
+def refused(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
+    return session.get(hst.user_url(endpoint, "nobody"))
+
+
+def away(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
+    raise requests.ConnectionError(ConnectionRefusedError())
+
+
+def broken(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
+    raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    ("send", "reason"),
+    [
+        (hst.report_activity, None),
+        (hst.read_user, None),
+        (hst.list_page, None),
+        (refused, hst.Reason(Kind.REFUSED, "404")),
+        (away, hst.Reason(Kind.AWAY, "connection refused")),
+        (broken, hst.Reason(Kind.BROKEN, "RuntimeError: not today")),
+    ],
+)
+def test_an_operation_is_recorded_whatever_it_raises(send: hst.Send, reason: hst.Reason | None) -> None:
+    event = performed(send)
+    assert event and (event.step, event.user, event.reason) == ("own", USERS[0], reason)
+
+
+def test_an_operation_that_we_cut_short_is_not_recorded() -> None:
+    def stopped(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
+        raise hst.Stopped
+
+    assert performed(stopped) is None
+
+
+# ==== Operations of one's own ========================================================================================
+
+OPERATIONS_FILE = """
+from hub_stress_test import operation, user_url
+
+@operation("groups")
+def read_groups(username, endpoint, session):
+    return session.get(f"{endpoint}/groups")
+
+@operation("self")
+def read_self(username, endpoint, session):
+    return session.get(user_url(endpoint, username))
+
+@operation("broken")
+def broken(username, endpoint, session):
+    raise RuntimeError("not today")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    """A file with operations."""
+    (tmp_path / "mine.py").write_text(OPERATIONS_FILE)
+    return str(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_operations_of_ones_own_are_mixed_in_by_weight(
+    processes: str, mine: str, new_hub: LocalHub, tmp_path: Path
+) -> None:
+    words = ["activity-stress-test", "-c", "4", "--rate", "40", "--duration", "3s", "--processes", processes]
+    words += ["--operations", mine, "--mix", "activity=2,self=1,broken=1"]
+    done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
+    counts = {name: found["operations"][name]["count"] for name in ("activity", "self", "broken")}
+    assert sum(counts.values()) == 120
+    assert all(abs(counts[name] - expected) <= 3 for name, expected in (("activity", 60), ("self", 30), ("broken", 30)))
+    assert found["operations"]["broken"]["errors"] == {"RuntimeError: not today": counts["broken"]}
+    assert done.code == 1 and found["failed"] == counts["broken"]
+    assert f"broken: {counts['broken']} × RuntimeError: not today" in done.summary
+    assert row(done.stdout, "self") == [str(counts["self"]), "0"]
+
+
+def test_a_condition_may_be_on_an_operation_of_ones_own(mine: str, new_hub: LocalHub) -> None:
+    words = ["activity-stress-test", "-c", "2", "--operations", mine, "--mix", "self=1"]
+    assert run_tool(*words, "--fail-if", "self.p95 > 10s", hub=new_hub).code == 0
+    assert run_tool(*words, "--fail-if", "groups.p95 > 10s", hub=new_hub).code == 1  # nothing measured
+    assert not tool_users(new_hub)

@@ -1,0 +1,541 @@
+"""People on real hubs: users made for them, their servers started, throttled, held and lost; and the driver of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, every, first, matching
+from localhub import LocalHub
+from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
+from tool import THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
+
+import hub_stress_test as hst
+from hub_stress_test import Kind, ServerState
+
+Make = Callable[..., LocalHub]
+
+
+def wait_for_line(run: Running, words: str) -> None:
+    """Read the log of a run until a line has these words."""
+    assert run.stderr and any(words in line for line in run.stderr), f"the log never said {words!r}"
+
+
+def walk_through(person: hst.Visitor, site: hst.Site) -> None:
+    """Take one person through their journey, waiting as long as it asks."""
+    session = site.hub.session
+    for at_s in hst.journey(person, site):
+        session.pause(at_s - session.clock())
+
+
+def simulated_site(names: list[str], plan: hst.Plan) -> hst.Site:
+    """A simulated hub with these users, and a session for which its time passes quickly."""
+    return hst.Site(hst.Hub(ENDPOINT, Hurried(HubWithUsers(names))), plan, hst.new_recorder())
+
+
+# ==== Users: made, and claimed =======================================================================================
+
+
+def test_users_are_numbered_after_those_that_are_there_and_each_batch_is_named(hub: LocalHub) -> None:
+    hub.call("POST", "/users", {"usernames": ["hub-stress-test-1", "hub-stress-test-3"]})
+    session, record, claims = hst.get_session(hub.token), hst.Recorder(), hst.Claims()
+    taken = ["hub-stress-test-1", "hub-stress-test-3", "alice", "hub-stress-test-a-90"]
+    made = list(hst.make_users(5, 2, hst.Hub(hub.endpoint, session), record, claims, taken, ""))
+    assert made == [[f"hub-stress-test-{n}" for n in batch] for batch in ((4, 5), (6, 7), (8,))]
+    assert claims.ours == sum(made, []) and not claims.rivals
+    assert tool_users(hub) == {f"hub-stress-test-{n}" for n in (1, 3, 4, 5, 6, 7, 8)}
+    assert hst.delete_users(sorted(tool_users(hub)), hub.endpoint, session)
+
+
+def test_names_that_turn_out_to_be_taken_are_skipped_and_never_claimed(hub: LocalHub) -> None:
+    theirs = ["hub-stress-test-2", "hub-stress-test-3", "hub-stress-test-4"]
+    hub.call("POST", "/users", {"usernames": theirs})
+    session, claims = hst.get_session(hub.token), hst.Claims()
+    # as if it had looked before they came
+    made = sum(hst.make_users(5, 2, hst.Hub(hub.endpoint, session), hst.Recorder(), claims, [], ""), [])
+    assert made == [f"hub-stress-test-{n}" for n in (1, 5, 6, 7, 8)]
+    assert claims.ours == made and claims.rivals
+    assert hst.delete_users(made, hub.endpoint, session)
+    assert tool_users(hub) == set(theirs)
+    assert hst.delete_users(theirs, hub.endpoint, session)
+
+
+def test_a_batch_whose_answer_was_lost_is_found_by_looking(hub: LocalHub) -> None:
+    wanted = ["hub-stress-test-1", "hub-stress-test-2"]
+    with FaultProxy(hub.endpoint) as proxy:
+        proxy.rule = every(matching("POST", "/users$"), AnswerAfter(502))
+        session, record, claims = hst.get_session(hub.token), hst.Recorder(), hst.Claims()
+        made = hst.make_batch(wanted, hst.Hub(proxy.url + "/hub/api", session), record, claims)
+    assert made == wanted == claims.ours
+    assert record.reasons("create_users") == {hst.Reason(Kind.REFUSED, "502"): 1}
+    assert hst.delete_users(made, hub.endpoint, session)
+
+
+def test_a_hub_that_refuses_to_make_users_is_quoted(new_hub: LocalHub) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = every(matching("POST", "/users$"), Answer(500, b'{"message": "database is locked"}'))
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        done = run_tool("stress-test", "-c", "3", hub=new_hub, env=env)
+    assert done.code == 1 and done.summary.startswith("FAILED: 0 of 3 servers became ready")
+    assert re.search(r"^because +the hub refused to make users: 500 \(database is locked\)$", done.summary, re.M)
+    assert not tool_users(new_hub)
+
+
+def test_an_interrupt_while_users_are_being_made_is_no_refusal_of_the_hub(new_hub: LocalHub) -> None:
+    creates = matching("POST", "/users$")
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = every(creates, Delay(2.0))
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        with start_tool("stress-test", "-c", "12", "-b", "3", hub=new_hub, env=env) as run:
+            wait_until(lambda: any(entry.method == "POST" for entry in proxy.requests))
+            run.send_signal(signal.SIGINT)
+            done = run.outcome()
+        assert sum(entry.path.endswith("/users") and entry.method == "POST" for entry in proxy.requests) == 1
+    said = done.stdout + done.stderr
+    assert (done.code, done.stdout.partition(":")[0]) == (130, "INTERRUPTED")
+    assert "refused" not in said and "would not" not in said and "did not answer" not in said
+    assert "12 × never started, or cut short" in done.summary
+    assert not tool_users(new_hub)
+
+
+# ==== Servers: started, as many as were requested ====================================================================
+
+
+def test_25_servers_in_batches_of_10_are_exactly_25_and_leave_only_the_bystanders(hub: LocalHub) -> None:
+    before = hub.users()
+    done = run_tool("stress-test", "--count", "25", "--batch-size", "10", hub=hub)
+    assert done.code == 0, done
+    assert done.summary.startswith("PASSED: 25 of 25 servers became ready; half waited ")
+    assert row(done.stdout, "server ready") == ["25", "0"]
+    assert row(done.stdout, "create users") == ["3", "0"]
+    assert hub.users().keys() == before.keys()
+
+
+def test_a_batch_may_be_larger_than_the_count(hub: LocalHub) -> None:
+    done = run_tool("stress-test", "-c", "1", "-b", "50", hub=hub)
+    assert done.code == 0 and "1 requested, 50 at a time; 1 ready, 0 failed" in done.summary
+
+
+def test_a_profile_reaches_the_server(hub: LocalHub) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = [("big", {"profile": "big"}), ('{"image": "a:b"}', {"image": "a:b"})]
+    for profile, options in asked:
+        assert run_tool("stress-test", "-c", "1", "-k", "--profile", profile, hub=hub).code == 0
+        (name,) = tool_users(hub)
+        assert hub.users()[name]["servers"][""]["user_options"] == options
+        assert run_tool("purge", hub=hub).code == 0
+
+
+def test_three_real_notebook_servers_start_and_stop(make_hub: Make) -> None:
+    hub = make_hub(real_servers=True)
+    done = run_tool("stress-test", "-c", "3", hub=hub)
+    assert done.code == 0, done
+    assert "3 of 3 servers became ready" in done.summary
+    assert hub.users().keys() == THEIRS
+
+
+# ==== Servers that fail ==============================================================================================
+
+
+@pytest.mark.parametrize("slow_spawn_timeout_s", [10, 0])
+@pytest.mark.parametrize("version", [None, "4.1.6"])
+def test_failing_spawns_fail_the_run_with_their_number_reason_and_names(
+    version: str | None, slow_spawn_timeout_s: float, make_hub: Make, tmp_path: Path
+) -> None:
+    hub = make_hub(version=version, fail_rate=0.4, spawn_s=1.5, slow_spawn_timeout_s=slow_spawn_timeout_s)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "20", "-b", "20", hub=hub)
+    assert done.code == 1
+    assert "12 of 20 servers became ready" in done.summary
+    assert row(done.stdout, "server ready") == ["20", "8"]
+    servers = found["servers"]
+    (reason,) = servers["reasons"]
+    assert "no node has 4 GB of memory free" in reason
+    assert {one["reason"] for one in servers["failures"]} == {reason}
+    failed = sorted((one["user"] for one in servers["failures"]), key=hst.natural)
+    assert len(set(failed)) == 8
+    assert f"8 × {reason} ({', '.join(failed[:3])} and 5 more)" in done.summary
+    if not slow_spawn_timeout_s:  # with 10 s the hub answers the start when it has failed, and there is no progress
+        assert {one["message"] for one in servers["failures"]} <= {"Looking for a node", "Pulling the image"}
+    assert not tool_users(hub)
+
+
+@pytest.mark.parametrize("slow_spawn_timeout_s", [10, 0])
+@pytest.mark.parametrize("version", [None, "4.1.6"])
+def test_a_server_that_never_comes_counts_as_failed_when_its_time_is_up_and_is_not_left(
+    version: str | None, slow_spawn_timeout_s: float, make_hub: Make
+) -> None:
+    hub = make_hub(version=version, hang_rate=0.25, start_timeout_s=6, slow_spawn_timeout_s=slow_spawn_timeout_s)
+    done = run_tool("stress-test", "-c", "8", "--server-timeout", "2s", hub=hub)
+    assert done.code == 1
+    assert "2 × not ready after 2.00 s" in done.summary
+    assert not tool_users(hub)  # hubs before 5.1 cannot stop a server that is starting: there it was waited for
+
+
+def test_a_server_that_is_not_ready_in_time_fails_with_the_hubs_last_word(make_hub: Make) -> None:
+    hub = make_hub(hang_rate=1.0, slow_spawn_timeout_s=0)
+    done = run_tool("stress-test", "-c", "2", "--server-timeout", "2s", hub=hub)
+    assert done.code == 1 and not tool_users(hub)
+    assert "2 × not ready after 2.00 s; the hub said: Pulling the image (hub-stress-test-1, " in done.summary
+    assert "or raise --server-timeout" in done.summary
+
+
+def test_fail_fast_starts_no_more_once_one_has_failed(hub: LocalHub) -> None:
+    words = ("stress-test", "-c", "40", "-b", "2", "--fail-fast", "--profile", '{"fail_rate": 1, "spawn_s": 0.1}')
+    done = run_tool(*words, hub=hub)
+    assert done.code == 1
+    count, failed = map(int, row(done.stdout, "server ready"))
+    assert 1 <= failed == count <= 4
+    assert f"{40 - count} × never started" in done.summary
+
+
+def test_reasons_that_differ_in_the_pods_name_only_are_one() -> None:
+    users = ["hub-stress-test-7", "hub-stress-test-12"]
+    pods = [f"pod jupyter-{user}---0f3a77c{user[-1]} pending" for user in users]
+    pods_of_old = [f"pod jupyter-{user.replace('-', '-2d')} pending" for user in users]
+    said = [hst.without_name(text, user) for text, user in zip(pods + pods_of_old, users * 2)]
+    assert set(said) == {"pod jupyter-<user> pending"}
+
+
+@pytest.mark.parametrize(
+    ("wish", "steps"),
+    [
+        ({"fail_rate": 1.0}, ["start_server", "server_ready", "delete_user"]),
+        ({"hang_rate": 1.0}, ["start_server", "server_ready", "stop_server", "delete_user"]),
+        ({}, ["start_server", "server_ready", "stay", "stop_server", "delete_user"]),
+    ],
+    ids=["the spawn fails", "it is never ready", "all goes well"],
+)
+def test_after_a_failed_start_nobody_stays_but_the_server_is_stopped_and_the_user_deleted(
+    wish: dict[str, float], steps: list[str], make_hub: Make
+) -> None:
+    local = make_hub(slow_spawn_timeout_s=0)
+    events: list[hst.Event] = []
+    session = hst.get_session(local.token)
+    plan = hst.Plan(profile=wish, stay_s=0.1, server_timeout_s=1.0 if "hang_rate" in wish else 20.0)
+    site = hst.Site(hst.Hub(local.endpoint, session), plan, hst.Recorder(events.append))
+    assert site.hub.create(["hub-stress-test-1"]).status == 201
+    walk_through(hst.Visitor("hub-stress-test-1", session.clock()), site)
+    assert [event.step for event in events] == steps
+    assert [event.step for event in events if event.reason] == (["server_ready"] if wish else [])
+    assert site.states == {"hub-stress-test-1": ServerState.GONE} and not tool_users(local)
+
+
+def test_a_step_that_raises_is_a_failure_of_that_person_and_nobody_elses() -> None:
+    class Broken(HubWithUsers):
+        def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+            if "hub-stress-test-2/server" in (request.url or ""):
+                raise LookupError("nobody expected this")
+            return super().send(request, *args, **kwargs)
+
+    names = [hst.username(n) for n in range(1, 6)]
+    site = hst.Site(hst.Hub(ENDPOINT, Hurried(Broken(names))), hst.Plan(batch_size=2), hst.new_recorder())
+    hst.take_through(names, site, lambda: None)
+    ends = {name: steps["server_ready"].reason for name, steps in site.record.people.items()}
+    broken = hst.Reason(Kind.BROKEN, "LookupError: nobody expected this")
+    assert ends == dict.fromkeys(names) | {"hub-stress-test-2": broken}
+    assert site.states["hub-stress-test-2"] is ServerState.READY  # as far as anybody knows: it will be stopped
+
+
+# ==== Throttling =====================================================================================================
+
+
+def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
+    session, turns = hst.get_session("x", dry_run=True), hst.Turns()
+    order: list[float] = []
+    waiting = 0
+
+    def wait(due_s: float) -> None:
+        turns.wait(due_s, 0, session.clock() + 60, session)
+        order.append(due_s)
+
+    threads = [threading.Thread(target=wait, args=(due_s,)) for due_s in (3.0, 1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)  # until all three wait
+    for waiting in (1, 2, 3):
+        assert turns.free()  # somebody waits, so that a new start lets them go first
+        wait_until(lambda: len(order) >= waiting)  # noqa: B023
+    assert order == [1.0, 2.0, 3.0]
+    assert not turns.free()
+
+
+def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
+    session, turns = hst.get_session("x", dry_run=True), hst.Turns()
+    turns.free()
+    began_s = session.clock()
+    turns.wait(1.0, turns.freed, began_s + 0.3, session)
+    assert session.clock() - began_s >= 0.3
+
+
+def test_throttled_starts_are_retried_when_a_place_is_free_and_not_after_the_hubs_pause(
+    make_hub: Make, tmp_path: Path
+) -> None:
+    hub = make_hub(concurrent_spawn_limit=4, spawn_s=0.3, slow_spawn_timeout_s=0)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "24", "-b", "12", hub=hub)
+    assert done.code == 0
+    assert re.search(r"24 ready, 0 failed; [1-9]\d* throttled, from [\d.]+ m?s after the first start on", done.summary)
+    assert found["servers"]["slowest"][0]["ready_s"] < 25  # the hub's shortest pause is 30 s
+    assert not tool_users(hub)
+
+
+def test_fifty_starts_at_a_time_get_through_a_hub_that_lets_five(make_hub: Make) -> None:
+    hub = make_hub(concurrent_spawn_limit=5, spawn_s=0.2, slow_spawn_timeout_s=0)
+    done = run_tool("stress-test", "-c", "60", "-b", "50", hub=hub)
+    assert done.code == 0 and re.search("60 ready, 0 failed; [1-9][0-9]* throttled", done.summary)
+    assert not tool_users(hub)
+
+
+# ==== Servers that are held ==========================================================================================
+
+
+def test_a_server_that_somebody_stops_while_it_is_held_was_ready_and_is_lost(new_hub: LocalHub, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    with start_tool("stress-test", "-c", "4", "--hold", "4s", "--results", str(file), hub=new_hub) as run:
+        wait_for_line(run, "Holding the servers for 4 s")
+        users = new_hub.users()
+        assert len(tool_users(new_hub)) == 4
+        assert all(users[name]["servers"][""]["ready"] for name in tool_users(new_hub))
+        unlucky = sorted(tool_users(new_hub))[2]
+        new_hub.call("DELETE", f"/users/{unlucky}/server")  # as a culler would
+        done = run.outcome()
+    found = results_in(file, done)
+    assert not tool_users(new_hub)
+    assert done.code == 1
+    assert done.summary.startswith("FAILED: 4 of 4 servers became ready; 1 was lost while held; half waited ")
+    assert re.search("^servers +4 requested, 10 at a time; 4 ready, 0 failed, 1 lost$", done.summary, re.M)
+    reason = "it became ready, and was gone while it was held"
+    assert re.search(rf"^failed +1 × {reason} \({unlucky}\)$", done.summary, re.M)
+    servers = found["servers"]
+    assert (servers["ready"], servers["failed"], servers["lost"], found["failed"]) == (4, 0, 1, 1)
+    assert servers["failures"] == [{"user": unlucky, "reason": reason, "message": ""}]
+    operations = found["operations"]
+    assert (operations["stay"]["count"], operations["stay"]["failed"]) == (4, 1)
+    assert (operations["server_ready"]["count"], operations["server_ready"]["failed"]) == (4, 0)
+    line = hst.ServersTimeline(**found["timeline"]["servers"])
+    assert [user for user, at in zip(line.user, line.lost_s) if at is not None] == [unlucky]
+    assert all(line.ready)
+    lost_s, ready_s = line.lost_s[line.user.index(unlucky)], max(filter(None, line.ended_s))
+    assert lost_s is not None and lost_s > ready_s
+    curves = hst.server_curves(line, lost_s + 1, points=1000)
+    held = [n for n, at_s in enumerate(curves["at_s"]) if ready_s + 0.01 < at_s < lost_s - 0.01]
+    assert held and {(curves["ready"][n], curves["lost"][n]) for n in held} == {(4, 0)}
+    assert (curves["ready"][-1], curves["lost"][-1], curves["failed"][-1]) == (3, 1, 0)
+
+
+def test_servers_that_are_held_and_stay_pass(new_hub: LocalHub, tmp_path: Path) -> None:
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "3", "--hold", "1s", hub=new_hub)
+    assert done.code == 0 and found["servers"]["lost"] == 0
+    stay = found["operations"]["stay"]
+    assert (stay["count"], stay["failed"]) == (3, 0) and stay["latency_s"]["min"] >= 1.0
+    assert not tool_users(new_hub)
+
+
+class AwayAfterwards(HubWithUsers):
+    """A hub that nothing reaches any more once it has started so many servers."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names)
+        self._servers = len(names)
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        started = sum(method == "POST" for method, _, _ in self.asked)
+        response = super().send(request, *args, **kwargs)
+        if started >= self._servers:
+            raise requests.ConnectionError("away")
+        return response
+
+
+def test_a_hub_that_is_away_when_held_servers_are_looked_for_has_not_lost_them() -> None:
+    names = [hst.username(n) for n in range(1, 5)]
+    plan = hst.Plan(count=4, batch_size=4, hold_s=10.0)
+    site = hst.Site(hst.Hub(ENDPOINT, Hurried(AwayAfterwards(names))), plan, hst.new_recorder())
+    with pytest.raises(hst.CutShort, match="did not say whether the servers that were held are still there"):
+        hst.take_through(names, site, lambda: None)
+    servers = hst.servers_of(site.record.people, 4, False)
+    assert (servers.ready, servers.lost, servers.failures) == (4, 0, [])
+    assert "stay" not in site.record.summarise()
+
+
+def test_a_hub_that_comes_back_before_long_is_asked_again_for_the_servers_that_were_held() -> None:
+    class Hiccup(HubWithUsers):
+        def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+            response = super().send(request, *args, **kwargs)
+            if request.method == "GET" and sum(method == "GET" for method, _, _ in self.asked) < 10:
+                raise requests.ConnectionError("away")
+            return response
+
+    session = TimeTraveller(Hiccup(["hub-stress-test-1"]))
+    site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(stay_s=5.0), hst.new_recorder())
+    site.hub.start("hub-stress-test-1", None, 60.0)
+    kept = hst.journey(hst.Visitor("hub-stress-test-1", 0.0), site, [hst.STEPS["stay"]])
+    for at_s in kept:
+        session.pause(at_s - session.clock())
+    stay = site.record.people["hub-stress-test-1"]["stay"]
+    assert stay.reason is None and stay.ended_s > 5.0
+
+
+# ==== The driver =====================================================================================================
+
+
+class Crowd:
+    """Walks of a first stretch and then of moments; how many were in their first stretch at a time, and since when."""
+
+    def __init__(self, session: hst.HubSession, stretch: Callable[[], object], *then: float) -> None:
+        self.begun: list[tuple[float, float]] = []
+        self.left_s: list[float] = []  # when each had its first stretch behind it
+        self.ended = self.most = 0
+        self._here, self._lock = 0, threading.Lock()
+        self._session, self._stretch, self._then = session, stretch, then
+
+    def walk(self, item: object, due_s: float) -> hst.Walk:
+        with self._lock:
+            self.begun.append((due_s, self._session.clock()))
+            self._here += 1
+            self.most = max(self.most, self._here)
+        self._stretch()
+        with self._lock:
+            self._here -= 1
+            self.left_s.append(self._session.clock())
+        yield from self._then
+        with self._lock:
+            self.ended += 1
+
+
+def threads_now() -> int:
+    """How many threads of a driver there are."""
+    return sum(thread.name.startswith("hub-stress-test") for thread in threading.enumerate())
+
+
+def test_three_hundred_people_who_stay_wait_without_a_thread() -> None:
+    names = [hst.username(n) for n in range(1, 301)]
+    site = simulated_site(names, hst.Plan(count=300, batch_size=2, hold_s=60.0))
+    threads, held = [], []
+
+    def look() -> None:
+        threads.append(threads_now())
+        held.append(site.record.count(["server_ready"]) - site.record.count(["stay"]))
+
+    hst.take_through(names, site, look)
+    assert max(threads) <= 2 and max(held) == 300
+    stays = [steps["stay"] for steps in site.record.people.values()]
+    assert len(stays) == 300 and all(stay.reason is None and stay.latency_s >= 60.0 for stay in stays)
+
+
+def test_without_a_pace_at_most_the_limit_are_in_their_first_stretch() -> None:
+    session = hst.get_session("x", dry_run=True)
+    crowd = Crowd(session, lambda: time.sleep(0.02), session.clock() + 0.5)
+    hst.Driver(session, 3).run(crowd.walk, range(40), lambda: None)
+    assert (crowd.most, len(crowd.begun), crowd.ended) == (3, 40, 40)
+    dues_s = sorted(due_s for due_s, _ in crowd.begun)
+    assert all(due_s >= left_s for due_s, left_s in zip(dues_s[3:], crowd.left_s))  # nobody is due without a place
+
+
+def test_with_a_pace_arrivals_keep_to_it_however_long_each_takes() -> None:
+    session = Hurried()
+    everybody = threading.Barrier(20)  # each waits for the last to come: only an open model gets through
+    pace = hst.Pace(4.0, session.clock() + 5.0)
+    crowd = Crowd(session, lambda: everybody.wait(30))
+    hst.Driver(session, 20, pace).run(crowd.walk, range(20), lambda: None)
+    assert sorted(due_s for due_s, _ in crowd.begun) == [pace.due_s(n) for n in range(20)]
+    assert all(began_s >= due_s for due_s, began_s in crowd.begun)
+    assert (crowd.most, crowd.ended) == (20, 20)
+
+
+def test_those_who_think_go_on_when_their_moment_has_come_and_not_before() -> None:
+    session = Hurried()
+    came: dict[int, float] = {}
+
+    def walk(item: int, due_s: float) -> hst.Walk:
+        yield session.clock() + item
+        came[item] = session.clock() - due_s
+
+    hst.Driver(session, 10).run(walk, [5, 1, 3], lambda: None)
+    assert sorted(came) == [1, 3, 5] and all(waited_s >= item for item, waited_s in came.items())
+
+
+def test_those_who_wait_without_end_go_on_when_all_others_have_ended_and_the_hold_is_over() -> None:
+    session = Hurried()
+    moments: dict[str, float] = {}
+
+    def walk(item: str, due_s: float) -> hst.Walk:
+        yield math.inf if item == "stays" else session.clock() + 20.0
+        moments[item] = session.clock()
+
+    hst.Driver(session, 2, hold_s=10.0).run(walk, ["stays", "works"], lambda: None)
+    assert moments["stays"] - moments["works"] >= 10.0
+
+
+def test_a_stop_ends_the_driver_although_people_wait() -> None:
+    session = hst.get_session("x", dry_run=True)
+    crowd = Crowd(session, lambda: None, session.clock() + 1e6)
+    ticks = itertools.count()
+    hst.Driver(session, 4).run(crowd.walk, range(8), lambda: session.stop() if next(ticks) == 3 else None)
+    assert (len(crowd.begun), crowd.ended) == (8, 0)
+
+
+def test_nobody_begins_after_the_end_of_the_load_and_the_driver_ends_then() -> None:
+    session = Hurried()
+    crowd = Crowd(session, lambda: None)
+    pace = hst.Pace(10.0, session.clock())
+    until_s = pace.due_s(200) + 0.01  # one is due so shortly before the end that the driver seldom gets to it
+
+    def give_up() -> None:
+        if session.clock() > until_s + 100.0:
+            session.stop()
+
+    hst.Driver(session, 4, pace, until_s).run(crowd.walk, range(1000), give_up)
+    assert not session.stopping.is_set(), "the driver went on and on"
+    assert 0 < len(crowd.begun) <= 201 and all(due_s < until_s for due_s, _ in crowd.begun)
+
+
+def test_what_a_walk_raises_ends_the_run_and_is_raised() -> None:
+    session = hst.get_session("x", dry_run=True)
+
+    def walk(item: int, due_s: float) -> hst.Walk:
+        if item == 3:
+            raise hst.CutShort("the hub refused")
+        yield session.clock() + 1e6
+
+    with pytest.raises(hst.CutShort, match="the hub refused"):
+        hst.Driver(session, 2).run(walk, range(10), lambda: None)
+    wait_until(lambda: not threads_now())
+
+
+def test_a_hub_that_is_gone_ends_the_driver() -> None:
+    """Nothing answers; the session takes the hub for gone after 2 s of its own time."""
+    session = Hurried()
+    session.gone_after_s = 2.0
+    crowd = Crowd(session, lambda: None, session.clock() + 1e6)
+    hst.Driver(session, 2).run(crowd.walk, range(3), lambda: None)
+    assert (len(crowd.begun), crowd.ended) == (3, 0)
+
+
+# ==== Starts at a rate ===============================================================================================
+
+
+def test_starts_at_a_rate_count_from_when_each_was_due(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("stress-test", "-c", "12", "--rate", "6", "--profile", '{"spawn_s": 0.5}')
+    done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
+    assert done.code == 0 and "12 requested, 6 per second, however slow the hub; 12 ready" in done.summary
+    line = found["timeline"]["servers"]
+    assert [due_s - line["due_s"][0] for due_s in line["due_s"]] == pytest.approx([n / 6 for n in range(12)], abs=1e-3)
+    assert found["operations"]["server_ready"]["latency_s"]["min"] >= 0.5
+    assert not tool_users(new_hub)
+
+
+def test_a_start_that_is_answered_with_503_is_retried(new_hub: LocalHub, tmp_path: Path) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = first(1, matching("POST", "/server$"), Answer(503, b"", {"Retry-After": "1"}))
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "2", hub=new_hub, env=env)
+    assert done.code == 0 and found["servers"]["ready"] == 2
+    assert found["http"]["retries"] == 1 and found["operations"]["start_server"]["backoff_s"] >= 1.0
+    assert not tool_users(new_hub)

@@ -1,0 +1,457 @@
+"""What is asked for: conditions, values, options, the environment; what is refused, before anything is sent."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_proxy import FaultProxy
+from localhub import LocalHub
+from tool import NOWHERE, refused_usage, run_tool, tool_users
+
+import hub_stress_test as hst
+
+# ==== Conditions =====================================================================================================
+
+RESULTS: dict[str, Any] = {
+    "failed": 3,
+    "failed_rate": 0.03,
+    "http": {"throttled": 7},
+    "operations": {
+        "server_ready": {
+            "count": 100,
+            "failed": 3,
+            "rate_per_s": 5.0,
+            "latency_s": {"min": 1, "mean": 2, "p50": 2, "p90": 3, "p95": 4, "p99": 5, "max": 6},
+        },
+        "ping": {"count": 4, "failed": 4, "rate_per_s": None, "latency_s": dict.fromkeys(hst.LATENCY_STATISTICS)},
+    },
+}
+VALUES = {
+    "failed": 3,
+    "failed_rate": 0.03,
+    "throttled": 7,
+    "server_ready.min": 1,
+    "server_ready.mean": 2,
+    "server_ready.p50": 2,
+    "server_ready.p90": 3,
+    "server_ready.p95": 4,
+    "server_ready.p99": 5,
+    "server_ready.max": 6,
+    "server_ready.failed": 3,
+    "server_ready.count": 100,
+    "server_ready.rate_per_s": 5,
+}
+
+
+@pytest.mark.parametrize(("metric", "comparison"), list(itertools.product(VALUES, hst.COMPARISONS)))
+def test_every_metric_with_every_operator_is_met_or_not(metric: str, comparison: str) -> None:
+    value = VALUES[metric]
+    for limit in (value * 0.5, value, value * 1.5):
+        judged = hst.condition(f"{metric} {comparison} {limit:g}").judge(RESULTS, None)
+        expected = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[comparison]
+        assert (judged.held, judged.value) == (expected, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [
+        ("server_ready.p95 > 3999ms", True),
+        ("server_ready.p95 > 4s", False),
+        ("server_ready.p95 < 0.1m", True),
+        ("failed_rate > 2%", True),
+        ("failed_rate>=3.1%", False),
+        ("ping.p95 > 1s", True),  # nothing succeeded, so nothing was measured
+        ("activity.p95 > 1s", True),  # there was none
+        ("server_ready.p95 > 1.5x", False),
+        ("server_ready.p95 > 0.9x", True),
+        ("activity.p95 > 2x", True),  # neither run has any
+    ],
+)
+def test_a_condition_has_units_and_is_met_where_nothing_was_measured(text: str, met: bool) -> None:
+    assert hst.condition(text).judge(RESULTS, RESULTS).held is met
+
+
+def test_a_multiple_of_what_the_baseline_has_not_measured_is_met() -> None:
+    judged = hst.condition("server_ready.p95 > 2x").judge(RESULTS, {"schema": 1})
+    assert judged == hst.Judgement("server_ready.p95 > 2x", 4.0, True)
+
+
+def test_a_condition_is_told_as_it_was_written_with_single_blanks() -> None:
+    assert hst.condition("  server_ready.p95  >   30s ").text == "server_ready.p95 > 30s"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "failed", "failed > ", "failed = 1", "speed > 1", "server_ready.p42 > 1s", "failed > 1s", "ping.failed > 1%"],
+)
+def test_a_condition_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        hst.condition(text)
+
+
+def test_a_search_for_capacity_minds_failures_and_how_long_the_requests_of_its_mix_take() -> None:
+    assert [one.text for one in hst.Plan().conditions] == ["failed > 0"]
+    search = hst.Plan(hst.ACTIVITY, find_capacity=True)
+    assert [one.text for one in search.conditions] == ["failed > 0", "activity.p95 > 500ms"]
+    mixed = dataclasses.replace(search, mix={"read": 1.0, "list": 2.0})
+    assert [one.text for one in mixed.conditions] == ["failed > 0", "read.p95 > 500ms", "list.p95 > 500ms"]
+    asked = hst.condition("throttled > 9")
+    assert dataclasses.replace(search, fail_if=(asked,)).conditions == (asked,)
+
+
+# ==== What a value may be ============================================================================================
+
+GOOD_VALUES = [
+    (hst.whole_number, "1", 1),
+    (hst.whole_number, "0100", 100),
+    (hst.positive_number, "0.5", 0.5),
+    (hst.positive_number, ".5", 0.5),
+    (hst.positive_number, "20", 20.0),
+    (hst.duration, "90", 90.0),
+    (hst.duration, "90s", 90.0),
+    (hst.duration, "1.5m", 90.0),
+    (hst.duration, "1h", 3600.0),
+    (hst.run_name, "night-7", "night-7"),
+    (hst.run_name, "a" * 40, "a" * 40),
+    (hst.endpoint_url, "https://hub.example.org/hub/api/", "https://hub.example.org/hub/api"),
+    (hst.endpoint_url, "http://me:pw@[::1]:8/hub/api", "http://[::1]:8/hub/api"),
+    (hst.token_text, "abc-!~", "abc-!~"),
+    (hst.mix_of, "activity=8, read=.5,own-one=2", {"activity": 8.0, "read": 0.5, "own-one": 2.0}),
+    (hst.profile_value, "small", "small"),
+    (hst.profile_value, ' {"image": "a:b"}', {"image": "a:b"}),
+]
+BAD_VALUES = {
+    hst.whole_number: ["", "0", "-1", "1.5", "1e3", "x", "١"],
+    hst.positive_number: ["", "0", "0.0", "-1", "1e3", "nan", "inf", "x"],
+    hst.duration: ["", "0", "0s", "5 minutes", "-1s", "1d", "s", "1m30s"],
+    hst.run_name: ["", "Big", "-a", "a-", "a_b", "a b", "a" * 41, "a\n"],
+    hst.endpoint_url: ["", "hub", "hub.example.org/hub/api", "ftp://x/", "https://", "http://x/?a=1", "http://x/#a"],
+    hst.token_text: ["", "abc\ndef", "a b", "ä"],
+    hst.mix_of: ["", "activity", "activity=", "activity=0", "activity=1,", "activity=-1", "activity=1=2"],
+    hst.profile_value: ["{broken", "[1]"],
+}
+
+
+@pytest.mark.parametrize(("parse", "text", "value"), GOOD_VALUES)
+def test_a_value_is_understood(parse: Callable[[str], Any], text: str, value: Any) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(("parse", "text"), [(parse, text) for parse, bad in BAD_VALUES.items() for text in bad])
+def test_a_value_that_cannot_be_meant_is_refused(parse: Callable[[str], Any], text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse(text)
+
+
+def test_an_endpoint_that_is_refused_is_shown_without_its_password() -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        hst.endpoint_url("ftp://me:pa55word@hub.example.org/")
+    assert "ftp://hub.example.org/" in str(refused.value) and "pa55word" not in str(refused.value)
+
+
+def test_a_file_is_read_as_results_only_if_it_holds_some(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    for content, said in (
+        ("{", "cannot be read as results"),
+        ("[]", "not hold results"),
+        ('{"schema": 2}', "not hold"),
+    ):
+        file.write_text(content)
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            hst.results_file(str(file))
+    file.write_text('{"schema": 1}')
+    assert hst.results_file(str(file)) == {"schema": 1}
+
+
+def test_a_file_is_writable_or_not_and_nothing_is_written_to_find_out(tmp_path: Path) -> None:
+    for bad in (tmp_path, tmp_path / "missing" / "file"):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot be written"):
+            hst.writable_file(str(bad))
+    assert hst.writable_file(str(tmp_path / "new")) == str(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+# ==== Options ========================================================================================================
+
+HUB = ["--endpoint", "http://hub.example.org/hub/api", "--token", "t"]
+GIVEN: dict[str, tuple[str | None, Any]] = {
+    # field: (what is given, what it means)
+    "endpoint": ("http://x/hub/api", "http://x/hub/api"),
+    "token": ("abc", "abc"),
+    "dry_run": (None, True),
+    "log_to_file": ("run.log", "run.log"),
+    "verbose": (None, True),
+    "run": ("night", "night"),
+    "results": ("r.json", "r.json"),
+    "report": ("r.html", "r.html"),
+    "fail_if": ("failed > 2", (hst.condition("failed > 2"),)),
+    "baseline": ("old.json", {"schema": 1}),
+    "count": ("7", 7),
+    "batch_size": ("3", 3),
+    "keep": (None, True),
+    "profile": ("small", "small"),
+    "server_timeout_s": ("2m", 120.0),
+    "fail_fast": (None, True),
+    "rate_per_s": ("2.5", 2.5),
+    "hold_s": ("4s", 4.0),
+    "workers": ("20", 20),
+    "duration_s": ("9s", 9.0),
+    "processes": ("2", 2),
+    "mix": ("activity=8,read=2", {"activity": 8.0, "read": 2.0}),
+    "operations": ("mine.py", "mine.py"),
+    "find_capacity": (None, True),
+    "cleanup_timeout_s": ("1m", 60.0),
+}
+
+
+def plan_for(*words: str) -> hst.Plan:
+    args = hst.parse_args(words)
+    hst.validate(args)
+    return hst.plan_of(args)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that `GIVEN` names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.json").write_text('{"schema": 1}')
+    (tmp_path / "mine.py").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_without_options_a_command_has_the_plans_defaults(command: str) -> None:
+    assert plan_for(command, *HUB) == hst.Plan(
+        command, endpoint="http://hub.example.org/hub/api", token=hst.Secret("t")
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "field"), [(command, field) for field, row in hst.OPTIONS.items() for command in row.on]
+)
+def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_other(
+    command: str, field: str, files: Path
+) -> None:
+    value, meaning = GIVEN[field]
+    default = {field: getattr(hst.Plan(), field)}
+    for flag in hst.OPTIONS[field].flags.split():
+        plan = plan_for(*HUB, command, flag, *([value] if value else []))
+        assert getattr(plan, field) == meaning != default[field]
+        assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*HUB, command), **default)
+
+
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_the_results_options_are_those_of_the_command_without_token_and_baseline(command: str, files: Path) -> None:
+    plan = plan_for(command, *HUB, "--baseline", "old.json", "--fail-if", "failed > 2", "--fail-if", "throttled > 9")
+    options = plan.options()
+    rows = [row for row in hst.OPTIONS.values() if command in row.on]
+    assert options.keys() == {row.key for row in rows} - {"token", "baseline"}
+    assert options["fail_if"] == ["failed > 2", "throttled > 9"]
+    assert json.loads(json.dumps(options)) == options
+
+
+def test_global_options_stand_before_and_after_the_command_and_the_later_wins() -> None:
+    assert plan_for("--run", "x", "stress-test", *HUB) == plan_for(*HUB, "stress-test", "--run", "x")
+    assert plan_for("--run", "x", "-v", "stress-test", *HUB, "--run", "y").run == "y"
+    plan = plan_for("--fail-if", "failed > 5", *HUB, "purge", "--fail-if", "throttled > 1", "--fail-if", "failed > 6")
+    assert [one.text for one in plan.fail_if] == ["failed > 5", "throttled > 1", "failed > 6"]
+
+
+def test_a_run_is_named_before_and_after_the_command(hub: LocalHub) -> None:
+    where = ("--endpoint", hub.endpoint, "--token", hub.token)
+    assert run_tool(*where, "--run", "x", "stress-test", "-c", "1", "-k").code == 0
+    assert run_tool("stress-test", "-c", "1", "-k", *where, "--run", "x").code == 0
+    assert tool_users(hub) == {"hub-stress-test-x-1", "hub-stress-test-x-2"}
+    assert run_tool("--endpoint", hub.endpoint, "purge", "--token", hub.token).code == 0
+    assert not tool_users(hub)
+
+
+# ==== Bad usage ======================================================================================================
+
+BAD_USAGE = {
+    "no token": (["--endpoint", "http://127.0.0.1:1/hub/api", "purge"], {}, "no token"),
+    "no endpoint": (["--token", "x", "purge"], {}, "no endpoint"),
+    "no command": ([], NOWHERE, "COMMAND"),
+    "an unknown command": (["stress"], NOWHERE, "stress"),
+    "an unknown option": (["purge", "--forec"], NOWHERE, "--forec"),
+    "an option of another command": (["purge", "--count", "3"], NOWHERE, "--count"),
+    "an abbreviated option": (["stress-test", "--coun", "3"], NOWHERE, "--coun"),
+    "count 0": (["stress-test", "--count", "0"], NOWHERE, "--count: expected a whole number of at least 1, not '0'"),
+    "count -1": (["activity-stress-test", "--count=-1"], NOWHERE, "'-1'"),
+    "batch size x": (["stress-test", "--batch-size", "x"], NOWHERE, "--batch-size: expected a whole number"),
+    "workers 1.5": (["activity-stress-test", "--workers", "1.5"], NOWHERE, "'1.5'"),
+    "broken profile": (["stress-test", "--profile", "{broken"], NOWHERE, "--profile: this is not valid JSON"),
+    "a list as profile": (["stress-test", "--profile", "[1]"], NOWHERE, "a JSON object"),
+    "a strange duration": (
+        ["stress-test", "--server-timeout", "5 minutes"],
+        NOWHERE,
+        "a duration like 90, 90s, 5m or 1h",
+    ),
+    "no duration at all": (["stress-test", "--server-timeout", "0s"], NOWHERE, "'0s'"),
+    "a run with capitals": (["--run", "Big", "purge"], NOWHERE, "lower-case"),
+    "an endpoint without scheme": (["-e", "hub.example.org/hub/api", "purge"], NOWHERE, "expected a URL"),
+    "an endpoint in the environment": (["purge"], NOWHERE | {"JUPYTERHUB_ENDPOINT": "hub"}, "JUPYTERHUB_ENDPOINT"),
+    "a token in the environment": (["purge"], NOWHERE | {"JUPYTERHUB_API_TOKEN": "a b"}, "JUPYTERHUB_API_TOKEN"),
+    "a token with a line end": (["purge", "--token", "abc\ndef"], NOWHERE, "--token: expected a token of printable"),
+    "an unwritable log file": (["purge", "--log-to-file", "/nowhere/log"], NOWHERE, "/nowhere/log: cannot be written"),
+    "a directory as log file": (["purge", "--log-to-file", "/tmp"], NOWHERE, "/tmp: cannot be written"),
+    "a multiple without a baseline": (["purge", "--fail-if", "ping.p95 > 2x"], NOWHERE, "needs a --baseline"),
+    "an unknown operation": (["purge", "--fail-if", "pong.p95 > 2s"], NOWHERE, "no operation 'pong'"),
+    "an unknown metric": (["purge", "--fail-if", "speed > 2"], NOWHERE, "'speed' is not failed"),
+    "a unit that does not fit": (["purge", "--fail-if", "failed > 2s"], NOWHERE, "the unit 's' does not fit failed"),
+    "a mix of nothing": (["activity-stress-test", "--mix", "activity"], NOWHERE, "NAME=WEIGHT"),
+    "a mix of the unknown": (["activity-stress-test", "--mix", "dance=1"], NOWHERE, "no operation 'dance'"),
+    "the capacity of nothing": (["--dry-run", "activity-stress-test", "--find-capacity"], {}, "give one of them"),
+    "a rate of 0": (["activity-stress-test", "--rate", "0"], NOWHERE, "a number above 0"),
+    "more processes than workers": (["activity-stress-test", "--processes", "200"], NOWHERE, "more than --workers 100"),
+    "no such operations file": (
+        ["activity-stress-test", "--operations", "/nowhere.py"],
+        NOWHERE,
+        "--operations /nowhere.py",
+    ),
+    "no such baseline": (["purge", "--baseline", "/nowhere.json"], NOWHERE, "cannot be read as results"),
+    "results into nowhere": (["purge", "--results", "/nowhere/r.json"], NOWHERE, "cannot be written"),
+    "a report into nowhere": (["purge", "--report", "/nowhere/r.html"], NOWHERE, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USAGE)
+def test_bad_usage_is_refused_in_one_sentence(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, env, expected = BAD_USAGE[case]
+    assert expected in refused_usage(words, env, capsys)
+
+
+def test_bad_usage_is_refused_before_anything_is_sent(new_hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    with FaultProxy(new_hub.endpoint) as proxy:
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api", "JUPYTERHUB_API_TOKEN": new_hub.token}
+        for words, _, expected in (case for case in BAD_USAGE.values() if case[1] is NOWHERE):
+            assert expected in refused_usage(words, env, capsys)
+        assert proxy.requests == []
+
+
+def test_an_operations_file_with_a_mistake_is_refused_with_the_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("1 / 0")
+    said = refused_usage(["activity-stress-test", "--operations", str(tmp_path / "mine.py")], NOWHERE, capsys)
+    assert "mine.py: ZeroDivisionError: division by zero" in said
+
+
+# ==== The environment, logs, dry runs ================================================================================
+
+
+def test_the_endpoint_can_come_from_the_variable_that_a_hub_sets_for_its_own_servers(new_hub: LocalHub) -> None:
+    env = {"JUPYTERHUB_API_URL": new_hub.endpoint, "JUPYTERHUB_API_TOKEN": new_hub.token}
+    assert run_tool("purge", env=env).code == 0
+    assert run_tool("purge", env=env | {"JUPYTERHUB_ENDPOINT": "http://127.0.0.1:1/hub/api"}).code == 3
+
+
+def test_the_command_line_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in NOWHERE.items():
+        monkeypatch.setenv(name, value)
+    assert (plan_for("purge").endpoint, plan_for("purge").token) == tuple(NOWHERE.values())
+    assert (plan_for("purge", *HUB).endpoint, plan_for("purge", *HUB).token) == ("http://hub.example.org/hub/api", "t")
+
+
+def test_credentials_in_the_endpoint_are_neither_used_nor_shown(new_hub: LocalHub) -> None:
+    endpoint = new_hub.endpoint.replace("//", "//someone:pa55word@")
+    done = run_tool("purge", "-v", env={"JUPYTERHUB_ENDPOINT": endpoint, "JUPYTERHUB_API_TOKEN": new_hub.token})
+    assert done.code == 0
+    assert "pa55word" not in done.stdout + done.stderr
+
+
+def test_version_and_help_need_no_hub() -> None:
+    assert run_tool("--version").stdout == f"hub-stress-test {hst.__version__}\n"
+    for words in ((), *((command,) for command in hst.COMMANDS)):
+        done = run_tool(*words, "--help")
+        assert (done.code, done.stderr) == (0, "") and done.stdout.startswith("usage: hub-stress-test ")
+    assert (hst.__doc__ or "x") in run_tool("--help").stdout
+
+
+def test_verbose_logs_each_request_with_its_response_time(new_hub: LocalHub) -> None:
+    done = run_tool("-v", "stress-test", "-c", "1", hub=new_hub)
+    for request, status in (
+        ("POST /hub/api/users", 201),
+        ("POST /hub/api/users/hub-stress-test-1/server", 201),
+        ("DELETE /hub/api/users/hub-stress-test-1", 204),
+    ):
+        assert re.search(rf" DEBUG +{request}: {status} in \d+\.\d{{3}} s$", done.stderr, re.MULTILINE), done.stderr
+    assert "DEBUG" not in run_tool("stress-test", "-c", "1", hub=new_hub).stderr
+
+
+def test_a_log_file_gets_the_log_and_is_added_to(new_hub: LocalHub, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    for _ in range(2):
+        done = run_tool("purge", "--log-to-file", str(log), hub=new_hub)
+        assert done.code == 0 and done.stderr == f"Logging to {log}\n"
+    text = log.read_text()
+    assert text.count("Found 0 users") == 2 and text.startswith(hst.LOG_HEADER)
+    assert new_hub.token not in text
+
+
+def test_a_file_that_is_no_log_of_ours_is_not_written_to(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
+    done = run_tool("purge", "--log-to-file", str(notes), env=NOWHERE)
+    assert done.code == 2 and "not a log of ours" in done.stderr
+    assert notes.read_text() == "mine\n"
+
+
+def test_runs_in_one_second_do_not_share_a_log(tmp_path: Path) -> None:
+    env = {"TMPDIR": str(tmp_path)}
+    for _ in range(3):
+        assert run_tool("--dry-run", "--log-to-file", "purge", env=env).code == 0  # purge is the command, not the file
+    assert len(list(tmp_path.glob("hub-stress-test-*.log"))) == 3
+
+
+@pytest.fixture
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `setup_logging` changes for the whole program is as it was, afterwards."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    root, chatty = logging.getLogger(), logging.getLogger("urllib3")
+    before = root.handlers[:], root.level, chatty.level
+    root.handlers.clear()  # which it would close
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    chatty.setLevel(before[2])
+
+
+def test_a_log_shows_no_token_not_even_in_a_traceback(
+    logging_as_before: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hst.setup_logging(args=hst.parse_args(["purge", "--token", "abc123", "--endpoint", "http://x/hub/api"]))
+    try:
+        raise ValueError("with the token abc123 in it")
+    except ValueError:
+        hst.LOG.exception("The header was %s", {"Authorization": "token abc123"})
+    said = capsys.readouterr().err
+    assert "ValueError: with the token *** in it" in said and "'token ***'" in said
+    assert "abc123" not in said
+
+
+def test_a_dry_run_needs_no_hub_and_sends_nothing(new_hub: LocalHub) -> None:
+    for command in hst.COMMANDS:
+        count = () if command == "purge" else ("--count", "12")
+        assert run_tool("--dry-run", command, *count).code == 0
+    before = new_hub.users()
+    with FaultProxy(new_hub.endpoint) as proxy:
+        done = run_tool(
+            *("stress-test", "--count", "12", "--dry-run"),
+            hub=new_hub,
+            env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"},
+        )
+        assert done.code == 0 and done.stdout.startswith("DRY RUN: no request was sent")
+        assert "12 ready, 0 failed" in done.stdout
+        assert proxy.requests == []
+    assert new_hub.users() == before

@@ -1,0 +1,288 @@
+"""The results: what is in the file, what decides the exit code, and how they become text and HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from bench.whole_run import hub_counts
+from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, matching
+from localhub import LocalHub
+from tool import SCHEMA, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
+
+import hub_stress_test as hst
+from hub_stress_test import ExitCode
+
+Make = Callable[..., LocalHub]
+
+# ==== The results file ===============================================================================================
+
+
+def test_each_command_writes_results_that_follow_the_schema(hub: LocalHub, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    _, stress = run_for_results(file, "stress-test", "-c", "6", "-b", "3", hub=hub)
+    assert stress["servers"]["ready"] == 6 == stress["users"]["created"] == stress["users"]["deleted"]
+    assert stress["operations"]["server_ready"]["count"] == 6
+    assert len(stress["servers"]["slowest"]) == 5
+    assert stress["http"]["statuses"]["201"] == 8
+    _, activity = run_for_results(file, "activity-stress-test", "-c", "4", hub=hub)
+    assert activity["operations"]["activity"]["count"] == 4 and activity["servers"] is None
+    _, purge = run_for_results(file, "purge", hub=hub)
+    assert purge["users"] == {"created": 0, "deleted": 0, "kept": 0, "left_behind": []}
+    assert hub.token not in file.read_text()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_results_of_a_dry_run_follow_the_schema_too(tmp_path: Path) -> None:
+    for command in hst.COMMANDS:
+        _, found = run_for_results(tmp_path / "r", "--dry-run", command)
+        assert found["hub"]["version"] == "simulated" and found["options"]["dry_run"] is True
+
+
+def test_servers_that_failed_are_named_with_their_reason(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("stress-test", "-c", "10", "--profile", '{"fail_rate": 0.2}')
+    done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
+    servers = found["servers"]
+    assert (done.code, found["failed"], found["failed_rate"]) == (1, 2, 0.2)
+    assert (servers["ready"], servers["failed"], servers["lost"]) == (8, 2, 0)
+    assert servers["reasons"] == {"no node has 4 GB of memory free": 2}
+    assert len(servers["failures"]) == 2
+    named = ", ".join(sorted((one["user"] for one in servers["failures"]), key=hst.natural))
+    assert f"2 × no node has 4 GB of memory free ({named})" in done.summary
+    assert found["timeline"]["servers"]["ready"].count(False) == 2
+    assert not tool_users(new_hub)
+
+
+def test_throttling_is_reported_with_the_moment_at_which_it_began(make_hub: Make, tmp_path: Path) -> None:
+    hub = make_hub(concurrent_spawn_limit=3, spawn_s=2, slow_spawn_timeout_s=0)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "12", "--rate", "4", hub=hub)
+    servers = found["servers"]
+    assert done.code == 0
+    assert servers["throttled"] >= 3
+    assert 0.7 <= servers["throttling_began_s"] < 2  # the fourth start is due after 0.75 s
+    since = hst.duration_text(servers["throttling_began_s"])
+    assert f"; {servers['throttled']} throttled, from {since} after the first start on" in done.summary
+
+
+@pytest.mark.parametrize("words", [("stress-test", "-c", "20", "-b", "10"), ("activity-stress-test", "-c", "9")])
+def test_the_number_of_requests_is_the_one_that_the_hub_served(
+    words: tuple[str, ...], make_hub: Make, tmp_path: Path
+) -> None:
+    hub = make_hub()
+    before, _ = hub_counts(hub)
+    _, found = run_for_results(tmp_path / "r", *words, hub=hub)
+    served = hub_counts(hub)[0] - before
+    http, readings = found["http"], len(found["timeline"]["hub"]["at_s"])  # of the metrics page, which are not counted
+    assert http["requests"] - readings == served
+    assert http["requests"] == sum(http["statuses"].values())
+    pings = found["operations"].get("ping", {"count": 0})["count"]
+    assert http["observer_requests"] == pings + readings
+    assert http["observer_share"] == http["observer_requests"] / http["requests"]
+
+
+def test_the_results_name_neither_the_token_nor_the_baseline_among_their_options(
+    new_hub: LocalHub, tmp_path: Path
+) -> None:
+    before = tmp_path / "before.json"
+    words = ("purge", "--token", new_hub.token, "--endpoint", new_hub.endpoint)
+    run_for_results(before, *words)
+    _, found = run_for_results(tmp_path / "r", *words, "--baseline", str(before))
+    assert not {"token", "baseline"} & found["options"].keys()
+    assert new_hub.token not in (tmp_path / "r").read_text()
+    library = hst.purge_users(new_hub.token, new_hub.endpoint, baseline=json.loads(before.read_text()))
+    assert not {"token", "baseline"} & library["options"].keys()
+    assert new_hub.token not in json.dumps(library)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text("what was there")
+    hst.write_whole(str(file), "what is new")
+    assert file.read_text() == "what is new" and list(tmp_path.iterdir()) == [file]
+    with pytest.raises(OSError):
+        hst.write_whole(str(tmp_path), "over a folder")
+    assert file.read_text() == "what is new"
+
+
+# ==== Interrupted ====================================================================================================
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_interrupt_of_all_processes_cleans_up_and_writes_whole_results(
+    number: int, code: int, after_s: float, new_hub: LocalHub, tmp_path: Path
+) -> None:
+    words = ["activity-stress-test", "-c", "10", "--rate", "20", "--duration", "60s", "--processes", "2"]
+    with start_tool(*words, "--workers", "10", "--results", str(tmp_path / "r"), hub=new_hub) as run:
+        wait_until(lambda: len(tool_users(new_hub)) == 10)
+        time.sleep(after_s)
+        os.killpg(run.pid, number)  # as a terminal does
+        done = run.outcome(60)
+    found = results_in(tmp_path / "r", done)
+    assert done.code == code and done.stdout.startswith("INTERRUPTED: ")
+    assert found["users"]["left_behind"] == [] and not tool_users(new_hub)
+    assert after_s < 1 or found["operations"]["activity"]["count"] > 0
+
+
+# ==== The exit code ==================================================================================================
+
+LEFT = ["hub-stress-test-1"]
+EXIT_CODES = [
+    # left on the hub, interrupted, cut short, failed
+    (LEFT, None, False, False, ExitCode.LEFT_BEHIND),
+    (LEFT, None, True, True, ExitCode.LEFT_BEHIND),
+    (LEFT, signal.SIGINT, False, True, ExitCode.LEFT_BEHIND),
+    (LEFT, signal.SIGTERM, True, False, ExitCode.LEFT_BEHIND),
+    ([], signal.SIGINT, False, False, ExitCode.SIGINT),
+    ([], signal.SIGINT, True, True, ExitCode.SIGINT),
+    ([], signal.SIGTERM, False, True, ExitCode.SIGTERM),
+    ([], signal.SIGTERM, True, False, ExitCode.SIGTERM),
+    ([], None, True, False, ExitCode.FAILED),
+    ([], None, True, True, ExitCode.FAILED),
+    ([], None, False, True, ExitCode.FAILED),
+    ([], None, False, False, ExitCode.OK),
+]
+
+
+@pytest.mark.parametrize(("left", "interrupted_by", "cut_short", "failed", "code"), EXIT_CODES)
+def test_the_exit_code(
+    left: list[str], interrupted_by: int | None, cut_short: bool, failed: bool, code: ExitCode
+) -> None:
+    assert hst.exit_code(left, interrupted_by, cut_short, failed) is code
+
+
+def test_the_table_of_exit_codes_is_the_one_in_the_docstring() -> None:
+    """Each combination is decided by the first row that it fits."""
+    lines = re.findall(r"^ *\| (.*) \|$", hst.exit_code.__doc__ or "", re.MULTILINE)
+    header, *rows = ([cell.strip() for cell in line.split("|")] for line in lines)
+    assert header == ["left on the hub", "interrupted", "cut short", "failed", "code"] and len(rows) == 6
+    words: list[dict[str, Any]] = [
+        {"yes": LEFT, "no": []},
+        {"no": None, "SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM},
+        {"yes": True, "no": False},
+        {"yes": True, "no": False},
+    ]
+    for said in itertools.product(*words):
+        fitting = (row for row in rows if all(cell in ("any", word) for cell, word in zip(row, said)))
+        assert hst.exit_code(*(meaning[word] for meaning, word in zip(words, said))) == int(next(fitting)[-1])
+
+
+def test_conditions_decide_the_exit_code_and_replace_the_default(new_hub: LocalHub) -> None:
+    failing = ("stress-test", "-c", "10", "--profile", '{"fail_rate": 0.2}')
+    assert run_tool(*failing, hub=new_hub).code == 1
+    allowed = run_tool(*failing, "--fail-if", "failed_rate > 25%", hub=new_hub)
+    assert allowed.code == 0 and "failed_rate > 25%: not met, it is 20.0%" in allowed.summary
+    refused = run_tool("--fail-if", "failed > 5", *failing, "--fail-if", "server_ready.p95 > 1ms", hub=new_hub)
+    assert refused.code == 1
+    assert "failed > 5: not met, it is 2" in refused.summary
+    assert re.search(r"^because +server_ready\.p95 > 1ms: it is \d", refused.summary, re.MULTILINE)
+
+
+def test_a_run_that_was_cut_short_has_failed_whatever_fail_if_says(new_hub: LocalHub, tmp_path: Path) -> None:
+    """The answer to a request for users is lost, and the hub will not say which of them there are."""
+    creates, lists = matching("POST", "/users$"), matching("GET", r"/users\?")
+    lost: list[Request] = []
+
+    def rule(request: Request) -> Answer | None:
+        if creates(request) and not lost:
+            lost.append(request)
+            return AnswerAfter(502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html"})
+        if lists(request) and len(lost) == 1:
+            lost.append(request)
+            return Answer(500, b'{"status": 500, "message": "database is locked"}')
+        return None
+
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = rule
+        words = ("stress-test", "-c", "3", "--fail-if", "list_users.p95 > 100s")
+        where = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        done, found = run_for_results(tmp_path / "r", *words, hub=new_hub, env=where)
+    assert done.code == 1
+    assert "the hub refused to list its users: 500 (database is locked)" in done.summary
+    assert [(one["condition"], one["held"]) for one in found["conditions"]] == [("list_users.p95 > 100s", False)]
+    assert found["users"]["deleted"] == 3 and found["users"]["left_behind"] == [] and not tool_users(new_hub)
+
+
+# ==== The baseline ===================================================================================================
+
+
+def test_a_baseline_is_set_beside_the_run(new_hub: LocalHub, tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    run_for_results(before, "stress-test", "-c", "3", hub=new_hub)
+    words = ("stress-test", "-c", "3", "--baseline", str(before))
+    done = run_tool(*words, "--fail-if", "server_ready.p95 > 1000x", hub=new_hub)
+    assert done.code == 0
+    assert re.search(r"^against baseline +p50 +p95 +max +failed$", done.stdout, re.MULTILINE)
+    assert re.search(r"^server ready +\S+→\S+ \d+\.\d\dx .* 0→0$", done.stdout, re.MULTILINE)
+    assert run_tool(*words, "--fail-if", "server_ready.p95 > 0.001x", hub=new_hub).code == 1
+
+
+# ==== As text and as HTML ============================================================================================
+
+
+def simulated(**plan: Any) -> hst.Results:
+    """Results of a run on a simulated hub."""
+    return hst.carry_out(hst.Plan(token=hst.Secret("x"), endpoint=hst.DRY_RUN_ENDPOINT, dry_run=True, **plan))
+
+
+def test_results_made_without_a_command_line_say_how_many_servers_started_at_a_time() -> None:
+    for asked, batch_size in (({"batch_size": 2}, 2), ({}, 10)):
+        results = simulated(count=3, **asked)
+        text = hst.render_summary(results)
+        assert f"3 requested, {batch_size} at a time; 3 ready, 0 failed" in text and "None" not in text
+        assert results.options["batch_size"] == batch_size
+    found = hst.run_stress_test(3, 2, "x", hst.DRY_RUN_ENDPOINT, dry_run=True)
+    assert found["options"]["batch_size"] == 2 and found["servers"]["ready"] == 3
+    jsonschema.validate(found, SCHEMA)
+
+
+def slow_results() -> hst.Results:
+    """Results with an operation of an awkward name that took 1,234 s."""
+    record = hst.Recorder()
+    for name, took_s in (("two  blanks", 1234.0), ("activity", 0.0123), ("<b>&", 1.5)):
+        record.add(hst.Event(name, "x", 0.0, 0.0, took_s))
+    results = simulated(command=hst.ACTIVITY, count=1)
+    return dataclasses.replace(results, operations=record.summarise(), options=results.options | {"dry_run": False})
+
+
+def test_a_tables_columns_are_aligned_whatever_is_in_its_cells() -> None:
+    results = slow_results()
+    section = hst.latency_section(results.operations)
+    lines = hst.render_summary(results).splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("operation "))
+    ends = [lines[at].index(column) + len(column) for column in section.header]
+    assert "20 min 34 s" in section.rows[-1] and section.rows[-1][0] == "two  blanks"
+    assert len(lines[at + 1 :]) == len(section.rows) == 3
+    for line, cells in zip(lines[at + 1 :], section.rows):
+        assert line.startswith(cells[0] + "  ")
+        for cell, end in zip(cells[1:], ends[1:]):
+            assert line[:end].endswith("  " + cell) and line[end : end + 2].strip() == ""
+
+
+def test_a_table_in_html_has_each_cell_once_and_whole() -> None:
+    results = slow_results()
+    section = hst.latency_section(results.operations)
+    page = hst.Page()
+    page.section(section)
+    rows = re.findall("<tr>(.*?)</tr>", page.render("x", ""))
+    shown = [tuple(map(html.unescape, re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row))) for row in rows]
+    assert shown == [tuple(section.header), *map(tuple, section.rows)]
+    assert "&lt;b&gt;&amp;" in page.render("x", "")
+
+
+def test_the_summary_is_wrapped_between_words_only_and_says_the_same_in_any_width() -> None:
+    results = simulated(count=3)
+    narrow, wide = (hst.render_summary(results, width=width) for width in (60, 1000))
+    assert narrow.split() == wide.split()
+    assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))

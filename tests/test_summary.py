@@ -1,0 +1,457 @@
+"""The summary: the verdict, what came of the servers and why, the slowest, what to look at next, colours."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from localhub import LocalHub
+from tool import run_for_results, run_tool, tool_users
+
+import hub_stress_test as hst
+from hub_stress_test import Event, ExitCode, Kind, Reason
+
+Make = Callable[..., LocalHub]
+
+
+def ready(number: int, waited_s: float = 1.0, **more: Any) -> Event:
+    """A server that became ready after so long, or did not, for a reason."""
+    return Event("server_ready", hst.username(number), 0.0, 0.0, waited_s, **more)
+
+
+def held(number: int, lost: bool) -> Event:
+    """A server that was held from second 10 to second 20."""
+    gone = Reason(Kind.LOST, "it became ready, and was gone while it was held")
+    return Event("stay", hst.username(number), 10.0, 10.0, 20.0, gone if lost else None)
+
+
+def failed(number: int, text: str = "no node is free", kind: Kind = Kind.SPAWN, message: str = "") -> Event:
+    return ready(number, reason=Reason(kind, text), message=message)
+
+
+def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.Results:
+    """The results of a stress test that left these events; `more` are fields that differ."""
+    record = hst.new_recorder()
+    for event in events:
+        record.add(event)
+    servers = hst.servers_of(record.people, requested or len(record.people), False)
+    bad = servers.failed + servers.lost
+    found = hst.Results(
+        schema=1,
+        tool={"name": "hub-stress-test", "version": "0"},
+        command=hst.STRESS,
+        hub=hst.HubSide("http://x/hub/api", "6.1.1", 0, None, None),
+        started="2026-11-20T16:00:00Z",
+        finished="2026-11-20T16:00:30Z",
+        duration_s=30.0,
+        options=hst.Plan().options(),
+        users=hst.Users(servers.requested, servers.requested, 0, []),
+        failed=bad,
+        failed_rate=bad / servers.requested if servers.requested else None,
+        servers=servers,
+        operations=record.summarise(),
+        http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
+        capacity=None,
+        warnings=[],
+        advice=[],
+        timeline=hst.RunTimeline({}, None, None, 30.0),
+        exit_code=ExitCode.FAILED if bad else ExitCode.OK,
+    )
+    return dataclasses.replace(found, **more)
+
+
+def told(results: hst.Results, label: str) -> list[str]:
+    """The sentences that the summary has behind a label."""
+    return [row[1] for row in hst.facts(results).rows if row[0] == label]
+
+
+# ==== The verdict ====================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        (ExitCode.OK, "PASSED"),
+        (ExitCode.FAILED, "FAILED"),
+        (ExitCode.LEFT_BEHIND, "LEFT SOMETHING BEHIND"),
+        (ExitCode.SIGINT, "INTERRUPTED"),
+        (ExitCode.SIGTERM, "INTERRUPTED"),
+    ],
+)
+def test_the_first_word_is_how_the_run_ended(code: ExitCode, word: str) -> None:
+    results = results_of([ready(1)], exit_code=int(code))
+    assert hst.verdict_of(results)[0] == word
+    assert hst.render_summary(results).startswith(f"{word}: 1 of 1 servers became ready; ")
+
+
+def test_a_dry_run_says_that_nothing_was_sent() -> None:
+    results = results_of([ready(1)], options=hst.Plan(dry_run=True).options())
+    assert hst.verdict_of(results)[0] == "DRY RUN"
+    text = hst.render_summary(results)
+    assert "no request was sent" in text and "p95" not in text  # latencies of a simulated hub are none
+
+
+@pytest.mark.parametrize(
+    ("events", "requested", "verdict"),
+    [
+        ([], 3, "0 of 3 servers became ready"),
+        ([failed(1)], 1, "0 of 1 servers became ready"),
+        ([ready(1, 0.5), failed(2)], 3, "1 of 3 servers became ready; half waited 500 ms, the last 500 ms"),
+        (
+            [ready(1), ready(2), held(1, lost=True), held(2, lost=False)],
+            2,
+            "2 of 2 servers became ready; 1 was lost while held; half waited 1.00 s, the last 1.00 s",
+        ),
+        (
+            [ready(1), ready(2), held(1, lost=True), held(2, lost=True)],
+            2,
+            "2 of 2 servers became ready; 2 were lost while held; half waited 1.00 s, the last 1.00 s",
+        ),
+    ],
+)
+def test_the_verdict_counts_servers(events: list[Event], requested: int, verdict: str) -> None:
+    assert hst.verdict_of(results_of(events, requested))[1] == verdict
+
+
+def test_the_verdict_of_a_purge_and_of_a_load_counts_what_they_did() -> None:
+    purge = results_of([], command=hst.PURGE, servers=None, users=hst.Users(0, 7, 0, []))
+    assert hst.verdict_of(purge)[1] == "7 users removed"
+    reports = [Event("activity", "x", 0.0, 0.0, 1.0) for _ in range(3)]
+    reports.append(Event("activity", "x", 0.0, 0.0, 1.0, Reason(Kind.REFUSED, "500")))
+    load = results_of(reports, command=hst.ACTIVITY, servers=None, options=hst.Plan(hst.ACTIVITY).options())
+    assert hst.verdict_of(load)[1] == "3 of 4 activity reports were accepted"
+    mix = hst.Plan(hst.ACTIVITY, mix={"activity": 1.0, "read": 1.0}).options()
+    reads = [Event("read", "x", 0.0, 0.0, 1.0), Event("ping", "x", 0.0, 0.0, 1.0)]
+    mixed = results_of(reports + reads, command=hst.ACTIVITY, servers=None, options=mix)
+    assert hst.verdict_of(mixed)[1] == "4 of 5 requests were accepted"
+
+
+@pytest.mark.parametrize(
+    ("rate_per_s", "servers", "bound", "verdict"),
+    [
+        (None, None, False, "the capacity was not found: no rate that was tried was sustained"),
+        (
+            42.4,
+            12720,
+            False,
+            "this hub sustains 42 requests per second: 12,720 running servers that report their activity every 300 s",
+        ),
+        (42.4, None, True, "this hub sustains at least 42 requests per second"),
+    ],
+)
+def test_the_verdict_of_a_search_is_the_capacity(
+    rate_per_s: float | None, servers: int | None, bound: bool, verdict: str
+) -> None:
+    capacity = hst.Capacity(rate_per_s, servers, bound, [])
+    assert hst.verdict_of(results_of([], command=hst.ACTIVITY, servers=None, capacity=capacity))[1] == verdict
+
+
+# ==== Percentiles of too few =========================================================================================
+
+
+@pytest.mark.parametrize(("number", "quoted"), [(6, False), (19, False), (20, True)])
+def test_the_verdict_quotes_no_95th_percentile_of_fewer_than_twenty_servers(number: int, quoted: bool) -> None:
+    sentence = hst.verdict_of(results_of(ready(n, waited_s=float(n)) for n in range(1, number + 1)))[1]
+    assert ("95 %" in sentence) is quoted
+    assert sentence.endswith(f", the last {number:.{2 if number < 10 else 1}f} s")
+
+
+def test_a_percentile_counts_only_those_that_succeeded() -> None:
+    events = [*(ready(n) for n in range(1, 20)), *(failed(n) for n in range(20, 120))]
+    assert "95 %" not in hst.verdict_of(results_of(events))[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "cells"),
+    [
+        (0, ["–"] * 5),
+        (9, ["1.00 s", "1.00 s", "–", "–", "1.00 s"]),
+        (20, ["1.00 s", "1.00 s", "1.00 s", "–", "1.00 s"]),
+        (100, ["1.00 s"] * 5),
+    ],
+)
+def test_the_table_shows_a_dash_for_a_percentile_of_too_few(number: int, cells: list[str]) -> None:
+    events = [*(ready(n) for n in range(1, number + 1)), failed(number + 1)]
+    (row,) = hst.latency_section(results_of(events).operations).rows
+    assert list(row) == ["server ready", str(number + 1), "1", *cells]
+
+
+FIGURES = hst.HubFigures(
+    cpu_s=1.25,
+    cpu_share=0.2,
+    cpu_share_max=0.4,
+    rss_before_bytes=110e6,
+    rss_max_bytes=120e6,
+    rss_after_bytes=115e6,
+    rss_per_server_bytes=400e3,
+    event_loop_lag_p95_s=0.05,
+    event_loop_lag_max_s=0.6,
+    event_loop_wait_s=0.01,
+    event_loop_samples=500,
+    running_servers_max=20,
+    requests={},
+    spawns={},
+)
+
+
+def own(**more: Any) -> hst.HubSide:
+    figures = dataclasses.replace(FIGURES, **more)
+    return hst.HubSide("http://x/hub/api", "6.1.1", 0, figures, None)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "lag"),
+    [(19, "event loop late by 600 ms (max)"), (20, "event loop late by ≤ 50 ms (p95), 600 ms (max)")],
+)
+def test_the_lag_of_the_hubs_event_loop_has_no_95th_percentile_of_fewer_than_twenty_intervals(
+    intervals: int, lag: str
+) -> None:
+    (sentence,) = told(results_of([ready(1)], hub=own(event_loop_samples=intervals)), "hub's own")
+    assert sentence == (
+        "CPU 1.2 s, 20% of a processor, under load up to 40%; memory 110 MB before, 115 MB after, 400 kB a server; "
+        + lag
+    )
+
+
+def test_a_hub_that_does_not_tell_its_lag_has_none() -> None:
+    silent = own(event_loop_lag_p95_s=None, event_loop_lag_max_s=None, event_loop_samples=0, rss_per_server_bytes=None)
+    (sentence,) = told(results_of([ready(1)], hub=silent), "hub's own")
+    assert sentence.endswith("memory 110 MB before, 115 MB after")
+
+
+def test_too_few_samples_show_no_percentile_in_a_real_run(new_hub: LocalHub) -> None:
+    done = run_tool("stress-test", "-c", "20", "-b", "20", hub=new_hub)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("server ready"))
+    mean, p50, p95, p99, most = re.split("  +", row)[3:]
+    assert p99 == "–" and "–" not in mean + p50 + p95 + most
+    assert ", 95 % at most " in done.summary.splitlines()[0]
+    assert not tool_users(new_hub)
+
+
+# ==== What came of the servers, and why ==============================================================================
+
+
+def test_the_servers_line_says_what_was_requested_and_what_came_of_it() -> None:
+    events = [ready(1), ready(2, throttled=2, throttled_s=0.8), failed(3)]
+    assert told(results_of(events, 4), "servers") == [
+        "4 requested, 10 at a time; 2 ready, 2 failed; 1 throttled, from 800 ms after the first start on"
+    ]
+    rate = hst.Plan(rate_per_s=2.5).options()
+    assert told(results_of([ready(1), held(1, lost=True)], options=rate), "servers") == [
+        "1 requested, 2.5 per second, however slow the hub; 1 ready, 0 failed, 1 lost"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "named"),
+    [
+        ([7], "(hub-stress-test-7)"),
+        ([12, 7, 1], "(hub-stress-test-1, hub-stress-test-7, hub-stress-test-12)"),
+        ([12, 7, 1, 30, 100], "(hub-stress-test-1, hub-stress-test-7, hub-stress-test-12 and 2 more)"),
+    ],
+)
+def test_up_to_three_users_are_named_for_each_reason(numbers: list[int], named: str) -> None:
+    results = results_of([*(failed(n, "no node is free") for n in numbers), failed(2, "the image is not there")])
+    assert set(told(results, "failed")) == {
+        f"{len(numbers)} × no node is free {named}",
+        "1 × the image is not there (hub-stress-test-2)",
+    }
+
+
+def test_every_server_that_failed_or_was_lost_is_named_in_the_results_with_reason_and_message() -> None:
+    events = [failed(n, "no node is free", message=f"word {n}") for n in range(1, 9)]
+    servers = results_of([*events, ready(9), held(9, lost=True)], requested=12).servers
+    assert servers and servers.failures == [
+        *(hst.Failure(hst.username(n), "no node is free", f"word {n}") for n in range(1, 9)),
+        hst.Failure("hub-stress-test-9", "it became ready, and was gone while it was held", ""),
+    ]
+    assert servers.reasons == {
+        "no node is free": 8,
+        "never started": 3,
+        "it became ready, and was gone while it was held": 1,
+    }
+    assert (servers.ready, servers.failed, servers.lost) == (1, 11, 1)
+
+
+def test_servers_that_never_started_are_counted_and_nobody_is_named() -> None:
+    assert told(results_of([failed(1)], requested=41), "failed") == [
+        "40 × never started",
+        "1 × no node is free (hub-stress-test-1)",
+    ]
+
+
+def test_an_interrupted_start_is_not_told_from_one_that_never_was() -> None:
+    servers = hst.servers_of({}, 3, interrupted=True)
+    assert servers.reasons == {"never started, or cut short": 3}
+
+
+def test_the_commonest_reasons_are_told_and_the_rest_is_counted() -> None:
+    events = [failed(10 * kind + n, f"reason {kind}") for kind in range(1, 8) for n in range(kind)]
+    sentences = told(results_of(events), "failed")
+    assert [sentence.partition(" (")[0] for sentence in sentences] == [
+        *(f"{kind} × reason {kind}" for kind in (7, 6, 5, 4, 3)),
+        "3 × something else: see the results file",
+    ]
+
+
+def test_errors_of_requests_are_told_by_operation_in_the_order_of_the_steps() -> None:
+    bad = Reason(Kind.REFUSED, "500")
+    events = [Event(step, "x", 0.0, 0.0, 1.0, bad) for step in ("ping", "mine", "start_server", "start_server")]
+    assert told(results_of([*events, failed(1)]), "errors") == [
+        "start request: 2 × 500",
+        "ping: 1 × 500",
+        "mine: 1 × 500",
+    ]
+
+
+# ==== The slowest ====================================================================================================
+
+
+def test_a_message_that_the_hub_says_of_every_server_tells_nothing_of_the_slowest() -> None:
+    events = [ready(n, waited_s=float(n), message="Pulling the image") for n in range(1, 8)]
+    results = results_of(events)
+    assert results.servers and results.servers.usual_message == "Pulling the image"
+    (sentence,) = told(results, "slowest")
+    assert sentence.replace("\N{NO-BREAK SPACE}", " ") == "; ".join(
+        f"{n}.00 s, hub-stress-test-{n}" for n in (7, 6, 5, 4, 3)
+    )
+
+
+def test_a_message_that_tells_servers_apart_says_where_the_slowest_took_long() -> None:
+    events = [ready(n, waited_s=float(n), message="Pulling the image" if n > 5 else "Starting") for n in range(1, 8)]
+    results = results_of(events)
+    assert results.servers and results.servers.usual_message == ""
+    assert told(results, "slowest") == [
+        "7.00 s, hub-stress-test-7: longest at: Pulling the image",
+        "6.00 s, hub-stress-test-6: longest at: Pulling the image",
+        *(f"{n}.00 s, hub-stress-test-{n}: longest at: Starting" for n in (5, 4, 3)),
+    ]
+
+
+def test_the_slowest_say_how_often_they_were_throttled() -> None:
+    events = [ready(1, 1.0, message="Pulling"), ready(2, 5.0, throttled=3, throttled_s=1.0, message="Pulling")]
+    assert told(results_of(events), "slowest") == [
+        "5.00 s, hub-stress-test-2: throttled 3 ×",
+        "1.00 s, hub-stress-test-1",
+    ]
+
+
+# ==== A whole page ===================================================================================================
+
+
+def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_look_at_next(
+    make_hub: Make, tmp_path: Path
+) -> None:
+    hub = make_hub(spawn_s=1.6, slow_spawn_timeout_s=0, concurrent_spawn_limit=3, fail_rate=0.2)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "10", "-b", "10", hub=hub)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) <= 45
+    assert done.summary.startswith("FAILED: 8 of 10 servers became ready; half waited ")
+    named = ", ".join(sorted((one["user"] for one in found["servers"]["failures"]), key=hst.natural))
+    assert re.search(rf"^failed +2 × no node has 4 GB of memory free \({named}\)$", done.summary, re.M)
+    slow = found["servers"]["slowest"]
+    assert [one["message"] for one in slow] == ["Pulling the image"] * 5 and slow[0]["throttled"]
+    first = f"{hst.duration_text(slow[0]['ready_s'])}, {slow[0]['user']}: throttled {slow[0]['throttled']} ×"
+    assert re.search(rf"^slowest +{first}", done.summary, re.M) and "longest at" not in done.summary
+    assert re.search("^next +the hub throttled: raise its concurrent_spawn_limit", done.summary, re.M)
+    assert re.search("of a mean wait of .*, throttling took ", done.summary)
+    assert not tool_users(hub)
+
+
+def test_a_label_stands_once_before_all_that_it_tells() -> None:
+    results = results_of([failed(1, "a"), failed(2, "b"), ready(3)], warnings=["the hub restarted during the run"])
+    page = hst.render_summary(results, width=60)
+    prose = page.partition("\n\n")[0].splitlines()[2:]  # the verdict has two lines
+    labels = [line.split()[0] for line in prose if not line.startswith(" ")]
+    assert labels == ["because", "hub", "servers", "failed", "slowest", "requests", "duration", "cleanup"]
+    indents = {len(line) - len(line.lstrip()) for line in prose if line.startswith(" ")}
+    assert indents == {len("requests") + 2}
+    assert max(map(len, page.splitlines())) <= 80
+
+
+def test_why_a_run_failed_comes_before_everything_else() -> None:
+    met = hst.Judgement("server_ready.p95 > 1ms", 1.5, True)
+    unmet = hst.Judgement("failed_rate > 25%", 0.2, False)
+    default = hst.Judgement("failed > 0", 3, True)
+    results = results_of([ready(1)], warnings=["it was cut short"], conditions=[met, unmet, default])
+    rows = [tuple(row) for row in hst.facts(results).rows]
+    assert rows[:2] == [("because", "it was cut short"), ("because", "server_ready.p95 > 1ms: it is 1.50 s")]
+    assert told(results, "condition") == ["failed_rate > 25%: not met, it is 20.0%"]
+
+
+@pytest.mark.parametrize(
+    ("users", "run", "sentences"),
+    [
+        (hst.Users(20, 20, 0, []), None, ["20 users deleted, none left"]),
+        (hst.Users(20, 0, 20, []), None, ["20 users kept, as asked; remove them with: hub-stress-test purge"]),
+        (
+            hst.Users(20, 18, 0, ["hub-stress-test-ci-2", "hub-stress-test-ci-10"]),
+            "ci",
+            [
+                "18 users deleted; 2 ARE STILL THERE:",
+                "hub-stress-test-ci-2 hub-stress-test-ci-10",
+                "remove them with: hub-stress-test purge --run ci",
+            ],
+        ),
+    ],
+)
+def test_what_became_of_the_users_is_told(users: hst.Users, run: str | None, sentences: list[str]) -> None:
+    results = results_of([ready(1)], users=users, options=hst.Plan(run=run).options())
+    assert told(results, "cleanup") == sentences
+
+
+def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
+    http = hst.Http(1234, 5, 0, {"200": 1234}, 270, 270 / 1234)
+    assert told(results_of([ready(1)], http=http), "requests") == ["1,234, of which 22% monitoring, 5 retries"]
+
+
+# ==== What to look at next ===========================================================================================
+
+
+@pytest.mark.parametrize(
+    ("kinds", "events", "more", "advised"),
+    [
+        ({Kind.AWAY}, [ready(1)], {}, ["some requests got no answer"]),
+        ({Kind.FULL}, [failed(1, kind=Kind.FULL)], {}, ["raise its active_server_limit", "hub's log for"]),
+        ({Kind.LATE}, [failed(1, kind=Kind.LATE)], {}, ["raise --server-timeout"]),
+        ({Kind.SPAWN}, [failed(1)], {}, ["see the hub's log for the users named above"]),
+        (
+            {Kind.LOST},
+            [ready(1), held(1, lost=True)],
+            {},
+            ["see the hub's log for the users", "servers were lost while held: an idle culler"],
+        ),
+        (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise its concurrent_spawn_limit"]),
+        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93% of a processor"]),
+        (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
+        (set(), [ready(1)], {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0)}, ["502, 503 and 504 come from"]),
+        (set(), [ready(1)], {}, []),
+    ],
+)
+def test_what_to_look_at_next_follows_from_how_it_failed(
+    kinds: set[Kind], events: list[Event], more: dict[str, Any], advised: list[str]
+) -> None:
+    said = list(hst.advice(results_of(events, **more), kinds))
+    assert len(said) == len(advised)
+    for sentence, part in zip(said, advised):
+        assert part in sentence
+
+
+# ==== Colours ========================================================================================================
+
+
+def test_in_colour_the_first_words_that_matter_have_one_and_the_rest_is_the_same() -> None:
+    results = results_of([failed(1), ready(2)], warnings=["it was cut short"], advice=["look there"])
+    plain, coloured = hst.render_summary(results), hst.render_summary(results, colour=True)
+    assert re.sub("\033\\[[0-9;]*m", "", coloured) == plain and "\033" not in plain
+    words = re.findall("^\033\\[1;([0-9]+)m(\\w+)\033\\[0m", coloured, re.M)
+    assert words == [("31", "FAILED"), ("33", "because"), ("31", "failed"), ("36", "next")]
+
+
+@pytest.mark.parametrize(("code", "colour"), [(0, 32), (1, 31), (4, 31), (130, 33)])
+def test_the_verdict_has_the_colour_of_its_word(code: int, colour: int) -> None:
+    assert hst.render_summary(results_of([ready(1)], exit_code=code), colour=True).startswith(f"\033[1;{colour}m")
