@@ -1475,14 +1475,15 @@ class Hub:
         timeout_s = max(len(names), DEFAULT_TIMEOUT)
         return self.session.ask("POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s)
 
-    def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
-        """What `GET /users/{name}` says, by `until_s`: 200, or 404 when gone; anything else is not known."""
+    def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
+        """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
         timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
         call = Call(observer, retry_until_s=until_s)
-        reply = self.session.ask("GET", user_url(self.endpoint, name), call=call, timeout=timeout_s)
-        if reply.hub_status == 404:
-            return ServerState.GONE
-        return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
+        return self.session.ask("GET", user_url(self.endpoint, name), call=call, timeout=timeout_s)
+
+    def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
+        """What the hub says of a user and their server."""
+        return state_in(self.read(name, observer, until_s))
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
         """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
@@ -1505,6 +1506,13 @@ class Hub:
     def delete(self, name: str) -> Reply:
         """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
         return self.session.ask("DELETE", user_url(self.endpoint, name))
+
+
+def state_in(reply: Reply) -> ServerState:
+    """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
+    if reply.hub_status == 404:
+        return ServerState.GONE
+    return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
 
 
 def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
@@ -2049,9 +2057,9 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     began_s = session.clock()
     yield began_s + plan.stay_s if plan.stay_s else math.inf
     look_until_s = session.clock() + RETRY_WINDOW_S
-    while (state := site.hub.state(person.name)) is ServerState.UNKNOWN:
-        if session.clock() > look_until_s:
-            raise CutShort("the hub did not say whether the servers that were held are still there")
+    while (state := state_in(reply := site.hub.read(person.name))) is ServerState.UNKNOWN:
+        if session.clock() > look_until_s or reply.status in (401, 403):
+            raise HubRefused("say whether the servers that were held are still there", reply)
         yield session.clock() + 1.0
     lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
@@ -3357,7 +3365,8 @@ def time_spent(results: Results) -> Iterator[str]:
     ready, started = operations.get("server_ready"), own.spawns.get("success")
     if ready and ready.latency_s.mean and started:
         wait_s = ready.latency_s.mean
-        throttled_s = operations["start_server"].backoff_s / operations["start_server"].count
+        asked = operations["start_server"]  # the mean of all, whose servers became ready or not
+        throttled_s = min(asked.backoff_s / asked.count, max(0.0, wait_s - started.mean_s))
         rest_s = wait_s - throttled_s - started.mean_s
         parts = [f"the hub took {duration_text(min(started.mean_s, wait_s))} to start the server"]
         parts += [f"throttling took {duration_text(throttled_s)}"] if throttled_s > NEGLIGIBLE_S else []
@@ -3656,9 +3665,15 @@ def _coloured(line: str) -> str:
 def _as_prose(section: Section, width: int) -> Iterator[str]:
     """Sentences behind their labels, a label that repeats left out."""
     indent = max(len(row[0]) for row in section.rows) + 2
-    for before, (label, sentence) in zip([("", ""), *section.rows], section.rows):
-        head = ("" if label == before[0] else label).ljust(indent)
-        yield from textwrap.wrap(head + sentence, width, subsequent_indent=" " * indent, **_UNBROKEN)
+    for label, sentence in labelled_once(section.rows):
+        head = label.ljust(indent) + sentence
+        yield from textwrap.wrap(head, width, subsequent_indent=" " * indent, **_UNBROKEN)
+
+
+def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """Labels and sentences, a label that repeats left out."""
+    for before, (label, sentence) in zip([("", ""), *rows], rows):
+        yield ("" if label == before[0] else label, sentence)
 
 
 def _as_table(section: Section) -> Iterator[str]:
@@ -3686,19 +3701,20 @@ h1 b { padding: .1em .5em; border-radius: .3em; color: #fff }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin: 1.2rem 0 0 }
 p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 .PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED, .DRY { background: #a16207 }
+.words td:first-child { white-space: nowrap }
 .pair { display: grid; grid-template-columns: 3fr 2fr; gap: 0 1rem }
-@media (max-width: 700px) { .pair { display: block } }
+@media (max-width: 700px) { .pair { display: block } .words td:first-child { white-space: normal } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 .left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
-.words td:first-child { white-space: nowrap }
 .words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
 .bad { color: #dc2626 } .plot { width: 100%; min-width: 0 }
 .js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
 .js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
 """
-BLUE, GREEN, AMBER, RED, GREY, READY = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "rgba(34,163,85,.3)"
+BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
+READY = "rgba(34,163,85,.3)"
 LAYOUT: dict[str, Any] = {
     "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
     "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
@@ -3730,10 +3746,11 @@ class Page:
     def section(self, section: Section) -> None:
         """A heading and a table, which scrolls by itself on a narrow screen; rows without a header are sentences."""
         self.add("h2", section.title)
-        rows = [("th", section.header)] if section.header else []
+        lines = [("th", section.header)] if section.header else []
+        lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
         body = "".join(
             "<tr>" + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row)) + "</tr>"
-            for kind, row in [*rows, *(("td", row) for row in section.rows)]
+            for kind, row in lines
         )
         kind = "" if section.header else "words"
         self._parts.append(f'<div class="scroll"><table class="{kind}">{body}</table></div>')
@@ -3807,7 +3824,8 @@ def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
         yield Section("Conditions", judged, ("the run fails if", "", "it is"))
     given = {name.replace("_", "-"): value for name, value in results.options.items()}
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    shown = [(name, str(value)) for name, value in given.items() if value not in (None, False, [])]
+    texts = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()}
+    shown = [(name, texts[name]) for name, value in given.items() if value not in (None, False, [])]
     yield Section("Options and versions", shown)
 
 
@@ -3831,7 +3849,7 @@ def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -
 def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
     page.add("h2", "Servers")
     curves = server_curves(servers, until_s)
-    kinds = {"failed": RED, "lost": "#a21caf", "ready": GREEN, "starting": BLUE, "waiting": AMBER}
+    kinds = {"failed": RED, "lost": LOST, "ready": GREEN, "starting": BLUE, "waiting": AMBER}
     kinds = {kind: colour for kind, colour in kinds.items() if kind != "lost" or any(curves["lost"])}
     stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
     traces = [stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()]
@@ -3846,7 +3864,7 @@ def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
         _bars("starting", BLUE, [at if ok else None for at, ok in zip(asked, good)], ended, servers.user),
         _bars("failed", RED, [None if ok else at for at, ok in zip(asked, good)], ended, servers.user),
         _bars("ready", READY, [at if ok else None for at, ok in zip(ended, good)], left, servers.user),
-        _bars("lost", RED, servers.lost_s, [until_s] * len(good), servers.user),
+        _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
     ]
     shown = [bar for bar in bars if bar["name"] != "lost" or bar["x"]]
     page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
@@ -4292,17 +4310,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
         results = carry_out(plan)
+        if plan.results:
+            write_results(plan.results, results)
+        if plan.report:
+            write_whole(plan.report, render_report(results, plan.baseline))
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        print(render_summary(results, plan.baseline, colour=colour))
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
-    if plan.results:
-        write_results(plan.results, results)
-    if plan.report:
-        write_whole(plan.report, render_report(results, plan.baseline))
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(render_summary(results, plan.baseline, colour=colour))
     return results.exit_code
 
 
@@ -4338,7 +4356,7 @@ def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int
         if entry.num_requests
     }
     tried = sum(operations[name]["count"] for name in operations.keys() & set(load))
-    failed = sum(operations[name]["failed"] for name in operations.keys() & set(load))
+    failed = sum(operations[name]["failed"] for name in operations.keys() & {*load, "stay"})
     rate = failed / tried if tried else None
     return {"operations": operations, "failed": failed, "failed_rate": rate, "http": {"throttled": throttled}}
 

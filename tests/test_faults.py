@@ -396,7 +396,7 @@ def test_a_hub_that_is_killed_while_it_holds_the_servers_and_does_not_come_back(
         read_up_to("Holding", run)
         hub.kill()
         ran = run.outcome(150), time.monotonic() - began_s
-        why = "did not say whether the servers that were held are still there"
+        why = "to say whether the servers that were held are still there"
         check_left(record_property, ("the hub is killed, no proxy", "holding"), unused, ran, 4, COUNT, why)
 
 
