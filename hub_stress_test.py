@@ -7,10 +7,17 @@
 
 Three commands answer, from a shell or a CI job:
 
-  stress-test            make users, start their servers as people logging in would, measure what each waited,
-                         remove them
-  activity-stress-test   make users without servers, send the activity reports that running servers send, measure
-  purge                  remove what earlier runs left behind
+  question                                         command                                           takes
+  Would it work at all? (no request is sent)       --dry-run stress-test --count 30                  a second
+  Do three servers start?                          stress-test --count 3                             a start
+  What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
+  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m                15 min
+  Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
+  How many reports per second does it sustain?     activity-stress-test --find-capacity              2 to 4 min
+  What did earlier runs leave?                     purge                                             seconds
+
+stress-test starts a server for each fake user, which costs what servers cost; activity-stress-test makes users alone,
+and sends the activity reports that running servers send; purge removes what earlier runs left behind.
 
 Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
 
@@ -64,7 +71,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -103,7 +110,9 @@ CAPACITY_FIRST_RATE_PER_S = 16.0
 CAPACITY_STEP_S = 10.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
+SILENT_S = 3.0  # before it is said that the hub does not answer
 PING_RATE_PER_S = 5.0
+PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
 METRICS_TIMEOUT_S = 5.0
@@ -189,6 +198,11 @@ def duration_text(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def share_text(share: float) -> str:
+    """A share of 1: 27 %."""
+    return f"{100 * share:.0f} %"
+
+
 def bytes_text(number: float | None) -> str:
     """117 MB, 40 kB; a dash for None."""
     if number is None:
@@ -258,6 +272,19 @@ def natural(name: str) -> tuple[str, int]:
     return (name[: digits.start()], int(digits[0] or 0)) if digits else (name, 0)
 
 
+def names_text(names: Iterable[str]) -> str:
+    """Names in natural order, three and more in a row as the first `to` the last: hub-stress-test-1 to -60."""
+    groups: list[list[str]] = []
+    for name in sorted(names, key=natural):
+        text, number = natural(name)
+        if groups and natural(groups[-1][-1]) == (text, number - 1):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    shown = ((f"{one[0]} to -{natural(one[-1])[1]}",) if len(one) > 2 else one for one in groups)
+    return " ".join(name for group in shown for name in group)
+
+
 def purge_command(run: str | None) -> str:
     """The command that removes what a run left behind."""
     return "hub-stress-test purge" + (f" --run {run}" if run else "")
@@ -278,6 +305,8 @@ class Judgement:
     condition: str
     value: float | None
     held: bool
+    limit: float | None = None
+    baseline: float | None = None  # the metric's value there, for a condition that is relative to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,12 +321,13 @@ class Condition:
 
     def judge(self, found: Json, baseline: Json | None) -> Judgement:
         """Whether results meet the condition; where nothing was measured, they do."""
-        value, limit = metric_value(found, self.metric), self.limit
+        value, before = metric_value(found, self.metric), None
+        limit: float | None = self.limit
         if self.relative:
             before = metric_value(baseline or {}, self.metric)
-            limit = math.nan if before is None else before * limit
-        held = value is None or math.isnan(limit) or COMPARISONS[self.comparison](value, limit)
-        return Judgement(self.text, value, held)
+            limit = None if before is None else before * self.limit
+        held = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
+        return Judgement(self.text, value, held, limit, before)
 
 
 def metric_value(found: Json, metric: str) -> float | None:
@@ -643,7 +673,7 @@ class Event:
     throttled: int = 0  # how often the hub answered 429
     throttled_s: float | None = None  # the first 429
     asked_s: float | None = None  # when the last try was sent
-    message: str = ""  # what the hub said for longest meanwhile
+    message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
 
     @property
     def latency_s(self) -> float:
@@ -653,6 +683,9 @@ class Event:
     def lateness_s(self) -> float:
         """How late the tool itself was in sending."""
         return max(0.0, self.sent_s - self.due_s)
+
+
+ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples, below which a percentile is but the maximum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,7 +703,7 @@ class Statistics:
     def enough(self, name: str, samples: int) -> float | None:
         """A statistic, but None for a percentile of so few samples that it is but the maximum."""
         value: float | None = getattr(self, name)
-        return value if samples >= {"p90": 10, "p95": 20, "p99": 100}.get(name, 1) else None
+        return value if samples >= ENOUGH.get(name, 1) else None
 
 
 class Distribution:
@@ -780,6 +813,7 @@ class Operation:
     lateness_s: Statistics
     backoff_s: float
     errors: dict[str, int]
+    skipped: int = 0  # were due, and not sent since too many before them were under way
 
     def enough(self, statistic: str) -> float | None:
         """A statistic of what succeeded, if there were enough of them."""
@@ -806,7 +840,7 @@ class Fold:
 
     def __init__(self) -> None:
         self.latency, self.failed, self.lateness = Timeline(), Timeline(), Distribution()
-        self.count = 0
+        self.count = self.skipped = 0
         self.backoff_s = 0.0
         self.reasons: collections.Counter[Reason] = collections.Counter()
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
@@ -828,6 +862,7 @@ class Fold:
         self.failed.merge(other.failed)
         self.lateness.merge(other.lateness)
         self.count += other.count
+        self.skipped += other.skipped
         self.backoff_s += other.backoff_s
         self.reasons.update(other.reasons)
         self.first_due_s = min(self.first_due_s, other.first_due_s)
@@ -846,6 +881,7 @@ class Fold:
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
             errors=dict(errors),
+            skipped=self.skipped,
         )
 
     def timeline(self, began_s: float) -> OperationTimeline:
@@ -902,6 +938,11 @@ class Recorder(_Counting):
                 self.people.setdefault(event.user, {})[event.step] = event
         for listener in self._listeners:
             listener(event)
+
+    def skip(self, step: str) -> None:
+        """Note that a step was due and was not tried."""
+        with self._lock:
+            self._folds.setdefault(step, Fold()).skipped += 1
 
     def merge(self, other: Recorder) -> None:
         """Add what another process, or a step of a search, has folded."""
@@ -1202,6 +1243,7 @@ class HubSession(requests.Session):
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
+        self._silent = False  # whether that the hub is away was said
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
@@ -1262,6 +1304,17 @@ class HubSession(requests.Session):
         self.traffic.answered(response.status_code)
         if not is_lost(response.status_code, response.headers):
             self.answered_s = self.clock()
+            if self._silent:
+                self._silent = False
+                LOG.warning("The hub answers again")
+
+    def say_if_silent(self, reason: str) -> None:
+        """Say it, once, when the hub has not answered for some seconds."""
+        silent_s = self.clock() - self.answered_s
+        if silent_s > SILENT_S and not self._silent:
+            self._silent = True
+            since = datetime.now().astimezone() - timedelta(seconds=silent_s)
+            LOG.warning("The hub has not answered since %s (%s)", since.strftime("%H:%M:%S"), reason)
 
     @property
     def hub_is_gone(self) -> bool:
@@ -1355,6 +1408,8 @@ def _never_sent(error: BaseException) -> bool:
 
 
 TIMED_OUT = "no answer in time"
+NO_SUCH_HOST = "host name not found"
+NOT_ACCEPTED = "the certificate was not accepted"
 
 
 def why(error: BaseException) -> str:
@@ -1365,13 +1420,13 @@ def why(error: BaseException) -> str:
         if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
             return TIMED_OUT
         if isinstance(cause, requests.exceptions.SSLError):
-            return f"the certificate was not accepted ({cause.args[0].reason if cause.args else cause})"
+            return f"{NOT_ACCEPTED} ({cause.args[0].reason if cause.args else cause})"
         if isinstance(cause, ConnectionError):
             return "connection reset"
         if isinstance(cause, requests.exceptions.ChunkedEncodingError):
             return "the answer broke off"
         if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
-            return "host name not found"
+            return NO_SUCH_HOST
     return type(error).__name__ if isinstance(error, requests.RequestException) else str(error)
 
 
@@ -1401,10 +1456,11 @@ class SimulatedHub(BaseAdapter):
         self._users: dict[str, Json] = {}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).partition("/hub/api/")[2]
+        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).split("/")
+        path = path[path.index("users") :] if "users" in path else path[-1:]
         body = json.loads(request.body or "null")
         with self._lock:
-            status, data = self._answer(request.method or "", path.split("/"), body)
+            status, data = self._answer(request.method or "", path, body)
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
@@ -1538,8 +1594,27 @@ def _hub_version(endpoint: str, session: HubSession) -> str:
     if version := _version_in(reply):
         return version
     if not reply.status:
-        raise SetupError(f"Nothing answers at {endpoint}: {reply.message}. Is the hub running, and is this its URL?")
+        raise SetupError(f"Nothing answers at {endpoint}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
     raise SetupError(f"No hub API at {endpoint}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}")
+
+
+def _why_nothing(endpoint: str, reply: Reply, session: HubSession) -> str:
+    url = urllib.parse.urlsplit(endpoint)
+    if reply.message.startswith(NOT_ACCEPTED):
+        return "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE."
+    if reply.message == NO_SUCH_HOST and "." not in (url.hostname or ""):
+        return "This name exists only inside the cluster: from outside, use the hub's public URL."
+    if _speaks_tls(endpoint, session):
+        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
+    return "Is the hub running, and is this its URL?"
+
+
+def _speaks_tls(endpoint: str, session: HubSession) -> bool:
+    """Whether an http endpoint is in truth one of https."""
+    if not endpoint.startswith("http:"):
+        return False
+    reply = _probe("https:" + endpoint.removeprefix("http:"), session)
+    return bool(_version_in(reply)) or reply.message.startswith(NOT_ACCEPTED)
 
 
 def _probe(endpoint: str, session: HubSession) -> Reply:
@@ -1561,6 +1636,8 @@ def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
     guess = likely_endpoint(endpoint, reply.location)
     if guess.startswith("https:") and endpoint.startswith("http:"):
         return f"Use https: --endpoint {guess}"
+    if reply.status == 400 and _speaks_tls(endpoint, session):
+        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
     if guess != endpoint and _version_in(_probe(guess, session)):
         return f"The hub's API is at --endpoint {guess}"
     return "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
@@ -2011,38 +2088,38 @@ def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
     no stream can be had, from the user model, which does not know why.
     """
     session = hub.session
-    pause_s, message = 0.1, ""
+    pause_s, said = 0.1, list[tuple[float, str]]()
     while session.clock() < until_s and not session.stopping.is_set():
-        moment_s, event, heard = follow_progress(name, hub, until_s)
-        message = heard or message
+        moment_s, event = follow_progress(name, hub, until_s, said)
+        message = said[-1][1] if said else ""
         if event.get("ready"):
-            return Readiness(moment_s, message=message)
+            return Readiness(moment_s, message=longest_message(said, moment_s))
         if event.get("failed"):
             text = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
             return Readiness(reason=Reason(Kind.SPAWN, text), running=False, message=message)
         state = hub.state(name, observer=True, until_s=until_s)
         if state is ServerState.READY:
-            return Readiness(session.clock(), message=message)
+            return Readiness(session.clock(), message=longest_message(said, session.clock()))
         if state in (ServerState.STOPPED, ServerState.GONE):
             return Readiness(running=False, message=message)
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
-    return Readiness(message=message)
+    return Readiness(message=said[-1][1] if said else "")
 
 
-def follow_progress(name: str, hub: Hub, until_s: float) -> tuple[float, Json, str]:
-    """The event that ends a progress stream, empty if none did by `until_s`; its moment; and the longest message.
+def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float, str]]) -> tuple[float, Json]:
+    """The event that ends a progress stream, empty if none did by `until_s`; and its moment.
 
-    The stream is read to its end, which follows at once, so that its connection can be used again.
+    What the hub says before goes to `said`. The stream is read to its end, which follows at once, so that its
+    connection can be used again.
     """
     moment_s, last = until_s, Json()
-    said: list[tuple[float, str]] = []
     for event in hub.progress(name, until_s):
         if not last and (event.get("ready") or event.get("failed")):
             moment_s, last = hub.session.clock(), event
         elif not last and event.get("message") and event.get("progress") != 0:  # 0 is the hub's own "Server requested"
             said.append((hub.session.clock(), str(event["message"])))
-    return moment_s, last, longest_message(said, min(moment_s, hub.session.clock()))
+    return moment_s, last
 
 
 def without_name(text: str, user: str) -> str:
@@ -2328,8 +2405,11 @@ def choose(mix: Mapping[str, float], n: int) -> str:
 
 def perform(
     step: str, send: Send, user: str, endpoint: str, session: HubSession, record: Recorder, due_s: float | None = None
-) -> None:
-    """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now."""
+) -> Reason | None:
+    """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now.
+
+    The reason for which it failed.
+    """
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
@@ -2337,7 +2417,7 @@ def perform(
         if not response.ok:
             reason = Reason(Kind.REFUSED, str(response.status_code))
     except Stopped:
-        return
+        return None
     except requests.RequestException as error:
         reason, call = Reason(Kind.AWAY, why(error)), call_of(error.request)
     except Exception as error:
@@ -2345,6 +2425,7 @@ def perform(
         reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
     due_s = sent_s if due_s is None else due_s
     record.add(Event(step, user, due_s, sent_s, session.clock(), reason, call.tries, call.backoff_s))
+    return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2532,10 +2613,21 @@ def _stop_when_told(pipe: Connection, session: HubSession) -> None:
 
 
 class Regularly:
-    """While the `with` block runs, a thread of its own does something at fixed moments, each told when it was due."""
+    """While the `with` block runs, does something at fixed moments, whatever became of it before; told when it was due.
 
-    def __init__(self, what: str, period_s: float, act: Callable[[float], None]) -> None:
-        self._period_s, self._act = period_s, act
+    At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        period_s: float,
+        act: Callable[[float], None],
+        at_most: int = 1,
+        skip: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
+        self._places = threading.Semaphore(at_most)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name=what, daemon=True)
 
@@ -2544,14 +2636,25 @@ class Regularly:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join(1.0)  # one that a silent hub holds up is left to itself
+        until_s = time.monotonic() + 1.0  # those that a silent hub holds up longer are left to themselves
+        for _place in range(self._at_most):
+            self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
         pace = Pace(1 / self._period_s, time.monotonic())
         for due_s in map(pace.due_s, itertools.count(1)):
             if self._done.wait(max(0.0, due_s - time.monotonic())):
                 return
+            if self._places.acquire(blocking=False):
+                threading.Thread(target=self._do, args=(due_s,), name=self._what, daemon=True).start()
+            else:
+                self._skip()
+
+    def _do(self, due_s: float) -> None:
+        try:
             self._act(due_s)
+        finally:
+            self._places.release()
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
@@ -2563,9 +2666,11 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
     def ping(due_s: float) -> None:
         if not session.stopping.is_set():
-            perform("ping", read, user, endpoint, session, record, due_s)
+            reason = perform("ping", read, user, endpoint, session, record, due_s)
+            if reason:
+                session.say_if_silent(reason.text)
 
-    return Regularly("ping", 1 / PING_RATE_PER_S, ping)
+    return Regularly("ping", 1 / PING_RATE_PER_S, ping, PINGS_AT_MOST, functools.partial(record.skip, "ping"))
 
 
 _OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
@@ -2659,6 +2764,8 @@ class Run:
     """
 
     def __init__(self, plan: Plan) -> None:
+        if plan.dry_run:  # which takes no real time
+            plan = dataclasses.replace(plan, rate_per_s=None, hold_s=0.0, duration_s=None)
         self.plan = plan
         self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
@@ -2704,6 +2811,11 @@ class Run:
         except HubRefused as error:
             raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
 
+    def announce(self, what: str) -> None:
+        """Say what begins."""
+        names = username(0, self.plan.run or "")[:-1] + "<n>"
+        LOG.info("%s, on %s, as %s. Ctrl-C stops and cleans up.", what, self.hub.endpoint, names)
+
     @timeit
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
@@ -2726,8 +2838,8 @@ class Run:
         late = self.record.late_share(names)
         if late > 0.01 or unsent:
             self.warnings.append(
-                f"THE GENERATOR WAS LATE: {late:.0%} of the requests were sent more than {LATE_SEND_S:g} s after they "
-                f"were due, {unsent} not at all; {cause}. Latencies count from when a request was due"
+                f"THE GENERATOR WAS LATE: {share_text(late)} of the requests were sent more than {LATE_SEND_S:g} s "
+                f"after they were due, {unsent} not at all; {cause}. Latencies count from when a request was due"
             )
 
     def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession) -> None:
@@ -2762,16 +2874,20 @@ def leave_at_once(number: int, users: int, run: str | None) -> None:
 
 def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
-    names = run.make_users(run.plan.count, run.plan.batch_size)
+    plan = run.plan
+    pace = f"{plan.rate_per_s:g} per second" if plan.rate_per_s else f"{plan.batch_size} at a time"
+    run.announce(f"{plan.count} servers, {pace}")
+    names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
-    if run.plan.rate_per_s:
+    if plan.rate_per_s:
         run.warn_if_late(["start_server"], 0, "this machine was too slow")
 
 
 def activity(run: Run) -> None:
     """Report activity for users without servers; those of this run's name that are there already come first."""
     plan, session = run.plan, run.session
+    run.announce(f"{plan.count} users without servers")
     users = [user["name"] for user in run.existing][: plan.count]
     users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
     mix, processes = plan.mix or DEFAULT_MIX, 1 if plan.dry_run else plan.processes
@@ -3004,6 +3120,7 @@ class Servers:
     ready: int
     failed: int
     lost: int
+    given_up: int  # of those that failed: not ready in time
     reasons: dict[str, int]
     failures: list[Failure]
     throttled: int
@@ -3177,6 +3294,7 @@ def servers_of(people: People, requested: int, interrupted: bool) -> Servers:
         ready=len(ready),
         failed=requested - len(ready),
         lost=len(lost),
+        given_up=sum(end.reason.kind is Kind.LATE for end in ends if end.reason),
         reasons={reason: number for reason, number in reasons.most_common() if number},
         failures=[Failure(end.user, text, end.message) for end, text in bad],
         throttled=sum(end.throttled > 0 for end in ends),
@@ -3343,17 +3461,20 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         return "most of it was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
-    busy = f"the hub's one thread, which used up to {hub.cpu_share_max:.0%} of a processor"
+    busy = f"the hub's one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
     front = "in front of the hub: network, proxy, TLS or this machine"
-    if hub.event_loop_wait_s is not None:
+    if hub.cpu_share_max < IDLE:
+        waiting = 0.0
+    elif hub.event_loop_wait_s is not None:
         waiting = LOOP_PASSES * hub.event_loop_wait_s / outside_s
     else:
-        waiting = 1.0 if hub.cpu_share_max > BUSY else 0.0 if hub.cpu_share_max < BUSY / 2 else 0.5
+        waiting = 1.0 if hub.cpu_share_max > BUSY else 0.5
     if waiting > 0.7:
         return f"most of it was spent waiting for {busy}"
     return f"most of it was spent {front}" if waiting < 0.25 else f"the rest was spent waiting for {busy}, and {front}"
 
 
+IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LOOP_PASSES = 4.0  # how often a request waits for the hub's event loop, as measured on a saturated hub (6.1.1)
 
 
@@ -3399,7 +3520,7 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
     if own and own.cpu_share_max > BUSY:
         yield (
-            f"the hub's process used {own.cpu_share_max:.0%} of a processor, and it can use only one: "
+            f"the hub's process used {share_text(own.cpu_share_max)} of a processor, and it can use only one: "
             "give it a faster one, or less to do"
         )
     if results.hub.restarts:
@@ -3467,17 +3588,34 @@ def _capacity_sentence(capacity: Capacity) -> str:
         return "the capacity was not found: no rate that was tried was sustained"
     least = "at least " if capacity.generator_bound else ""
     servers = capacity.servers_reporting_every_300_s
-    meaning = f": {servers:,} running servers that report their activity every 300 s" if servers else ""
+    meaning = f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
     return f"this hub sustains {least}{capacity.rate_per_s:.0f} requests per second{meaning}"
 
 
-def facts(results: Results) -> Section:
+def differences_to(baseline: Json | None, results: Results) -> list[str]:
+    """What makes a comparison pointless: another command, hub or amount of load."""
+    if not baseline:
+        return []
+    then: Json = baseline.get("options", {}) | {"command": baseline.get("command"), "hub": baseline.get("hub", {})}
+    now: Json = results.options | {"command": results.command, "hub": as_json(results.hub)}
+    pairs = {
+        key: (then.get(key), now.get(key)) for key in ("command", "count", "batch_size", "rate", "duration", "mix")
+    }
+    pairs |= {f"hub's {key}": (then["hub"].get(key), now["hub"][key]) for key in ("endpoint", "version")}
+    return [f"the {what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
+
+
+def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
+    differences = differences_to(baseline, results)
     http = results.http
-    monitoring = f"{http.observer_share or 0:.0%} monitoring, {http.retries} retries"
+    retries = f"{http.retries} {'retry' if http.retries == 1 else 'retries'}"
+    monitoring = f"{share_text(http.observer_share or 0)} monitoring, {retries}"
     rows = [
+        *_tested(results),
         *(("because", reason) for reason in results.warnings),
         *(("because", f"{one.condition}: it is {_value_text(one)}") for one in _told(results, True)),
+        *(("baseline", difference) for difference in differences),
         ("hub", f"{results.hub.version} at {results.hub.endpoint}"),
         *_server_facts(results),
         *_errors(results.operations),
@@ -3492,18 +3630,34 @@ def facts(results: Results) -> Section:
     return Section("Summary", rows)
 
 
+def _tested(results: Results) -> Iterator[tuple[str, str]]:
+    if results.capacity:
+        sent = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
+        yield (
+            "tested",
+            f"{sent} only: starting servers, memory and nodes were not. The latencies below are of the rate sustained",
+        )
+
+
 def _told(results: Results, held: bool) -> list[Judgement]:
     """The conditions worth a line: the default one is told by the rest."""
     return [one for one in results.conditions if one.held is held and one.condition != FAILED.text]
 
 
 def _value_text(judged: Judgement) -> str:
-    metric, value = judged.condition.split()[0], judged.value
-    if value is None:
+    metric = judged.condition.split()[0]
+
+    def text(value: float) -> str:
+        if metric.rpartition(".")[2] in LATENCY_STATISTICS:
+            return duration_text(value)
+        return f"{100 * value:.1f} %" if metric == "failed_rate" else f"{value:g}"
+
+    if judged.value is None:
         return "not measured"
-    if metric.rpartition(".")[2] in LATENCY_STATISTICS:
-        return duration_text(value)
-    return f"{value:.1%}" if metric == "failed_rate" else f"{value:g}"
+    if not judged.baseline or judged.limit is None:
+        return text(judged.value)
+    ratio = f"{judged.value / judged.baseline:.3g}x of {text(judged.baseline)}"
+    return f"{text(judged.value)}, {ratio}; the limit is {text(judged.limit)}"
 
 
 def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
@@ -3516,6 +3670,8 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
     since = f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
     counts = f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
     yield "servers", f"{servers.requested} requested, {pace}; {counts}{throttled}{since}"
+    if given_up := _given_up(results):
+        yield "given up", given_up
     for reason, number in list(servers.reasons.items())[:REASONS_SHOWN]:
         yield "failed", f"{number} × {reason}{_named([one.user for one in servers.failures if one.reason == reason])}"
     if others := sum(list(servers.reasons.values())[REASONS_SHOWN:]):
@@ -3525,6 +3681,19 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield from (("slowest", one) for one in slowest)
     elif slowest:
         yield "slowest", "; ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in slowest)
+
+
+def _given_up(results: Results) -> str:
+    """What became of servers that nobody waited for any longer, by the hub's own clock; "" where some became ready."""
+    servers, own = results.servers, results.hub.metrics
+    came = own.spawns.get("success") if own else None
+    if not servers or servers.ready or not servers.given_up or not came:
+        return ""
+    after = f"{servers.given_up} were given up after {duration_text(results.options['server_timeout'])}"
+    if came.count > servers.given_up:  # others start servers too
+        return f"{after}; the hub counted {came.count:.0f} successful starts"
+    mean = duration_text(came.mean_s)
+    return f"{after}; by the hub's own clock {came.count:.0f} of them became ready, after {mean} on average"
 
 
 def _named(users: Sequence[str]) -> str:
@@ -3558,7 +3727,8 @@ def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
     lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
     each = f", {bytes_text(own.rss_per_server_bytes)} a server" if own.rss_per_server_bytes is not None else ""
     memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
-    cpu = f"CPU {own.cpu_s:.1f} s, {own.cpu_share:.0%} of a processor, under load up to {own.cpu_share_max:.0%}"
+    most = share_text(own.cpu_share_max)
+    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor, under load up to {most}"
     yield "hub's own", f"{cpu}; {memory}{lag}"
 
 
@@ -3572,7 +3742,7 @@ def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "cleanup", f"{users.kept} users kept, as asked; remove them with: {remedy}"
     elif users.left_behind:
         yield "cleanup", f"{users.deleted} users deleted; {len(users.left_behind)} ARE STILL THERE:"
-        yield "cleanup", " ".join(users.left_behind)
+        yield "cleanup", names_text(users.left_behind)
         yield "cleanup", f"remove them with: {remedy}"
     else:
         yield "cleanup", f"{users.deleted} users deleted, none left"
@@ -3614,7 +3784,7 @@ def capacity_section(capacity: Capacity) -> Section:
 
 
 def comparison_section(baseline: Json, results: Results) -> Section:
-    """Old, new and ratio of what both runs measured."""
+    """Old, new and ratio of what both runs measured; a dash for a percentile of too few samples."""
     columns, now = ("p50", "p95", "max"), as_json({"operations": results.operations})
     rows = []
     for name in in_order(results.operations):
@@ -3631,15 +3801,21 @@ def comparison_section(baseline: Json, results: Results) -> Section:
 
 def comparison(baseline: Json, results: Json, metric: str) -> str:
     """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
-    old, new = metric_value(baseline, metric), metric_value(results, metric)
+    old, new = (_enough(run, metric) for run in (baseline, results))
     ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
     return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
+
+
+def _enough(run: Json, metric: str) -> float | None:
+    name, _, statistic = metric.partition(".")
+    measured = run["operations"][name]
+    return metric_value(run, metric) if measured["count"] - measured["failed"] >= ENOUGH.get(statistic, 1) else None
 
 
 def render_summary(results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
     word, sentence = verdict_of(results)
-    sections = [facts(results)]
+    sections = [facts(results, baseline)]
     if results.capacity:
         sections.append(capacity_section(results.capacity))
     if not results.options["dry_run"] and results.operations:
@@ -3794,7 +3970,7 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     page.open("</h1>")
     versions = f"{results.tool['name']} {results.tool['version']}"
     page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
-    page.section(facts(results))
+    page.section(facts(results, baseline))
     if results.capacity:
         page.section(capacity_section(results.capacity))
     if timeline.servers and timeline.servers.user:
@@ -3930,11 +4106,11 @@ def _plot_operation(page: Page, name: str, results: Results, seen: OperationTime
     runs += [("baseline", old["latency_s"], old["often"], GREY)] if old else []
     shares = [(one, at_s, [100 * n / sum(often) for n in often], colour) for one, at_s, often, colour in runs]
     traces = [_line(one, milliseconds(x), y, colour, shape="hvh") | {"fill": "tozeroy"} for one, x, y, colour in shares]
-    latency_s, top = results.operations[name].latency_s, max(max(y) for _, _, y, _ in shares)
+    top = max(max(y) for _, _, y, _ in shares)
     for one, dash in (("p50", "solid"), ("p95", "dash"), ("p99", "dot")):
-        at_s = getattr(latency_s, one)
-        traces.append(_line(f"{one} {duration_text(at_s)}", [at_s * 1000] * 2, [0, top], AMBER, dash=dash))
-    page.plot(traces, 230, "%", xaxis={"title": {"text": "ms"}, "type": "log", "nticks": 5})
+        if (at_s := results.operations[name].enough(one)) is not None:
+            traces.append(_line(f"{one} {duration_text(at_s)}", [at_s * 1000] * 2, [0, top], AMBER, dash=dash))
+    page.plot(traces, 230, "%", xaxis={"title": {"text": "ms"}, "type": "log", "nticks": 5, "tickformat": ","})
     page.open("</div>")
 
 
@@ -4226,10 +4402,12 @@ def validate(args: argparse.Namespace) -> None:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
     if getattr(args, "report", None) and not optional("plotly"):
         raise UsageError("--report needs plotly, which is not installed: pip install plotly")
-    if args.token is None:
-        raise UsageError("no token: put it into the environment variable JUPYTERHUB_API_TOKEN, or give --token")
-    if args.endpoint is None:
-        raise UsageError("no endpoint: give --endpoint https://YOUR-HUB/hub/api, or set JUPYTERHUB_ENDPOINT")
+    missing = {
+        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
+        "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
+    }
+    if None in missing.values():
+        raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -4399,7 +4577,7 @@ if locust_is_loading():
             self.session = get_session(plan.token or "", pool_maxsize=1000)
             self._cutting = gevent.spawn(self._cut_streams)
             hub = check_hub(plan.endpoint or "", self.session, plan.command)
-            self._fire = environment.events.request.fire
+            self._fire, self._runner = environment.events.request.fire, environment.runner
             self.site = Site(hub, plan, new_recorder(self._report))
             taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
             self.indexes = itertools.count(first_free_index(taken, self.run))
@@ -4428,6 +4606,7 @@ if locust_is_loading():
             """The name of a user for this caller alone, made with the next ones in one batch; raises `HubRefused`."""
             with self._making:
                 while not self._spare:
+                    batch = max(1, min(batch, self._runner.target_user_count - len(self.claims.confirmed)))
                     wanted = [username(index, self.run) for index in itertools.islice(self.indexes, batch)]
                     self._spare = make_batch(wanted, self.site.hub, self.site.record, self.claims)
                 return self._spare.pop(0)
@@ -4480,7 +4659,10 @@ if locust_is_loading():
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
         endpoint = environment.host and endpoint_url(environment.host)
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, token=environment.hub_token, **given)
-        validate(argparse.Namespace(**vars(plan)))
+        try:
+            validate(argparse.Namespace(**vars(plan)))
+        except UsageError as error:
+            raise UsageError(re.sub("--(?=[a-z])", "--hub-", str(error))) from None
         return plan
 
     class HubUser(FastHttpUser):
@@ -4636,7 +4818,7 @@ if locust_is_loading():
         left = [name for told in reports for name in told["left"]]
         for told in reports:
             if told["left"]:
-                SAY.error("STILL THERE: %s; %s", " ".join(told["left"]), purge_command(told["run"]))
+                SAY.error("STILL THERE: %s; %s", names_text(told["left"]), purge_command(told["run"]))
         if not environment.process_exit_code:
             environment.process_exit_code = _judge(environment, reports, left)
 

@@ -159,8 +159,9 @@ def reasons_of(done: Outcome) -> str:
 
 
 def left_according_to(done: Outcome) -> set[str]:
-    """The users that a run says are still there."""
-    return set(re.findall(r"hub-stress-test-\d+", rows_of(done, "cleanup")))
+    """The users that a run says are still there; those in a row it shows as the first `to` the last."""
+    rows = re.findall(r"hub-stress-test-(\d+)(?: to -(\d+))?", rows_of(done, "cleanup"))
+    return {hst.username(n) for first, last in rows for n in range(int(first), int(last or first) + 1)}
 
 
 def note(record: Record, row: tuple[str, str], done: Outcome, left: object, took_s: float, why: str) -> None:

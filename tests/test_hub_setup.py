@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from fault_proxy import Answer, FaultProxy, every, matching
 from localhub import LocalHub
 from tool import run_tool, start_tool, tool_users
@@ -141,3 +152,77 @@ def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(comm
         said = refused(new_hub, proxy.url + "/hub/api", new_hub.token, command)
         assert "The hub refused to list its users: 500 (database is locked). Nothing was changed." in said
         assert {entry.method for entry in proxy.requests} == {"GET"}
+
+
+# ==== TLS, and names =================================================================================================
+
+
+@pytest.fixture
+def tls_hub(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """The port of a server that shows a hub's version over TLS, and the certificate of the authority that signed it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "own authority")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem, key_pem = tmp_path / "ca.pem", tmp_path / "key.pem"
+    pem.write_bytes(certificate.public_bytes(Encoding.PEM))
+    key_pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key_pem)
+
+    class Versions(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"version": "6.1.1"}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            """Nothing."""
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Nothing: whoever does not speak TLS, or does not trust us, is what is tested."""
+
+    server = Server(("127.0.0.1", 0), Versions)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    yield server.server_address[1], pem
+    server.shutdown()
+    serving.join()
+    server.server_close()
+
+
+def test_a_certificate_of_ones_own_authority_names_the_variable_that_makes_it_known(tls_hub: tuple[int, Path]) -> None:
+    port, pem = tls_hub
+    env = {"JUPYTERHUB_ENDPOINT": f"https://127.0.0.1:{port}/hub/api", "JUPYTERHUB_API_TOKEN": "0123456789"}
+    refused = run_tool("purge", env=env)
+    assert refused.code == 3 and "name the file with its certificate in REQUESTS_CA_BUNDLE" in refused.stderr
+    known = run_tool("purge", env=env | {"REQUESTS_CA_BUNDLE": str(pem)})
+    assert known.code == 3 and "is not an admin of this hub" in known.stderr  # it has got as far as the token's owner
+
+
+def test_plain_http_to_a_port_that_speaks_tls_is_told_to_use_https(tls_hub: tuple[int, Path]) -> None:
+    endpoint = f"127.0.0.1:{tls_hub[0]}/hub/api"
+    env = {"JUPYTERHUB_ENDPOINT": f"http://{endpoint}", "JUPYTERHUB_API_TOKEN": "0123456789"}
+    done = run_tool("purge", env=env)
+    assert done.code == 3 and f"Use https: --endpoint https://{endpoint}" in done.stderr
+
+
+def test_a_name_that_exists_only_inside_the_cluster_is_said_to() -> None:
+    env = {"JUPYTERHUB_ENDPOINT": "http://hub:8081/hub/api", "JUPYTERHUB_API_TOKEN": "0123456789"}
+    done = run_tool("purge", env=env)
+    assert done.code == 3 and "This name exists only inside the cluster" in done.stderr

@@ -131,6 +131,13 @@ def test_people_come_are_ready_stay_and_leave_throttled_or_not(
     assert re.search(r"throttled < 1: not met, it is [1-9]", said)
 
 
+def test_as_many_users_are_made_as_were_asked_for(locust: Locust, new_hub: LocalHub) -> None:
+    words = ("-u", "13", "-r", "13", "-t", "5s", "--hub-scale", "100", "RunningServer")
+    code, said = locust.run(*words, env=new_hub.environment)
+    assert code == 0 and "13 users deleted, none left" in said
+    assert not tool_users(new_hub)
+
+
 def test_failed_starts_and_conditions_decide_the_exit_code(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:
     hub = make_hub(fail_rate=0.5)
     words = ("-u", "4", "-r", "4", "-t", "4s", "--hub-stay", "1s", "Person")
@@ -139,7 +146,7 @@ def test_failed_starts_and_conditions_decide_the_exit_code(locust: Locust, make_
     found = rows(said)
     assert (found["server_ready"], found["stay"]) == ((4, 2), (2, 0))  # who has no server does not stay
     code, said = locust.run(*words, "--hub-fail-if", "failed_rate > 60%", env=hub.environment, name="lenient")
-    assert code == 0 and "failed_rate > 60%: not met, it is 50.0%" in said
+    assert code == 0 and "failed_rate > 60%: not met, it is 50.0 %" in said
     assert hub.users().keys() == THEIRS
 
 
@@ -169,7 +176,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
     "no hub": (("--hub-endpoint", "http://127.0.0.1:1/hub/api"), {}, 3, "Nothing answers"),
     "no endpoint": ((), {"JUPYTERHUB_ENDPOINT": ""}, 2, "no endpoint"),
     "no token": ((), {"JUPYTERHUB_API_TOKEN": ""}, 2, "no token:"),
-    "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "there is no operation 'walk'"),
+    "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "--hub-mix: there is no operation 'walk'"),
     "a strange scale": (("--hub-scale", "-3"), {}, 2, "expected a number above 0"),
     "a strange condition": (("--hub-fail-if", "it is slow"), {}, 2, "expected METRIC OP VALUE"),
 }

@@ -281,6 +281,7 @@ def test_a_run_is_named_before_and_after_the_command(hub: LocalHub) -> None:
 BAD_USAGE = {
     "no token": (["--endpoint", "http://127.0.0.1:1/hub/api", "purge"], {}, "no token"),
     "no endpoint": (["--token", "x", "purge"], {}, "no endpoint"),
+    "neither endpoint nor token": (["purge"], {}, "or give --endpoint; and no token: set JUPYTERHUB_API_TOKEN"),
     "no command": ([], NOWHERE, "COMMAND"),
     "an unknown command": (["stress"], NOWHERE, "stress"),
     "an unknown option": (["purge", "--forec"], NOWHERE, "--forec"),

@@ -182,7 +182,7 @@ def test_conditions_decide_the_exit_code_and_replace_the_default(new_hub: LocalH
     failing = ("stress-test", "-c", "10", "--profile", '{"fail_rate": 0.2}')
     assert run_tool(*failing, hub=new_hub).code == 1
     allowed = run_tool(*failing, "--fail-if", "failed_rate > 25%", hub=new_hub)
-    assert allowed.code == 0 and "failed_rate > 25%: not met, it is 20.0%" in allowed.summary
+    assert allowed.code == 0 and "failed_rate > 25%: not met, it is 20.0 %" in allowed.summary
     refused = run_tool("--fail-if", "failed > 5", *failing, "--fail-if", "server_ready.p95 > 1ms", hub=new_hub)
     assert refused.code == 1
     assert "failed > 5: not met, it is 2" in refused.summary

@@ -64,9 +64,9 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
     return dataclasses.replace(found, **more)
 
 
-def told(results: hst.Results, label: str) -> list[str]:
+def told(results: hst.Results, label: str, baseline: hst.Json | None = None) -> list[str]:
     """The sentences that the summary has behind a label."""
-    return [row[1] for row in hst.facts(results).rows if row[0] == label]
+    return [row[1] for row in hst.facts(results, baseline).rows if row[0] == label]
 
 
 # ==== The verdict ====================================================================================================
@@ -138,7 +138,8 @@ def test_the_verdict_of_a_purge_and_of_a_load_counts_what_they_did() -> None:
             42.4,
             12720,
             False,
-            "this hub sustains 42 requests per second: 12,720 running servers that report their activity every 300 s",
+            "this hub sustains 42 requests per second: "
+            "the activity reports of 12,720 running servers, one every 300 s each",
         ),
         (42.4, None, True, "this hub sustains at least 42 requests per second"),
     ],
@@ -212,7 +213,7 @@ def test_the_lag_of_the_hubs_event_loop_has_no_95th_percentile_of_fewer_than_twe
 ) -> None:
     (sentence,) = told(results_of([ready(1)], hub=own(event_loop_samples=intervals)), "hub's own")
     assert sentence == (
-        "CPU 1.2 s, 20% of a processor, under load up to 40%; memory 110 MB before, 115 MB after, 400 kB a server; "
+        "CPU 1.2 s, 20 % of a processor, under load up to 40 %; memory 110 MB before, 115 MB after, 400 kB a server; "
         + lag
     )
 
@@ -380,7 +381,7 @@ def test_why_a_run_failed_comes_before_everything_else() -> None:
     results = results_of([ready(1)], warnings=["it was cut short"], conditions=[met, unmet, default])
     rows = [tuple(row) for row in hst.facts(results).rows]
     assert rows[:2] == [("because", "it was cut short"), ("because", "server_ready.p95 > 1ms: it is 1.50 s")]
-    assert told(results, "condition") == ["failed_rate > 25%: not met, it is 20.0%"]
+    assert told(results, "condition") == ["failed_rate > 25%: not met, it is 20.0 %"]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +407,7 @@ def test_what_became_of_the_users_is_told(users: hst.Users, run: str | None, sen
 
 def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
     http = hst.Http(1234, 5, 0, {"200": 1234}, 270, 270 / 1234)
-    assert told(results_of([ready(1)], http=http), "requests") == ["1,234, of which 22% monitoring, 5 retries"]
+    assert told(results_of([ready(1)], http=http), "requests") == ["1,234, of which 22 % monitoring, 5 retries"]
 
 
 # ==== What to look at next ===========================================================================================
@@ -426,7 +427,7 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
             ["see the hub's log for the users", "servers were lost while held: an idle culler"],
         ),
         (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise its concurrent_spawn_limit"]),
-        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93% of a processor"]),
+        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93 % of a processor"]),
         (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
         (set(), [ready(1)], {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0)}, ["502, 503 and 504 come from"]),
         (set(), [ready(1)], {}, []),
@@ -455,3 +456,31 @@ def test_in_colour_the_first_words_that_matter_have_one_and_the_rest_is_the_same
 @pytest.mark.parametrize(("code", "colour"), [(0, 32), (1, 31), (4, 31), (130, 33)])
 def test_the_verdict_has_the_colour_of_its_word(code: int, colour: int) -> None:
     assert hst.render_summary(results_of([ready(1)], exit_code=code), colour=True).startswith(f"\033[1;{colour}m")
+
+
+# ==== Against a baseline =============================================================================================
+
+
+def test_what_makes_a_comparison_pointless_is_named_before_it() -> None:
+    then = hst.as_json(results_of([ready(1)]))
+    assert hst.differences_to(then, results_of([ready(1)])) == []
+    then["options"]["count"], then["command"] = 300, "purge"
+    now = results_of([ready(1)])
+    assert f"the count was 300, and is {now.options['count']} now" in hst.differences_to(then, now)
+    assert "the command was purge, and is stress-test now" in told(now, "baseline", then)
+
+
+def test_a_relative_condition_tells_ratio_and_limit() -> None:
+    judged = hst.condition("server_ready.p50 > 1.2x").judge(
+        {"operations": {"server_ready": {"latency_s": {"p50": 2.54}}}},
+        {"operations": {"server_ready": {"latency_s": {"p50": 1.21}}}},
+    )
+    assert judged.held
+    results = dataclasses.replace(results_of([ready(1)]), conditions=[judged])
+    assert told(results, "because") == ["server_ready.p50 > 1.2x: it is 2.54 s, 2.1x of 1.21 s; the limit is 1.45 s"]
+
+
+def test_the_comparison_shows_a_dash_for_a_percentile_of_too_few() -> None:
+    few = results_of([ready(n) for n in range(1, 7)])
+    rows = {row[0]: row for row in hst.comparison_section(hst.as_json(few), few).rows}
+    assert rows["server ready"][2] == "–→–" and "–" not in rows["server ready"][1]

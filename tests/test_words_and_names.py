@@ -139,3 +139,22 @@ def test_the_second_user_comes_before_the_tenth() -> None:
 def test_the_command_that_removes_what_is_left_names_the_run() -> None:
     assert hst.purge_command(None) == "hub-stress-test purge"
     assert hst.purge_command("night") == "hub-stress-test purge --run night"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([], ""),
+        ([7], "hub-stress-test-7"),
+        ([2, 1], "hub-stress-test-1 hub-stress-test-2"),
+        ([*range(1, 61)], "hub-stress-test-1 to -60"),
+        ([10, 9, 8, 2], "hub-stress-test-2 hub-stress-test-8 to -10"),
+    ],
+)
+def test_names_in_a_row_are_shown_as_first_and_last(numbers: list[int], text: str) -> None:
+    assert hst.names_text(map(hst.username, numbers)) == text
+
+
+def test_names_of_different_runs_are_no_row() -> None:
+    names = ["hub-stress-test-a-1", "hub-stress-test-2", "hub-stress-test-b-3"]
+    assert hst.names_text(names) == "hub-stress-test-2 hub-stress-test-a-1 hub-stress-test-b-3"

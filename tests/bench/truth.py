@@ -30,6 +30,11 @@ BEHAVIOURS: dict[str, dict[str, float]] = {
     "every 50th 500 ms late": {"service_s": 0.01, "outlier_share": 0.02, "outlier_s": 0.5},
 }
 
+PINGED: dict[str, dict[str, float]] = {
+    "answers after 500 ms": {"service_s": 0.5},
+    "frozen 2 s in every 10": {"service_s": 0.01, "freeze_s": 2.0},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
@@ -71,6 +76,24 @@ def show_latency(name: str, rate: int, seconds: int, processes: int) -> None:
     print(f"{name:<24}{rate:>5}/s x{processes}  " + "  ".join(cells) + late, flush=True)
 
 
+def show_pings(name: str, seconds: int) -> None:
+    """Pings beside a load that is next to nothing, of a server that treats reads of a user like reports."""
+    with KnownServer(**PINGED[name], also_reads=True) as server, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        words = ["activity-stress-test", "-c", "5", "--rate", "1", "--duration", str(seconds), "--results", str(file)]
+        env = os.environ | server.environment
+        subprocess.run([sys.executable, str(TOOL), *words], env=env, check=True, capture_output=True, timeout=600)
+        ping = json.loads(file.read_text())["operations"]["ping"]
+        first = server.arrivals()[0]
+        truth = sorted(true_latency(server.behaviour, [first + n / 5 for n in range(1, 5 * seconds)], first))
+    true_s = {percent: truth[math.ceil(percent / 100 * len(truth)) - 1] for percent in PERCENTS}
+    cells = [f"{1000 * ping['latency_s'][f'p{p}']:7.1f} /{1000 * seconds:7.1f}" for p, seconds in true_s.items()]
+    most = f"max {1000 * ping['latency_s']['max']:.1f} /{1000 * truth[-1]:7.1f}"
+    print(
+        f"{name:<24}{ping['count']:>5} sent, {ping['skipped']} skipped  " + "  ".join(cells) + f"  {most}", flush=True
+    )
+
+
 def show_rate(rate: int, seconds: int, processes: int) -> None:
     with KnownServer() as server:
         numbers = per_second(run(server, rate, seconds, processes).arrivals, rate)
@@ -86,6 +109,9 @@ def main() -> None:
     for rate, processes in ((100, 1), (500, 1), (500, 2)):
         for name in BEHAVIOURS:
             show_latency(name, rate, seconds, processes)
+    print("pings: reported / true ms")
+    for name in PINGED:
+        show_pings(name, 2 * seconds)
     print("requests that arrived in each second")
     for rate, processes in ((50, 1), (200, 1), (1000, 1), (1000, 2)):
         show_rate(rate, seconds, processes)
