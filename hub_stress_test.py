@@ -22,9 +22,10 @@ and sends the activity reports that running servers send; purge removes what ear
 Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
 
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
-stops their servers, and deletes them. It writes to no user that it did not make; purge writes only to users whose whole
-name follows that pattern, and never to an admin. Unless --keep is given, every user it made is deleted before it ends,
-whatever happened, and the hub is listed once more to be sure; what could not be removed is named, with exit code 4.
+stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
+earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
+is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
+named, with exit code 4.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub
 says that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
@@ -956,13 +957,10 @@ class Recorder(_Counting):
     def failures(self, names: Iterable[str]) -> int:
         return sum(self._folds[name].reasons.total() for name in self._folds.keys() & set(names))
 
-    def reasons(self, name: str) -> Mapping[Reason, int]:
-        """How often an operation failed, for each reason."""
-        return self._folds[name].reasons if name in self._folds else {}
-
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
-        return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
+        with self._lock:
+            return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
 
     def late_share(self, names: Iterable[str]) -> float:
         """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
@@ -1285,6 +1283,7 @@ class HubSession(requests.Session):
                 self._streams[response] = until_s
                 try:
                     for line in response.iter_lines() if response.status_code == 200 else ():
+                        self.answered_s = self.clock()  # a keep-alive, too, shows that the hub is there
                         if line.startswith(b"data:"):
                             yield json.loads(line.removeprefix(b"data:"))
                 finally:
@@ -1911,7 +1910,8 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     reply = hub.create(wanted)
     _end_if_stopped(hub, reply)
     record.add(reply.event("create_users", ok=(201, 409)))
-    done, unsure = reply.status in (201, 409), reply.lost or reply.status >= 500
+    unreadable = reply.status == 201 and not isinstance(reply.data, list)
+    done, unsure = reply.status in (201, 409), reply.lost or reply.status >= 500 or unreadable
     if unsure:
         there = {user["name"] for user in list_users(hub, record)}
     else:
@@ -2040,6 +2040,8 @@ def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
         retry_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
         site.turns.wait(person.due_s, freed, retry_s, session)
         backoff_s += session.clock() - reply.answered_s
+        if session.clock() >= until_s:
+            break
     event = dataclasses.replace(
         reply.event("start_server", person.name, ok=(201, 202)),
         due_s=person.due_s,
@@ -2444,7 +2446,7 @@ class Load:
     @property
     def planned(self) -> int:
         """How many requests an open load consists of."""
-        return round((self.rate_per_s or 0) * self.duration_s) if self.duration_s else len(self.users)
+        return max(1, round((self.rate_per_s or 0) * self.duration_s)) if self.duration_s else len(self.users)
 
     @property
     def title(self) -> str:
@@ -2573,7 +2575,6 @@ def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, pr
             else:
                 done[pipe] = news
         progress.tell(*map(sum, zip(*done.values())))
-        session.answered_s = session.clock()
         if session.stopping.is_set() and not told:
             told = True
             for pipe in waiting:
@@ -2853,6 +2854,8 @@ class Run:
         self.monitor.look()
         if self.session.hub_is_gone:
             self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
+        if self.plan.command != PURGE:
+            self.session.stop()  # threads that the hub holds up send nothing more
         ours = self.claims.ours
         if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
@@ -2953,6 +2956,7 @@ class Capacity:
     servers_reporting_every_300_s: int | None
     generator_bound: bool
     steps: list[CapacityStep]
+    finished: bool = True  # whether the search came to its end
 
 
 class CapacitySearch:
@@ -2990,7 +2994,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
     search = CapacitySearch(load.rate_per_s or CAPACITY_FIRST_RATE_PER_S)
     steps: list[CapacityStep] = []
     best = Recorder()
-    while (rate := search.next_rate()) and not session.stopping.is_set():
+    while (rate := search.next_rate()) and not session.stopping.is_set() and not session.hub_is_gone:
         beside, seen = session.beside(), Recorder()
         step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(step_load, beside, seen)
@@ -3006,7 +3010,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
     record.merge(best)
     reports_per_s = (search.sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
     servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
-    return Capacity(search.sustained, servers, search.unknown, steps)
+    return Capacity(search.sustained, servers, search.unknown, steps, search.next_rate() is None)
 
 
 def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
@@ -3015,8 +3019,10 @@ def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu
     found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
     found["failed_rate"] = failed / count if count else None
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    late = seen.late_share(load.mix) > 0.01 or count < load.planned
-    bound = late and cpu_share > BUSY
+    unsent = load.planned - count
+    bound = (seen.late_share(load.mix) > 0.01 or unsent > 0) and cpu_share > BUSY
+    if not held and unsent > 0:
+        held = f"{unsent:,} of {load.planned:,} requests could not be sent in time"
     return CapacityStep(
         rate_per_s=load.rate_per_s or 0.0,
         sent_per_s=count / (load.duration_s or math.nan),
@@ -3219,9 +3225,8 @@ def exit_code(left: Collection[str], interrupted_by: int | None, cut_short: bool
 def results_of(run: Run) -> Results:
     """What a run found; the conditions are judged by all the rest."""
     plan, left = run.plan, list(run.cleaned.left)
-    servers = (
-        servers_of(run.record.people, plan.count, run.interrupted_by is not None) if plan.command == STRESS else None
-    )
+    cut_short = bool(run.troubles) or run.interrupted_by is not None
+    servers = servers_of(run.record.people, plan.count, cut_short) if plan.command == STRESS else None
     snapshots = run.monitor.snapshots
     restarts = sum(map(restarted, snapshots, snapshots[1:]))
     if servers:
@@ -3278,14 +3283,14 @@ def _restart_warning(times: int) -> Iterator[str]:
 People = Mapping[str, Mapping[str, Event]]
 
 
-def servers_of(people: People, requested: int, interrupted: bool) -> Servers:
+def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
     """What became of the servers of so many people."""
     ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
     ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
     lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].reason]
     bad = [(end, end.reason.text) for end in [*ends, *lost] if end.reason]
     reasons = collections.Counter(text for _, text in bad)
-    never = "never started, or cut short" if interrupted else "never started"
+    never = "never started, or cut short" if cut_short else "never started"
     reasons[never] = requested - len(ends)
     throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
     messages = {end.message for end in ends if end.message}
@@ -3486,8 +3491,8 @@ def time_spent(results: Results) -> Iterator[str]:
     ready, started = operations.get("server_ready"), own.spawns.get("success")
     if ready and ready.latency_s.mean and started:
         wait_s = ready.latency_s.mean
-        asked = operations["start_server"]  # the mean of all, whose servers became ready or not
-        throttled_s = min(asked.backoff_s / asked.count, max(0.0, wait_s - started.mean_s))
+        asked = operations.get("start_server")  # the mean of all, whose servers became ready or not
+        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, max(0.0, wait_s - started.mean_s))
         rest_s = wait_s - throttled_s - started.mean_s
         parts = [f"the hub took {duration_text(min(started.mean_s, wait_s))} to start the server"]
         parts += [f"throttling took {duration_text(throttled_s)}"] if throttled_s > NEGLIGIBLE_S else []
@@ -3585,8 +3590,9 @@ def _waited(ready: Operation | None) -> str:
 
 def _capacity_sentence(capacity: Capacity) -> str:
     if capacity.rate_per_s is None:
-        return "the capacity was not found: no rate that was tried was sustained"
-    least = "at least " if capacity.generator_bound else ""
+        why_not = "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
+        return f"the capacity was not found: {why_not if capacity.finished else 'the search did not finish'}"
+    least = "at least " if capacity.generator_bound or not capacity.finished else ""
     servers = capacity.servers_reporting_every_300_s
     meaning = f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
     return f"this hub sustains {least}{capacity.rate_per_s:.0f} requests per second{meaning}"
@@ -4124,6 +4130,17 @@ def write_results(path: str, results: Results) -> None:
     write_whole(path, f'{json.dumps(data, indent=2)[:-2]},\n  "timeline": {timeline}\n}}\n')
 
 
+def write_files(plan: Plan, results: Results) -> None:
+    """Write what was asked for. Raises `CutShort` where a file cannot be written (any more)."""
+    try:
+        if plan.results:
+            write_results(plan.results, results)
+        if plan.report:
+            write_whole(plan.report, render_report(results, plan.baseline))
+    except OSError as error:
+        raise CutShort(f"a file could not be written: {error}") from None
+
+
 def write_whole(path: str, text: str) -> None:
     """Write a file, whole or not at all."""
     beside = f"{path}.{os.getpid()}.tmp"
@@ -4488,12 +4505,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
         results = carry_out(plan)
-        if plan.results:
-            write_results(plan.results, results)
-        if plan.report:
-            write_whole(plan.report, render_report(results, plan.baseline))
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         print(render_summary(results, plan.baseline, colour=colour))
+        write_files(plan, results)
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")
         return int(error.exit_code)
@@ -4581,7 +4595,7 @@ if locust_is_loading():
             self.site = Site(hub, plan, new_recorder(self._report))
             taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
             self.indexes = itertools.count(first_free_index(taken, self.run))
-            self.claims, self.throttled = Claims(), 0
+            self.claims, self.throttled, self.cut_short = Claims(), 0, False
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
@@ -4622,10 +4636,11 @@ if locust_is_loading():
                     hub = dataclasses.replace(self.site.hub, session=self.session.for_cleaning_up())
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
                     thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
+                    thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
                     self._cleaned = remove_users(thought, ours.__contains__, hub, Recorder(), 10)
             deleted = self._cleaned.deleted + len(left_already)
             told: Json = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
-            return told | {"run": self.run}
+            return told | {"run": self.run, "cut_short": self.cut_short}
 
     @contextlib.contextmanager
     def _second_signal_leaves(shared: LocustSite) -> Iterator[None]:
@@ -4685,6 +4700,7 @@ if locust_is_loading():
                 return self.shared.new_user(self.batch)
             except HubRefused as error:
                 SAY.error("%s", error)
+                self.shared.cut_short = True
                 raise StopUser from None
 
     class RunningServer(HubUser):
@@ -4737,6 +4753,7 @@ if locust_is_loading():
                     gevent.sleep(max(0.0, at_s - clock()))
             except CutShort as error:
                 SAY.error("%s", error)
+                self.shared.cut_short = True
 
     def _add_options(parser: Any) -> None:
         for row in LOCUST_OPTIONS.values():
@@ -4748,7 +4765,7 @@ if locust_is_loading():
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
-        environment.hub_reports = {}
+        environment.hub_reports, environment.hub_failed = {}, False
         for kind in environment.user_classes:
             kind.host = environment.host or ""
         if isinstance(runner, WorkerRunner):
@@ -4769,7 +4786,7 @@ if locust_is_loading():
         check_hub(plan.endpoint or "", get_session(plan.token or ""), plan.command)
 
     def _start(environment: Any, **_: Any) -> None:
-        environment.hub_site, environment.hub_reports = None, {}
+        environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False
         runner = environment.runner
         try:
             if isinstance(runner, MasterRunner):
@@ -4779,6 +4796,7 @@ if locust_is_loading():
                 SAY.info("Users of this process are called %s", username(0, shared.run)[:-1] + "<n>")
         except HubStressError as error:
             SAY.error("%s", error)
+            environment.hub_failed = True
             environment.process_exit_code = int(error.exit_code)
             if not isinstance(runner, WorkerRunner):
                 gevent.spawn(runner.stop)
@@ -4799,7 +4817,8 @@ if locust_is_loading():
     def _clean_up(environment: Any, **_: Any) -> None:
         runner = environment.runner
         shared: LocustSite | None = getattr(environment, "hub_site", None)
-        told = shared.clean_up() if shared else {}
+        nothing = {"deleted": 0, "left": [], "throttled": 0, "run": None, "cut_short": True}
+        told = shared.clean_up() if shared else nothing if environment.hub_failed else {}
         if isinstance(runner, WorkerRunner):
             runner.send_message("hub-cleaned-up", told)
         elif shared:
@@ -4840,7 +4859,8 @@ if locust_is_loading():
         judged = [one.judge(found, None) for one in plan.conditions]
         for one in judged:
             SAY.info("%s: %s, it is %s", one.condition, "MET" if one.held else "not met", _value_text(one))
-        return int(exit_code([*left, *lost], None, False, any(one.held for one in judged)))
+        cut_short = any(told["cut_short"] for told in reports)
+        return int(exit_code([*left, *lost], None, cut_short, any(one.held for one in judged)))
 
     hooks: Any = events
     hooks.init_command_line_parser.add_listener(_add_options)

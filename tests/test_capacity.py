@@ -82,7 +82,30 @@ def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
         done, found = run_for_results(tmp_path / "r", *words, env=where)
         assert server.users() == set()
     assert done.code == 1
-    assert done.summary.startswith("FAILED: the capacity was not found: no rate that was tried was sustained")
+    assert done.summary.startswith("FAILED: the capacity was not found: no rate was sustained")
     assert [step["rate_per_s"] for step in found["capacity"]["steps"]] == [4, 2, 1]
     assert {step["held"] for step in found["capacity"]["steps"]} == {"failed > 0"}
     assert found["capacity"]["rate_per_s"] is None is found["capacity"]["servers_reporting_every_300_s"]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "sentence"),
+    [
+        (hst.Capacity(None, None, False, []), "no rate was sustained"),
+        (hst.Capacity(None, None, True, []), "this tool could not send the first rate"),
+        (hst.Capacity(None, None, False, [], finished=False), "the search did not finish"),
+        (hst.Capacity(64.0, None, False, [], finished=False), "sustains at least 64 requests"),
+        (hst.Capacity(64.0, None, False, []), "sustains 64 requests"),
+    ],
+)
+def test_a_search_that_did_not_finish_knows_only_what_it_has_seen(capacity: hst.Capacity, sentence: str) -> None:
+    assert sentence in hst._capacity_sentence(capacity)
+
+
+def test_a_rate_of_which_the_hub_let_only_a_part_be_sent_is_not_sustained() -> None:
+    load = hst.Load("http://x", ("a",), {"activity": 1.0}, 1, rate_per_s=10.0, duration_s=4.0)
+    seen, plan = hst.Recorder(), hst.Plan(hst.ACTIVITY, fail_if=(hst.condition("failed_rate > 1%"),))
+    for n in range(30):
+        seen.add(hst.Event("activity", "a", n / 10, n / 10, n / 10 + 0.01))
+    step = hst._capacity_step(load, seen, hst.Traffic(), plan, cpu_share=0.1)
+    assert (step.held, step.generator_bound) == ("10 of 40 requests could not be sent in time", False)

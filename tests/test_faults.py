@@ -205,7 +205,7 @@ def check_left(
 
 # ---- Faults that end ----
 
-RETRIES = r"[1-9]\d* retries"
+RETRIES = r"[1-9]\d* retr"
 
 
 def refused(status: int) -> str:

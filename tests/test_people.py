@@ -76,7 +76,7 @@ def test_a_batch_whose_answer_was_lost_is_found_by_looking(hub: LocalHub) -> Non
         session, record, claims = hst.get_session(hub.token), hst.Recorder(), hst.Claims()
         made = hst.make_batch(wanted, hst.Hub(proxy.url + "/hub/api", session), record, claims)
     assert made == wanted == claims.ours
-    assert record.reasons("create_users") == {hst.Reason(Kind.REFUSED, "502"): 1}
+    assert record.summarise()["create_users"].errors == {"502": 1}
     assert hst.delete_users(made, hub.endpoint, session)
 
 
@@ -538,4 +538,13 @@ def test_a_start_that_is_answered_with_503_is_retried(new_hub: LocalHub, tmp_pat
         done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "2", hub=new_hub, env=env)
     assert done.code == 0 and found["servers"]["ready"] == 2
     assert found["http"]["retries"] == 1 and found["operations"]["start_server"]["backoff_s"] >= 1.0
+    assert not tool_users(new_hub)
+
+
+def test_a_201_that_cannot_be_read_is_looked_into_and_no_traceback(new_hub: LocalHub) -> None:
+    creates = matching("POST", "/users$")
+    with FaultProxy(new_hub.endpoint) as proxy:
+        proxy.rule = first(1, creates, AnswerAfter(201, b"<html>", {"Content-Type": "text/html"}))
+        done = run_tool("stress-test", "-c", "3", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+    assert done.code == 0 and "3 of 3 servers became ready" in done.stdout
     assert not tool_users(new_hub)

@@ -173,7 +173,6 @@ def test_equal_reasons_are_counted_together_and_told_by_their_text_whatever_thei
     record = Recorder()
     for reason in (REFUSED, REFUSED, Reason(Kind.SPAWN, "500"), AWAY):
         record.add(event(reason=reason))
-    assert record.reasons("activity") == {REFUSED: 2, Reason(Kind.SPAWN, "500"): 1, AWAY: 1}
     assert record.summarise()["activity"].errors == {"500": 3, "connection refused": 1}
     assert record.kinds() == {Kind.REFUSED, Kind.SPAWN, Kind.AWAY}
 
@@ -183,7 +182,7 @@ def test_counts_are_asked_by_operation_and_are_nought_for_what_never_was() -> No
     record.add(event("activity"))
     record.add(event("read", reason=AWAY))
     assert (record.count(["activity", "read", "list"]), record.failures(["activity", "read", "list"])) == (2, 1)
-    assert (record.count(["list"]), record.failures(["activity"]), record.reasons("list")) == (0, 0, {})
+    assert (record.count(["list"]), record.failures(["activity"])) == (0, 0)
     assert record.late_share(["list"]) == 0
 
 

@@ -118,21 +118,26 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 # ==== Interrupted ====================================================================================================
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize("moment", ["at once", "after 0.3 s", "while both send"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_one_interrupt_of_all_processes_cleans_up_and_writes_whole_results(
-    number: int, code: int, after_s: float, new_hub: LocalHub, tmp_path: Path
+    number: int, code: int, moment: str, new_hub: LocalHub, tmp_path: Path
 ) -> None:
+    def reported() -> int:
+        return sum(bool(user["last_activity"]) for name, user in new_hub.users().items() if hst.is_test_user(name))
+
     words = ["activity-stress-test", "-c", "10", "--rate", "20", "--duration", "60s", "--processes", "2"]
     with start_tool(*words, "--workers", "10", "--results", str(tmp_path / "r"), hub=new_hub) as run:
         wait_until(lambda: len(tool_users(new_hub)) == 10)
-        time.sleep(after_s)
+        if moment == "while both send":
+            wait_until(lambda: reported() == 10)
+        time.sleep(0.3 if moment == "after 0.3 s" else 0)
         os.killpg(run.pid, number)  # as a terminal does
         done = run.outcome(60)
     found = results_in(tmp_path / "r", done)
     assert done.code == code and done.stdout.startswith("INTERRUPTED: ")
     assert found["users"]["left_behind"] == [] and not tool_users(new_hub)
-    assert after_s < 1 or found["operations"]["activity"]["count"] > 0
+    assert moment != "while both send" or found["operations"]["activity"]["count"] >= 10
 
 
 # ==== The exit code ==================================================================================================
@@ -286,3 +291,15 @@ def test_the_summary_is_wrapped_between_words_only_and_says_the_same_in_any_widt
     narrow, wide = (hst.render_summary(results, width=width) for width in (60, 1000))
     assert narrow.split() == wide.split()
     assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))
+
+
+def test_a_file_that_cannot_be_written_any_more_does_not_cost_the_summary(new_hub: LocalHub, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with start_tool("stress-test", "-c", "2", "--hold", "3s", "--results", str(folder / "r"), hub=new_hub) as run:
+        wait_until(lambda: len(tool_users(new_hub)) == 2)
+        folder.rmdir()
+        done = run.outcome(60)
+    assert done.code == 1 and done.stdout.startswith("PASSED: 2 of 2")
+    assert "a file could not be written" in done.stderr
+    assert not tool_users(new_hub)

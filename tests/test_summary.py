@@ -133,7 +133,7 @@ def test_the_verdict_of_a_purge_and_of_a_load_counts_what_they_did() -> None:
 @pytest.mark.parametrize(
     ("rate_per_s", "servers", "bound", "verdict"),
     [
-        (None, None, False, "the capacity was not found: no rate that was tried was sustained"),
+        (None, None, False, "the capacity was not found: no rate was sustained"),
         (
             42.4,
             12720,
@@ -286,7 +286,7 @@ def test_servers_that_never_started_are_counted_and_nobody_is_named() -> None:
 
 
 def test_an_interrupted_start_is_not_told_from_one_that_never_was() -> None:
-    servers = hst.servers_of({}, 3, interrupted=True)
+    servers = hst.servers_of({}, 3, cut_short=True)
     assert servers.reasons == {"never started, or cut short": 3}
 
 
