@@ -1724,28 +1724,64 @@ class Pace:
         return self.started_s + n / self.rate_per_s
 
 
+class Arrivals:
+    """So many people at random moments within a time, however slowly the hub answers; the same seed, the same moments.
+
+    Uniform moments are what a Poisson process looks like once one knows how many came.
+    """
+
+    def __init__(self, count: int, within_s: float, seed: int | None, started_s: float) -> None:
+        moments = random.Random(seed)
+        self._due_s = sorted(started_s + within_s * moments.random() for _ in range(count))
+
+    def due_s(self, n: int) -> float:
+        return self._due_s[n]
+
+
+class Gathering:
+    """People who stay until the last of them has settled down, and for `hold_s` after that."""
+
+    def __init__(self, hold_s: float = 0.0) -> None:
+        self.hold_s, self.leave_s = hold_s, math.inf
+        self._settled: set[str] = set()
+
+    def settle(self, name: str) -> None:
+        """This person has done what the others wait for, or has left."""
+        self._settled.add(name)
+
+    def break_up(self, begun: int, now_s: float) -> bool:
+        """Whether all who have begun have just settled down, so that the moment to leave is known."""
+        if self.leave_s < math.inf or len(self._settled) < begun:
+            return False
+        self.leave_s = now_s + self.hold_s
+        return True
+
+
 class Driver:
     """Takes walks on in threads: decides which one begins when, and does what is due next.
 
     Walks begin by a fixed schedule (open model), or, without a pace, so that at most `limit` are in their first stretch
-    at the same time (closed model). A walk that waits needs no thread. One that waits without end goes on `hold_s`
-    after all others have ended or wait so too. `limit` is the number of threads as well.
+    at the same time (closed model). A walk that waits needs no thread; `wake` lets it go on before its time. Those that
+    wait for the end of a gathering go on when it breaks up, which needs all to have begun.
     """
 
     def __init__(
         self,
         session: HubSession,
         limit: int,
-        pace: Pace | None = None,
+        pace: Pace | Arrivals | None = None,
         until_s: float = math.inf,
-        hold_s: float = 0.0,
+        gathering: Gathering | None = None,
         may_begin: Callable[[], bool] = lambda: True,
+        threads: int = 0,  # at most; 0: as many as the limit
     ) -> None:
-        self._session, self._limit, self._pace, self._until_s, self._hold_s = session, limit, pace, until_s, hold_s
-        self._may_begin = may_begin
-        self._pool = ThreadPoolExecutor(limit, thread_name_prefix="hub-stress-test")
+        self._session, self._limit, self._pace, self._until_s = session, limit, pace, until_s
+        self._gathering, self._may_begin = gathering, may_begin
+        self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
-        self._waiting: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
+        self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
+        self._entries: dict[Walk, int] = {}  # of each walk that waits: its tie-breaker there; others are out of date
+        self._woken: set[Walk] = set()  # while they were acting
         self._numbers = itertools.count()
         self._begun = self._beginning = self._acting = 0
         self._error: Exception | None = None
@@ -1766,6 +1802,8 @@ class Driver:
                         walk = begin(items[self._begun], due_s)
                         self._begun, self._beginning = self._begun + 1, self._beginning + 1
                         self._submit(walk, first=True)
+                    if self._gathering and self._all_begun(count, now_s):
+                        self._end(self._gathering, now_s)
                     next_s = self._let_go_on(now_s, due_s)
                     if next_s is None:
                         break
@@ -1780,29 +1818,48 @@ class Driver:
         if self._error:
             raise self._error
 
+    def wake(self, walk: Walk) -> None:
+        """Let a walk go on now, or, if it is going on, once more as soon as it waits."""
+        with self._changed:
+            if walk in self._entries:
+                self._wait(walk, 0.0)
+                self._changed.notify()
+            else:
+                self._woken.add(walk)
+
+    def _all_begun(self, count: int, now_s: float) -> bool:
+        return self._begun == count or now_s >= self._until_s or not self._may_begin()
+
     def _next_due_s(self, count: int, now_s: float) -> float:
         """When the next of so many walks is to begin; infinity when none is, or no place is free."""
-        if self._begun == count or now_s >= self._until_s or not self._may_begin():
+        if self._all_begun(count, now_s):
             return math.inf
         if self._pace:
             return self._pace.due_s(self._begun)
         return now_s if self._beginning < self._limit else math.inf
 
+    def _end(self, gathering: Gathering, now_s: float) -> None:
+        """Once the moment to leave is known, nobody waits longer than that."""
+        if gathering.break_up(self._begun, now_s):
+            if gathering.hold_s:
+                LOG.info("Holding the servers for %g s", gathering.hold_s)
+            for walk in [walk for at_s, number, walk in self._due if at_s > gathering.leave_s]:
+                if walk in self._entries:
+                    self._wait(walk, gathering.leave_s)
+
     def _let_go_on(self, now_s: float, next_s: float) -> float | None:
         """Let those go on whose moment has come; the next moment at which something is due, None when all is done."""
-        while self._waiting and self._waiting[0][0] <= now_s:
-            self._submit(heapq.heappop(self._waiting)[2], first=False)
-        next_s = min(next_s, self._waiting[0][0] if self._waiting else math.inf)
-        if self._acting or next_s < math.inf:
-            return next_s
-        if not self._waiting:
-            return None
-        LOG.info("Holding the servers for %g s", self._hold_s)
-        self._waiting = [(now_s + self._hold_s, number, walk) for _, number, walk in self._waiting]
-        return now_s + self._hold_s
+        while self._due and self._due[0][0] <= now_s:
+            _, number, walk = heapq.heappop(self._due)
+            if self._entries.get(walk) == number:
+                del self._entries[walk]
+                self._submit(walk, first=False)
+        next_s = min(next_s, self._due[0][0] if self._entries else math.inf)
+        return next_s if self._acting or self._entries or next_s < math.inf else None
 
     def _submit(self, walk: Walk, first: bool) -> None:
         self._acting += 1
+        self._woken.discard(walk)
         self._pool.submit(self._go_on, walk, first)
 
     def _go_on(self, walk: Walk, first: bool) -> None:
@@ -1817,9 +1874,15 @@ class Driver:
             self._acting -= 1
             self._beginning -= first
             if at_s is not None:
-                heapq.heappush(self._waiting, (at_s, next(self._numbers), walk))
+                if math.isinf(at_s) and self._gathering:
+                    at_s = self._gathering.leave_s  # which may have become known meanwhile
+                self._wait(walk, 0.0 if walk in self._woken else at_s)
             if at_s is not None or not self._pace or not self._acting:
                 self._changed.notify()
+
+    def _wait(self, walk: Walk, at_s: float) -> None:
+        self._entries[walk] = number = next(self._numbers)
+        heapq.heappush(self._due, (at_s, number, walk))
 
 
 # ==== Users: found, claimed, made ====================================================================================
@@ -1977,14 +2040,20 @@ class Site:
     record: Recorder
     turns: Turns = dataclasses.field(default_factory=Turns)
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
+    gathering: Gathering = dataclasses.field(default_factory=Gathering)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Visitor:
     """A person with a user of their own, who is due at a moment."""
 
     name: str
     due_s: float
+    since_s: float = 0.0  # when their last step ended
+
+    def leaves_s(self, site: Site) -> float:
+        """When they leave, if they stay from the end of their last step on."""
+        return self.since_s + site.plan.stay_s if site.plan.stay_s else site.gathering.leave_s
 
 
 Act = Callable[[Visitor, Site], Iterator["Event | float"]]
@@ -2132,9 +2201,10 @@ def without_name(text: str, user: str) -> str:
 
 def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Keep the server, then look whether it is still there: it failed if the server was lost. Raises `HubRefused`."""
-    session, plan = site.hub.session, site.plan
-    began_s = session.clock()
-    yield began_s + plan.stay_s if plan.stay_s else math.inf
+    session, began_s = site.hub.session, person.since_s
+    site.gathering.settle(person.name)
+    while session.clock() < person.leaves_s(site):
+        yield person.leaves_s(site)
     look_until_s = session.clock() + RETRY_WINDOW_S
     while (state := state_in(reply := site.hub.read(person.name))) is ServerState.UNKNOWN:
         if session.clock() > look_until_s or reply.status in (401, 403):
@@ -2229,17 +2299,22 @@ def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) ->
     it was we who cut the step short.
     """
     failed = False
-    for step in [step for step in STEPS.values() if step.wanted(site.plan)] if steps is None else steps:
-        if not step.act or (failed and not step.always):
-            continue
-        for news in _whatever_happens(step, step.act, person, site):
-            if site.hub.session.stopping.is_set():
-                return
-            if isinstance(news, Event):
+    try:
+        for step in [step for step in STEPS.values() if step.wanted(site.plan)] if steps is None else steps:
+            if not step.act or (failed and not step.always):
+                continue
+            for news in _whatever_happens(step, step.act, person, site):
+                if site.hub.session.stopping.is_set():
+                    return
+                if not isinstance(news, Event):
+                    yield news
+                    continue
                 site.record.add(news)
-                failed |= news.step == step.name and news.reason is not None
-            else:
-                yield news
+                if news.step == step.name:
+                    person.since_s = news.ended_s
+                    failed |= news.reason is not None
+    finally:
+        site.gathering.settle(person.name)
 
 
 def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -2267,7 +2342,8 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     def begin(name: str, due_s: float) -> Walk:
         return journey(Visitor(name, due_s), site)
 
-    Driver(session, limit, pace, hold_s=plan.hold_s, may_begin=may_come).run(begin, names, on_tick)
+    site.gathering.hold_s = plan.hold_s
+    Driver(session, limit, pace, gathering=site.gathering, may_begin=may_come).run(begin, names, on_tick)
 
 
 # ==== Cleaning up ====================================================================================================

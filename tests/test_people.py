@@ -462,15 +462,48 @@ def test_those_who_think_go_on_when_their_moment_has_come_and_not_before() -> No
 
 
 def test_those_who_wait_without_end_go_on_when_all_others_have_ended_and_the_hold_is_over() -> None:
-    session = Hurried()
+    session, gathering = Hurried(), hst.Gathering(hold_s=10.0)
     moments: dict[str, float] = {}
 
     def walk(item: str, due_s: float) -> hst.Walk:
-        yield math.inf if item == "stays" else session.clock() + 20.0
+        if item == "stays":
+            gathering.settle(item)
+        yield gathering.leave_s if item == "stays" else session.clock() + 20.0
         moments[item] = session.clock()
+        gathering.settle(item)
 
-    hst.Driver(session, 2, hold_s=10.0).run(walk, ["stays", "works"], lambda: None)
+    hst.Driver(session, 2, gathering=gathering).run(walk, ["stays", "works"], lambda: None)
     assert moments["stays"] - moments["works"] >= 10.0
+
+
+def test_somebody_who_is_woken_goes_on_before_their_time_also_when_woken_while_they_act() -> None:
+    session = Hurried()
+    driver = hst.Driver(session, 2)
+    went_on: list[str] = []
+
+    def sleep(due_s: float) -> hst.Walk:
+        driver.wake(walks["sleeps"])  # while it acts: it will not wait at all
+        yield math.inf
+        went_on.append("at once")
+        yield math.inf
+        went_on.append("when woken")
+
+    def rouse(due_s: float) -> hst.Walk:
+        while "at once" not in went_on:
+            yield session.clock() + 1.0
+        driver.wake(walks["sleeps"])
+
+    walks = {"sleeps": sleep(0.0), "rouses": rouse(0.0)}
+    driver.run(lambda name, due_s: walks[name], list(walks), lambda: None)
+    assert went_on == ["at once", "when woken"]
+
+
+def test_random_arrivals_are_the_same_with_the_same_seed_and_lie_within_their_time() -> None:
+    moments = [hst.Arrivals(300, 60.0, seed, 5.0) for seed in (1, 1, 2)]
+    first, again, other = ([arrivals.due_s(n) for n in range(300)] for arrivals in moments)
+    assert first == again != other
+    assert first == sorted(first) and first[0] >= 5.0 and first[-1] <= 65.0
+    assert 130 < sum(at_s < 35.0 for at_s in first) < 170  # about half of them in the first half
 
 
 def test_a_stop_ends_the_driver_although_people_wait() -> None:
