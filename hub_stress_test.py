@@ -64,7 +64,9 @@ import operator
 import os
 import random
 import re
+import selectors
 import signal
+import ssl
 import sys
 import textwrap
 import threading
@@ -79,7 +81,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError, SSLError
 from urllib3.util.retry import Retry
 
 if TYPE_CHECKING:
@@ -116,6 +118,10 @@ PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
+VISIT_TIMEOUT_S = 30.0
+FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
+CONNECTIONS_OF_A_BROWSER = 6
+REDIRECTS_MAX = 5
 METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
@@ -440,6 +446,90 @@ def writable_file(text: str) -> str:
     return text
 
 
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a browser fetched when it opened a page: paths below the server's own, and the statuses that it got."""
+
+    file: str
+    requests: tuple[tuple[str, int], ...]
+
+
+SECRETS = frozenset({"token", "code", "state", "_xsrf"})  # parameters that stay in the recording
+
+
+def recording(text: str) -> Recording:
+    """The GETs below /user/NAME/ of a HAR file, in their order; cookies, tokens and bodies are not taken over."""
+    try:
+        with open(text, encoding="utf-8-sig") as file:
+            entries = [(one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]]
+        urls = [(urllib.parse.urlsplit(asked["url"]), status) for asked, status in entries if asked["method"] == "GET"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as a HAR file ({error})") from None
+    below = [(re.search("/user/([^/]+)/(.*)", url.path), url, status) for url, status in urls if status >= 200]
+    names = collections.Counter(match[1] for match, _, _ in below if match)
+    rows = [
+        (match[2] + _without_secrets(url.query), status)
+        for match, url, status in below
+        if match and url.scheme in ("http", "https") and match[1] == names.most_common(1)[0][0]
+        if match[2] != "oauth_callback"
+    ]
+    if not rows:
+        raise argparse.ArgumentTypeError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
+    return Recording(text, tuple(rows))
+
+
+def _without_secrets(query: str) -> str:
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if name not in SECRETS])
+    return f"?{kept}" if kept else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A cell of a notebook."""
+
+    source: str
+    may_raise: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Notebook:
+    """The code cells of a file."""
+
+    file: str
+    cells: tuple[Code, ...]
+
+
+SIX_TIMES_SEVEN = Code("6*7")
+
+
+def notebook(text: str) -> Notebook:
+    """The code cells of a notebook, or of a Python file in percent format; one tagged raises-exception may raise."""
+    try:
+        with open(text, encoding="utf-8") as file:
+            content = file.read()
+        cells = list(_cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as a notebook ({error})") from None
+    cells = [cell for cell in cells if cell.source.strip()]
+    if not cells:
+        raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
+    return Notebook(text, tuple(cells))
+
+
+def _cells_of_notebook(content: Json) -> Iterator[Code]:
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            yield Code("".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", []))
+
+
+def _cells_of_script(content: str) -> Iterator[Code]:
+    for part in re.split(r"^# %%", content, flags=re.MULTILINE)[1:]:
+        title, _, source = part.partition("\n")
+        if not re.search(r"\[(markdown|md|raw)\]", title):
+            yield Code(source, "raises-exception" in title)
+
+
 def condition(text: str) -> Condition:
     """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
     match = re.fullmatch(r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|%|x|)\s*", text)
@@ -474,6 +564,8 @@ METAVARS: dict[Parse, str] = {
     condition: "CONDITION",
     results_file: "FILE",
     writable_file: "FILE",
+    recording: "FILE.har",
+    notebook: "FILE",
     str: "FILE",
 }
 
@@ -489,6 +581,7 @@ class Option:
     locust: str | None  # the default under Locust, as text; None: not an option there
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
+    locust_name: str = ""  # where it is called otherwise there
 
     @property
     def flag(self) -> str:
@@ -498,6 +591,10 @@ class Option:
     def key(self) -> str:
         """The name in the results' `options`."""
         return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def locust_flag(self) -> str:
+        return f"--hub-{self.locust_name or self.flag[2:]}"
 
     def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
         settings |= {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
@@ -513,10 +610,12 @@ class Option:
                 self.kind(text)
             return text
 
+        if not self.kind:
+            parser.add_argument(self.locust_flag, help=self.help, action="store_true")
+            return
         settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
         settings |= {"include_in_web_ui": False} if self.repeatable or self.kind in (endpoint_url, token_text) else {}
-        metavar = METAVARS[self.kind or str]
-        parser.add_argument(f"--hub-{self.flag[2:]}", help=self.help, metavar=metavar, type=check, **settings)
+        parser.add_argument(self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings)
 
 
 def option(
@@ -585,6 +684,50 @@ class Plan:
     hold_s: float = option(
         "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0, (STRESS,)
     )
+    within_s: float | None = option(
+        "--within", "people come at random moments within this time, however slow the hub", duration, on=(STRESS,)
+    )
+    seed: int | None = option("--seed", "draw the moments of --within as this seed did", whole_number, on=(STRESS,))
+    visit: bool = option(
+        "--visit", "each person opens the start page of their server", on=(STRESS,), locust="", locust_name="open"
+    )
+    visit_timeout_s: float = option(
+        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, (STRESS,), "30s"
+    )
+    page: Recording | None = option(
+        "--page",
+        "each person fetches what a browser did that this HAR file recorded",
+        recording,
+        on=(STRESS,),
+        locust="",
+    )
+    work: bool = option(
+        "--work", "each person starts a kernel and runs cells (needs websocket-client)", on=(STRESS,), locust=""
+    )
+    notebook: Notebook | None = option(
+        "--notebook",
+        "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
+        notebook,
+        on=(STRESS,),
+        locust="",
+    )
+    think_s: float = option(
+        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, (STRESS,), "10s"
+    )
+    cell_timeout_s: float = option(
+        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, (STRESS,), "60s"
+    )
+    stay_s: float | None = option(
+        "--stay",
+        "each person leaves so long after starting to work; without it all stay until the last has come",
+        duration,
+        None,
+        (STRESS,),
+        "60s",
+    )
+    public_url: str | None = option(
+        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, on=(STRESS,), locust=""
+    )
     workers: int = option(
         "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100, (ACTIVITY,)
     )
@@ -612,8 +755,13 @@ class Plan:
     scale: float = option(
         "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, LOCUST_ALONE, "1"
     )
-    stay_s: float | None = option("--stay", "how long a Person keeps the server", duration, None, LOCUST_ALONE, "60s")
     visits: int = option("--visits", "how many times a Person comes", whole_number, 1, LOCUST_ALONE, "1")
+    visit_token: Secret | None = None  # for visits, which test servers see; else the token
+
+    @property
+    def opens(self) -> bool:
+        """Whether people open their servers: working, and loading a whole page, begin with that."""
+        return self.visit or self.page is not None or self.work
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -625,6 +773,7 @@ class Plan:
         """Every option of the command with its value, for the results; the token and the baseline are left out."""
         rows = [(name, row) for name, row in OPTIONS.items() if self.command in row.on]
         options = {row.key: getattr(self, name) for name, row in rows if name not in ("token", "baseline")}
+        options |= {key: one.file for key, one in options.items() if isinstance(one, (Recording, Notebook))}
         return options | {"fail_if": [one.text for one in self.fail_if]}
 
 
@@ -648,6 +797,10 @@ class Kind(enum.Enum):
     FULL = "no more servers allowed"
     VANISHED = "gone while starting"
     LOST = "gone while held"
+    ROUTE = "no way to the server"
+    WIRE = "the websocket broke"
+    KERNEL = "the kernel ended"
+    CELL = "the cell failed"
     BROKEN = "the operation raised"
 
 
@@ -980,7 +1133,7 @@ class Recorder(_Counting):
 
 @dataclasses.dataclass(frozen=True)
 class Http:
-    """The requests of a run, in the results."""
+    """The requests of a run to the hub, and, apart from them, those to servers, in the results."""
 
     requests: int
     retries: int
@@ -988,6 +1141,7 @@ class Http:
     statuses: dict[str, int]
     observer_requests: int
     observer_share: float | None
+    servers: Http | None = None
 
 
 class Traffic(_Counting):
@@ -1132,9 +1286,9 @@ class Call:
     lost: bool = False  # an answer was lost: the hub may have acted on the request
 
 
-def once(observer: bool = False) -> Call:
-    """A call without retries."""
-    return Call(observer, retry_until_s=0.0)
+def once(observer: bool = False, again: bool = False) -> Call:
+    """A call without retries; `again` when it is itself a retry."""
+    return Call(observer, retry_until_s=0.0, tries=int(again))
 
 
 def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call:
@@ -1339,9 +1493,10 @@ class HubSession(requests.Session):
         self.stopping.set()
         self.cut_streams()
 
-    def sibling(self, traffic: Traffic | None = None, **times: float) -> HubSession:
+    def sibling(self, traffic: Traffic | None = None, token: str | None = None, **limits: Any) -> HubSession:
         """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
-        other = HubSession(self.token, self._simulated, self._pool_maxsize, **times)
+        limits = {"pool_maxsize": self._pool_maxsize} | limits
+        other = HubSession(token or self.token, self._simulated, **limits)
         other.traffic = traffic or self.traffic
         for setting in ("verify", "cert", "proxies", "hooks", "trust_env"):
             setattr(other, setting, getattr(self, setting))
@@ -1354,9 +1509,9 @@ class HubSession(requests.Session):
         """
         return self.sibling(retry_window_s=0.0, gone_after_s=20.0)
 
-    def beside(self) -> HubSession:
-        """A session on the same hub with counts of its own, which stops with this one."""
-        other = self.sibling(Traffic())
+    def beside(self, traffic: Traffic | None = None, token: str | None = None, **limits: Any) -> HubSession:
+        """A session on the same hub with counts of its own (or these), which stops with this one."""
+        other = self.sibling(traffic or Traffic(), token, **limits)
         other.stopping = self.stopping
         return other
 
@@ -1555,6 +1710,10 @@ class Hub:
         """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
         return self.session.ask("DELETE", user_url(self.endpoint, name, "server"))
 
+    def make_token(self, name: str) -> Reply:
+        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
+        return self.session.ask("POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX})
+
     def _left_s(self, until_s: float) -> float:
         return max(0.05, until_s - self.session.clock())
 
@@ -1654,6 +1813,23 @@ def _check_rights(owner: Json, command: str) -> None:
         raise SetupError(
             f"The token lacks what {command} needs: {', '.join(missing)}. Put this into the hub's configuration, "
             f"beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
+        )
+
+
+def check_visits(hub: Hub, plan: Plan) -> None:
+    """Nothing, if the token for visits may enter servers; else raises `SetupError`. On 1.x nothing tells."""
+    if not plan.opens or hub.version.startswith("1."):
+        return
+    reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user", call=once())
+    whose = "The token in JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "The token"
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        raise SetupError(f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply}.")
+    if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}):
+        role = ROLE_TO_PASTE.replace('"read:metrics"', '"read:metrics", "access:servers"')
+        raise SetupError(
+            f"{whose} lacks what visits need: access:servers. Put this into the hub's configuration, and restart the "
+            f"hub, or (better: test servers see this token) give a second service that scope alone, and put its token "
+            f"into JUPYTERHUB_VISIT_TOKEN:\n\n{role}"
         )
 
 
@@ -1987,6 +2163,203 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     return made
 
 
+# ==== The way to a person's server: the public side, and kernels behind websockets ===================================
+
+
+class PublicSide:
+    """The way that people take to their servers: where it begins, what was sent there, and their open kernels."""
+
+    def __init__(self, hub: Hub, plan: Plan) -> None:
+        self.url = f"{plan.public_url or hub.endpoint.removesuffix('/hub/api')}/"
+        self.traffic, self.wires = Traffic(), Wires()
+        self.reached = False  # whether any visit has come through
+        self._hub, self._token = hub, plan.visit_token
+
+    def browser(self, name: str) -> HubSession:
+        """A session with connections of this person's own. On 1.x a server is entered with its user's token."""
+        token: str | None = self._token
+        if self._hub.version.startswith("1."):
+            made = self._hub.make_token(name)
+            token = made.data["token"] if made.status in (200, 201) and isinstance(made.data, dict) else token
+        return self._hub.session.beside(self.traffic, token, pool_maxsize=CONNECTIONS_OF_A_BROWSER)
+
+    def server_in(self, reply: Reply) -> str | None:
+        """The URL of the server in a user model; None where there is none, or it is on somebody else's host."""
+        if state_in(reply) is not ServerState.READY:
+            return None
+        url = urllib.parse.urljoin(self.url, str(reply.data["servers"][""].get("url") or reply.data.get("server")))
+        host, home = urllib.parse.urlsplit(url).hostname or "", urllib.parse.urlsplit(self.url).hostname or ""
+        return url if host == home or host.endswith(f".{home}") else None
+
+
+NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
+
+
+def judge_visit(reply: Reply) -> tuple[Reason | None, bool]:
+    """Why an answer is not the page that was asked for (None: it is), and whether it is no use to try again."""
+    where = urllib.parse.urlsplit(reply.location or "").path
+    if reply.status == 200:
+        return None, True
+    if not reply.status:
+        return Reason(Kind.AWAY, reply.message), False
+    if "/hub/api/oauth2/authorize" in where:
+        return Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"), True
+    if "/hub/" in where:
+        return NO_ROUTE, False
+    if reply.location:
+        return Reason(Kind.ROUTE, f"the page redirects elsewhere ({reply.status})"), True
+    if reply.status == 403:
+        return Reason(Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"), True
+    if reply.status == 503:
+        return Reason(Kind.ROUTE, "nobody listens there (503)"), False
+    return Reason(Kind.ROUTE, f"the server's page was answered {reply.status}"), reply.status == 404
+
+
+@dataclasses.dataclass
+class Execution:
+    """A cell that a kernel was asked to run. It has ended when the kernel has replied and is idle again."""
+
+    request: str  # the message's id
+    ended_s: float | None = None
+    error: str = ""  # the name of the exception
+    awaited: set[str] = dataclasses.field(default_factory=lambda: {"execute_reply", "idle"})  # in whatever order
+
+    def hear(self, kind: str, message: Json, at_s: float) -> None:
+        """Take note of a message of the kernel, if it is about this cell."""
+        content = message.get("content", {})
+        if message.get("parent_header", {}).get("msg_id") != self.request:
+            return
+        self.awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
+        if content.get("status", "ok") != "ok" or kind == "error":
+            self.error = str(content.get("ename") or content.get("status"))
+        if not self.awaited and self.ended_s is None:
+            self.ended_s = at_s
+
+
+class Kernel:
+    """A kernel behind its websocket, which runs one cell at a time. `wake` is called when something has come of it."""
+
+    def __init__(self, socket: Any, wake: Callable[[], None]) -> None:
+        self.socket = socket
+        self.trouble: Reason | None = None  # why nothing more comes of this kernel
+        self._wake, self._lock = wake, threading.Lock()
+        self._execution = Execution("")
+
+    def execute(self, source: str) -> Execution:
+        """Send a cell; what becomes of it is noted as it comes."""
+        self._execution = Execution(os.urandom(16).hex())
+        content = {"code": source, "silent": False, "store_history": False, "allow_stdin": False}
+        header = {"msg_id": self._execution.request, "msg_type": "execute_request", "version": "5.3"}
+        header |= {"session": USERNAME_PREFIX, "username": ""}
+        message = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}
+        with self._lock:
+            try:
+                self.socket.settimeout(DEFAULT_TIMEOUT)
+                self.socket.send(json.dumps(message))
+                self.socket.settimeout(0)
+            except Exception:  # of websocket-client, ssl or the socket
+                self._fail(CONNECTION_LOST)
+        return self._execution
+
+    def read(self) -> None:
+        """Take all that has arrived; websocket-client answers pings meanwhile."""
+        try:
+            while not self.trouble:
+                with self._lock:
+                    opcode, data = self.socket.recv_data()
+                if opcode == CLOSED:
+                    self._fail(CONNECTION_LOST)
+                elif opcode == TEXT:
+                    self._hear(json.loads(data))
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        except Exception:  # of websocket-client, ssl, the socket, or a message that is none
+            self._fail(CONNECTION_LOST)
+
+    def close(self) -> None:
+        """Close the connection; the kernel stays."""
+        with self._lock, contextlib.suppress(Exception):
+            self.trouble = self.trouble or CONNECTION_LOST
+            self.socket.send_close()
+            self.socket.shutdown()
+
+    def _hear(self, message: Json) -> None:
+        kind, state = message.get("msg_type") or message.get("header", {}).get("msg_type"), message.get("content", {})
+        self._execution.hear(str(kind), message, time.monotonic())
+        if kind == "status" and state.get("execution_state") in ("restarting", "autorestarting", "dead"):
+            self._fail(Reason(Kind.KERNEL, "the kernel died"))
+        elif kind == "shutdown_reply":
+            self._fail(Reason(Kind.KERNEL, "somebody shut the kernel down"))
+        elif self._execution.ended_s is not None:
+            self._wake()
+
+    def _fail(self, reason: Reason) -> None:
+        self.trouble = self.trouble or reason
+        self._wake()
+
+
+TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
+CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
+
+
+class Wires:
+    """Reads all open websockets in one thread, so that nobody who waits for a cell, or thinks, needs one."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._starting, self._thread = threading.Lock(), threading.Thread(target=self._run, name="wires", daemon=True)
+
+    def open(self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]) -> Kernel | Reason:
+        """The kernel behind a websocket's URL, or why it cannot be reached. No redirect is followed."""
+        websocket = importlib.import_module("websocket")
+        verify = session.merge_environment_settings(url.replace("ws", "http", 1), {}, None, None, None)["verify"]
+        socket = websocket.WebSocket(sslopt={"context": tls_context(verify)}, skip_utf8_validation=True)
+        headers = {"Authorization": f"token {session.token}"}
+        try:
+            socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
+            status = socket.handshake_response.status
+        except websocket.WebSocketBadStatusException as error:
+            status = error.status_code
+        except (OSError, websocket.WebSocketException) as error:
+            late = isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException))
+            return Reason(Kind.WIRE, f"the websocket could not be opened: {TIMED_OUT if late else why(error)}")
+        if status != 101:
+            socket.shutdown()
+            passes = ": does the proxy pass upgrades?" if status == 400 else ""
+            return Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})")
+        socket.settimeout(0)
+        kernel = Kernel(socket, wake)
+        with self._starting:
+            self._selector.register(socket.sock, selectors.EVENT_READ, kernel)
+            if not self._thread.is_alive():
+                self._thread.start()
+        kernel.read()  # what came with the handshake may be waiting in the TLS layer, where no selector sees it
+        return kernel
+
+    def close(self, kernel: Kernel) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(kernel.socket.sock)
+        kernel.close()
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select(0.1):
+                key.data.read()
+                if key.data.trouble:
+                    self.close(key.data)
+
+
+@functools.lru_cache
+def tls_context(verify: bool | str) -> ssl.SSLContext:
+    """What requests would use: the authorities of a file, those that it comes with, or (False) none."""
+    context = ssl.create_default_context(
+        cafile=verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
+    )
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 # ==== Steps of a person, each a function =============================================================================
 #
 # A step is a generator. It yields the events that it leaves, and, where it has to wait (a person stays, or thinks), the
@@ -2031,7 +2404,7 @@ class Turns:
                 self._waiting.remove(due_s)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Site:
     """What the people of one run share."""
 
@@ -2042,18 +2415,40 @@ class Site:
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
     gathering: Gathering = dataclasses.field(default_factory=Gathering)
 
+    def __post_init__(self) -> None:
+        self.public = PublicSide(self.hub, self.plan)
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class Visitor:
     """A person with a user of their own, who is due at a moment."""
 
     name: str
     due_s: float
+    wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
     since_s: float = 0.0  # when their last step ended
+    works_s: float = 0.0  # when they got to work
+    url: str = ""  # of their server
+    browser: HubSession | None = None
+    kernel: Kernel | None = None
+    kernel_url: str = ""
+
+    def enter(self, site: Site) -> HubSession:
+        """Their browser."""
+        self.browser = self.browser or site.public.browser(self.name)
+        return self.browser
 
     def leaves_s(self, site: Site) -> float:
-        """When they leave, if they stay from the end of their last step on."""
-        return self.since_s + site.plan.stay_s if site.plan.stay_s else site.gathering.leave_s
+        """When they leave: so long after they got to work, or when all do."""
+        return self.works_s + site.plan.stay_s if site.plan.stay_s else site.gathering.leave_s
+
+    def go_home(self, site: Site) -> None:
+        """Close what they have open."""
+        site.gathering.settle(self.name)
+        if self.kernel:
+            site.public.wires.close(self.kernel)
+        if self.browser:
+            self.browser.close()
 
 
 Act = Callable[[Visitor, Site], Iterator["Event | float"]]
@@ -2199,9 +2594,157 @@ def without_name(text: str, user: str) -> str:
     return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
 
 
+def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort`."""
+    session, public, ready_s = site.hub.session, site.public, person.since_s
+    until_s, sent_s, pause_s = ready_s + site.plan.visit_timeout_s, session.clock(), 0.1
+    for tries in itertools.count(1):
+        reply, reason, final = open_page(person, site, tries > 1)
+        late = session.clock() + pause_s >= until_s
+        if reason is NO_ROUTE and not public.reached and (late or session.clock() > ready_s + FIRST_VISIT_S):
+            raise CutShort(
+                f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's own port? "
+                "Then name where people reach the hub with --public-url. Or has the proxy no route to the server?"
+            )
+        if reason is None or final or late:
+            break
+        yield session.clock() + pause_s
+        pause_s = min(1.5 * pause_s, 1.0)
+    public.reached |= reason is None
+    ended_s = reply.answered_s if reason is None else session.clock()
+    yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=reply.message)
+
+
+def open_page(person: Visitor, site: Site, again: bool = False) -> tuple[Reply, Reason | None, bool]:
+    """The last answer on the way to the start page, and what `judge_visit` says of it.
+
+    Redirects below the server's URL are followed, others are answers.
+    """
+    if not person.url:
+        model = site.hub.read(person.name)
+        person.url = site.public.server_in(model) or ""
+        if not person.url:
+            return model, Reason(Kind.VANISHED, "the hub does not say where the server is"), False
+    url, browser = person.url, person.enter(site)
+    for _ in range(REDIRECTS_MAX):
+        reply = browser.ask("GET", url, call=once(again=again))
+        target = urllib.parse.urljoin(url, reply.location or "")
+        if not reply.location or not target.startswith(person.url):
+            break
+        url = target
+    return reply, *judge_visit(reply)
+
+
+def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Fetch what a browser fetched, in its order, over as many connections as a browser has."""
+    recorded, browser = site.plan.page.requests if site.plan.page else (), person.enter(site)
+    sent_s = browser.clock()
+
+    def fetch(path: str) -> tuple[int, str]:
+        """The status, and why there is none. The body is read, not kept."""
+        try:
+            with browser.exchange("GET", person.url + path, once(), stream=True) as response:
+                for _ in response.raw.stream(1 << 16, decode_content=False):
+                    pass
+                return response.status_code, ""
+        except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
+            return 0, why(error)
+
+    with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
+        answers = list(connections.map(fetch, [path for path, _ in recorded]))
+    bad = [
+        (Reason(Kind.ROUTE, f"a part of the page was answered {status or words}"), path)
+        for (status, words), (path, before) in zip(answers, recorded)
+        if not status or status >= 500 or (status >= 400 and before < 400)
+    ]
+    reason, path = bad[0] if bad else (None, "")
+    yield Event("page", person.name, sent_s, sent_s, browser.clock(), reason, message=path.partition("?")[0])
+
+
+def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
+    browser, plan = person.enter(site), site.plan
+    sent_s = browser.clock()
+    until_s = sent_s + plan.cell_timeout_s
+    reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=plan.cell_timeout_s)
+    kernel: Kernel | Reason = Reason(Kind.KERNEL, f"the server did not start a kernel: {reply}")
+    if reply.status == 201 and isinstance(reply.data, dict):
+        person.kernel_url = f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
+        url = f"ws{person.kernel_url.removeprefix('http')}/channels"
+        kernel = site.public.wires.open(url, browser, max(0.1, until_s - browser.clock()), person.wake)
+    if isinstance(kernel, Reason):
+        yield Event("kernel_ready", person.name, sent_s, sent_s, browser.clock(), kernel)
+        return
+    person.kernel = kernel
+    yield from run_cell("kernel_ready", 1, cells_of(plan)[0], person, kernel, site, sent_s)
+
+
+def cells_of(plan: Plan) -> Sequence[Code]:
+    """The cells that a person runs, first to last."""
+    return plan.notebook.cells if plan.notebook else (SIX_TIMES_SEVEN,)
+
+
+def run_cell(
+    step: str, number: int, code: Code, person: Visitor, kernel: Kernel, site: Site, sent_s: float
+) -> Iterator[Event | float]:
+    """Run one cell to its result; the step counts from `sent_s`, and fails after the cell time-out."""
+    clock, until_s = site.hub.session.clock, sent_s + site.plan.cell_timeout_s
+    execution = kernel.execute(code.source)
+    while execution.ended_s is None and not kernel.trouble and clock() < until_s:
+        yield until_s
+    reason = None
+    if execution.ended_s is None:
+        late = Reason(Kind.CELL, f"no result after {duration_text(site.plan.cell_timeout_s)}")
+        reason = kernel.trouble or late
+    elif execution.error and not code.may_raise:
+        reason = Reason(Kind.CELL, f"cell {number} raised {execution.error}")
+    yield Event(step, person.name, sent_s, sent_s, execution.ended_s or clock(), reason)
+
+
+def get_to_work(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """What a person waits before they can work: everything up to here."""
+    person.works_s = person.since_s
+    yield Event("at_work", person.name, person.due_s, person.due_s, person.since_s)
+
+
+def work(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Run the cells after the first one, thinking before each; then stay, with the connection open, until it is time.
+
+    Without a notebook a person works on until they leave, and the others do not wait for that.
+    """
+    clock, plan, kernel = site.hub.session.clock, site.plan, person.kernel
+    if not kernel:
+        return
+    cells = cells_of(plan)
+    following = enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2)
+    if not plan.notebook:
+        site.gathering.settle(person.name)
+    code: tuple[int, Code] | None = next(following, None)
+    while True:
+        next_s = clock() + plan.think_s if code else math.inf
+        if not code:
+            site.gathering.settle(person.name)
+        while not kernel.trouble and clock() < min(next_s, person.leaves_s(site)):
+            yield min(next_s, person.leaves_s(site))
+        if kernel.trouble:
+            yield Event("cell", person.name, clock(), clock(), clock(), kernel.trouble)
+            return
+        if not code or clock() >= person.leaves_s(site):
+            break
+        began_s = clock()
+        for news in run_cell("cell", *code, person, kernel, site, began_s):
+            yield news
+            if isinstance(news, Event) and news.reason:
+                return
+        code = next(following, None)
+    if plan.stay_s and person.browser:
+        person.browser.ask("DELETE", person.kernel_url, call=once())
+
+
 def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Keep the server, then look whether it is still there: it failed if the server was lost. Raises `HubRefused`."""
     session, began_s = site.hub.session, person.since_s
+    person.works_s = person.works_s or began_s
     site.gathering.settle(person.name)
     while session.clock() < person.leaves_s(site):
         yield person.leaves_s(site)
@@ -2211,6 +2754,8 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
             raise HubRefused("say whether the servers that were held are still there", reply)
         yield session.clock() + 1.0
     lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
+    if not lost and person.browser:
+        _, lost, _ = open_page(person, site)
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
 
 
@@ -2251,16 +2796,21 @@ class Step:
     act: Act | None = None  # what a person does; None: it is measured elsewhere
     wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
     always: bool = False  # also after an earlier step has failed
-    drawn: bool = False  # in the report, person by person
+    kept: bool = False  # the last event of it for each person: for the report, and to count people
 
 
 STEPS = {
     step.name: step
     for step in (
-        Step("server_ready", "server ready", ("read:servers",), come, drawn=True),
-        Step("start_server", "start request", ("servers",), drawn=True),
-        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s), drawn=True),
-        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), always=True),
+        Step("server_ready", "server ready", ("read:servers",), come, kept=True),
+        Step("start_server", "start request", ("servers",), kept=True),
+        Step("visit", "visit", (), visit, lambda plan: plan.opens, kept=True),
+        Step("page", "page", (), load_page, lambda plan: plan.page is not None, kept=True),
+        Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work, kept=True),
+        Step("at_work", "at work", (), get_to_work, lambda plan: plan.opens, kept=True),
+        Step("cell", "cell", (), work, lambda plan: plan.work, kept=True),
+        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s), kept=True),
+        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), True, True),
         Step("create_users", "create users", ("admin:users",)),
         Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: bool(plan.stay_s), always=True),
         Step("list_users", "list users", ("list:users", "read:servers")),
@@ -2283,8 +2833,8 @@ def needed_scopes(command: str) -> set[str]:
 
 
 def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
-    """A recorder that keeps the steps that are drawn person by person."""
-    return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.drawn})
+    """A recorder that keeps each person's way."""
+    return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.kept})
 
 
 def title_of(name: str) -> str:
@@ -2314,7 +2864,7 @@ def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) ->
                     person.since_s = news.ended_s
                     failed |= news.reason is not None
     finally:
-        site.gathering.settle(person.name)
+        person.go_home(site)
 
 
 def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -2333,17 +2883,31 @@ def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iter
 def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) -> None:
     """Take people through their journeys, as the plan has them arrive. Raises `CutShort`."""
     plan, session = site.plan, site.hub.session
-    pace = Pace(plan.rate_per_s, session.clock()) if plan.rate_per_s else None
-    limit = min(len(names), OPEN_STARTS_MAX) if pace else plan.batch_size
+    pace = arrivals_of(plan, session.clock())
+    most = min(len(names), OPEN_STARTS_MAX)
+    limit = most if pace else plan.batch_size
 
     def may_come() -> bool:
         return not (plan.fail_fast and site.record.failures(["server_ready"]))
 
     def begin(name: str, due_s: float) -> Walk:
-        return journey(Visitor(name, due_s), site)
+        person = Visitor(name, due_s)
+        walk = journey(person, site)
+        person.wake = functools.partial(driver.wake, walk)
+        return walk
 
     site.gathering.hold_s = plan.hold_s
-    Driver(session, limit, pace, gathering=site.gathering, may_begin=may_come).run(begin, names, on_tick)
+    driver = Driver(
+        session, limit, pace, gathering=site.gathering, may_begin=may_come, threads=most if plan.opens else limit
+    )
+    driver.run(begin, names, on_tick)
+
+
+def arrivals_of(plan: Plan, started_s: float) -> Pace | Arrivals | None:
+    """How people arrive in the open model; None in the closed one."""
+    if plan.within_s:
+        return Arrivals(plan.count, plan.within_s, plan.seed, started_s)
+    return Pace(plan.rate_per_s, started_s) if plan.rate_per_s else None
 
 
 # ==== Cleaning up ====================================================================================================
@@ -2482,17 +3046,24 @@ def choose(mix: Mapping[str, float], n: int) -> str:
 
 
 def perform(
-    step: str, send: Send, user: str, endpoint: str, session: HubSession, record: Recorder, due_s: float | None = None
+    step: str,
+    send: Send,
+    user: str,
+    endpoint: str,
+    session: HubSession,
+    record: Recorder,
+    due_s: float | None = None,
+    fine: Collection[int] = (),
 ) -> Reason | None:
     """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now.
 
-    The reason for which it failed.
+    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine`.
     """
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
         call = call_of(response.request)
-        if not response.ok:
+        if not response.ok and response.status_code not in fine:
             reason = Reason(Kind.REFUSED, str(response.status_code))
     except Stopped:
         return None
@@ -2743,7 +3314,7 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
     def ping(due_s: float) -> None:
         if not session.stopping.is_set():
-            reason = perform("ping", read, user, endpoint, session, record, due_s)
+            reason = perform("ping", read, user, endpoint, session, record, due_s, fine={404})  # the user has left
             if reason:
                 session.say_if_silent(reason.text)
 
@@ -2841,13 +3412,19 @@ class Run:
     """
 
     def __init__(self, plan: Plan) -> None:
-        if plan.dry_run:  # which takes no real time
-            plan = dataclasses.replace(plan, rate_per_s=None, hold_s=0.0, duration_s=None)
+        if plan.dry_run:  # which takes no real time, and has no servers to visit
+            plan = dataclasses.replace(
+                plan, rate_per_s=None, within_s=None, hold_s=0.0, stay_s=None, duration_s=None, visit=False, page=None
+            )
+            plan = dataclasses.replace(plan, work=False)
+        if plan.within_s and plan.seed is None:
+            plan = dataclasses.replace(plan, seed=random.randrange(1, 1 << 32))
         self.plan = plan
         self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
         self.record = new_recorder()
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command)
+        check_visits(self.hub, plan)
         self.existing = self._look()
         self.site = Site(self.hub, plan, self.record)
         watched = plan.command != PURGE and not plan.dry_run
@@ -2903,9 +3480,10 @@ class Run:
     @timeit
     def start_servers(self, names: Sequence[str]) -> None:
         """Take the people through their journeys. Raises `CutShort`."""
-        ready = ["server_ready"]
-        with Progress("starting servers", len(names)) as progress:
-            take_through(names, self.site, lambda: progress.tell(self.record.count(ready), self.record.failures(ready)))
+        opens, record = self.plan.opens, self.record
+        title, goal = ("people at work", "at_work") if opens else ("starting servers", "server_ready")
+        with Progress(title, len(names)) as progress:
+            take_through(names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL)))
 
     def pinging(self, name: str) -> Regularly:
         return pinging(name, self.hub.endpoint, self.session, self.record)
@@ -2951,15 +3529,22 @@ def leave_at_once(number: int, users: int, run: str | None) -> None:
     os._exit(128 + number)
 
 
+def pace_text(options: Json) -> str:
+    """How people arrive, from a run's options."""
+    if options.get("within"):
+        return f"at random moments within {duration_text(options['within'])}"
+    rate = options["rate"]
+    return f"{rate:g} per second, however slow the hub" if rate else f"{options['batch_size']} at a time"
+
+
 def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
-    pace = f"{plan.rate_per_s:g} per second" if plan.rate_per_s else f"{plan.batch_size} at a time"
-    run.announce(f"{plan.count} servers, {pace}")
+    run.announce(f"{plan.count} {'people' if plan.opens else 'servers'}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
-    if plan.rate_per_s:
+    if plan.rate_per_s or plan.within_s:
         run.warn_if_late(["start_server"], 0, "this machine was too slow")
 
 
@@ -3212,6 +3797,17 @@ class Servers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rehearsed:
+    """What became of the people of a rehearsal: `failed` counts those with any failed step, also after `at_work`."""
+
+    expected: int
+    at_work: int
+    failed: int
+    reasons: dict[str, int]
+    failures: list[Failure]
+
+
+@dataclasses.dataclass(frozen=True)
 class ServersTimeline:
     """The moments of each server, in seconds since the run began, in the order in which they were due."""
 
@@ -3221,7 +3817,12 @@ class ServersTimeline:
     asked_s: list[float | None]
     ended_s: list[float | None]
     ready: list[bool]
+    opened_s: list[float | None]  # of a rehearsal: the start page came
+    loaded_s: list[float | None]
+    works_s: list[float | None]
+    failed_s: list[float | None]  # after it was ready
     lost_s: list[float | None]
+    left_s: list[float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3261,6 +3862,7 @@ class Results:
     failed: int
     failed_rate: float | None
     servers: Servers | None
+    people: Rehearsed | None  # of a rehearsal
     operations: dict[str, Operation]
     http: Http
     capacity: Capacity | None
@@ -3305,7 +3907,10 @@ def results_of(run: Run) -> Results:
     servers = servers_of(run.record.people, plan.count, cut_short) if plan.command == STRESS else None
     snapshots = run.monitor.snapshots
     restarts = sum(map(restarted, snapshots, snapshots[1:]))
-    if servers:
+    people = people_of(run.record.people, plan.count, cut_short) if plan.opens else None
+    if people:
+        failed, tried = people.failed, plan.count
+    elif servers:
         failed, tried = servers.failed + servers.lost, plan.count
     elif plan.command == PURGE:
         failed, tried = len(left), len(run.existing)
@@ -3329,8 +3934,11 @@ def results_of(run: Run) -> Results:
         failed=failed,
         failed_rate=failed / tried if tried else None,
         servers=servers,
+        people=people,
         operations=run.record.summarise(),
-        http=run.session.traffic.summarise(),
+        http=dataclasses.replace(
+            run.session.traffic.summarise(), servers=run.site.public.traffic.summarise() if plan.opens else None
+        ),
         capacity=run.capacity,
         warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
         advice=[],
@@ -3357,13 +3965,29 @@ def _restart_warning(times: int) -> Iterator[str]:
 
 
 People = Mapping[str, Mapping[str, Event]]
+PERSONAL = ("server_ready", "visit", "page", "kernel_ready", "cell", "stay")  # a person fails with any of them
+
+
+def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
+    """What became of so many people; one who failed after getting to work is counted in both."""
+    ends = [next((row[step] for step in PERSONAL if step in row and row[step].reason), None) for row in rows.values()]
+    bad = [(end, end.reason.text) for end in ends if end and end.reason]
+    reasons = collections.Counter(text for _, text in bad)
+    reasons["never came, or cut short" if cut_short else "never came"] = expected - len(rows)
+    return Rehearsed(
+        expected=expected,
+        at_work=sum("at_work" in row for row in rows.values()),
+        failed=reasons.total(),
+        reasons={reason: number for reason, number in reasons.most_common() if number},
+        failures=[Failure(end.user, text, end.message) for end, text in bad],
+    )
 
 
 def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
     """What became of the servers of so many people."""
     ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
     ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
-    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].reason]
+    lost = [row["stay"] for row in people.values() if "stay" in row and _is_lost(row["stay"])]
     bad = [(end, end.reason.text) for end in [*ends, *lost] if end.reason]
     reasons = collections.Counter(text for _, text in bad)
     never = "never started, or cut short" if cut_short else "never started"
@@ -3390,10 +4014,15 @@ def servers_timeline(people: People, began_s: float) -> ServersTimeline:
     rows = [row for row in people.values() if "server_ready" in row]
     rows.sort(key=lambda row: row["server_ready"].due_s)
     ends = [row["server_ready"] for row in rows]
-    stays = [row.get("stay") for row in rows]
 
     def since(at_s: float | None) -> float | None:
         return None if at_s is None else rounded(max(0.0, at_s - began_s))
+
+    def ended(*steps: str, lost: bool = False, bad: bool = False) -> list[float | None]:
+        """When each person's first of these steps ended, well or badly; None where it did not."""
+        ends = ([row[step] for step in steps if step in row] for row in rows)
+        good_or_bad = ([end for end in each if bool(end.reason) == bad and _is_lost(end) == lost] for each in ends)
+        return [since(each[0].ended_s) if each else None for each in good_or_bad]
 
     return ServersTimeline(
         user=[end.user for end in ends],
@@ -3402,8 +4031,17 @@ def servers_timeline(people: People, began_s: float) -> ServersTimeline:
         asked_s=[since(end.asked_s) for end in ends],
         ended_s=[since(end.ended_s) for end in ends],
         ready=[end.reason is None for end in ends],
-        lost_s=[since(held.ended_s) if held and held.reason else None for held in stays],
+        opened_s=ended("visit"),
+        loaded_s=ended("page"),
+        works_s=ended("at_work"),
+        failed_s=ended(*PERSONAL[1:], bad=True),
+        lost_s=ended("stay", bad=True, lost=True),
+        left_s=[since(row["stop_server"].sent_s) if "stop_server" in row else None for row in rows],
     )
+
+
+def _is_lost(end: Event) -> bool:
+    return end.reason is not None and end.reason.kind is Kind.LOST
 
 
 # ---- the hub's own figures ----
@@ -3562,6 +4200,7 @@ LOOP_PASSES = 4.0  # how often a request waits for the hub's event loop, as meas
 def time_spent(results: Results) -> Iterator[str]:
     """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
+    yield from _until_work(operations)
     if not own:
         return
     ready, started = operations.get("server_ready"), own.spawns.get("success")
@@ -3584,6 +4223,21 @@ def time_spent(results: Results) -> Iterator[str]:
             yield f"{text} took {duration_text(inside.mean_s)} by the hub's own clock: {where}"
 
 
+def _until_work(operations: Mapping[str, Operation]) -> Iterator[str]:
+    """What a person waited for on average until they could work."""
+    if "at_work" not in operations:
+        return
+    parts = {
+        "server_ready": "the server",
+        "visit": "its start page",
+        "page": "the whole page",
+        "kernel_ready": "the kernel",
+    }
+    means = {name: operations[name].latency_s.mean for name in parts if name in operations}
+    took = ", ".join(f"{parts[name]} {duration_text(mean)}" for name, mean in means.items() if mean is not None)
+    yield f"of a mean {duration_text(operations['at_work'].latency_s.mean)} until people could work: {took}"
+
+
 def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
     """What to look at next, when a run has failed in such ways."""
     servers, own, statuses = results.servers, results.hub.metrics, results.http.statuses
@@ -3599,6 +4253,12 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "see the hub's log for the users named above; on Kubernetes, the events of their pods"
     if Kind.LOST in kinds:
         yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
+    if Kind.ROUTE in kinds:
+        yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
+    if Kind.WIRE in kinds:
+        yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
+    if Kind.KERNEL in kinds:
+        yield "kernels ended: that is what a memory limit does; see the servers' logs, and their memory limit"
     if own and own.cpu_share_max > BUSY:
         yield (
             f"the hub's process used {share_text(own.cpu_share_max)} of a processor, and it can use only one: "
@@ -3642,6 +4302,11 @@ def verdict_of(results: Results) -> tuple[str, str]:
         )
     if results.command == PURGE:
         return word, f"{results.users.deleted} users removed"
+    if people := results.people:
+        later = people.failed + people.at_work - people.expected
+        afterwards = f"; {later} failed afterwards" if later else ""
+        waited = _waited(results.operations.get("at_work"))
+        return word, f"{people.at_work} of {people.expected} people got to work{afterwards}{waited}"
     if servers:
         lost = f"; {servers.lost} {'was' if servers.lost == 1 else 'were'} lost while held" if servers.lost else ""
         waited = _waited(results.operations.get("server_ready"))
@@ -3701,7 +4366,8 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         ("hub", f"{results.hub.version} at {results.hub.endpoint}"),
         *_server_facts(results),
         *_errors(results.operations),
-        ("requests", f"{http.requests:,}, of which {monitoring}"),
+        ("requests", f"{http.requests:,}{' to the hub' if http.servers else ''}, of which {monitoring}"),
+        *_server_requests(http.servers),
         ("duration", duration_text(results.duration_s)),
         *_hub_facts(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
@@ -3710,6 +4376,12 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *(("next", one) for one in results.advice),
     ]
     return Section("Summary", rows)
+
+
+def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
+    if http:
+        answers = ", ".join(f"{number:,} × {status}" for status, number in http.statuses.items())
+        yield "requests", f"{http.requests:,} to servers, of which {http.retries:,} retries: {answers}"
 
 
 def _tested(results: Results) -> Iterator[tuple[str, str]]:
@@ -3746,17 +4418,18 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
     servers, options = results.servers, results.options
     if not servers:
         return
-    rate = options["rate"]
-    pace = f"{rate:g} per second, however slow the hub" if rate else f"{options['batch_size']} at a time"
     throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
     since = f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
     counts = f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
-    yield "servers", f"{servers.requested} requested, {pace}; {counts}{throttled}{since}"
+    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}{throttled}{since}"
     if given_up := _given_up(results):
         yield "given up", given_up
-    for reason, number in list(servers.reasons.items())[:REASONS_SHOWN]:
-        yield "failed", f"{number} × {reason}{_named([one.user for one in servers.failures if one.reason == reason])}"
-    if others := sum(list(servers.reasons.values())[REASONS_SHOWN:]):
+    if people := results.people:
+        yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
+    told = people or servers
+    for reason, number in list(told.reasons.items())[:REASONS_SHOWN]:
+        yield "failed", f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}"
+    if others := sum(list(told.reasons.values())[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
     slowest = [f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest]
     if any(_why_slow(one, servers) for one in servers.slowest):
@@ -3792,7 +4465,7 @@ def _why_slow(server: Slow, servers: Servers) -> str:
 
 def _errors(operations: Mapping[str, Operation]) -> Iterator[tuple[str, str]]:
     for name in in_order(operations):
-        if name not in ("server_ready", "stay"):  # which are told by the servers
+        if name not in PERSONAL:  # which are told of the people and the servers
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
                 yield "errors", f"{title_of(name)}: {number} × {reason}"
 
@@ -3972,7 +4645,9 @@ td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap;
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
 """
 BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
+CYAN, TEAL, VIOLET = "#06b6d4", "#0f766e", "#8b5cf6"
 READY = "rgba(34,163,85,.3)"
+ALWAYS_SHOWN = 5  # the bars of any run; those of a rehearsal follow
 LAYOUT: dict[str, Any] = {
     "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
     "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
@@ -4088,17 +4763,23 @@ def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
 
 
 def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting (throttled), starting, ready, failed and lost at each of so many moments."""
+    """How many servers were waiting (throttled), starting, ready, in use, failed and lost at so many moments."""
     due, asked, ended = (sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s))
     ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
-    lost = sorted(at for at in servers.lost_s if at is not None)
+    lost, left, works = (
+        sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.left_s, servers.works_s)
+    )
+    gone = sorted(at for at, began in zip(servers.left_s, servers.works_s) if at is not None and began is not None)
     moments = [until_s * n / points for n in range(points + 1)]
     count = bisect.bisect_right
     return {
         "at_s": [round(at, 3) for at in moments],
         "waiting": [count(due, at) - count(asked, at) for at in moments],
         "starting": [count(asked, at) - count(ended, at) for at in moments],
-        "ready": [count(ready, at) - count(lost, at) for at in moments],
+        "at work": [count(works, at) - count(gone, at) for at in moments],
+        "ready": [
+            count(ready, at) - count(lost, at) - count(left, at) - count(works, at) + count(gone, at) for at in moments
+        ],
         "failed": [count(ended, at) - count(ready, at) for at in moments],
         "lost": [count(lost, at) for at in moments],
     }
@@ -4107,24 +4788,31 @@ def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -
 def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
     page.add("h2", "Servers")
     curves = server_curves(servers, until_s)
-    kinds = {"failed": RED, "lost": LOST, "ready": GREEN, "starting": BLUE, "waiting": AMBER}
-    kinds = {kind: colour for kind, colour in kinds.items() if kind != "lost" or any(curves["lost"])}
+    kinds = {"failed": RED, "lost": LOST, "at work": GREEN, "ready": READY, "starting": BLUE, "waiting": AMBER}
+    kinds = {kind: colour for kind, colour in kinds.items() if kind not in ("lost", "at work") or any(curves[kind])}
     stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
     traces = [stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()]
     page.plot(traces, 260, "servers", hovermode="x unified")
     page.add("h3", "How long each waited, in the order in which they were due")
     asked, ended, good = servers.asked_s, servers.ended_s, servers.ready
     taken = [at if held is None else held for held, at in zip(servers.throttled_s, asked)]
-    left = [until_s if at is None else at for at in servers.lost_s]
+    left = [min(at for at in (until_s, *ends) if at is not None) for ends in zip(servers.lost_s, servers.left_s)]
+    opened, works, failed = servers.opened_s, servers.works_s, servers.failed_s
+    loaded = [page or start for page, start in zip(servers.loaded_s, opened)]
     bars = [
         _bars("asked", GREY, servers.due_s, taken, servers.user),
         _bars("throttled", AMBER, servers.throttled_s, asked, servers.user),
         _bars("starting", BLUE, [at if ok else None for at, ok in zip(asked, good)], ended, servers.user),
         _bars("failed", RED, [None if ok else at for at, ok in zip(asked, good)], ended, servers.user),
         _bars("ready", READY, [at if ok else None for at, ok in zip(ended, good)], left, servers.user),
+        _bars("opening", CYAN, [at if ok else None for at, ok in zip(ended, good)], opened, servers.user),
+        _bars("loading the page", TEAL, opened, loaded, servers.user),
+        _bars("starting a kernel", VIOLET, loaded, works, servers.user),
+        _bars("at work", GREEN, works, left, servers.user),
+        _bars("failed after it was ready", RED, failed, left, servers.user),
         _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
     ]
-    shown = [bar for bar in bars if bar["name"] != "lost" or bar["x"]]
+    shown = [bar for number, bar in enumerate(bars) if number < ALWAYS_SHOWN or bar["x"]]
     page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
 
 
@@ -4449,6 +5137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.fail_if = (*(args.fail_if or ()), *vars(args).pop("fail_if_too", ()))
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or token_from_environment()
+    args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
 
 
@@ -4482,6 +5171,7 @@ def validate(args: argparse.Namespace) -> None:
         if getattr(args, "find_capacity", False):
             raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
         args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("dry-run")
+    _validate_rehearsal(args)
     if getattr(args, "processes", 1) > getattr(args, "workers", 1):
         raise UsageError(f"--processes {args.processes} is more than --workers {args.workers}: each needs a thread")
     load_operations(getattr(args, "operations", None))
@@ -4503,6 +5193,22 @@ def validate(args: argparse.Namespace) -> None:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
+def _validate_rehearsal(args: argparse.Namespace) -> None:
+    given = {name for name, value in vars(args).items() if value}
+    for one, other, why_not in (
+        ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
+        ("stay_s", "keep", "lets each leave, and --keep nobody"),
+        ("within_s", "rate_per_s", "and --rate both say when people come"),
+    ):
+        if {one, other} <= given:
+            raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
+    for one, other in (("notebook", "work"), ("seed", "within_s")):
+        if one in given and other not in given:
+            raise UsageError(f"{OPTIONS[one].flag} has a meaning only with {OPTIONS[other].flag}")
+    if "work" in given and not optional("websocket"):
+        raise UsageError("--work needs websocket-client, which is not installed: pip install websocket-client")
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a valid command line asks for."""
     given = vars(args)
@@ -4514,13 +5220,15 @@ def plan_of(args: argparse.Namespace) -> Plan:
 class _Redacting(logging.Formatter):
     """Log lines, tracebacks included, from which the token is taken out."""
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(self, *tokens: str | None) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._token = token
+        self._tokens = [token for token in tokens if token]
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        return line.replace(self._token, "***") if self._token else line
+        for token in self._tokens:
+            line = line.replace(token, "***")
+        return line
 
 
 def setup_logging(
@@ -4530,13 +5238,13 @@ def setup_logging(
 
     A file that is there already is added to if it is a log of ours, and refused otherwise.
     """
-    token = getattr(args, "token", None)
+    tokens = (getattr(args, "token", None), getattr(args, "visit_token", None))
     handler: logging.Handler = logging.StreamHandler()
     if log_to_file:
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    handler.setFormatter(_Redacting(token))
+    handler.setFormatter(_Redacting(*tokens))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
@@ -4624,7 +5332,7 @@ def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int
         if entry.num_requests
     }
     tried = sum(operations[name]["count"] for name in operations.keys() & set(load))
-    failed = sum(operations[name]["failed"] for name in operations.keys() & {*load, "stay"})
+    failed = sum(operations[name]["failed"] for name in operations.keys() & {*load, *PERSONAL})
     rate = failed / tried if tried else None
     return {"operations": operations, "failed": failed, "failed_rate": rate, "http": {"throttled": throttled}}
 
@@ -4667,6 +5375,7 @@ if locust_is_loading():
             self.session = get_session(plan.token or "", pool_maxsize=1000)
             self._cutting = gevent.spawn(self._cut_streams)
             hub = check_hub(plan.endpoint or "", self.session, plan.command)
+            check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self.site = Site(hub, plan, new_recorder(self._report))
             taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
@@ -4738,18 +5447,19 @@ if locust_is_loading():
         for name, row in LOCUST_OPTIONS.items():
             if name in ("endpoint", "token"):
                 continue
-            value = options[f"hub_{row.key}"]
+            value = options[row.locust_flag[2:].replace("-", "_")]
             try:
                 values = [row.kind(str(one)) for one in (value or ()) if row.kind] if row.repeatable else ()
                 if row.repeatable:
                     given[name] = tuple(values)
-                elif value and row.kind:
-                    given[name] = row.kind(str(value))
+                elif value:
+                    given[name] = row.kind(str(value)) if row.kind else True
             except argparse.ArgumentTypeError as error:
-                raise UsageError(f"argument --hub-{row.flag[2:]}: {error}") from None
+                raise UsageError(f"argument {row.locust_flag}: {error}") from None
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
         endpoint = environment.host and endpoint_url(environment.host)
-        plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, token=environment.hub_token, **given)
+        given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
+        plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
         try:
             validate(argparse.Namespace(**vars(plan)))
         except UsageError as error:
@@ -4809,7 +5519,7 @@ if locust_is_loading():
                 self.site.record.add(Event(name, self.username, now_s, now_s, now_s, reason))
 
     class Person(HubUser):
-        """Logs in, waits until their server is ready, stays for --hub-stay, stops it and leaves."""
+        """Logs in, waits until their server is ready, opens it, works, stays for --hub-stay, stops it and leaves."""
 
         wait_time = constant(0)
 
@@ -4823,10 +5533,11 @@ if locust_is_loading():
                 gevent.sleep(3600)  # has left, but stays in Locust's count, which it would otherwise fill up again
                 return
             self._visits += 1
-            name, clock = self.new_user(), time.monotonic
+            name, clock, awake = self.new_user(), time.monotonic, threading.Event()
             try:
-                for at_s in journey(Visitor(name, clock()), self.site):
-                    gevent.sleep(max(0.0, at_s - clock()))
+                for at_s in journey(Visitor(name, clock(), awake.set), self.site):
+                    awake.wait(max(0.0, at_s - clock()))
+                    awake.clear()
             except CutShort as error:
                 SAY.error("%s", error)
                 self.shared.cut_short = True
@@ -4840,6 +5551,7 @@ if locust_is_loading():
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
+        environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
         environment.hub_reports, environment.hub_failed = {}, False
         for kind in environment.user_classes:
@@ -4859,7 +5571,7 @@ if locust_is_loading():
     def _check(environment: Any) -> None:
         """Whether the hub accepts the token for what the user classes will do; else raises `HubStressError`."""
         plan = locust_plan(environment)
-        check_hub(plan.endpoint or "", get_session(plan.token or ""), plan.command)
+        check_visits(check_hub(plan.endpoint or "", get_session(plan.token or ""), plan.command), plan)
 
     def _start(environment: Any, **_: Any) -> None:
         environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False

@@ -209,9 +209,23 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "processes": ("2", 2),
     "mix": ("activity=8,read=2", {"activity": 8.0, "read": 2.0}),
     "operations": ("mine.py", "mine.py"),
+    "within_s": ("5m", 300.0),
+    "seed": ("7", 7),
+    "visit": (None, True),
+    "visit_timeout_s": ("20", 20.0),
+    "page": ("lab.har", hst.Recording("lab.har", (("lab", 200),))),
+    "work": (None, True),
+    "notebook": ("class.py", hst.Notebook("class.py", (hst.Code("1+1\n"),))),
+    "think_s": ("5", 5.0),
+    "cell_timeout_s": ("2m", 120.0),
+    "stay_s": ("5m", 300.0),
+    "public_url": ("https://hub.example.org/", "https://hub.example.org"),
     "find_capacity": (None, True),
     "cleanup_timeout_s": ("1m", 60.0),
 }
+
+
+COMPANIONS = {"seed": ["--within", "5m"], "notebook": ["--work"]}  # options without which these say nothing
 
 
 def plan_for(*words: str) -> hst.Plan:
@@ -226,6 +240,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.json").write_text('{"schema": 1}')
     (tmp_path / "mine.py").write_text("")
+    (tmp_path / "class.py").write_text("# %%\n1+1\n")
+    asked = {"method": "GET", "url": "https://hub.example.org/user/alice/lab"}
+    entry = {"request": asked, "response": {"status": 200}}
+    (tmp_path / "lab.har").write_text(json.dumps({"log": {"entries": [entry]}}))
     return tmp_path
 
 
@@ -244,10 +262,11 @@ def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_oth
 ) -> None:
     value, meaning = GIVEN[field]
     default = {field: getattr(hst.Plan(), field)}
+    words = [*HUB, command, *COMPANIONS.get(field, ())]
     for flag in hst.OPTIONS[field].flags.split():
-        plan = plan_for(*HUB, command, flag, *([value] if value else []))
+        plan = plan_for(*words, flag, *([value] if value else []))
         assert getattr(plan, field) == meaning != default[field]
-        assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*HUB, command), **default)
+        assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*words), **default)
 
 
 @pytest.mark.parametrize("command", hst.COMMANDS)

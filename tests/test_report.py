@@ -72,6 +72,7 @@ def results(record: Recorder, load_ended_s: float, **more: Any) -> hst.Results:
             "failed": servers.failed + servers.lost,
             "failed_rate": 0.0,
             "servers": servers,
+            "people": None,
             "operations": record.summarise(),
             "http": hst.Traffic().summarise(),
             "capacity": None,

@@ -53,6 +53,7 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
         failed=bad,
         failed_rate=bad / servers.requested if servers.requested else None,
         servers=servers,
+        people=None,
         operations=record.summarise(),
         http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
         capacity=None,
