@@ -1936,9 +1936,10 @@ class Gathering:
 class Driver:
     """Takes walks on in threads: decides which one begins when, and does what is due next.
 
-    Walks begin by a fixed schedule (open model), or, without a pace, so that at most `limit` are in their first stretch
-    at the same time (closed model). A walk that waits needs no thread; `wake` lets it go on before its time. Those that
-    wait for the end of a gathering go on when it breaks up, which needs all to have begun.
+    Walks begin by a fixed schedule (open model), or, without a pace, as soon as there is place (closed model). At most
+    `limit` are in their first stretch at the same time; an open model that is short of places is late. A walk that
+    waits needs no thread; `wake` lets it go on before its time. Those that wait for the end of a gathering go on when
+    it breaks up, which needs all to have begun.
     """
 
     def __init__(
@@ -2008,11 +2009,9 @@ class Driver:
 
     def _next_due_s(self, count: int, now_s: float) -> float:
         """When the next of so many walks is to begin; infinity when none is, or no place is free."""
-        if self._all_begun(count, now_s):
+        if self._all_begun(count, now_s) or self._beginning >= self._limit:
             return math.inf
-        if self._pace:
-            return self._pace.due_s(self._begun)
-        return now_s if self._beginning < self._limit else math.inf
+        return self._pace.due_s(self._begun) if self._pace else now_s
 
     def _end(self, gathering: Gathering, now_s: float) -> None:
         """Once the moment to leave is known, nobody waits longer than that."""
@@ -2053,7 +2052,7 @@ class Driver:
                 if math.isinf(at_s) and self._gathering:
                     at_s = self._gathering.leave_s  # which may have become known meanwhile
                 self._wait(walk, 0.0 if walk in self._woken else at_s)
-            if at_s is not None or not self._pace or not self._acting:
+            if at_s is not None or not self._pace or not self._acting or self._beginning == self._limit - 1:
                 self._changed.notify()
 
     def _wait(self, walk: Walk, at_s: float) -> None:
@@ -3973,10 +3972,12 @@ def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
     ends = [next((row[step] for step in PERSONAL if step in row and row[step].reason), None) for row in rows.values()]
     bad = [(end, end.reason.text) for end in ends if end and end.reason]
     reasons = collections.Counter(text for _, text in bad)
-    reasons["never came, or cut short" if cut_short else "never came"] = expected - len(rows)
+    at_work = sum("at_work" in row for row in rows.values())
+    never = expected - sum(bool(end) or "at_work" in row for end, row in zip(ends, rows.values()))
+    reasons["never came, or cut short" if cut_short else "never came"] = never
     return Rehearsed(
         expected=expected,
-        at_work=sum("at_work" in row for row in rows.values()),
+        at_work=at_work,
         failed=reasons.total(),
         reasons={reason: number for reason, number in reasons.most_common() if number},
         failures=[Failure(end.user, text, end.message) for end, text in bad],
@@ -5170,7 +5171,7 @@ def validate(args: argparse.Namespace) -> None:
     if getattr(args, "dry_run", False):
         if getattr(args, "find_capacity", False):
             raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
-        args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("dry-run")
+        args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("no-token-is-sent")
     _validate_rehearsal(args)
     if getattr(args, "processes", 1) > getattr(args, "workers", 1):
         raise UsageError(f"--processes {args.processes} is more than --workers {args.workers}: each needs a thread")
@@ -5456,6 +5457,8 @@ if locust_is_loading():
                     given[name] = row.kind(str(value)) if row.kind else True
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"argument {row.locust_flag}: {error}") from None
+        if relative := next((one for one in given.get("fail_if", ()) if one.relative), None):
+            raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
@@ -5474,6 +5477,12 @@ if locust_is_loading():
         host = ""
         insecure = False  # certificates are verified
         network_timeout = connection_timeout = float(DEFAULT_TIMEOUT)
+
+        @staticmethod
+        def ssl_context_factory() -> ssl.SSLContext:
+            """What requests would trust, which goes by REQUESTS_CA_BUNDLE."""
+            verify = requests.Session().merge_environment_settings("https://x", {}, None, None, None)["verify"]
+            return tls_context(verify)
 
         def on_start(self) -> None:
             shared: LocustSite | None = getattr(self.environment, "hub_site", None)
