@@ -63,17 +63,19 @@ def options() -> dict[str, set[str]]:
 
 def readme_options(heading: str) -> set[str]:
     """The options in the table of a README section."""
-    section = re.split(r"^#+ ", README.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)  # in shell code, # is no heading
+    section = re.split(r"^#+ ", prose.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
     rows = re.findall(r"^\| (`-.*?) \|", section, re.MULTILINE)
     return {option for row in rows for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", row)}
 
 
 def test_the_readme_documents_exactly_the_options_that_there_are() -> None:
     found = options()
-    assert readme_options("## The three commands") == found[""]
+    shared = set.intersection(*(found[command] for command in hst.COMMANDS))
+    assert shared >= found[""] - {"--version"}
+    assert readme_options("## The three commands") == shared | found[""]
     for command in hst.COMMANDS:
-        assert found[command] >= found[""] - {"--version"}
-        assert readme_options(f"### {command}") == found[command] - found[""]
+        assert readme_options(f"### {command}") == found[command] - shared
 
 
 def test_every_exit_code_stands_in_readme_and_help() -> None:
@@ -120,7 +122,9 @@ def test_the_manifest_that_the_readme_applies_is_valid_yaml() -> None:
     documents = list(yaml.safe_load_all((ROOT / manifest).read_text()))
     assert [one["kind"] for one in documents] == ["Service", "Deployment", "Deployment"]
     for one in documents[1:]:
-        container = one["spec"]["template"]["spec"]["containers"][0]
+        pod = one["spec"]["template"]
+        assert pod["metadata"]["labels"]["hub.jupyter.org/network-access-hub"] == "true"
+        container = pod["spec"]["containers"][0]
         assert container["args"][:2] == ["-f", "/mnt/hub_stress_test.py"]
         assert {variable["name"] for variable in container["env"]} == {"JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_TOKEN"}
 
@@ -129,6 +133,19 @@ def test_the_role_in_the_readme_is_the_one_that_is_printed_and_the_one_that_is_t
     assert hst.ROLE_TO_PASTE in README
     role = re.search(r'"scopes": (\[.*\])', hst.ROLE_TO_PASTE)
     assert role and tuple(ast.literal_eval(role[1])) == localhub.ROLE_SCOPES
+    (values, _) = map(yaml.safe_load, readme_blocks("yaml"))
+    assert list(values["hub"]["services"]) == ["hub-stress-test"]
+    assert values["hub"]["loadRoles"]["hub-stress-test"] == {
+        "scopes": list(localhub.ROLE_SCOPES),
+        "services": ["hub-stress-test"],
+    }
+
+
+def test_a_job_in_ci_purges_what_it_has_left() -> None:
+    (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
+    run, purge = (step["run"] for step in job["stress"]["steps"] if "hub-stress-test" in step.get("run", ""))
+    (name,) = re.findall(r"--run (\S+ \S+ \S+)", run)
+    assert f"purge --run {name}" in purge
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -144,17 +161,17 @@ def test_the_seeds_constants_have_their_values() -> None:
     assert hst.LOG.name == "hub-stress-test"
 
 
-def readme_blocks(kinds: str) -> str:
-    """The README's code of these kinds, lines that go on in the next one joined."""
+def readme_blocks(kinds: str) -> list[str]:
+    """The README's blocks of code of these kinds, lines that go on in the next one joined."""
     blocks = re.findall(rf"^```(?:{kinds})\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return re.sub(r" *\\?\n +(?=--)", " ", "\n".join(blocks))
+    return [re.sub(r" *\\?\n +(?=--)", " ", block) for block in blocks]
 
 
 def commands_in_readme() -> list[str]:
-    """The arguments of every call of the tool in the README."""
-    code = readme_blocks("sh|console|yaml")
-    found = re.findall(r"(?<![\w/-])(?:\.venv/bin/)?hub-stress-test ((?:stress|activity|purge)[^;&|\n]*)", code)
-    assert len(found) >= 5
+    """The arguments of every call of the tool in the README, in its blocks of code and in its tables."""
+    code = "\n".join([*readme_blocks("sh|python|yaml"), *re.findall(r"^\|.*", README, re.MULTILINE)])
+    found = re.findall(r"(?<![\w/-])(?:\.venv/bin/)?hub-stress-test ((?:--dry|stress|activity|purge)[^;&|`\n]*)", code)
+    assert len(found) >= 12
     return found
 
 
@@ -162,6 +179,7 @@ def commands_in_readme() -> list[str]:
 def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("before.json").write_text('{"schema": 1}')
+    Path("mine.py").write_text(next(block for block in readme_blocks("python") if block.startswith("# mine.py")))
     words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line))
     args = hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"])
     hst.validate(args)
@@ -169,7 +187,7 @@ def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, mo
 
 
 def test_every_name_of_the_module_in_the_readmes_python_is_there() -> None:
-    code = readme_blocks("python")
+    code = "\n".join(readme_blocks("python"))
     used = {name for line in re.findall(r"from hub_stress_test import (.*)", code) for name in re.findall(r"\w+", line)}
     used |= set(re.findall(r"\bhst\.(\w+)", code))
     assert used and [name for name in used if not hasattr(hst, name)] == []
