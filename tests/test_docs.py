@@ -113,7 +113,7 @@ def test_the_module_imports_nothing_but_its_two_dependencies_and_under_locust_th
 
 
 def test_the_readme_documents_exactly_the_options_that_locust_gets() -> None:
-    flags = {f"--hub-{row.flag.removeprefix('--')}" for row in hst.LOCUST_OPTIONS.values()}
+    flags = {row.locust_flag for row in hst.LOCUST_OPTIONS.values()}
     assert readme_options("## Beyond one machine: Locust") == flags
 
 
@@ -180,6 +180,7 @@ def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     Path("before.json").write_text('{"schema": 1}')
     Path("mine.py").write_text(next(block for block in readme_blocks("python") if block.startswith("# mine.py")))
+    Path("class.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "6*7"}]}')
     words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line))
     args = hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"])
     hst.validate(args)
