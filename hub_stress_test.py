@@ -2203,7 +2203,7 @@ def judge_visit(reply: Reply) -> tuple[Reason | None, bool]:
     if reply.status == 200:
         return None, True
     if not reply.status:
-        return Reason(Kind.AWAY, reply.message), False
+        return Reason(Kind.ROUTE, f"no page: {reply.message}"), False
     if "/hub/api/oauth2/authorize" in where:
         return Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"), True
     if "/hub/" in where:
@@ -2308,7 +2308,7 @@ class Wires:
     """Reads all open websockets in one thread, so that nobody who waits for a cell, or thinks, needs one."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._selector, self._ended = selectors.DefaultSelector(), False
         self._starting, self._thread = threading.Lock(), threading.Thread(target=self._run, name="wires", daemon=True)
 
     def open(self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]) -> Kernel | Reason:
@@ -2343,8 +2343,14 @@ class Wires:
             self._selector.unregister(kernel.socket.sock)
         kernel.close()
 
+    def end(self) -> None:
+        """Close all connections that are open."""
+        self._ended = True
+        for key in list(self._selector.get_map().values()):
+            self.close(key.data)
+
     def _run(self) -> None:
-        while True:
+        while not self._ended:
             for key, _ in self._selector.select(0.1):
                 key.data.read()
                 if key.data.trouble:
@@ -2822,6 +2828,7 @@ STEPS = {
         Step("ping", "ping"),
     )
 }
+PERSONAL = ("server_ready", "visit", "page", "kernel_ready", "cell", "stay")  # a person fails with any of them
 STEPS_OF = {
     STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
     ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
@@ -2890,7 +2897,7 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     limit = most if pace else plan.batch_size
 
     def may_come() -> bool:
-        return not (plan.fail_fast and site.record.failures(["server_ready"]))
+        return not (plan.fail_fast and site.record.failures(PERSONAL))
 
     def begin(name: str, due_s: float) -> Walk:
         person = Visitor(name, due_s)
@@ -3510,6 +3517,7 @@ class Run:
         self.monitor.look()
         if self.session.hub_is_gone:
             self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
+        self.site.public.wires.end()
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
         ours = self.claims.ours
@@ -3967,7 +3975,6 @@ def _restart_warning(times: int) -> Iterator[str]:
 
 
 People = Mapping[str, Mapping[str, Event]]
-PERSONAL = ("server_ready", "visit", "page", "kernel_ready", "cell", "stay")  # a person fails with any of them
 
 
 def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
