@@ -17,9 +17,9 @@ Three commands answer, from a shell or a CI job:
   How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
   What did earlier runs leave?                     purge                                             seconds
 
-stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it follows
-each person through the proxy to the results of their cells. activity-stress-test makes users alone, and sends the
-activity reports that running servers send; purge removes what earlier runs left behind.
+stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it
+follows each person through the proxy to the results of their cells. activity-stress-test makes users alone, and sends
+the activity reports that running servers send; purge removes what earlier runs left behind.
 
 Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
 
@@ -29,20 +29,22 @@ earlier runs, whose whole name follows that pattern, and never to an admin. Unle
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
 named, with exit code 4.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub
-says that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
-Every other latency runs from sending a request (with --rate, from when it was due) to its final answer, without the
-time that the tool slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from
-when each ping was due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from
-the moment they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's metrics page.
-Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
+What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
+that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost. Every
+other latency runs from sending a request (with --rate, from when it was due) to its final answer, without the time that
+the tool slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each
+ping was due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the
+moment they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
+metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
+within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
 could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
 4 something that this run made is still on the hub; 130 and 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
 What it does not promise: it logs nobody in through a browser, and nobody leaves tabs open. Without --visit it opens no
-server, so what a proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
+server, so what a proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different
+--run names.
 """
 
 from __future__ import annotations
@@ -3517,9 +3519,9 @@ class Run:
         self.monitor.look()
         if self.session.hub_is_gone:
             self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
-        self.site.public.wires.end()
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
+        self.site.public.wires.end()
         ours = self.claims.ours
         if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
