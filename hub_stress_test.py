@@ -937,13 +937,6 @@ class Timeline:
                 span = int(at_s // self.span_s)
         self.spans[span].add(seconds)
 
-    def merge(self, other: Timeline) -> None:
-        self._widen(max(self.span_s, other.span_s))
-        for span, distribution in other.spans.items():
-            self.spans.setdefault(int(span * other.span_s // self.span_s), Distribution()).merge(distribution)
-        while len(self.spans) > self.SPANS:
-            self._widen(2 * self.span_s)
-
     def total(self) -> Distribution:
         total = Distribution()
         for distribution in self.spans.values():
@@ -1015,17 +1008,6 @@ class Fold:
         else:
             self.failed.add(event.due_s, event.latency_s)
             self.reasons[event.reason] += 1
-
-    def merge(self, other: Fold) -> None:
-        self.latency.merge(other.latency)
-        self.failed.merge(other.failed)
-        self.lateness.merge(other.lateness)
-        self.count += other.count
-        self.skipped += other.skipped
-        self.backoff_s += other.backoff_s
-        self.reasons.update(other.reasons)
-        self.first_due_s = min(self.first_due_s, other.first_due_s)
-        self.last_ended_s = max(self.last_ended_s, other.last_ended_s)
 
     def summary(self) -> Operation:
         span_s = self.last_ended_s - self.first_due_s
@@ -1103,11 +1085,10 @@ class Recorder(_Counting):
         with self._lock:
             self._folds.setdefault(step, Fold()).skipped += 1
 
-    def merge(self, other: Recorder) -> None:
-        """Add what another process, or a step of a search, has folded."""
+    def take_over(self, other: Recorder) -> None:
+        """Have what another recorder has folded, of the operations that this one has not seen."""
         with self._lock:
-            for name, fold in other._folds.items():
-                self._folds.setdefault(name, Fold()).merge(fold)
+            self._folds = other._folds | self._folds
 
     def count(self, names: Iterable[str]) -> int:
         return sum(self._folds[name].count for name in self._folds.keys() & set(names))
@@ -3123,12 +3104,10 @@ class Load:
 
 
 def send_load(
-    load: Load, part: int, started_s: float, session: HubSession, record: Recorder, tell: Callable[[int, int], None]
-) -> None:
-    """Send one process's part of a load, from `started_s` on, telling how many requests are done and have failed."""
-
-    def on_tick() -> None:
-        tell(record.count(load.mix), record.failures(load.mix))
+    load: Load, part: int, started_s: float, session: HubSession, record: Recorder, on_tick: Callable[[], None]
+) -> float:
+    """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
+    until_s = started_s + load.duration_s if load.duration_s else math.inf
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
         name = choose(load.mix, n)
@@ -3140,23 +3119,24 @@ def send_load(
 
     def one_worker(share: Sequence[str], due_s: float) -> Walk:
         """One request for each user of a share, each after a random 0 to 1 s."""
-        for n, user in enumerate(share if until_s is None else itertools.cycle(share)):
+        for n, user in enumerate(itertools.cycle(share) if load.duration_s else share):
             yield session.clock() + random.random()
-            if until_s and session.clock() >= until_s:
+            if session.clock() >= until_s:
                 return
             send(n, user)
 
+    cpu_s = time.process_time()
     session.pause(started_s - session.clock())
     if load.rate_per_s:
         pace = Pace(load.rate_per_s / load.processes, started_s + part / load.rate_per_s)
         last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
         driver = Driver(session, load.open_workers, pace, last_s)
         driver.run(one_request, range(part, load.planned, load.processes), on_tick)
-        return
-    until_s = started_s + load.duration_s if load.duration_s else None
-    workers = load.workers * load.processes
-    shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
-    Driver(session, load.workers).run(one_worker, shares, on_tick)
+    else:
+        workers = load.workers * load.processes
+        shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
+        Driver(session, load.workers).run(one_worker, shares, on_tick)
+    return (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
 
 
 def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
@@ -3165,14 +3145,16 @@ def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
     Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
     with Progress(load.title, None if load.duration_s and not load.rate_per_s else load.planned) as progress:
+
+        def on_tick() -> None:
+            progress.tell(record.count(load.mix), record.failures(load.mix))
+
         if load.processes > 1:
-            return _spread_over_processes(load, session, record, progress)
-        cpu_s, began_s = time.process_time(), session.clock()
-        send_load(load, 0, session.clock(), session, record, progress.tell)
-        return (time.process_time() - cpu_s) / max(session.clock() - began_s, 1e-3)
+            return _spread_over_processes(load, session, record, on_tick)
+        return send_load(load, 0, session.clock(), session, record, on_tick)
 
 
-def _spread_over_processes(load: Load, session: HubSession, record: Recorder, progress: Progress) -> float:
+def _spread_over_processes(load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None]) -> float:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -3186,7 +3168,7 @@ def _spread_over_processes(load: Load, session: HubSession, record: Recorder, pr
             child.start()
             theirs.close()
     try:
-        return _lead([ours for ours, _ in pipes], session, record, progress)
+        return _lead([ours for ours, _ in pipes], session, record, on_tick)
     except (EOFError, OSError):
         raise CutShort("a process that sends the load died") from None
     finally:
@@ -3211,8 +3193,8 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, progress: Progress) -> float:
-    """Start the processes at one moment, pass a stop on, and collect what they measured; the largest CPU share."""
+def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]) -> float:
+    """Start the processes at one moment, record their events, pass a stop on; the largest share of a processor."""
     import multiprocessing.connection
 
     for pipe in pipes:
@@ -3220,19 +3202,18 @@ def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, pr
     for pipe in pipes:
         pipe.send(session.clock() + 0.2)
     busiest, waiting, told = 0.0, list(pipes), False
-    done = dict.fromkeys(pipes, (0, 0))
     while waiting:
         multiprocessing.connection.wait(waiting, timeout=0.1)
         for pipe in [pipe for pipe in waiting if pipe.poll()]:
-            news = pipe.recv()
-            if isinstance(news, Sent):
-                record.merge(news.record)
-                session.traffic.merge(news.traffic)
-                busiest = max(busiest, news.cpu_share)
+            events, end = pipe.recv()
+            for event in events:
+                record.add(event)
+            if end:
+                traffic, cpu_share = end
+                session.traffic.merge(traffic)
+                busiest = max(busiest, cpu_share)
                 waiting.remove(pipe)
-            else:
-                done[pipe] = news
-        progress.tell(*map(sum, zip(*done.values())))
+        on_tick()
         if session.stopping.is_set() and not told:
             told = True
             for pipe in waiting:
@@ -3240,32 +3221,19 @@ def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, pr
     return busiest
 
 
-@dataclasses.dataclass(frozen=True)
-class Sent:
-    """What one process measured, and its share of a processor meanwhile."""
-
-    record: Recorder
-    traffic: Traffic
-    cpu_share: float
-
-
 def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
     load_operations(load.operations_file)
-    session, record = get_session(token, pool_maxsize=load.open_workers), Recorder()
+    session, events = get_session(token, pool_maxsize=load.open_workers), collections.deque[Event]()
+
+    def hand_on(end: tuple[Traffic, float] | None = None) -> None:
+        if pipe.poll():  # told to stop, or left alone
+            session.stop()
+        pipe.send(([events.popleft() for _ in range(len(events))], end))
+
     pipe.send("ready")
-    started_s = pipe.recv()
-    threading.Thread(target=_stop_when_told, args=(pipe, session), daemon=True).start()
-    cpu_s = time.process_time()
-    send_load(load, part, started_s, session, record, lambda done, failed: pipe.send((done, failed)))
-    cpu_share = (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
-    pipe.send(Sent(record, session.traffic, cpu_share))
-
-
-def _stop_when_told(pipe: Connection, session: HubSession) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        pipe.recv()
-    session.stop()
+    cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), hand_on)
+    hand_on((session.traffic, cpu_share))
 
 
 # ==== Watching: pings, and the hub's own figures =====================================================================
@@ -3680,7 +3648,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
         best = seen if held is False else best
         search.tell(rate, held)
         _drain_hub(Hub(load.endpoint, session), load.users[0])
-    record.merge(best)
+    record.take_over(best)
     reports_per_s = (search.sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
     servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
     return Capacity(search.sustained, servers, search.unknown, steps, search.next_rate() is None)

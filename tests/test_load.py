@@ -88,7 +88,7 @@ def send(part: int, hub: HubWithUsers, **settings: Any) -> hst.Recorder:
     """Send one process's part of a load to a hub without sockets."""
     session, record = Hurried(hub), hst.Recorder()
     load = dataclasses.replace(load_of(), **settings)
-    hst.send_load(load, part, session.clock(), session, record, lambda done, failed: None)
+    hst.send_load(load, part, session.clock(), session, record, lambda: None)
     assert record.failures(load.mix) == 0
     return record
 
@@ -121,7 +121,7 @@ def test_the_parts_of_an_open_load_are_together_the_whole_each_request_at_its_ti
     for part in range(3):
         session = hst.HubSession("x", hub)
         started_s = session.clock()
-        hst.send_load(load, part, started_s, session, hst.Recorder(seen.append), lambda done, failed: None)
+        hst.send_load(load, part, started_s, session, hst.Recorder(seen.append), lambda: None)
         due_s += [event.due_s - started_s for event in seen[len(due_s) :]]
     assert sorted(due_s) == pytest.approx([n / 40 for n in range(20)])
     assert all(event.sent_s >= event.due_s and event.reason is None for event in seen)

@@ -120,19 +120,6 @@ def test_a_timeline_is_by_the_second_and_widens_before_it_has_more_than_200_span
     )
 
 
-def test_timelines_of_different_spans_merge_into_the_wider_one() -> None:
-    long, short = Timeline(), Timeline()
-    for second in range(500):
-        long.add(second, 1.0)
-    for tenth in range(1000):
-        short.add(tenth / 10, 2.0)
-    assert (long.span_s, short.span_s) == (4, 1)
-    short.merge(long)
-    assert short.span_s == 4 and short.total().count == 1500
-    assert (short.spans[24].count, short.spans[25].count) == (44, 4)
-    assert short.spans[24].max_s == 2.0 and short.spans[25].max_s == 1.0
-
-
 # ==== Recorder =======================================================================================================
 
 
@@ -258,13 +245,18 @@ def approximately(data: object) -> object:
     return pytest.approx(data, rel=1e-9) if isinstance(data, float) else data
 
 
-@pytest.mark.parametrize("parts", [2, 5])
-def test_what_several_processes_recorded_merges_into_what_one_would_have_recorded(parts: int) -> None:
+def test_events_may_come_in_any_order() -> None:
     events = random_events(1, 3000)
-    merged = Recorder()
-    for part in range(parts):
-        merged.merge(pickle.loads(pickle.dumps(recorded(events[part::parts]))))
-    assert same(merged, recorded(events))
+    assert same(recorded(events[::2] + events[1::2]), recorded(events))
+
+
+def test_what_another_recorder_has_folded_is_taken_over_with_what_is_there_already() -> None:
+    record, other = recorded([event("ping")]), recorded([event("activity"), event("activity", reason=AWAY)])
+    record.take_over(other)
+    assert {name: (seen.count, seen.failed) for name, seen in record.summarise().items()} == {
+        "ping": (1, 0),
+        "activity": (2, 1),
+    }
 
 
 def test_threads_may_record_at_the_same_time() -> None:
