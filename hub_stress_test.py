@@ -868,14 +868,15 @@ class Statistics:
 class Distribution:
     """A latency histogram with buckets 1 % wide, so that an hour costs no more memory than a minute.
 
-    Count, mean, minimum and maximum are exact; a percentile (nearest rank) is within 0.5 %.
+    Count, mean, minimum and maximum are exact; a percentile (nearest rank) is within 0.5 %. What failed is counted
+    beside it.
     """
 
     GROWTH = math.log(1.01)
     SMALLEST_S = 1e-6
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.failed = 0
         self.total_s = 0.0
         self.min_s = math.inf
         self.max_s = -math.inf
@@ -890,14 +891,10 @@ class Distribution:
 
     def merge(self, other: Distribution) -> None:
         self.count += other.count
+        self.failed += other.failed
         self.total_s += other.total_s
         self.min_s, self.max_s = min(self.min_s, other.min_s), max(self.max_s, other.max_s)
         self.buckets.update(other.buckets)
-
-    def share_above(self, seconds: float) -> float:
-        """The share of durations above a limit, which is rounded to the nearest bucket; 0 when there are none."""
-        bucket = math.floor(math.log(seconds) / self.GROWTH)
-        return sum(n for b, n in self.buckets.items() if b > bucket) / self.count if self.count else 0.0
 
     def percentile(self, percent: float) -> float | None:
         """The smallest duration that `percent` of all do not exceed; None when there are none."""
@@ -914,44 +911,6 @@ class Distribution:
             return Statistics()
         percentiles = {f"p{percent}": self.percentile(percent) for percent in (50, 90, 95, 99)}
         return Statistics(min=self.min_s, mean=self.total_s / self.count, max=self.max_s, **percentiles)
-
-
-class Timeline:
-    """Durations by the moment at which they began, in equal spans of time: never more than `SPANS`.
-
-    When there are more, two neighbours become one, so that an hour costs no more memory than a few minutes.
-    """
-
-    SPANS = 200
-
-    def __init__(self) -> None:
-        self.span_s = 1.0
-        self.spans: dict[int, Distribution] = {}
-
-    def add(self, at_s: float, seconds: float) -> None:
-        span = int(at_s // self.span_s)
-        if span not in self.spans:
-            self.spans[span] = Distribution()
-            if len(self.spans) > self.SPANS:
-                self._widen(2 * self.span_s)
-                span = int(at_s // self.span_s)
-        self.spans[span].add(seconds)
-
-    def total(self) -> Distribution:
-        total = Distribution()
-        for distribution in self.spans.values():
-            total.merge(distribution)
-        return total
-
-    def widened(self, span_s: float) -> dict[int, Distribution]:
-        """The same in wider spans."""
-        wider: dict[int, Distribution] = {}
-        for span, distribution in self.spans.items():
-            wider.setdefault(int(span * self.span_s // span_s), Distribution()).merge(distribution)
-        return wider
-
-    def _widen(self, span_s: float) -> None:
-        self.spans, self.span_s = self.widened(span_s), span_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -988,26 +947,45 @@ class OperationTimeline:
 
 
 class Fold:
-    """The events of one operation, folded: how long those took that succeeded, and those that failed."""
+    """The events of one operation, folded: all together, and in spans of time by when they were due.
+
+    There are never more than `SPANS`: two neighbours become one then, so that an hour costs no more memory than a few
+    minutes.
+    """
+
+    SPANS = 200
 
     def __init__(self) -> None:
-        self.latency, self.failed, self.lateness = Timeline(), Timeline(), Distribution()
-        self.count = self.skipped = 0
+        self.latency, self.lateness = Distribution(), Distribution()
+        self.span_s = 1.0
+        self.spans: collections.defaultdict[int, Distribution] = collections.defaultdict(Distribution)
+        self.count = self.late = self.skipped = 0
         self.backoff_s = 0.0
         self.reasons: collections.Counter[Reason] = collections.Counter()
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
     def add(self, event: Event) -> None:
         self.count += 1
+        self.late += event.lateness_s > LATE_SEND_S
         self.backoff_s += event.backoff_s
         self.first_due_s = min(self.first_due_s, event.due_s)
         self.last_ended_s = max(self.last_ended_s, event.ended_s)
         self.lateness.add(event.lateness_s)
+        span = self.spans[int(event.due_s // self.span_s)]
         if event.reason is None:
-            self.latency.add(event.due_s, event.latency_s)
+            self.latency.add(event.latency_s)
+            span.add(event.latency_s)
         else:
-            self.failed.add(event.due_s, event.latency_s)
+            span.failed += 1
             self.reasons[event.reason] += 1
+        if len(self.spans) > self.SPANS:
+            self._widen()
+
+    def _widen(self) -> None:
+        spans, self.span_s = self.spans, 2 * self.span_s
+        self.spans = collections.defaultdict(Distribution)
+        for number, span in spans.items():
+            self.spans[number // 2].merge(span)
 
     def summary(self) -> Operation:
         span_s = self.last_ended_s - self.first_due_s
@@ -1018,7 +996,7 @@ class Fold:
             count=self.count,
             failed=self.reasons.total(),
             rate_per_s=self.count / span_s if span_s > 0 else None,
-            latency_s=self.latency.total().summary(),
+            latency_s=self.latency.summary(),
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
             errors=dict(errors),
@@ -1026,19 +1004,18 @@ class Fold:
         )
 
     def timeline(self, began_s: float) -> OperationTimeline:
-        span_s = max(self.latency.span_s, self.failed.span_s)
-        good, bad = self.latency.widened(span_s), self.failed.widened(span_s)
-        spans = sorted(good.keys() | bad.keys())
-        shown = [good[span].summary() if span in good else Statistics() for span in spans]
+        numbers = sorted(self.spans)
+        spans = [self.spans[number] for number in numbers]
+        shown = [span.summary() for span in spans]
         often: collections.Counter[int] = collections.Counter()
-        for bucket, number in self.latency.total().buckets.items():
+        for bucket, number in self.latency.buckets.items():
             often[bucket // 10] += number
         tenths = range(min(often) - 1, max(often) + 2) if often else ()
         return OperationTimeline(
-            span_s=span_s,
-            at_s=[rounded(max(0.0, (span + 0.5) * span_s - began_s)) for span in spans],
-            count=[good[span].count if span in good else 0 for span in spans],
-            failed=[bad[span].count if span in bad else 0 for span in spans],
+            span_s=self.span_s,
+            at_s=[rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
+            count=[span.count for span in spans],
+            failed=[span.failed for span in spans],
             p50_s=[rounded(one.p50) for one in shown],
             p95_s=[rounded(one.p95) for one in shown],
             max_s=[rounded(one.max) for one in shown],
@@ -1091,10 +1068,13 @@ class Recorder(_Counting):
             self._folds = other._folds | self._folds
 
     def count(self, names: Iterable[str]) -> int:
-        return sum(self._folds[name].count for name in self._folds.keys() & set(names))
+        return sum(fold.count for fold in self._of(names))
 
     def failures(self, names: Iterable[str]) -> int:
-        return sum(self._folds[name].reasons.total() for name in self._folds.keys() & set(names))
+        return sum(fold.reasons.total() for fold in self._of(names))
+
+    def _of(self, names: Iterable[str]) -> list[Fold]:
+        return [self._folds[name] for name in self._folds.keys() & set(names)]
 
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
@@ -1103,10 +1083,8 @@ class Recorder(_Counting):
 
     def late_share(self, names: Iterable[str]) -> float:
         """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
-        lateness = Distribution()
-        for name in self._folds.keys() & set(names):
-            lateness.merge(self._folds[name].lateness)
-        return lateness.share_above(LATE_SEND_S)
+        count = self.count(names)
+        return sum(fold.late for fold in self._of(names)) / count if count else 0.0
 
     def summarise(self) -> dict[str, Operation]:
         with self._lock:

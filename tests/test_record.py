@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 import hub_stress_test as hst
-from hub_stress_test import Distribution, Event, Kind, Reason, Recorder, Statistics, Timeline, Traffic
+from hub_stress_test import Distribution, Event, Kind, Reason, Recorder, Statistics, Traffic
 
 AWAY = Reason(Kind.AWAY, "connection refused")
 REFUSED = Reason(Kind.REFUSED, "500")
@@ -74,19 +74,13 @@ def test_a_duration_of_nothing_is_counted() -> None:
     assert (summary.min, summary.p50, summary.max) == (0.0, pytest.approx(0.0, abs=1e-5), 1.0)
 
 
-def test_distributions_of_several_processes_merge_into_one() -> None:
+def test_distributions_of_neighbouring_spans_merge_into_one() -> None:
     values = [n / 100 for n in range(1, 1000)]
     one, other, both = folded(values[::3]), folded(values[1::3] + values[2::3]), folded(values)
     one.merge(other)
     one.merge(folded([]))
     assert vars(one.summary()) == pytest.approx(vars(both.summary()))
     assert one.buckets == both.buckets and one.count == 999
-
-
-def test_the_share_above_a_limit_is_that_of_its_bucket() -> None:
-    assert folded([n / 100 for n in range(1, 1001)]).share_above(5.0) == pytest.approx(0.5, abs=0.01)
-    assert folded([0.2] * 3 + [0.01]).share_above(0.1) == 0.75
-    assert folded([]).share_above(0.1) == 0
 
 
 @pytest.mark.parametrize(
@@ -104,20 +98,6 @@ def test_a_percentile_of_so_few_that_it_is_but_the_maximum_is_not_told(name: str
     summary = folded([float(n + 1) for n in range(samples)]).summary()
     assert (summary.enough(name, samples) is not None) is told
     assert all(summary.enough(always, 1) is not None for always in ("min", "mean", "p50", "max"))
-
-
-# ==== Timeline =======================================================================================================
-
-
-def test_a_timeline_is_by_the_second_and_widens_before_it_has_more_than_200_spans() -> None:
-    timeline = Timeline()
-    for second in range(3600):
-        timeline.add(second + 0.5, 0.001 * second)
-    assert len(timeline.spans) <= Timeline.SPANS and timeline.span_s == 32
-    assert timeline.spans[3].count == 32 and timeline.spans[3].min_s == pytest.approx(0.096)
-    assert vars(timeline.total().summary()) == pytest.approx(
-        vars(folded([0.001 * second for second in range(3600)]).summary())
-    )
 
 
 # ==== Recorder =======================================================================================================
@@ -279,6 +259,15 @@ def test_a_timeline_counts_every_event_once_from_when_the_run_began() -> None:
     assert (seen.count, seen.failed) == ([4] * 9 + [3], [0] * 9 + [1])
     assert (seen.p50_s[0], seen.max_s[0]) == (0.2, 0.2)
     assert sum(seen.often) == 39 and len(seen.often) == len(seen.latency_s)
+
+
+def test_a_timeline_is_by_the_second_and_widens_before_it_has_more_than_200_spans() -> None:
+    record = recorded([event(at_s=n + 0.5, took_s=0.001 * n, reason=AWAY if n % 4 else None) for n in range(3600)])
+    seen = record.timeline(0.0)["activity"]
+    assert len(seen.at_s) == math.ceil(3600 / 32) and seen.span_s == 32
+    assert (seen.at_s[3], seen.count[3], seen.failed[3], seen.max_s[3]) == (112, 8, 24, 0.124)
+    whole = folded([0.001 * n for n in range(0, 3600, 4)]).summary()
+    assert vars(record.summarise()["activity"].latency_s) == pytest.approx(vars(whole))
 
 
 def traced(events: int, over_s: float) -> int:
