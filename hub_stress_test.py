@@ -1024,27 +1024,14 @@ class Fold:
         )
 
 
-class _Counting:
-    """What threads share through a lock, which stays behind when the rest is sent to another process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-
-class Recorder(_Counting):
+class Recorder:
     """Takes events from any thread: folds them, keeps those of each person's way, hands each on to whoever listens.
 
     `people` has a row for each person, in the order in which their first event came: the step's name to its event.
     """
 
     def __init__(self, *listeners: Callable[[Event], None], people_steps: Collection[str] = ()) -> None:
-        super().__init__()
+        self._lock = threading.Lock()
         self.people: dict[str, dict[str, Event]] = {}
         self._folds: dict[str, Fold] = {}
         self._listeners, self._people_steps = listeners, people_steps
@@ -1108,41 +1095,37 @@ class Http:
     servers: Http | None = None
 
 
-class Traffic(_Counting):
-    """Every request that went to the hub, counted where it is sent; `observer` ones only to watch."""
+class Traffic:
+    """Every request that went to the hub, counted where it is sent; `observer` ones only to watch.
+
+    `counts` has them by what they were ("requests", "retries", "observer_requests") and by the status of their answer.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.requests = self.retries = self.observer_requests = 0
-        self.statuses: collections.Counter[int] = collections.Counter()
+        self._lock = threading.Lock()
+        self.counts: collections.Counter[str | int] = collections.Counter()
 
-    def merge(self, other: Traffic) -> None:
+    def add(self, counts: Mapping[str | int, int]) -> None:
         with self._lock:
-            self.requests += other.requests
-            self.retries += other.retries
-            self.observer_requests += other.observer_requests
-            self.statuses.update(other.statuses)
+            self.counts.update(counts)
 
     def sent(self, observer: bool, again: bool = False) -> None:
-        with self._lock:
-            self.requests += 1
-            self.retries += again
-            self.observer_requests += observer
+        self.add({"requests": 1, "retries": int(again), "observer_requests": int(observer)})
 
     def answered(self, status: int) -> None:
-        with self._lock:
-            self.statuses[status] += 1
+        self.add({status: 1})
 
     def summarise(self) -> Http:
         with self._lock:
-            return Http(
-                requests=self.requests,
-                retries=self.retries,
-                throttled=self.statuses[429],
-                statuses={str(status): n for status, n in sorted(self.statuses.items())},
-                observer_requests=self.observer_requests,
-                observer_share=self.observer_requests / self.requests if self.requests else None,
-            )
+            counts = self.counts.copy()
+        return Http(
+            requests=counts["requests"],
+            retries=counts["retries"],
+            throttled=counts[429],
+            statuses={str(status): counts[status] for status in sorted(s for s in counts if isinstance(s, int))},
+            observer_requests=counts["observer_requests"],
+            observer_share=counts["observer_requests"] / counts["requests"] if counts["requests"] else None,
+        )
 
 
 # ==== Pure rules: what the hub's answers mean ========================================================================
@@ -3187,8 +3170,8 @@ def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, on
             for event in events:
                 record.add(event)
             if end:
-                traffic, cpu_share = end
-                session.traffic.merge(traffic)
+                counts, cpu_share = end
+                session.traffic.add(counts)
                 busiest = max(busiest, cpu_share)
                 waiting.remove(pipe)
         on_tick()
@@ -3204,14 +3187,14 @@ def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> Non
     load_operations(load.operations_file)
     session, events = get_session(token, pool_maxsize=load.open_workers), collections.deque[Event]()
 
-    def hand_on(end: tuple[Traffic, float] | None = None) -> None:
+    def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
         if pipe.poll():  # told to stop, or left alone
             session.stop()
         pipe.send(([events.popleft() for _ in range(len(events))], end))
 
     pipe.send("ready")
     cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), hand_on)
-    hand_on((session.traffic, cpu_share))
+    hand_on((session.traffic.counts, cpu_share))
 
 
 # ==== Watching: pings, and the hub's own figures =====================================================================
@@ -3617,7 +3600,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
         beside, seen = session.beside(), Recorder()
         step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(step_load, beside, seen)
-        session.traffic.merge(beside.traffic)
+        session.traffic.add(beside.traffic.counts)
         if session.stopping.is_set():
             break
         steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))

@@ -179,7 +179,7 @@ def test_a_request_is_retried_whatever_its_method_and_the_retry_is_counted(
     response = session.request(method, endpoint + "/users/nobody/activity", json={})
     assert response.status_code in (404, 405)
     assert len(proxy.requests) == 2
-    assert (session.traffic.retries, session.traffic.requests) == (1, 2)
+    assert (session.traffic.counts["retries"], session.traffic.counts["requests"]) == (1, 2)
 
 
 def test_a_request_is_tried_six_times_with_a_back_off_that_doubles(proxy: FaultProxy, endpoint: str) -> None:

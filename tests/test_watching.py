@@ -283,7 +283,8 @@ def test_the_monitor_looks_before_and_after_and_still_when_the_load_was_stopped(
     first, last = monitor.snapshots[0], monitor.snapshots[-1]
     assert len(monitor.snapshots) >= 2 and first.at_s < last.at_s
     assert 0 < first.get("process_cpu_seconds_total") <= last.get("process_cpu_seconds_total")
-    assert session.traffic.observer_requests == session.traffic.requests == len(monitor.snapshots)
+    http = session.traffic.summarise()
+    assert http.observer_requests == http.requests == len(monitor.snapshots)
 
 
 def test_a_dry_run_does_not_look_at_metrics() -> None:
