@@ -3561,42 +3561,34 @@ class Capacity:
     finished: bool = True  # whether the search came to its end
 
 
-class CapacitySearch:
-    """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %."""
+def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
+    """The highest rate at which no condition was met."""
+    return max((step.rate_per_s for step in steps if not step.held), default=None)
 
-    def __init__(self, first_rate_per_s: float) -> None:
-        self.sustained: float | None = None  # the highest rate at which no condition was met
-        self.broken: float | None = None  # the lowest at which one was
-        self.unknown = False  # whether the generator could not send a rate, so that nothing is known of higher ones
-        self._first = first_rate_per_s
 
-    def next_rate(self) -> float | None:
-        """Requests per second, or None when the answer is known as well as it can be."""
-        if self.unknown:
-            return None
-        if self.broken is None:
-            return self._first if self.sustained is None else self.sustained * 2
-        if self.sustained is None:
-            return self.broken / 2 if self.broken > 1 else None
-        middle = (self.sustained + self.broken) / 2
-        return middle if self.broken > self.sustained * 1.05 else None
+def next_rate(steps: Sequence[CapacityStep], first_rate_per_s: float) -> float | None:
+    """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
-    def tell(self, rate_per_s: float, held: bool | None) -> None:
-        """What came of a rate; None when it could not be sent, which says nothing about the hub."""
-        if held is None:
-            self.unknown = True
-        elif held:
-            self.broken = rate_per_s
-        else:
-            self.sustained = rate_per_s
+    None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
+    hub, and so nothing is known of higher ones.
+    """
+    sustained = sustained_rate(steps)
+    broken = min((step.rate_per_s for step in steps if step.held), default=None)
+    if any(step.generator_bound for step in steps):
+        return None
+    if broken is None:
+        return sustained * 2 if sustained else first_rate_per_s
+    if sustained is None:
+        return broken / 2 if broken > 1 else None
+    return (sustained + broken) / 2 if broken > sustained * 1.05 else None
 
 
 def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
     """Search for the highest rate that the hub sustains; `record` gets the events of that step."""
-    search = CapacitySearch(load.rate_per_s or CAPACITY_FIRST_RATE_PER_S)
+    first_rate_per_s = load.rate_per_s or CAPACITY_FIRST_RATE_PER_S
     steps: list[CapacityStep] = []
     best = Recorder()
-    while (rate := search.next_rate()) and not session.stopping.is_set() and not session.hub_is_gone:
+    while (rate := next_rate(steps, first_rate_per_s)) and not session.stopping.is_set() and not session.hub_is_gone:
         beside, seen = session.beside(), Recorder()
         step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(step_load, beside, seen)
@@ -3605,14 +3597,13 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
             break
         steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))
         LOG.info("At %.4g per second: %s", rate, steps[-1].held or "sustained")
-        held = None if steps[-1].generator_bound else steps[-1].held is not None
-        best = seen if held is False else best
-        search.tell(rate, held)
+        best = best if steps[-1].held else seen
         _drain_hub(Hub(load.endpoint, session), load.users[0])
     record.take_over(best)
-    reports_per_s = (search.sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
+    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
+    reports_per_s = (sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
     servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
-    return Capacity(search.sustained, servers, search.unknown, steps, search.next_rate() is None)
+    return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None)
 
 
 def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:

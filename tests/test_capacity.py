@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,32 +15,31 @@ import hub_stress_test as hst
 REPORTS = matching("POST", "/activity$")
 
 
+def searched(first_rate_per_s: float, truth: float, sendable: float = math.inf) -> list[hst.CapacityStep]:
+    """The steps of a search on a hub that sustains `truth`, by a generator that can send so much."""
+    steps: list[hst.CapacityStep] = []
+    while (rate := hst.next_rate(steps, first_rate_per_s)) and len(steps) < 40:
+        held = "too slow" if rate > min(truth, sendable) else None
+        steps.append(hst.CapacityStep(rate, rate, 0.01, 0, held, generator_bound=rate > sendable))
+    return steps
+
+
 @pytest.mark.parametrize("truth", [1.2, 3, 17, 128, 131.5, 4000])
 def test_the_search_ends_within_five_percent_below_the_truth(truth: float) -> None:
-    search = hst.CapacitySearch(16)
-    for _ in range(40):
-        if (rate := search.next_rate()) is None:
-            break
-        search.tell(rate, rate > truth)
-    assert search.next_rate() is None
-    assert search.sustained is not None and search.sustained <= truth < search.sustained * 1.06
+    steps = searched(16, truth)
+    sustained = hst.sustained_rate(steps)
+    assert len(steps) < 40
+    assert sustained is not None and sustained <= truth < sustained * 1.06
 
 
 def test_a_hub_that_sustains_not_even_one_request_a_second_is_given_up() -> None:
-    search = hst.CapacitySearch(16)
-    tried = []
-    while (rate := search.next_rate()) and len(tried) < 40:
-        tried.append(rate)
-        search.tell(rate, True)
-    assert (tried, search.sustained) == ([16, 8, 4, 2, 1], None)
+    steps = searched(16, 0)
+    assert ([step.rate_per_s for step in steps], hst.sustained_rate(steps)) == ([16, 8, 4, 2, 1], None)
 
 
 def test_a_rate_that_the_generator_cannot_send_is_no_finding_about_the_hub() -> None:
-    search = hst.CapacitySearch(100)
-    search.tell(100, False)
-    assert search.next_rate() == 200
-    search.tell(200, None)
-    assert (search.next_rate(), search.sustained, search.unknown) == (None, 100, True)
+    steps = searched(100, 1000, sendable=150)
+    assert ([step.rate_per_s for step in steps], hst.sustained_rate(steps)) == ([100, 200], 100)
 
 
 def test_the_capacity_of_a_known_server_is_found(tmp_path: Path) -> None:
