@@ -5069,7 +5069,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(words)
     args.fail_if = (*(args.fail_if or ()), *vars(args).pop("fail_if_too", ()))
     args.endpoint = args.endpoint or endpoint_from_environment()
-    args.token = args.token or token_from_environment()
+    args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
 
@@ -5077,11 +5077,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def endpoint_from_environment() -> str | None:
     """The hub's API as the environment has it. Raises `UsageError`."""
     return _from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
-
-
-def token_from_environment() -> Secret | None:
-    """The token as the environment has it. Raises `UsageError`."""
-    return _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
 
 
 def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
@@ -5094,29 +5089,37 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
     return None
 
 
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The plan that a command line asks for."""
+    given = vars(args)
+    return Plan(
+        **{field.name: given[field.name] for field in dataclasses.fields(Plan) if given.get(field.name) is not None}
+    )
+
+
 def validate(args: argparse.Namespace) -> None:
     """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence."""
+    plan = plan_of(args)
     for name in ("count", "batch_size", "workers"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
+        if (value := getattr(plan, name)) < 1:
             raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
-    if getattr(args, "dry_run", False):
-        if getattr(args, "find_capacity", False):
+    if plan.dry_run:
+        if plan.find_capacity:
             raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
         args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("no-token-is-sent")
-    _validate_rehearsal(args)
-    if getattr(args, "processes", 1) > getattr(args, "workers", 1):
-        raise UsageError(f"--processes {args.processes} is more than --workers {args.workers}: each needs a thread")
-    load_operations(getattr(args, "operations", None))
-    if unknown := sorted((getattr(args, "mix", None) or {}).keys() - OPERATIONS.keys()):
+    _validate_rehearsal(plan)
+    if plan.processes > plan.workers:
+        raise UsageError(f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread")
+    load_operations(plan.operations)
+    if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
         raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
-    for one in getattr(args, "fail_if", None) or ():
+    for one in plan.fail_if:
         name = one.metric.rpartition(".")[0]
         if name and name not in STEPS.keys() | OPERATIONS.keys():
             raise UsageError(f"--fail-if {one.text!r}: there is no operation {name!r}")
-        if one.relative and not args.baseline:
+        if one.relative and not plan.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
-    if getattr(args, "report", None) and not optional("plotly"):
+    if plan.report and not optional("plotly"):
         raise UsageError("--report needs plotly, which is not installed: pip install plotly")
     missing = {
         "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
@@ -5126,8 +5129,8 @@ def validate(args: argparse.Namespace) -> None:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
-def _validate_rehearsal(args: argparse.Namespace) -> None:
-    given = {name for name, value in vars(args).items() if value}
+def _validate_rehearsal(plan: Plan) -> None:
+    given = {name for name in OPTIONS if getattr(plan, name)}
     for one, other, why_not in (
         ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
         ("stay_s", "keep", "lets each leave, and --keep nobody"),
@@ -5138,16 +5141,8 @@ def _validate_rehearsal(args: argparse.Namespace) -> None:
     for one, other in (("notebook", "work"), ("seed", "within_s")):
         if one in given and other not in given:
             raise UsageError(f"{OPTIONS[one].flag} has a meaning only with {OPTIONS[other].flag}")
-    if "work" in given and not optional("websocket"):
+    if plan.work and not optional("websocket"):
         raise UsageError("--work needs websocket-client, which is not installed: pip install websocket-client")
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
-    """The plan that a valid command line asks for."""
-    given = vars(args)
-    return Plan(
-        **{field.name: given[field.name] for field in dataclasses.fields(Plan) if given.get(field.name) is not None}
-    )
 
 
 class _Redacting(logging.Formatter):
@@ -5191,10 +5186,8 @@ def _log_path(log_to_file: bool | str) -> str:
 
     try:
         if log_to_file is True:
-            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
             path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
-            if os.path.exists(path):
-                path = path.replace(".log", f"-{os.urandom(3).hex()}.log")
         else:
             path = str(log_to_file)
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
