@@ -5040,22 +5040,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line. Options of all commands stand before or after the command."""
+    """The parser of the command line, which sets only what is given.
+
+    Options of all commands stand before or after the command.
+    """
+    only_given: Json = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, **only_given)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    defaults = vars(Plan())
-    everywhere = {name: row for name, row in OPTIONS.items() if row.on == COMMANDS and name != "cleanup_timeout_s"}
-    for name, row in everywhere.items():
-        row.add_to(parser, dest=name, default=defaults[name] or None)
+    for name, row in OPTIONS.items():
+        if row.on == COMMANDS and name != "cleanup_timeout_s":
+            row.add_to(parser, dest=name)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        sub = commands.add_parser(command, help=COMMAND_HELP[command], allow_abbrev=False)
+        sub = commands.add_parser(command, help=COMMAND_HELP[command], **only_given)
         for name, row in OPTIONS.items():
-            if name in everywhere:  # a default here would undo what was given before the command
-                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name, default=argparse.SUPPRESS)
-            elif command in row.on:
-                row.add_to(sub, dest=name, default=defaults[name])
+            if command in row.on:
+                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name)
     return parser
 
 
@@ -5066,8 +5067,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    args = build_parser().parse_args(words)
-    args.fail_if = (*(args.fail_if or ()), *vars(args).pop("fail_if_too", ()))
+    args = build_parser().parse_args(words, argparse.Namespace(**vars(Plan()) | {"fail_if": []}))
+    args.fail_if = (*args.fail_if, *vars(args).pop("fail_if_too", ()))
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
@@ -5091,10 +5092,7 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
-    given = vars(args)
-    return Plan(
-        **{field.name: given[field.name] for field in dataclasses.fields(Plan) if given.get(field.name) is not None}
-    )
+    return Plan(**vars(args))
 
 
 def validate(args: argparse.Namespace) -> None:
