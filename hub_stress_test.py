@@ -3293,31 +3293,27 @@ def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: floa
     return Snapshot(at_s, figures)
 
 
-class Monitor:
+class Monitor(Regularly):
     """While the `with` block runs, reads the hub's own metrics every 5 seconds, and once before and after.
 
     `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do).
     """
 
     def __init__(self, endpoint: str, session: HubSession, wanted: bool) -> None:
+        super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
         self._url = endpoint.removesuffix("/api") + "/metrics"
         self._session = session.for_cleaning_up()  # so that it sees the hub also after the load was stopped
         self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
         self._looking, self._wanted = threading.Lock(), wanted
-        self._looks = Regularly("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         if wanted and not self._parser:
             self.missing = "prometheus-client is not installed: pip install prometheus-client"
             LOG.info("The hub's own figures are not read, since %s", self.missing)
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> None:
         self.look()
-        self._looks.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._looks.__exit__()
+        super().__enter__()
 
     def look(self) -> None:
         """Take one more snapshot, unless there is a reason why none can be had."""
