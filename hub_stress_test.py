@@ -280,8 +280,8 @@ def first_free_index(names: Iterable[str], run: str = "") -> int:
 
 def natural(name: str) -> tuple[str, int]:
     """A sort key by which the second user comes before the tenth."""
-    digits = re.search("[0-9]*$", name)
-    return (name[: digits.start()], int(digits[0] or 0)) if digits else (name, 0)
+    text = name.rstrip("0123456789")
+    return text, int(name[len(text) :] or 0)
 
 
 def names_text(names: Iterable[str]) -> str:
