@@ -3190,7 +3190,8 @@ def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> Non
     def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
         if pipe.poll():  # told to stop, or left alone
             session.stop()
-        pipe.send(([events.popleft() for _ in range(len(events))], end))
+        with contextlib.suppress(OSError):
+            pipe.send(([events.popleft() for _ in range(len(events))], end))
 
     pipe.send("ready")
     cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), hand_on)
