@@ -18,7 +18,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from cache import installed
+from processes import clean_environment, end_now, free_port, start_process
 
 ROLE_SCOPES = ("admin:users", "servers", "read:metrics")  # the role that the README tells operators to paste
 PINS = dict.fromkeys("123", ["sqlalchemy<2"])  # which hubs of these versions need beside them
@@ -91,19 +93,14 @@ def hub_python(version: str | None) -> str:
     """The interpreter that has this JupyterHub: this one, or that of an environment made for it on first use."""
     if version is None:
         return sys.executable
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hub-stress-test"
-    home = cache / f"jupyterhub-{version}-py{sys.version_info[0]}.{sys.version_info[1]}"
-    if not home.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=cache))
-        pins = PINS.get(version.partition(".")[0], [])
-        subprocess.run([sys.executable, "-m", "venv", building], check=True)
-        pip = [str(building / "bin/python"), "-m", "pip", "install", "-qq", f"jupyterhub=={version}", *pins]
+    packages = [f"jupyterhub=={version}", *PINS.get(version.partition(".")[0], [])]
+
+    def install(home: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        pip = [str(home / "bin/python"), "-m", "pip", "install", "-qq", *packages]
         subprocess.run(pip, check=True, stdout=sys.stderr)
-        try:
-            building.rename(home)
-        except OSError:  # somebody else was faster
-            shutil.rmtree(building)
+
+    home = installed(f"jupyterhub-{version}-py{sys.version_info[0]}.{sys.version_info[1]}", install)
     return str(home / "bin/python")
 
 
@@ -152,17 +149,19 @@ class LocalHub:
             self.options.database if self.options.database == "memory" else str(Path(self.options.database).absolute())
         )
         options = json.dumps(dataclasses.asdict(self.options) | secret | {"database": database})
-        config = Path(__file__).with_name("localhub_config.py")
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [hub_python(self.options.version), "-W", "ignore", "-c", BOOT, "-f", config],
-                env=_clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
-                cwd=self._directory,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self._process = start_process(
+            [
+                hub_python(self.options.version),
+                "-W",
+                "ignore",
+                "-c",
+                BOOT,
+                "-f",
+                Path(__file__).with_name("localhub_config.py"),
+            ],
+            clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
+            self.log_path,
+        )
         until_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if not self.running or time.monotonic() > until_s:
@@ -186,10 +185,8 @@ class LocalHub:
 
     def kill(self) -> None:
         """End the hub as a crash would."""
-        assert self._process and self._process.stdin
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
+        assert self._process
+        end_now(self._process)
 
     def restart(self) -> None:
         """Crash and boot again, at the same port with the same tokens."""
@@ -226,20 +223,6 @@ class LocalHub:
 
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def _clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB_", "CONFIGPROXY_"))}
-
-
-def free_port() -> int:
-    """A port that nobody has, below those that the system gives out, so that it is still free after a restart."""
-    for _ in range(1000):
-        port = 20000 + secrets.randbelow(12000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("there is no free port between 20000 and 32000")
 
 
 def run_beside(hub: LocalHub, command: list[str]) -> int:

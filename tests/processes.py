@@ -1,0 +1,54 @@
+"""Processes that end with their launcher, and ports for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def start_process(
+    command: Sequence[str | Path], environment: Mapping[str, str], log_path: Path
+) -> subprocess.Popen[bytes]:
+    """Start it, with a session of its own, in the directory of its log.
+
+    Its standard input closes when the launcher ends, which is its sign to end too.
+    """
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=log_path.parent,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def end_now(process: subprocess.Popen[bytes]) -> None:
+    """End it as a crash would."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what is meant for other hubs."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB_", "CONFIGPROXY_"))}
+
+
+def free_port() -> int:
+    """A port that nobody has, below those that the system gives out, so that it is still free after a restart."""
+    for _ in range(1000):
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("there is no free port between 20000 and 32000")
