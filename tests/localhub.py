@@ -5,7 +5,9 @@ As a library: `with LocalHub(spawn_s=1.0) as hub: ...`. As a command it wraps an
     python tests/localhub.py --spawn 1.0 -- hub-stress-test stress-test --count 20
 
 which finds the hub in JUPYTERHUB_ENDPOINT and JUPYTERHUB_API_TOKEN. There is no proxy and no container, and servers are
-stubs, so that hundreds start on two cores; `--real-servers` starts real ones. The hub ends with its launcher.
+stubs, so that hundreds start on two cores. `--real-proxy` puts a configurable-http-proxy in front, through which people
+reach their servers; `--real-servers` starts real ones. The hub
+ends with its launcher, and all that belongs to it.
 """
 
 from __future__ import annotations
@@ -25,14 +27,25 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache import installed
-from processes import clean_environment, end_now, free_port, start_process
+from processes import clean_environment, end_now, free_port, kill_all, processes_in, start_process
+
+if TYPE_CHECKING:
+    from real_proxy import RealProxy
 
 ROLE_SCOPES = ("admin:users", "servers", "read:metrics")  # the role that the README tells operators to paste
 PINS = dict.fromkeys("123", ["sqlalchemy<2"])  # which hubs of these versions need beside them
+SERVER_PINS = {  # which servers go with these versions, in place of the newest
+    "1": (
+        *("jupyterlab==3.2.9", "notebook==6.4.*", "jupyter-server==1.13.*", "ipykernel==6.15.*", "tornado==6.2.*"),
+        *("jupyter-client<8", "pyzmq<25", "six"),
+    ),
+    "2": ("jupyterlab==3.6.8", "notebook==6.5.*", "jupyter-server==1.24.*", "ipykernel==6.29.*", "tornado==6.4.*"),
+}
 START_TIMEOUT_S = 30.0
+KERNELS_END_WITHIN_S = 10.0  # after their servers
 # Half of JupyterHub 6's boot goes into a grammar for checking addresses in event schemas, which it can do without.
 BOOT = "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterhub.app import main; main()"
 
@@ -80,6 +93,10 @@ class HubOptions:
     bystanders: int = option("--bystanders", 0, "so many users exist beside alice and the look-alikes (0)", "USERS")
     admins: tuple[str, ...] = option("--admin", (), "an admin of this name exists; repeatable (none)", "NAME")
     real_servers: bool = option("--real-servers", False, "servers are jupyterhub-singleuser instead of stubs")
+    real_proxy: bool = option("--real-proxy", False, "people come through configurable-http-proxy, a real one")
+    proxy_version: str = option(
+        "--proxy-version", "5.3.0", "this version of the real proxy, installed on first use (5.3.0)", "X.Y.Z"
+    )
     database: str = option(
         "--database", "memory", "users are kept in this sqlite file, and outlive a restart (memory)", "FILE"
     )
@@ -89,35 +106,54 @@ class HubOptions:
     )
 
 
-def hub_python(version: str | None) -> str:
+def hub_python(version: str | None, with_servers: bool = False) -> str:
     """The interpreter that has this JupyterHub: this one, or that of an environment made for it on first use."""
     if version is None:
         return sys.executable
-    packages = [f"jupyterhub=={version}", *PINS.get(version.partition(".")[0], [])]
+    major = version.partition(".")[0]
+    packages = [f"jupyterhub=={version}", *PINS.get(major, [])]
+    if with_servers:
+        packages += SERVER_PINS.get(major, ("jupyterlab>=4", "ipykernel"))
 
     def install(home: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         pip = [str(home / "bin/python"), "-m", "pip", "install", "-qq", *packages]
         subprocess.run(pip, check=True, stdout=sys.stderr)
 
-    home = installed(f"jupyterhub-{version}-py{sys.version_info[0]}.{sys.version_info[1]}", install)
+    python = f"py{sys.version_info[0]}.{sys.version_info[1]}"
+    home = installed(f"jupyterhub-{version}-{python}" + "-servers" * with_servers, install)
     return str(home / "bin/python")
 
 
 class LocalHub:
-    """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own."""
+    """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
+
+    A real proxy is a process beside the hub: it outlives its crashes, and ends with the block.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.options = HubOptions(**options)
         self.token, self._oracle_token = secrets.token_hex(16), secrets.token_hex(16)
-        self.port = free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}{self.options.base_url}hub/api"
+        self.visit_token = secrets.token_hex(16)  # of a service that may enter servers and nothing else
         self._directory = Path(tempfile.mkdtemp(prefix="localhub-"))
         self.log_path = self._directory / "hub.log"
+        self.port = free_port()
+        own_url = f"http://127.0.0.1:{self.port}{self.options.base_url}"
+        self.hub_endpoint = own_url + "hub/api"  # at the hub's own port, as a pod beside the hub reaches it
+        self._proxy = self._proxy_to(own_url) if self.options.real_proxy else None
+        self.public_url = f"http://127.0.0.1:{self.proxy.port}{self.options.base_url}" if self._proxy else own_url
+        self.endpoint = self.public_url + "hub/api"
         self._process: subprocess.Popen[bytes] | None = None
+
+    def _proxy_to(self, hub_url: str) -> RealProxy:
+        from real_proxy import RealProxy  # which needs a package that a plain hub does without
+
+        return RealProxy(self.options.proxy_version, hub_url, self._directory / "proxy.log")
 
     def __enter__(self) -> LocalHub:
         try:
+            if self._proxy:
+                self._proxy.start()
             self.start()
         except BaseException:
             self.__exit__()
@@ -126,7 +162,18 @@ class LocalHub:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        if self._proxy:
+            self._proxy.stop()
+        if self.options.real_servers:
+            self._end_kernels()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _end_kernels(self) -> None:
+        """Wait for the kernels of servers that had no time to end them, which look for their server every second."""
+        until_s = time.monotonic() + KERNELS_END_WITHIN_S
+        while (left := processes_in(self._directory)) and time.monotonic() < until_s:
+            time.sleep(0.05)
+        kill_all(left)
 
     @property
     def pid(self) -> int:
@@ -139,26 +186,30 @@ class LocalHub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a command needs to find this hub."""
-        return {"JUPYTERHUB_ENDPOINT": self.endpoint, "JUPYTERHUB_API_TOKEN": self.token}
+        """What a command needs to find this hub, and to visit its servers."""
+        found = {"JUPYTERHUB_ENDPOINT": self.endpoint, "JUPYTERHUB_API_TOKEN": self.token}
+        if self._proxy and not (self.options.version or "").startswith("1."):  # which has no scopes
+            found["JUPYTERHUB_VISIT_TOKEN"] = self.visit_token
+        return found
 
     def start(self) -> None:
         """Boot, and return when the hub answers. Raises `RuntimeError` with the end of its log."""
-        secret = {"port": self.port, "token": self.token, "oracle_token": self._oracle_token}
+        given = {
+            "port": self.port,
+            "token": self.token,
+            "visit_token": self.visit_token,
+            "oracle_token": self._oracle_token,
+            "public_url": self.public_url,
+            "proxy_api_url": self._proxy.api_url if self._proxy else "",
+            "proxy_token": self._proxy.token if self._proxy else "",
+        }
         database = (
             self.options.database if self.options.database == "memory" else str(Path(self.options.database).absolute())
         )
-        options = json.dumps(dataclasses.asdict(self.options) | secret | {"database": database})
+        options = json.dumps(dataclasses.asdict(self.options) | given | {"database": database})
+        python = hub_python(self.options.version, with_servers=self.options.real_servers)
         self._process = start_process(
-            [
-                hub_python(self.options.version),
-                "-W",
-                "ignore",
-                "-c",
-                BOOT,
-                "-f",
-                Path(__file__).with_name("localhub_config.py"),
-            ],
+            [python, "-W", "ignore", "-c", BOOT, "-f", Path(__file__).with_name("localhub_config.py")],
             clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
             self.log_path,
         )
@@ -193,11 +244,30 @@ class LocalHub:
         self.kill()
         self.start()
 
+    # ---- The public side --------------------------------------------------------------------------------------------
+
+    @property
+    def proxy(self) -> RealProxy:
+        """The real proxy: its pid, ports, routes and log."""
+        assert self._proxy, "there is one with real_proxy=True"
+        return self._proxy
+
+    def stop_proxy(self) -> None:
+        """End the proxy as a crash would."""
+        self.proxy.stop()
+
+    def start_proxy(self) -> None:
+        """Boot the proxy again, at the same port, and have the hub give it its routes back."""
+        self.proxy.start()
+        self.call("POST", "/proxy")
+
+    # ---- The oracle -------------------------------------------------------------------------------------------------
+
     def call(self, method: str, path: str, body: Any = None, accept: str = "application/json") -> tuple[int, Any]:
         """Status and JSON of a request with an admin's token. Raises `OSError` when the hub does not answer."""
         headers = {"Authorization": f"token {self._oracle_token}", "Accept": accept}
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.endpoint + path, data, headers, method=method)
+        request = urllib.request.Request(self.hub_endpoint + path, data, headers, method=method)
         try:
             with _DIRECTLY.open(request, timeout=90) as response:
                 return response.status, json.loads(response.read() or b"null")

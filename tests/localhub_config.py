@@ -19,7 +19,7 @@ from typing import Any
 
 from jupyterhub import version_info
 from jupyterhub.auth import DummyAuthenticator
-from jupyterhub.proxy import Proxy
+from jupyterhub.proxy import ConfigurableHTTPProxy, Proxy
 from jupyterhub.spawner import SimpleLocalProcessSpawner, Spawner
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -123,9 +123,13 @@ def _end_with_the_launcher() -> None:
 threading.Thread(target=_end_with_the_launcher, daemon=True).start()
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
-c.JupyterHub.bind_url = f"http://127.0.0.1:{OPTIONS['port']}{OPTIONS['base_url']}"
+c.JupyterHub.bind_url = OPTIONS["public_url"]
 c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{OPTIONS['port']}{OPTIONS['base_url']}"
-c.JupyterHub.proxy_class = NoProxy
+c.JupyterHub.proxy_class = ConfigurableHTTPProxy if OPTIONS["real_proxy"] else NoProxy
+if OPTIONS["real_proxy"]:
+    c.ConfigurableHTTPProxy.should_start = False
+    c.ConfigurableHTTPProxy.api_url = OPTIONS["proxy_api_url"]
+    c.ConfigurableHTTPProxy.auth_token = OPTIONS["proxy_token"]
 c.JupyterHub.db_url = "sqlite://" if OPTIONS["database"] == "memory" else f"sqlite:///{OPTIONS['database']}"
 c.JupyterHub.cookie_secret = b"0" * 32
 c.JupyterHub.log_level = "INFO"
@@ -147,12 +151,15 @@ c.Spawner.start_timeout = OPTIONS["start_timeout_s"]
 c.Spawner.consecutive_failure_limit = OPTIONS["consecutive_failure_limit"]
 c.SimpleLocalProcessSpawner.home_dir_template = tempfile.gettempdir() + "/{username}"
 c.Spawner.args = ["--allow-root"] if OPTIONS["real_servers"] else []
-c.Spawner.environment = {"JUPYTERHUB_SINGLEUSER_APP": "jupyter_server.serverapp.ServerApp"}
+if not OPTIONS["real_proxy"]:  # nobody sees its pages
+    c.Spawner.environment = {"JUPYTERHUB_SINGLEUSER_APP": "jupyter_server.serverapp.ServerApp"}
 c.JupyterHub.services = [
     {"name": "oracle", "api_token": OPTIONS["oracle_token"], "admin": True},
     {"name": "hub-stress-test", "api_token": OPTIONS["token"], "admin": version_info[0] < 2},
 ]
+SCOPES = {"hub-stress-test": list(OPTIONS["scopes"])}
+if OPTIONS["real_proxy"]:
+    c.JupyterHub.services += [{"name": "hub-stress-test-visits", "api_token": OPTIONS["visit_token"]}]
+    SCOPES["hub-stress-test-visits"] = ["access:servers"]
 if version_info[0] >= 2:
-    c.JupyterHub.load_roles = [
-        {"name": "hub-stress-test", "scopes": list(OPTIONS["scopes"]), "services": ["hub-stress-test"]}
-    ]
+    c.JupyterHub.load_roles = [{"name": name, "scopes": scopes, "services": [name]} for name, scopes in SCOPES.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 
 def start_process(
-    command: Sequence[str | Path], environment: Mapping[str, str], log_path: Path
+    command: Sequence[str | Path], environment: Mapping[str, str], log_path: Path, stdout: int | None = None
 ) -> subprocess.Popen[bytes]:
     """Start it, with a session of its own, in the directory of its log.
 
@@ -24,7 +25,7 @@ def start_process(
             env=environment,
             cwd=log_path.parent,
             stdin=subprocess.PIPE,
-            stdout=log,
+            stdout=log if stdout is None else stdout,
             stderr=log,
             start_new_session=True,
         )
@@ -37,6 +38,22 @@ def end_now(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe:
             pipe.close()
+
+
+def processes_in(directory: Path) -> list[int]:
+    """The processes that work in this directory or below it."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
+            if Path(os.readlink(link).removesuffix(" (deleted)")).is_relative_to(directory):
+                found.append(int(link.parent.name))
+    return found
+
+
+def kill_all(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def clean_environment() -> dict[str, str]:
@@ -52,3 +69,11 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise RuntimeError("there is no free port between 20000 and 32000")
+
+
+def free_ports(count: int) -> list[int]:
+    """As many free ports, each another one."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
