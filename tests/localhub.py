@@ -6,7 +6,7 @@ As a library: `with LocalHub(spawn_s=1.0) as hub: ...`. As a command it wraps an
 
 which finds the hub in JUPYTERHUB_ENDPOINT and JUPYTERHUB_API_TOKEN. There is no proxy and no container, and servers are
 stubs, so that hundreds start on two cores. `--real-proxy` puts a configurable-http-proxy in front, through which people
-reach their servers; `--real-servers` starts real ones. The hub
+reach their servers; `--real-servers` starts real ones, and `--stub-labs` starts stubs with pages and kernels. The hub
 ends with its launcher, and all that belongs to it.
 """
 
@@ -93,6 +93,12 @@ class HubOptions:
     bystanders: int = option("--bystanders", 0, "so many users exist beside alice and the look-alikes (0)", "USERS")
     admins: tuple[str, ...] = option("--admin", (), "an admin of this name exists; repeatable (none)", "NAME")
     real_servers: bool = option("--real-servers", False, "servers are jupyterhub-singleuser instead of stubs")
+    stub_labs: bool = option("--stub-labs", False, "servers are stubs with start pages, kernels and websockets")
+    kernel_start_s: float = option(
+        "--kernel-start", 0.33, "a kernel of a stub lab takes so many seconds to start (0.33)", "SECONDS"
+    )
+    cell_s: float = option("--cell", 0.01, "a cell of a stub lab takes so many seconds at least (0.01)", "SECONDS")
+    any_token: bool = option("--any-token", False, "stub labs let any token in, without a request to the hub")
     real_proxy: bool = option("--real-proxy", False, "people come through configurable-http-proxy, a real one")
     proxy_version: str = option(
         "--proxy-version", "5.3.0", "this version of the real proxy, installed on first use (5.3.0)", "X.Y.Z"
@@ -128,7 +134,7 @@ def hub_python(version: str | None, with_servers: bool = False) -> str:
 class LocalHub:
     """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
 
-    A real proxy is a process beside the hub: it outlives its crashes, and ends with the block.
+    A real proxy and the stub labs are processes beside the hub: they outlive its crashes, and end with the block.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -144,6 +150,8 @@ class LocalHub:
         self.public_url = f"http://127.0.0.1:{self.proxy.port}{self.options.base_url}" if self._proxy else own_url
         self.endpoint = self.public_url + "hub/api"
         self._process: subprocess.Popen[bytes] | None = None
+        self._labs: subprocess.Popen[bytes] | None = None
+        self._labs_url = ""
 
     def _proxy_to(self, hub_url: str) -> RealProxy:
         from real_proxy import RealProxy  # which needs a package that a plain hub does without
@@ -154,6 +162,8 @@ class LocalHub:
         try:
             if self._proxy:
                 self._proxy.start()
+            if self.options.stub_labs:
+                self._start_labs()
             self.start()
         except BaseException:
             self.__exit__()
@@ -164,6 +174,8 @@ class LocalHub:
         self.stop()
         if self._proxy:
             self._proxy.stop()
+        if self._labs:
+            end_now(self._labs)
         if self.options.real_servers:
             self._end_kernels()
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -202,6 +214,7 @@ class LocalHub:
             "public_url": self.public_url,
             "proxy_api_url": self._proxy.api_url if self._proxy else "",
             "proxy_token": self._proxy.token if self._proxy else "",
+            "labs_url": self._labs_url,
         }
         database = (
             self.options.database if self.options.database == "memory" else str(Path(self.options.database).absolute())
@@ -260,6 +273,30 @@ class LocalHub:
         """Boot the proxy again, at the same port, and have the hub give it its routes back."""
         self.proxy.start()
         self.call("POST", "/proxy")
+
+    # ---- The stub labs ----------------------------------------------------------------------------------------------
+
+    @property
+    def labs_pid(self) -> int:
+        assert self._labs, "there is one with stub_labs=True"
+        return self._labs.pid
+
+    def truth(self) -> dict[str, Any]:
+        """What happened at the stub labs: see singleuser_stub.py."""
+        with _DIRECTLY.open(f"{self._labs_url}/truth", timeout=30) as response:
+            found: dict[str, Any] = json.load(response)
+        return found
+
+    def _start_labs(self) -> None:
+        wanted = {name: getattr(self.options, name) for name in ("kernel_start_s", "cell_s", "any_token")}
+        command = [sys.executable, Path(__file__).with_name("singleuser_stub.py"), json.dumps(wanted)]
+        log_path = self._directory / "labs.log"
+        self._labs = start_process(command, clean_environment(), log_path, stdout=subprocess.PIPE)
+        assert self._labs.stdout
+        port = self._labs.stdout.readline().decode().strip()
+        if not port:
+            raise RuntimeError(f"the stub labs did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
+        self._labs_url = f"http://127.0.0.1:{port}"
 
     # ---- The oracle -------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,11 @@ from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
 from typing import Any
 
-from jupyterhub import version_info
+from jupyterhub import __version__, version_info
 from jupyterhub.auth import DummyAuthenticator
 from jupyterhub.proxy import ConfigurableHTTPProxy, Proxy
 from jupyterhub.spawner import SimpleLocalProcessSpawner, Spawner
+from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
@@ -73,7 +74,11 @@ class StubSpawner(Spawner):
         if _is_chosen(number, wish["fail_rate"]):
             self.running = False
             raise RuntimeError("no node has 4 GB of memory free")
-        return "127.0.0.1", _stub_port()
+        return "127.0.0.1", await self.listen()
+
+    async def listen(self) -> int:
+        """The port at which the server is from now on."""
+        return _stub_port()
 
     async def progress(self) -> AsyncIterator[dict[str, Any]]:
         """As spawners of clusters do: what is going on, one after the other."""
@@ -101,6 +106,36 @@ def _stub_port() -> int:
         HTTPServer(Application([(".*", AnyAnswer)], log_function=lambda handler: None)).add_sockets(sockets)
         StubSpawner.port = sockets[0].getsockname()[1]
     return StubSpawner.port
+
+
+class StubLabSpawner(StubSpawner):
+    """Servers of another process (singleuser_stub.py), with pages and kernels, each at a port of its own."""
+
+    lab_port = 0
+
+    async def listen(self) -> int:
+        variables = {name: value for name, value in self.get_env().items() if name.startswith("JUPYTERHUB_")}
+        answer = await self._ask("POST", "", json.dumps({"environment": variables, "hub_version": __version__}))
+        self.lab_port = json.loads(answer.body)["port"]
+        return self.lab_port
+
+    async def stop(self, now: bool = False) -> None:
+        await super().stop(now)
+        await self._ask("DELETE", f"/{self.lab_port}")
+
+    async def poll(self) -> int | None:
+        return None if (await self._ask("GET", f"/{self.lab_port}")).code == 204 else 0
+
+    async def _ask(self, method: str, path: str, body: str | None = None) -> Any:
+        url = f"{OPTIONS['labs_url']}/servers{path}"
+        return await AsyncHTTPClient().fetch(url, method=method, body=body, raise_error=False)
+
+    def get_state(self) -> dict[str, Any]:
+        return super().get_state() | {"lab_port": self.lab_port}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.lab_port = state.get("lab_port", 0)
 
 
 class RealSpawner(SimpleLocalProcessSpawner):
@@ -146,7 +181,8 @@ c.Authenticator.allowed_users = {
     *(f"bystander-{n:04}" for n in range(1, OPTIONS["bystanders"] + 1)),
 }
 c.Authenticator.admin_users = set(OPTIONS["admins"])
-c.JupyterHub.spawner_class = RealSpawner if OPTIONS["real_servers"] else StubSpawner
+stub_class = StubLabSpawner if OPTIONS["stub_labs"] else StubSpawner
+c.JupyterHub.spawner_class = RealSpawner if OPTIONS["real_servers"] else stub_class
 c.Spawner.start_timeout = OPTIONS["start_timeout_s"]
 c.Spawner.consecutive_failure_limit = OPTIONS["consecutive_failure_limit"]
 c.SimpleLocalProcessSpawner.home_dir_template = tempfile.gettempdir() + "/{username}"

@@ -1,0 +1,681 @@
+"""A stub of single-user servers with kernels: one process is the servers of hundreds of people.
+
+`LocalHub(stub_labs=True)` runs it. Each server listens on a port of its own and answers as `jupyterhub-singleuser` with
+JupyterLab does: it checks tokens with the hub, shows a start page, and has kernels whose websockets speak the protocol
+of Jupyter. test_singleuser_stub.py compares the two. It runs no code: `outcome_of` knows a few cells by sight, and any
+other cell succeeds without output.
+
+The control port starts, ends and polls servers, and GET /truth says what happened, to compare with what a client saw:
+the `cells` with the moments (of `time.monotonic`) at which each was received and its last message sent, the
+`requests` by path and status, the `open_websockets`, `kernels` and `servers`, and the `hub_checks` of tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import enum
+import json
+import mimetypes
+import os
+import re
+import resource
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Coroutine
+from datetime import datetime, timezone
+from typing import Any
+from urllib.parse import unquote, urlencode
+
+from aiohttp import ClientError, ClientSession, ClientTimeout, WSMsgType, web
+
+POST_KERNEL_S, DELETE_KERNEL_S, FIRST_CELL_EXTRA_S = 0.027, 0.12, 0.07  # as measured on real servers
+DEATH_NOTICED_S, RESTART_S = 2.6, 0.3
+TOKEN_CACHE_S = 300.0
+PING_S, SILENCE_S = 30.0, 90.0
+MESSAGE_BYTES = 10 * 1024 * 1024
+OUTPUT_BYTES = 3_000_000  # more output than this within 3 s is dropped
+
+PAGE = ("<!doctype html><html><head><title>JupyterLab</title></head><body>" + "x" * 4400 + "</body></html>").encode()
+STATIC_BYTES = 112_000  # the mean size of the 44 files that JupyterLab fetches
+JSON_BYTES = {  # what JupyterLab also fetches when it opens, and how much that is
+    "api/config": 40,
+    "api/contents": 600,
+    "api/kernelspecs": 700,
+    "api/me": 250,
+    "api/sessions": 2,
+    "api/terminals": 2,
+    "lab/api/build": 70,
+    "lab/api/settings": 142_000,
+    "lab/api/translations": 100,
+    "lab/api/workspaces": 300,
+    "lab/extensions": 2,
+    "lsp/status": 300,
+}
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """How long kernels take, and whether tokens are checked."""
+
+    kernel_start_s: float = 0.33
+    cell_s: float = 0.01
+    any_token: bool = False
+
+
+# ==== Cells ==========================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a cell does."""
+
+    takes_s: float = 0.0
+    result: str | None = None
+    output: str = ""
+    error: tuple[str, str] | None = None
+    dies: bool = False
+
+
+def outcome_of(code: str) -> Outcome:
+    """What the code would do, as far as it is one of the few cells that are known."""
+    code = code.strip()
+    if found := re.fullmatch(r"(\d+) ?\* ?(\d+)", code):
+        return Outcome(result=str(int(found[1]) * int(found[2])))
+    if found := re.fullmatch(r"import time\s*[;\n]\s*time\.sleep\(([\d.]+)\)", code):
+        return Outcome(takes_s=float(found[1]))
+    if found := re.fullmatch(r"raise (\w+)(?:\((?:(['\"])(.*)\2)?\))?", code):
+        return Outcome(error=(found[1], found[3] or ""))
+    if found := re.fullmatch(r"print\((['\"])(.)\1 ?\* ?([\d_]+)\)", code):
+        return Outcome(output=found[2] * int(found[3]) + "\n")
+    if re.fullmatch(r"input\(.*\)", code):
+        reason = "raw_input was called, but this frontend does not support input requests."
+        return Outcome(error=("StdinNotImplementedError", reason))
+    if re.fullmatch(r"import os\s*[;\n]\s*os\._exit\(\d+\)", code):
+        return Outcome(dies=True)
+    return Outcome()
+
+
+# ==== Truth ==========================================================================================================
+
+
+@dataclasses.dataclass
+class Cell:
+    """A cell that was received. `sent_s` is None until its last message is on its way."""
+
+    server: str
+    kernel: str
+    msg_id: str
+    received_s: float
+    sent_s: float | None = None
+
+
+class Truth:
+    """What happened, on all servers."""
+
+    def __init__(self) -> None:
+        self.cells: list[Cell] = []
+        self.requests: dict[str, Counter[int]] = {}
+        self.hub_checks = 0
+
+    def count(self, method: str, parts: list[str], status: int) -> None:
+        """Count a request. Kernels have no identity here, and static files no name."""
+        if parts[:2] == ["api", "kernels"] and len(parts) > 2:
+            parts = [*parts[:2], "ID", *parts[3:]]
+        elif parts[0] == "static":
+            parts = parts[:1]
+        self.requests.setdefault(f"{method} /{'/'.join(parts)}", Counter())[status] += 1
+
+
+# ==== Kernels ========================================================================================================
+
+
+def message(kind: str, channel: str, content: Json, parent: Json, session: str) -> str:
+    """A message of the kernel protocol, as a frame of the websocket."""
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "msg_type": kind,
+        "username": "username",
+        "session": session,
+        "date": now(),
+        "version": "5.4",
+    }
+    identity = {"msg_id": header["msg_id"], "msg_type": kind, "channel": channel}
+    rest = {"parent_header": parent, "metadata": {}, "content": content, "buffers": []}
+    return json.dumps(identity | {"header": header} | rest)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+class Kernel:
+    """A kernel that runs nothing: it takes requests one after the other, and tells all its websockets."""
+
+    def __init__(self, server: str, behaviour: Behaviour, truth: Truth) -> None:
+        self.id = str(uuid.uuid4())
+        self.name = "python3"
+        self.state = "starting"
+        self.last_activity = now()
+        self.sockets: set[web.WebSocketResponse] = set()
+        self.listens = asyncio.Event()
+        self._server, self._behaviour, self._truth = server, behaviour, truth
+        self._session = uuid.uuid4().hex
+        self._executed = 0
+        self._requests: asyncio.Queue[tuple[web.WebSocketResponse, Json, Cell | None]] = asyncio.Queue()
+        self._interrupted = asyncio.Event()
+        self._life = asyncio.create_task(self._live())
+
+    def model(self) -> Json:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "last_activity": self.last_activity,
+            "execution_state": self.state,
+            "connections": len(self.sockets),
+        }
+
+    async def greet(self, socket: web.WebSocketResponse) -> None:
+        """Send what the server's own question to the kernel leaves on every new websocket."""
+        self.state = "idle"
+        parent = {"msg_id": uuid.uuid4().hex, "msg_type": "kernel_info_request", "session": self._session}
+        for state in ("busy", "idle"):
+            await socket.send_str(message("status", "iopub", {"execution_state": state}, parent, self._session))
+
+    def receive(self, socket: web.WebSocketResponse, text: str) -> None:
+        """Queue a request. Raises `ValueError` or `KeyError` when it is no message."""
+        request = json.loads(text)
+        header = request["header"]
+        cell = None
+        if header["msg_type"] == "execute_request":
+            cell = Cell(self._server, self.id, header["msg_id"], time.monotonic())
+            self._truth.cells.append(cell)
+        self._requests.put_nowait((socket, request, cell))
+
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
+    async def end(self) -> None:
+        """Stop for good; websockets stay open, and hear nothing any more."""
+        self._life.cancel()
+        parent = {"msg_id": uuid.uuid4().hex, "msg_type": "shutdown_request", "session": self._session}
+        await self._tell("status", {"execution_state": "busy"}, parent)
+        await self._tell("shutdown_reply", {"status": "ok", "restart": False}, parent)
+        await self._tell("status", {"execution_state": "idle"}, parent)
+
+    async def _live(self) -> None:
+        await asyncio.sleep(self._behaviour.kernel_start_s)
+        self.listens.set()
+        while True:
+            socket, request, cell = await self._requests.get()
+            header = request["header"]
+            if cell:
+                await self._execute(socket, request, cell)
+            elif header["msg_type"] == "kernel_info_request":
+                await self._tell("status", {"execution_state": "busy"}, header)
+                info = {"status": "ok", "protocol_version": "5.4", "implementation": "ipython", "banner": ""}
+                await self._reply(socket, "kernel_info_reply", info, header)
+                await self._tell("status", {"execution_state": "idle"}, header)
+
+    async def _execute(self, socket: web.WebSocketResponse, request: Json, cell: Cell) -> None:
+        header, code = request["header"], request["content"]["code"]
+        outcome = outcome_of(code)
+        self._executed += 1
+        self.state, self.last_activity = "busy", now()
+        numbered: Json = {"execution_count": self._executed}
+        await self._tell("status", {"execution_state": "busy"}, header)
+        await self._tell("execute_input", {"code": code} | numbered, header)
+        if outcome.dies:
+            await self._die()
+            return
+        overhead_s = self._behaviour.cell_s + (FIRST_CELL_EXTRA_S if self._executed == 1 else 0.0)
+        failed = ("KeyboardInterrupt", "") if await self._pause(outcome.takes_s + overhead_s) else outcome.error
+        reply = {"status": "ok", "user_expressions": {}, "payload": []} | numbered
+        if outcome.output:
+            await self._tell("stream", stream(outcome.output), header)
+        if failed:
+            error = {"ename": failed[0], "evalue": failed[1], "traceback": [": ".join(failed)]}
+            await self._tell("error", error, header)
+            reply |= {"status": "error"} | error
+        elif outcome.result is not None:
+            shown = {"data": {"text/plain": outcome.result}, "metadata": {}}
+            await self._tell("execute_result", shown | numbered, header)
+        self.state, self.last_activity = "idle", now()
+        first, last = [
+            self._reply(socket, "execute_reply", reply, header),
+            self._tell("status", {"execution_state": "idle"}, header),
+        ][:: 1 if self._executed % 2 else -1]  # a real kernel keeps to neither order
+        await first
+        cell.sent_s = time.monotonic()
+        await last
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait; whether an interrupt came meanwhile."""
+        self._interrupted.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(self._interrupted.wait(), seconds)
+        return False
+
+    async def _die(self) -> None:
+        """Be restarted by the server, which takes a while to notice; what was asked for meanwhile is lost."""
+        for state, after_s in (("restarting", DEATH_NOTICED_S), ("starting", RESTART_S)):
+            await asyncio.sleep(after_s)
+            self.state = state
+            await self._tell("status", {"execution_state": state}, {})
+        self._executed = 0
+        while not self._requests.empty():
+            self._requests.get_nowait()
+
+    async def _tell(self, kind: str, content: Json, parent: Json) -> None:
+        """Send to all websockets."""
+        frame = message(kind, "iopub", content, parent, self._session)
+        for socket in list(self.sockets):
+            await _send(socket, frame)
+
+    async def _reply(self, socket: web.WebSocketResponse, kind: str, content: Json, parent: Json) -> None:
+        await _send(socket, message(kind, "shell", content, parent, self._session))
+
+
+def stream(output: str) -> Json:
+    """Output as it is sent, or the note in its place when it is too much."""
+    if len(output) <= OUTPUT_BYTES:
+        return {"name": "stdout", "text": output}
+    note = "IOPub data rate exceeded.\nThe Jupyter server will temporarily stop sending output\nto the client.\n"
+    return {"name": "stderr", "text": note}
+
+
+async def _send(socket: web.WebSocketResponse, frame: str) -> None:
+    with contextlib.suppress(ConnectionError, RuntimeError):  # it has gone
+        await socket.send_str(frame)
+
+
+# ==== Servers ========================================================================================================
+
+
+class Access(enum.Enum):
+    """What a request may do: its token is not known, is not allowed here, or is allowed."""
+
+    UNKNOWN = enum.auto()
+    FORBIDDEN = enum.auto()
+    ALLOWED = enum.auto()
+
+
+class Refusal(Exception):
+    """A response in place of the one that was asked for."""
+
+    def __init__(self, response: web.Response) -> None:
+        self.response = response
+
+
+class HubCannotCheck(Exception):
+    """The hub did not say whose token it is. The status and message are those that the client gets."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status, self.message = status, message
+
+
+class Server:
+    """One person's server, as JupyterHub's variables describe it. It speaks to its hub through the session."""
+
+    def __init__(
+        self, environment: dict[str, str], hub_version: str, behaviour: Behaviour, truth: Truth, hub: ClientSession
+    ) -> None:
+        self.port = 0  # until it listens
+        self.kernels: dict[str, Kernel] = {}
+        self.started = now()
+        self.name = environment["JUPYTERHUB_USER"]
+        self.prefix = unquote(environment["JUPYTERHUB_SERVICE_PREFIX"])
+        self._environment, self._hub_version = environment, hub_version
+        self._behaviour, self._truth, self._hub = behaviour, truth, hub
+        self._access_of: dict[str, tuple[float, Access]] = {}  # by token, until a moment
+        self._http = web.Server(self._answer, access_log=None)
+        self._listener: asyncio.Server | None = None
+
+    @property
+    def listening(self) -> bool:
+        return self._listener is not None
+
+    # ---- Life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(self._http, "127.0.0.1", 0, backlog=1024)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def announce(self) -> None:
+        """Tell the hub what a real server tells it when it starts."""
+        token = self._environment["JUPYTERHUB_API_TOKEN"]
+        named = self._environment.get("JUPYTERHUB_SERVER_NAME", "")
+        activity = {"last_activity": self.started, "servers": {named: {"last_activity": self.started}}}
+        with contextlib.suppress(ClientError, asyncio.TimeoutError):
+            await self._ask_hub("GET", self._environment["JUPYTERHUB_API_URL"], token)
+            await self._ask_hub("POST", self._environment["JUPYTERHUB_ACTIVITY_URL"], token, activity)
+
+    async def end(self) -> None:
+        """Close the port and every connection, without a goodbye."""
+        if self._listener is None:
+            return
+        self._listener.close()
+        self._listener = None
+        for kernel in self.kernels.values():
+            kernel.sockets.clear()
+            await kernel.end()
+        self.kernels.clear()
+        for connection in self._http.connections:
+            connection.force_close()
+        await self._http.shutdown(0.1)
+
+    # ---- Tokens -----------------------------------------------------------------------------------------------------
+
+    async def _access(self, request: web.BaseRequest) -> Access:
+        """What the request may do; the hub is asked once for each token, and refusals are remembered too."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() not in ("token", "bearer") or not token:
+            return Access.UNKNOWN
+        if self._behaviour.any_token:
+            return Access.ALLOWED
+        until_s, access = self._access_of.get(token, (0.0, Access.UNKNOWN))
+        if until_s < time.monotonic():
+            access = self._access_with(await self._owner(token))
+            self._access_of[token] = time.monotonic() + TOKEN_CACHE_S, access
+        return access
+
+    async def _owner(self, token: str) -> Json | None:
+        """The hub's model of the token's owner; None when the hub does not know it."""
+        self._truth.hub_checks += 1
+        try:
+            status, model = await self._ask_hub("GET", self._environment["JUPYTERHUB_API_URL"] + "/user", token)
+        except (ClientError, asyncio.TimeoutError) as error:
+            raise HubCannotCheck(500, "Failed to connect to Hub API") from error
+        if status >= 500:
+            raise HubCannotCheck(502, "Failed to check authorization (upstream problem)")
+        return model if status == 200 else None
+
+    def _access_with(self, owner: Json | None) -> Access:
+        if owner is None:
+            return Access.UNKNOWN
+        if "scopes" not in owner:  # a hub before 2.0
+            return Access.ALLOWED if owner["name"] == self.name else Access.FORBIDDEN
+        listed = self._environment.get("JUPYTERHUB_OAUTH_ACCESS_SCOPES") or self._environment["JUPYTERHUB_OAUTH_SCOPES"]
+        enough = {"access:servers", *json.loads(listed)}
+        return Access.ALLOWED if enough & set(owner["scopes"]) else Access.FORBIDDEN
+
+    async def _ask_hub(self, method: str, url: str, token: str, body: Json | None = None) -> tuple[int, Any]:
+        headers = {"Authorization": f"token {token}"}
+        async with self._hub.request(method, url, json=body, headers=headers, allow_redirects=False) as response:
+            content = await response.read()
+            return response.status, json.loads(content) if response.status == 200 and content else None
+
+    # ---- Requests ---------------------------------------------------------------------------------------------------
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.path
+        parts = path.removeprefix(self.prefix).split("/") if path.startswith(self.prefix) else ["?"]
+        try:
+            response = await self._route(request, parts)
+        except Refusal as refusal:
+            response = refusal.response
+        except HubCannotCheck as error:
+            response = _refused(error.status, error.message)
+        if isinstance(response, web.WebSocketResponse):
+            return response  # which is over, and was counted when it was opened
+        if parts != [""] and parts[-1] != "channels":  # as it is
+            response.headers["X-JupyterHub-Version"] = self._hub_version
+        self._truth.count(request.method, parts, response.status)
+        return response
+
+    async def _route(self, request: web.BaseRequest, parts: list[str]) -> web.StreamResponse:
+        match request.method, parts:
+            case "GET", [""]:
+                return _redirect(self.prefix + "lab?")
+            case "GET", ["api"]:
+                await self._access(request)
+                return web.json_response({"version": "2.0.0"})
+            case "GET", ["static", *_, name]:
+                kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+                return web.Response(body=bytes(STATIC_BYTES), content_type=kind)
+            case "GET", ["lab"] | ["lab", "tree", *_]:
+                await self._let_in_to_page(request)
+                return web.Response(body=PAGE, content_type="text/html")
+            case "GET", ["api", "kernels", kernel_id, "channels"]:
+                await self._let_in_to_socket(request)
+                if kernel_id not in self.kernels:
+                    return _not_found_page()
+                return await self._channels(request, self.kernels[kernel_id])
+            case _, ["api", "kernels", *rest]:
+                await self._let_in_to_api(request)
+                return await self._kernels(request, rest)
+            case "GET", ["api", "status"]:
+                await self._let_in_to_api(request)
+                return web.json_response(self._status())
+            case "POST", ["api", "shutdown"]:
+                await self._let_in_to_api(request)
+                asyncio.get_running_loop().call_later(0.05, in_background, self.end())
+                return web.Response()
+            case "GET", _ if size := _size_of_json("/".join(parts)):
+                await self._let_in_to_api(request)
+                return web.json_response({"stub": "x" * size})
+        return _not_found_page()
+
+    async def _let_in_to_page(self, request: web.BaseRequest) -> None:
+        access = await self._access(request)
+        if access is Access.UNKNOWN:
+            raise Refusal(self._login())
+        if access is Access.FORBIDDEN:
+            refused = _forbidden_page()
+            self._set_state(refused, uuid.uuid4().hex)
+            raise Refusal(refused)
+
+    async def _let_in_to_socket(self, request: web.BaseRequest) -> None:
+        if await self._access(request) is not Access.ALLOWED:
+            raise Refusal(_forbidden_page())
+
+    async def _let_in_to_api(self, request: web.BaseRequest) -> None:
+        access = await self._access(request)
+        if access is Access.UNKNOWN and request.method != "GET":
+            raise Refusal(_refused(403, f"'_xsrf' argument missing from {request.method}"))
+        if access is not Access.ALLOWED:
+            raise Refusal(_refused(403, "Forbidden"))
+
+    def _login(self) -> web.Response:
+        state = uuid.uuid4().hex
+        query = {
+            "client_id": self._environment["JUPYTERHUB_CLIENT_ID"],
+            "redirect_uri": self._environment["JUPYTERHUB_OAUTH_CALLBACK_URL"],
+            "response_type": "code",
+            "state": state,
+        }
+        base = self._environment["JUPYTERHUB_BASE_URL"]
+        response = _redirect(f"{base}hub/api/oauth2/authorize?{urlencode(query)}")
+        self._set_state(response, state)
+        return response
+
+    def _set_state(self, response: web.Response, state: str) -> None:
+        response.set_cookie(f"{self._environment['JUPYTERHUB_CLIENT_ID']}-oauth-state", state, path=self.prefix)
+
+    def _status(self) -> Json:
+        return {
+            "started": self.started,
+            "last_activity": max([self.started, *(kernel.last_activity for kernel in self.kernels.values())]),
+            "connections": sum(len(kernel.sockets) for kernel in self.kernels.values()),
+            "kernels": len(self.kernels),
+        }
+
+    # ---- Kernels ----------------------------------------------------------------------------------------------------
+
+    def _kernel(self, kernel_id: str) -> Kernel:
+        if kernel_id not in self.kernels:
+            raise Refusal(_refused(404, f"Kernel does not exist: {kernel_id}"))
+        return self.kernels[kernel_id]
+
+    async def _kernels(self, request: web.BaseRequest, rest: list[str]) -> web.Response:
+        match request.method, rest:
+            case "GET", []:
+                return web.json_response([kernel.model() for kernel in self.kernels.values()])
+            case "POST", []:
+                return await self._start_kernel(await request.text())
+            case "GET", [kernel_id]:
+                return web.json_response(self._kernel(kernel_id).model())
+            case "DELETE", [kernel_id]:
+                self._kernel(kernel_id)
+                kernel = self.kernels.pop(kernel_id)
+                await kernel.end()
+                await asyncio.sleep(DELETE_KERNEL_S)
+                return web.Response(status=204)
+            case "POST", [kernel_id, "interrupt"]:
+                self._kernel(kernel_id).interrupt()
+                return web.Response(status=204)
+        return _refused(404, "Not Found")
+
+    async def _start_kernel(self, body: str) -> web.Response:
+        try:
+            wanted = json.loads(body or "{}")
+        except ValueError:
+            return _refused(400, "Invalid JSON in body of request")
+        if wanted.get("name", "python3") != "python3":
+            return _refused(500, "Unhandled error")
+        await asyncio.sleep(POST_KERNEL_S)
+        kernel = Kernel(self.name, self._behaviour, self._truth)
+        self.kernels[kernel.id] = kernel
+        return web.json_response(
+            kernel.model(), status=201, headers={"Location": f"{self.prefix}api/kernels/{kernel.id}"}
+        )
+
+    async def _channels(self, request: web.BaseRequest, kernel: Kernel) -> web.StreamResponse:
+        """A websocket, which is granted when the kernel listens."""
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            return web.Response(status=400, text='Can "Upgrade" only to "WebSocket".', content_type="text/html")
+        await kernel.listens.wait()
+        socket = web.WebSocketResponse(autoping=False, compress=False, max_msg_size=MESSAGE_BYTES)
+        socket.headers["X-JupyterHub-Version"] = self._hub_version
+        await socket.prepare(request)
+        self._truth.count("GET", ["api", "kernels", kernel.id, "channels"], 101)
+        kernel.sockets.add(socket)
+        await kernel.greet(socket)
+        pings = asyncio.create_task(_keep_up(socket, request))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is no message ends the connection
+            await _listen(socket, kernel)
+        pings.cancel()
+        kernel.sockets.discard(socket)
+        return socket
+
+
+_running: set[asyncio.Task[None]] = set()
+
+
+def in_background(work: Coroutine[Any, Any, None]) -> None:
+    """Run it beside the rest, and keep it until it is over."""
+    task = asyncio.get_running_loop().create_task(work)
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+
+
+async def _listen(socket: web.WebSocketResponse, kernel: Kernel) -> None:
+    async for frame in socket:
+        if frame.type == WSMsgType.TEXT:
+            kernel.receive(socket, frame.data)
+        elif frame.type == WSMsgType.PING:
+            await socket.pong(frame.data)
+        elif frame.type == WSMsgType.PONG:
+            socket["pong_at"] = time.monotonic()
+
+
+async def _keep_up(socket: web.WebSocketResponse, request: web.BaseRequest) -> None:
+    """Ping, and drop a client that does not answer."""
+    socket["pong_at"] = time.monotonic()
+    while time.monotonic() - socket["pong_at"] < SILENCE_S:
+        await asyncio.sleep(PING_S)
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            await asyncio.wait_for(socket.ping(), PING_S)
+    if request.transport:
+        request.transport.abort()
+
+
+def _size_of_json(path: str) -> int | None:
+    return next((size for prefix, size in JSON_BYTES.items() if path == prefix or path.startswith(prefix + "/")), None)
+
+
+def _redirect(location: str) -> web.Response:
+    return web.Response(status=302, headers={"Location": location}, content_type="text/html")
+
+
+def _refused(status: int, reason: str) -> web.Response:
+    return web.json_response({"message": reason, "reason": None}, status=status)
+
+
+def _not_found_page() -> web.Response:
+    return web.Response(status=404, text="<html>404 : Not Found</html>", content_type="text/html")
+
+
+def _forbidden_page() -> web.Response:
+    return web.Response(status=403, text="<html>403 : Forbidden</html>", content_type="text/html")
+
+
+# ==== The process ====================================================================================================
+
+
+class Stub:
+    """All servers, and the control port."""
+
+    def __init__(self, behaviour: Behaviour, hub: ClientSession) -> None:
+        self._behaviour, self._hub = behaviour, hub
+        self._truth = Truth()
+        self._servers: dict[int, Server] = {}
+
+    async def control(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Serve a request to the control port."""
+        match request.method, request.path.split("/")[1:]:
+            case "GET", ["truth"]:
+                return web.json_response(self.truth())
+            case "POST", ["servers"]:
+                asked = await request.json()
+                server = Server(asked["environment"], asked["hub_version"], self._behaviour, self._truth, self._hub)
+                await server.start()
+                self._servers[server.port] = server
+                in_background(server.announce())
+                return web.json_response({"port": server.port}, status=201)
+            case "DELETE", ["servers", port] if int(port) in self._servers:
+                await self._servers.pop(int(port)).end()
+                return web.Response(status=204)
+            case "GET", ["servers", port] if int(port) in self._servers and self._servers[int(port)].listening:
+                return web.Response(status=204)
+        return web.Response(status=404)
+
+    def truth(self) -> Json:
+        servers = [server for server in self._servers.values() if server.listening]
+        kernels = [kernel for server in servers for kernel in server.kernels.values()]
+        return {
+            "cells": [dataclasses.asdict(cell) for cell in self._truth.cells],
+            "requests": self._truth.requests,
+            "hub_checks": self._truth.hub_checks,
+            "servers": len(servers),
+            "kernels": len(kernels),
+            "open_websockets": sum(len(kernel.sockets) for kernel in kernels),
+        }
+
+
+async def serve(behaviour: Behaviour) -> None:
+    """Serve at a control port, which is printed, until the launcher ends."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    async with ClientSession(timeout=ClientTimeout(total=20)) as hub:
+        loop = asyncio.get_running_loop()
+        control = web.Server(Stub(behaviour, hub).control, access_log=None)
+        listener = await loop.create_server(control, "127.0.0.1", 0, backlog=1024)
+        print(listener.sockets[0].getsockname()[1], flush=True)
+        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        await listener.serve_forever()
+
+
+def _end_with_launcher() -> None:
+    os.read(0, 1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(Behaviour(**json.loads(sys.argv[1]))))
