@@ -173,11 +173,12 @@ def test_each_person_has_a_row_of_those_steps_that_are_kept_in_the_order_in_whic
     assert record.people["b"]["stay"].user == "b"
 
 
-def test_a_runs_recorder_keeps_the_steps_that_are_drawn_person_by_person() -> None:
+def test_a_runs_recorder_keeps_the_steps_of_each_persons_way() -> None:
     record = hst.new_recorder()
     for step in hst.STEPS:
         record.add(Event(step, "a", 0, 0, 1))
-    assert record.people["a"].keys() == {"server_ready", "start_server", "stay"}
+    of_people = {*hst.PERSONAL, "start_server", "at_work", "stop_server"}
+    assert record.people["a"].keys() == of_people
 
 
 def test_every_event_is_handed_on_to_each_listener() -> None:
