@@ -2695,8 +2695,8 @@ def work(person: Visitor, site: Site) -> Iterator[Event | float]:
 
 def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Keep the server, then look whether it is still there: it failed if the server was lost. Raises `HubRefused`."""
-    session, began_s = site.hub.session, person.since_s
-    person.works_s = person.works_s or began_s
+    session = site.hub.session
+    person.works_s = began_s = person.works_s or person.since_s
     site.gathering.settle(person.name)
     while session.clock() < person.leaves_s(site):
         yield person.leaves_s(site)

@@ -439,7 +439,7 @@ class Server:
                 return web.json_response({"version": "2.0.0"})
             case "GET", ["static", *_, name]:
                 kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-                return web.Response(body=bytes(STATIC_BYTES), content_type=kind)
+                return web.Response(body=bytes(int(request.query.get("bytes", STATIC_BYTES))), content_type=kind)
             case "GET", ["lab"] | ["lab", "tree", *_]:
                 await self._let_in_to_page(request)
                 return web.Response(body=PAGE, content_type="text/html")
