@@ -460,6 +460,7 @@ class Recording:
 
 
 SECRETS = frozenset({"token", "code", "state", "_xsrf"})  # parameters that stay in the recording
+BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
 def recording(text: str) -> Recording:
@@ -468,9 +469,9 @@ def recording(text: str) -> Recording:
         with open(text, encoding="utf-8-sig") as file:
             entries = [(one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]]
         urls = [(urllib.parse.urlsplit(asked["url"]), status) for asked, status in entries if asked["method"] == "GET"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be read as a HAR file ({error})") from None
-    below = [(re.search("/user/([^/]+)/(.*)", url.path), url, status) for url, status in urls if status >= 200]
     names = collections.Counter(match[1] for match, _, _ in below if match)
     rows = [
         (match[2] + _without_secrets(url.query), status)
@@ -511,7 +512,7 @@ SIX_TIMES_SEVEN = Code("6*7")
 def notebook(text: str) -> Notebook:
     """The code cells of a notebook, or of a Python file in percent format; one tagged raises-exception may raise."""
     try:
-        with open(text, encoding="utf-8") as file:
+        with open(text, encoding="utf-8-sig") as file:
             content = file.read()
         cells = list(_cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -2133,9 +2134,10 @@ class PublicSide:
         """The URL of the server in a user model; None where there is none, or it is on somebody else's host."""
         if state_in(reply) is not ServerState.READY:
             return None
-        url = urllib.parse.urljoin(self.url, str(reply.data["servers"][""].get("url") or reply.data.get("server")))
+        told = reply.data["servers"][""].get("url") or reply.data.get("server")
+        url = urllib.parse.urljoin(self.url, str(told))
         host, home = urllib.parse.urlsplit(url).hostname or "", urllib.parse.urlsplit(self.url).hostname or ""
-        return url if host == home or host.endswith(f".{home}") else None
+        return url if told and (host == home or host.endswith(f".{home}")) else None
 
 
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
