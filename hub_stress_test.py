@@ -3899,7 +3899,7 @@ People = Mapping[str, Mapping[str, Event]]
 
 
 def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
-    """What became of so many people; one who failed after getting to work is counted in both."""
+    """What became of so many people: each got to work or failed; one who failed after that is counted in both."""
     ends = [next((row[step] for step in PERSONAL if step in row and row[step].reason), None) for row in rows.values()]
     bad = [(end, end.reason.text) for end in ends if end and end.reason]
     reasons = collections.Counter(text for _, text in bad)
@@ -4698,10 +4698,10 @@ def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -
     """How many servers were waiting (throttled), starting, ready, in use, failed and lost at so many moments."""
     due, asked, ended = (sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s))
     ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
-    lost, left, works = (
-        sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.left_s, servers.works_s)
-    )
-    gone = sorted(at for at, began in zip(servers.left_s, servers.works_s) if at is not None and began is not None)
+    lost, works = (sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.works_s))
+    ends = [min((at for at in both if at is not None), default=None) for both in zip(servers.lost_s, servers.left_s)]
+    over = sorted(at for at, good in zip(ends, servers.ready) if at is not None and good)
+    gone = sorted(at for at, began in zip(ends, servers.works_s) if at is not None and began is not None)
     moments = [until_s * n / points for n in range(points + 1)]
     count = bisect.bisect_right
     return {
@@ -4709,9 +4709,7 @@ def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -
         "waiting": [count(due, at) - count(asked, at) for at in moments],
         "starting": [count(asked, at) - count(ended, at) for at in moments],
         "at work": [count(works, at) - count(gone, at) for at in moments],
-        "ready": [
-            count(ready, at) - count(lost, at) - count(left, at) - count(works, at) + count(gone, at) for at in moments
-        ],
+        "ready": [count(ready, at) - count(over, at) - count(works, at) + count(gone, at) for at in moments],
         "failed": [count(ended, at) - count(ready, at) for at in moments],
         "lost": [count(lost, at) for at in moments],
     }
