@@ -1,8 +1,13 @@
-"""Real hubs for every test."""
+"""Real hubs for every test, and surroundings that some need."""
 
 from __future__ import annotations
 
+import logging
+import os
+import site
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from localhub import LocalHub
@@ -48,6 +53,30 @@ def make_hub() -> Iterator[Callable[..., LocalHub]]:
     yield make
     for hub in hubs:
         hub.__exit__()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a Python without site-packages finds requests and urllib3 with what they need."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("requests", "urllib3", "idna", "certifi", "charset_normalizer"):
+        (folder / name).symlink_to(next(Path(p) / name for p in site.getsitepackages() if (Path(p) / name).exists()))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB")}
+    return clean | {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `setup_logging` changes for the whole program is as it was, afterwards."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    root, chatty = logging.getLogger(), logging.getLogger("urllib3")
+    before = root.handlers[:], root.level, chatty.level
+    root.handlers.clear()  # which it would close
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    chatty.setLevel(before[2])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -6,10 +6,8 @@ import argparse
 import dataclasses
 import itertools
 import json
-import logging
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -432,19 +430,6 @@ def test_runs_in_one_second_do_not_share_a_log(tmp_path: Path) -> None:
     for _ in range(3):
         assert run_tool("--dry-run", "--log-to-file", "purge", env=env).code == 0  # purge is the command, not the file
     assert len(list(tmp_path.glob("hub-stress-test-*.log"))) == 3
-
-
-@pytest.fixture
-def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `setup_logging` changes for the whole program is as it was, afterwards."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    root, chatty = logging.getLogger(), logging.getLogger("urllib3")
-    before = root.handlers[:], root.level, chatty.level
-    root.handlers.clear()  # which it would close
-    yield
-    root.handlers[:] = before[0]
-    root.setLevel(before[1])
-    chatty.setLevel(before[2])
 
 
 def test_a_log_shows_no_token_not_even_in_a_traceback(

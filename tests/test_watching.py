@@ -9,7 +9,6 @@ import os
 import pty
 import random
 import re
-import site
 import statistics
 import struct
 import subprocess
@@ -293,17 +292,6 @@ def test_a_dry_run_does_not_look_at_metrics() -> None:
     with monitor:
         monitor.look()
     assert (wire.asked, monitor.snapshots, monitor.missing) == ([], [], "")
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> dict[str, str]:
-    """An environment in which a Python without site-packages finds requests and urllib3 with what they need."""
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    for name in ("requests", "urllib3", "idna", "certifi", "charset_normalizer"):
-        (folder / name).symlink_to(next(Path(p) / name for p in site.getsitepackages() if (Path(p) / name).exists()))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB")}
-    return clean | {"PYTHONPATH": str(folder)}
 
 
 def test_with_nothing_but_its_two_needs_it_does_its_whole_job_and_says_what_is_missing(

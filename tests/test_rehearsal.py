@@ -1,0 +1,946 @@
+"""The rehearsal: what people do is read from files and options, judged, counted and told; then twelve do it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from localhub import LocalHub
+from made_up import ENDPOINT, HubWithUsers
+from test_summary import results_of, told
+from tool import MODULE, NOWHERE, refused_usage, run_tool
+
+import hub_stress_test as hst
+from hub_stress_test import Event, Kind, Reason
+
+# ==== The recording of a page ========================================================================================
+
+OURS = "https://hub.example.org/user/alice/"
+
+
+def entry(url: str, status: Any = 200, method: str = "GET") -> dict[str, Any]:
+    return {"request": {"method": method, "url": url}, "response": {"status": status}}
+
+
+def har(*entries: Any) -> str:
+    return json.dumps({"log": {"entries": entries}})
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Callable[..., list[tuple[str, int]]]:
+    """What is taken over of a recording with these entries."""
+
+    def read(*entries: dict[str, Any]) -> list[tuple[str, int]]:
+        file = tmp_path / "lab.har"
+        file.write_text(har(*entries))
+        found = hst.recording(str(file))
+        assert found.file == str(file)
+        return list(found.requests)
+
+    return read
+
+
+Recorded = Callable[..., list[tuple[str, int]]]
+
+
+def test_the_gets_of_a_recording_are_taken_over_in_their_order_with_the_statuses_they_got(recorded: Recorded) -> None:
+    entries = [
+        entry(OURS + "lab", 302),
+        entry(OURS + "static/lab/main.js?v=1"),
+        entry(OURS + "api/workspaces", 201, "PUT"),
+        entry(OURS + "api/me", 404),
+        entry(OURS, 304),
+    ]
+    assert recorded(*entries) == [("lab", 302), ("static/lab/main.js?v=1", 200), ("api/me", 404), ("", 304)]
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        entry("https://cdn.example.org/font.woff"),
+        entry("https://hub.example.org/hub/home"),
+        entry("https://hub.example.org/hub/user/alice/lab", 302),
+        entry("https://hub.example.org/hub/api/users/alice/server/progress"),
+        entry("https://hub.example.org/user/bob/lab"),
+        entry("https://hub.example.org/user/alice"),
+        entry(OURS + "api/contents", 201, "POST"),
+        entry(OURS + "api/events/subscribe", 101),
+        entry(OURS + "static/blocked.js", 0),
+        entry("wss://hub.example.org/user/alice/api/kernels/1/channels", 200),
+        entry(OURS + "oauth_callback?code=c0de&state=5tate", 302),
+        entry("data:font/woff;base64,/user/alice/x"),
+    ],
+    ids=lambda one: f"{one['request']['method']} {one['request']['url']} {one['response']['status']}",
+)
+def test_what_is_not_a_get_of_the_persons_server_is_left_out(left_out: dict[str, Any], recorded: Recorded) -> None:
+    assert recorded(entry(OURS + "lab"), left_out, entry(OURS + "api/me")) == [("lab", 200), ("api/me", 200)]
+
+
+def test_the_server_is_the_one_of_whose_files_there_are_most_wherever_the_hub_is(recorded: Recorded) -> None:
+    base = "http://127.0.0.1:8000/deep/jupyter/user/"
+    names = ["bob", "b%40x.org", "b%40x.org", "bob", "b%40x.org"]
+    entries = [entry(f"{base}{name}/lab/{n}") for n, name in enumerate(names)]
+    assert recorded(*entries) == [("lab/1", 200), ("lab/2", 200), ("lab/4", 200)]
+
+
+@pytest.mark.parametrize(
+    ("query", "kept"),
+    [
+        ("", ""),
+        ("?token=5ecret", ""),
+        ("?code=5ecret&state=5ecret&_xsrf=5ecret", ""),
+        ("?a=1&token=5ecret&a=2&empty=", "?a=1&a=2&empty="),
+        ("?content=0&path=a%2Fb%20c&_xsrf=5ecret", "?content=0&path=a%2Fb+c"),
+        ("?1700000000000", "?1700000000000="),
+        ("#token=5ecret", ""),
+    ],
+)
+def test_no_secret_of_a_recording_is_taken_over(query: str, kept: str, recorded: Recorded) -> None:
+    full = entry(OURS + "lab" + query)
+    full["request"] |= {"headers": [{"name": "Authorization", "value": "token 5ecret"}], "cookies": [{"v": "5ecret"}]}
+    full["response"] |= {"content": {"text": "5ecret"}}
+    assert recorded(full) == [(f"lab{kept}", 200)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "cannot be read as a HAR file (Expecting value"),
+        ("{", "cannot be read as a HAR file (Expecting property name"),
+        ("[]", "cannot be read as a HAR file"),
+        ('{"log": {}}', "cannot be read as a HAR file ('entries')"),
+        ('{"schema": 1}', "cannot be read as a HAR file ('log')"),
+        (har({"request": {}}), "cannot be read as a HAR file"),
+        (har("nonsense"), "cannot be read as a HAR file"),
+        (har(entry(OURS, None)), "cannot be read as a HAR file"),
+        (har(entry(OURS, "200")), "cannot be read as a HAR file"),
+        (har({"request": {"method": "GET", "url": 7}, "response": {"status": 200}}), "cannot be read as a HAR file"),
+        (har(entry("http://[/user/x/")), "cannot be read as a HAR file"),
+        (har(), "holds no GET below /user/NAME/: record the page of a person's server"),
+        (har(entry("https://www.example.org/")), "holds no GET below /user/NAME/"),
+        (har(entry(OURS + "lab", 200, "POST")), "holds no GET below /user/NAME/"),
+        (har(entry(OURS + "oauth_callback", 302)), "holds no GET below /user/NAME/"),
+        ("\xff", "cannot be read as a HAR file"),
+        (None, "cannot be read as a HAR file ([Errno 2]"),
+    ],
+)
+def test_a_file_that_is_no_recording_of_a_server_is_refused(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "lab.har"
+    if content is not None:
+        file.write_text(content, encoding="latin-1")
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        hst.recording(str(file))
+    assert str(refused.value).startswith(f"{file} {said}")
+
+
+def test_a_recording_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "lab.har").write_text(har(entry(OURS + "lab")), encoding="utf-8-sig")
+    assert hst.recording(str(tmp_path / "lab.har")).requests == (("lab", 200),)
+
+
+# ==== Notebooks ======================================================================================================
+
+
+def cell(source: Any, kind: str = "code", **metadata: Any) -> dict[str, Any]:
+    return {"cell_type": kind, "source": source, "metadata": metadata, "outputs": []}
+
+
+def ipynb(*cells: Any) -> str:
+    return json.dumps({"cells": cells, "nbformat": 4})
+
+
+SCRIPT = """\
+# ---
+# jupyter: {}
+# ---
+# %% [markdown]
+# # A class
+
+# %%
+import time
+print(1)
+
+# %% a title
+# only a comment
+# %% [raw]
+not_python
+# %% [md]
+# text
+# %% tags=["raises-exception"]
+1 / 0
+# %%
+
+# %% last
+  
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cells"),
+    [
+        ("a.ipynb", ipynb(cell("1+1")), [("1+1", False)]),
+        ("a.ipynb", ipynb(cell(["a = 1\n", "a"])), [("a = 1\na", False)]),
+        ("a.ipynb", ipynb(cell("# Title", "markdown"), cell("x", "raw"), cell("2")), [("2", False)]),
+        ("a.ipynb", ipynb(cell(""), cell(" \n"), cell([]), cell("3")), [("3", False)]),
+        ("a.ipynb", ipynb(cell("1/0", tags=["slow", "raises-exception"])), [("1/0", True)]),
+        ("a.ipynb", ipynb(cell("1/0", tags=["slow"]), cell("2")), [("1/0", False), ("2", False)]),
+        ("a.ipynb", ipynb({"cell_type": "code", "source": "4"}), [("4", False)]),
+        ("a.py", "# %%\n1+1\n", [("1+1\n", False)]),
+        ("a.py", "\ufeff# %%\n1+1\n# %%\n2", [("1+1\n", False), ("2", False)]),
+        ("a.py", "x = 1  # %% not here\n# %%\r\nx\r\n", [("x\n", False)]),
+        ("class.py", SCRIPT, [("import time\nprint(1)\n\n", False), ("# only a comment\n", False), ("1 / 0\n", True)]),
+    ],
+)
+def test_the_code_cells_of_a_notebook_are_read_in_order(
+    name: str, content: str, cells: list[tuple[str, bool]], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    found = hst.notebook(str(tmp_path / name))
+    assert found == hst.Notebook(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.ipynb", ipynb(), "has no code cells"),
+        ("a.ipynb", ipynb(cell("# Title", "markdown"), cell("  ")), "has no code cells"),
+        ("a.py", "print(1)\n", "has no code cells (in a Python file, # %% begins one)"),
+        ("a.py", "# %% [markdown]\n# text\n", "has no code cells"),
+        ("a.py", "", "has no code cells"),
+        ("a.ipynb", "", "cannot be read as a notebook (Expecting value"),
+        ("a.ipynb", "{", "cannot be read as a notebook (Expecting property name"),
+        ("a.ipynb", "[]", "cannot be read as a notebook"),
+        ("a.ipynb", "{}", "cannot be read as a notebook ('cells')"),
+        ("a.ipynb", '{"cells": [7]}', "cannot be read as a notebook"),
+        ("a.ipynb", '{"cells": null}', "cannot be read as a notebook"),
+        ("a.ipynb", ipynb(cell(7)), "cannot be read as a notebook"),
+        ("a.ipynb", ipynb(cell("1") | {"metadata": None}), "cannot be read as a notebook"),
+        ("a.ipynb", ipynb({"cell_type": "code"}), "cannot be read as a notebook ('source')"),
+        ("a.py", "\xff", "cannot be read as a notebook"),
+        ("a.py", None, "cannot be read as a notebook ([Errno 2]"),
+    ],
+)
+def test_a_file_without_code_cells_is_refused(name: str, content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content, encoding="latin-1")
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        hst.notebook(str(file))
+    assert str(refused.value).startswith(f"{file} {said}")
+
+
+# ==== The way to a person's server ===================================================================================
+
+
+def answer(status: int, location: str | None = None, data: Any = None, message: str = "") -> hst.Reply:
+    return hst.Reply(status, 0.0, 0.1, data, message, location=location)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason", "final"),
+    [
+        (answer(200), None, True),
+        (answer(0, message="connection refused"), Reason(Kind.AWAY, "connection refused"), False),
+        (answer(302, "/jupyter/hub/user/ann/lab"), hst.NO_ROUTE, False),
+        (answer(302, "https://hub.example.org/hub/user/ann/"), hst.NO_ROUTE, False),
+        (answer(302, "/hub/login?next=%2Fhub%2F"), hst.NO_ROUTE, False),
+        (
+            answer(302, "/jupyter/hub/api/oauth2/authorize?client_id=jupyterhub-user-ann&state=x"),
+            Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"),
+            True,
+        ),
+        (
+            answer(302, "https://sso.example.org/auth?next=/hub/"),
+            Reason(Kind.ROUTE, "the page redirects elsewhere (302)"),
+            True,
+        ),
+        (answer(307, "https://other.example.org/"), Reason(Kind.ROUTE, "the page redirects elsewhere (307)"), True),
+        (
+            answer(403, data={"message": "Forbidden"}, message="Forbidden"),
+            Reason(Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"),
+            True,
+        ),
+        (answer(503, message="not JSON but text/html"), Reason(Kind.ROUTE, "nobody listens there (503)"), False),
+        (answer(404), Reason(Kind.ROUTE, "the server's page was answered 404"), True),
+        (
+            answer(500, message="Failed to connect to Hub API"),
+            Reason(Kind.ROUTE, "the server's page was answered 500"),
+            False,
+        ),
+        (answer(502), Reason(Kind.ROUTE, "the server's page was answered 502"), False),
+        (answer(504), Reason(Kind.ROUTE, "the server's page was answered 504"), False),
+        (answer(424), Reason(Kind.ROUTE, "the server's page was answered 424"), False),
+    ],
+    ids=lambda one: f"{one.status} {one.location or ''}" if isinstance(one, hst.Reply) else None,
+)
+def test_what_a_visit_was_answered_is_a_page_or_a_reason_and_final_or_tried_again(
+    reply: hst.Reply, reason: Reason | None, final: bool
+) -> None:
+    assert hst.judge_visit(reply) == (reason, final)
+
+
+def public_side(endpoint: str, **options: Any) -> hst.PublicSide:
+    return hst.PublicSide(hst.Hub(endpoint, hst.HubSession("t", HubWithUsers())), hst.Plan(**options))
+
+
+def model(url: str | None, **more: Any) -> hst.Reply:
+    server = {"pending": None, "ready": True} | ({} if url is None else {"url": url})
+    return answer(200, data={"name": "ann", "servers": {"": server}} | more)
+
+
+HUB_URL = "https://hub.example.org/hub/api"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "public_url", "reply", "url"),
+    [
+        (HUB_URL, None, model("/user/ann/"), "https://hub.example.org/user/ann/"),
+        (HUB_URL, None, model("/user/b%40x.org/"), "https://hub.example.org/user/b%40x.org/"),
+        ("http://h:8000/deep/hub/api", None, model("/deep/user/ann/"), "http://h:8000/deep/user/ann/"),
+        (HUB_URL, None, model("https://ann.hub.example.org/user/ann/"), "https://ann.hub.example.org/user/ann/"),
+        (HUB_URL, None, model(None, server="/user/ann/"), "https://hub.example.org/user/ann/"),  # hubs of old
+        (HUB_URL, None, model("https://evil.example.org/user/ann/"), None),
+        (HUB_URL, None, model("//evil.example.org/user/ann/"), None),
+        (HUB_URL, None, model("https://evilhub.example.org/user/ann/"), None),
+        (HUB_URL, None, model("https://hub.example.org.evil.org/user/ann/"), None),
+        (HUB_URL, None, model("https://hub.example.org@evil.org/user/ann/"), None),
+        (HUB_URL, None, model(None, server=None), None),
+        (HUB_URL, None, model(None), None),
+        ("http://hub:8081/hub/api", "http://proxy-public", model("/user/ann/"), "http://proxy-public/user/ann/"),
+        ("http://hub:8081/hub/api", None, model("/user/ann/"), "http://hub:8081/user/ann/"),
+        ("http://hub:8081/jh/hub/api", "https://x.org/jh", model("/jh/user/ann/"), "https://x.org/jh/user/ann/"),
+        (
+            "http://hub:8081/hub/api",
+            "https://x.org",
+            model("https://ann.x.org/user/ann/"),
+            "https://ann.x.org/user/ann/",
+        ),
+        (HUB_URL, None, answer(200, data={"name": "ann", "servers": {}}), None),
+        (HUB_URL, None, answer(200, data={"servers": {"": {"pending": "spawn", "url": "/user/ann/"}}}), None),
+        (HUB_URL, None, answer(404, data={"status": 404}), None),
+        (HUB_URL, None, answer(0), None),
+    ],
+)
+def test_the_servers_url_is_what_the_hub_says_below_the_public_base_and_on_no_other_host(
+    endpoint: str, public_url: str | None, reply: hst.Reply, url: str | None
+) -> None:
+    assert public_side(endpoint, public_url=public_url).server_in(reply) == url
+
+
+class HubThatMakesTokens(HubWithUsers):
+    """A simulated hub that makes tokens for users, or (status) does not."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(["ann"])
+        self.status = status
+
+    def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
+        if path == ["users", "ann", "tokens"]:
+            return self.status, {"token": "anns-own"}
+        return super()._answer(method, path, body)
+
+
+@pytest.mark.parametrize(
+    ("version", "visit_token", "status", "token"),
+    [
+        ("6.1.1", None, 201, "the-first"),
+        ("6.1.1", "the-second", 201, "the-second"),
+        ("1.5.1", None, 200, "anns-own"),
+        ("1.5.1", "the-second", 201, "anns-own"),
+        ("1.5.1", "the-second", 403, "the-second"),
+    ],
+)
+def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the_users_own(
+    version: str, visit_token: str | None, status: int, token: str
+) -> None:
+    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status)), version)
+    plan = hst.Plan(visit=True, visit_token=hst.Secret(visit_token) if visit_token else None)
+    public = hst.PublicSide(hub, plan)
+    browser = public.browser("ann")
+    assert (browser.token, browser.headers["Authorization"]) == (token, f"token {token}")
+    assert browser.traffic is public.traffic is not hub.session.traffic
+    assert browser.stopping is hub.session.stopping
+
+
+class Site(HubWithUsers):
+    """A hub with ann, and the pages of her server: answers by path, and with which token each was asked for."""
+
+    def __init__(self, pages: dict[str, tuple[int, str]]) -> None:
+        super().__init__(["ann"])
+        self._users["ann"]["servers"] = {"": {"ready": True, "pending": None, "url": "/user/ann/"}}
+        self.pages, self.came = pages, list[str]()
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        url = request.url or ""
+        if "/hub/api/" in url:
+            return super().send(request, *args, **kwargs)
+        self.came.append(url)
+        response = super().send(request, *args, **kwargs)
+        response.status_code, location = self.pages[url.removeprefix("http://x")]
+        response.headers = requests.structures.CaseInsensitiveDict({"Location": location} if location else {})
+        return response
+
+
+@pytest.mark.parametrize(
+    ("pages", "came", "reason"),
+    [
+        ({"/user/ann/": (302, "/user/ann/lab?"), "/user/ann/lab": (200, "")}, 2, None),
+        ({"/user/ann/": (302, "lab"), "/user/ann/lab": (302, "tree"), "/user/ann/tree": (200, "")}, 3, None),
+        ({"/user/ann/": (302, "//evil.org/user/ann/")}, 1, Reason(Kind.ROUTE, "the page redirects elsewhere (302)")),
+        ({"/user/ann/": (302, "/user/annabel/")}, 1, Reason(Kind.ROUTE, "the page redirects elsewhere (302)")),
+        ({"/user/ann/": (302, "/user/ann/")}, 5, Reason(Kind.ROUTE, "the page redirects elsewhere (302)")),
+        ({"/user/ann/": (302, "/hub/user/ann/")}, 1, hst.NO_ROUTE),
+    ],
+    ids=["to the page", "twice", "to another host", "to another user", "in a circle", "to the hub"],
+)
+def test_only_redirects_below_the_servers_url_are_followed(
+    pages: dict[str, tuple[int, str]], came: int, reason: Reason | None
+) -> None:
+    wire = Site(pages)
+    site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", wire), "6.1.1"), hst.Plan(visit=True), hst.new_recorder())
+    _, found, _ = hst.open_page(hst.Visitor("ann", 0.0), site)
+    assert (len(wire.came), found) == (came, reason)
+    assert all(url.startswith("http://x/user/ann/") for url in wire.came)
+
+
+# ==== Kernels ========================================================================================================
+
+
+def message(kind: str, parent: str = "mine", **content: Any) -> hst.Json:
+    return {"msg_type": kind, "parent_header": {"msg_id": parent}, "content": content}
+
+
+IDLE = message("status", execution_state="idle")
+BUSY = message("status", execution_state="busy")
+OK = message("execute_reply", status="ok")
+ERROR = message("error", ename="ZeroDivisionError", evalue="division by zero")
+FAILED = message("execute_reply", status="error", ename="ZeroDivisionError")
+
+
+@pytest.mark.parametrize(
+    ("messages", "ends_with", "error"),
+    [
+        ([BUSY, OK, IDLE], 3, ""),
+        ([BUSY, IDLE, OK], 3, ""),
+        ([BUSY, message("execute_result", data={"text/plain": "42"}), IDLE, OK], 4, ""),
+        ([BUSY, message("stream", text="x"), OK], None, ""),
+        ([BUSY, IDLE], None, ""),
+        ([BUSY, message("status", "theirs", execution_state="idle"), message("execute_reply", "theirs"), OK], None, ""),
+        ([message("status", "theirs", execution_state="idle"), OK, IDLE], 3, ""),
+        ([OK, IDLE, message("status", execution_state="idle")], 2, ""),
+        ([BUSY, ERROR, FAILED, IDLE], 4, "ZeroDivisionError"),
+        ([BUSY, ERROR, IDLE, FAILED], 4, "ZeroDivisionError"),
+        ([BUSY, FAILED, IDLE], 3, "ZeroDivisionError"),
+        ([message("execute_reply", status="aborted"), IDLE], 2, "aborted"),
+        ([message("error", "theirs", ename="ValueError"), OK, IDLE], 3, ""),
+        ([{"msg_type": "status", "content": {"execution_state": "idle"}}, OK, IDLE], 3, ""),
+        ([{}, OK, IDLE], 3, ""),
+    ],
+)
+def test_a_cell_has_ended_when_the_kernel_has_replied_and_is_idle_in_whatever_order(
+    messages: list[hst.Json], ends_with: int | None, error: str
+) -> None:
+    execution = hst.Execution("mine")
+    for at_s, one in enumerate(messages, 1):
+        execution.hear(str(one.get("msg_type")), one, float(at_s))
+    assert (execution.ended_s, execution.error) == (ends_with, error)
+
+
+class Socket:
+    """A websocket that holds these frames: (opcode, data), or an error that reading raises."""
+
+    def __init__(self, *frames: tuple[int, bytes] | Exception) -> None:
+        self.frames = list(frames)
+        self.sent: list[hst.Json] = []
+        self.closed = False
+        self.broken: Exception | None = None
+
+    def recv_data(self) -> tuple[int, bytes]:
+        if not self.frames:
+            raise BlockingIOError
+        frame = self.frames.pop(0)
+        if isinstance(frame, Exception):
+            raise frame
+        return frame
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+    def send(self, text: str) -> None:
+        if self.broken:
+            raise self.broken
+        self.sent.append(json.loads(text))
+
+    def send_close(self) -> None:
+        if self.broken:
+            raise self.broken
+
+    def shutdown(self) -> None:
+        self.closed = True
+
+
+def text(one: Any) -> tuple[int, bytes]:
+    return hst.TEXT, json.dumps(one).encode()
+
+
+DIED = Reason(Kind.KERNEL, "the kernel died")
+
+
+@pytest.mark.parametrize(
+    ("frames", "trouble"),
+    [
+        ([], None),
+        ([text(message("status", "theirs", execution_state="starting"))], None),
+        ([text({"header": {"msg_type": "status"}, "content": {"execution_state": "restarting"}})], DIED),
+        ([text(message("status", "", execution_state="restarting"))], DIED),
+        ([text(message("status", "", execution_state="autorestarting"))], DIED),
+        ([text(message("status", "", execution_state="dead"))], DIED),
+        (
+            [text(message("shutdown_reply", "theirs", restart=False))],
+            Reason(Kind.KERNEL, "somebody shut the kernel down"),
+        ),
+        ([(hst.CLOSED, b"\x03\xe8")], hst.CONNECTION_LOST),
+        ([ConnectionResetError()], hst.CONNECTION_LOST),
+        ([RuntimeError("whatever websocket-client raises")], hst.CONNECTION_LOST),
+        ([(hst.TEXT, b"no JSON")], hst.CONNECTION_LOST),
+        ([text([])], hst.CONNECTION_LOST),
+        ([(2, b"binary frames are not asked for"), text(message("status", execution_state="dead"))], DIED),
+        ([text(message("status", "", execution_state="dead")), (hst.CLOSED, b"")], DIED),  # the first one counts
+    ],
+)
+def test_a_kernel_that_died_or_a_connection_that_was_lost_is_noticed_and_wakes_who_waits(
+    frames: list[tuple[int, bytes] | Exception], trouble: Reason | None
+) -> None:
+    woken: list[None] = []
+    kernel = hst.Kernel(Socket(*frames), lambda: woken.append(None))
+    kernel.read()
+    assert kernel.trouble == trouble
+    assert bool(woken) == bool(trouble)
+
+
+def test_a_cell_is_sent_to_the_kernel_and_its_end_wakes_who_waits() -> None:
+    socket, woken = Socket(), list[None]()
+    kernel = hst.Kernel(socket, lambda: woken.append(None))
+    execution = kernel.execute("6*7")
+    (sent,) = socket.sent
+    assert sent["header"]["msg_id"] == execution.request and sent["header"]["msg_type"] == "execute_request"
+    assert (sent["channel"], sent["content"]["code"], sent["content"]["allow_stdin"]) == ("shell", "6*7", False)
+    foreign = message("status", "theirs", execution_state="idle")
+    socket.frames += [text(foreign), text(message("execute_reply", execution.request, status="ok"))]
+    kernel.read()
+    assert execution.ended_s is None and not woken
+    socket.frames.append(text(message("status", execution.request, execution_state="idle")))
+    kernel.read()
+    assert execution.ended_s is not None and len(woken) == 1 and not kernel.trouble
+    assert kernel.execute("6*7").request != execution.request
+
+
+def test_a_cell_that_cannot_be_sent_has_lost_its_connection() -> None:
+    socket, woken = Socket(), list[None]()
+    socket.broken = BrokenPipeError()
+    kernel = hst.Kernel(socket, lambda: woken.append(None))
+    assert kernel.execute("6*7").ended_s is None
+    assert kernel.trouble == hst.CONNECTION_LOST and woken
+
+
+def test_a_connection_can_be_closed_also_when_it_is_broken() -> None:
+    for broken in (None, BrokenPipeError()):
+        socket = Socket(text(message("status", "", execution_state="dead")))
+        socket.broken = broken
+        kernel = hst.Kernel(socket, lambda: None)
+        kernel.close()
+        kernel.read()  # reads no more
+        assert kernel.trouble == hst.CONNECTION_LOST and len(socket.frames) == 1
+
+
+# ==== What became of the people ======================================================================================
+
+
+def did(step: str, number: int, ended_s: float, reason: Reason | None = None, message: str = "") -> Event:
+    """One step of a person, from the beginning of the run."""
+    return Event(step, hst.username(number), 0.0, 0.0, ended_s, reason, message=message)
+
+
+def leaves(number: int, at_s: float) -> Event:
+    """A server that its person stops, which takes half a second."""
+    return Event("stop_server", hst.username(number), at_s, at_s, at_s + 0.5)
+
+
+def got_to_work(number: int, at_s: float = 4.0) -> list[Event]:
+    """Somebody whose server was ready after one second, opened after two, and who works since so many."""
+    steps = {"server_ready": 1.0, "visit": 2.0, "kernel_ready": at_s, "at_work": at_s}
+    return [did(step, number, ended_s) for step, ended_s in steps.items()]
+
+
+UNREADY = Reason(Kind.SPAWN, "no node is free")
+NOBODY = Reason(Kind.ROUTE, "nobody listens there (503)")
+RAISED = Reason(Kind.CELL, "cell 4 raised MemoryError")
+LOST = Reason(Kind.LOST, "it became ready, and was gone while it was held")
+PEOPLE: dict[str, list[Event]] = {
+    "works": got_to_work(1),
+    "works and stays": [*got_to_work(2, 6.0), did("cell", 2, 9.0), did("stay", 2, 20.0)],
+    "never ready": [did("start_server", 3, 0.5), did("server_ready", 3, 3.0, UNREADY)],
+    "no page": [did("server_ready", 4, 1.0), did("visit", 4, 31.0, NOBODY, message="not JSON but text/html")],
+    "a cell fails": [*got_to_work(5), did("cell", 5, 10.0, RAISED)],
+    "lost": [*got_to_work(6), did("stay", 6, 20.0, LOST)],
+    "cut short": [did("server_ready", 7, 1.0)],
+    "just asked": [did("start_server", 8, 0.5)],
+}
+
+
+def rehearsed(*who: str, expected: int = 0, cut_short: bool = False, **more: Any) -> hst.Results:
+    """The results of a run in which these came."""
+    events = [event for each in who for event in PEOPLE[each]]
+    record = hst.new_recorder()
+    for event in events:
+        record.add(event)
+    people = hst.people_of(record.people, expected or len(who), cut_short)
+    plan = hst.Plan(count=people.expected, work=True, within_s=300.0)
+    return results_of(events, people.expected, people=people, failed=people.failed, options=plan.options(), **more)
+
+
+@pytest.mark.parametrize(
+    ("who", "expected", "at_work", "failed", "reasons"),
+    [
+        (["works"], 1, 1, 0, {}),
+        (["works", "works and stays"], 2, 2, 0, {}),
+        ([], 3, 0, 3, {"never came": 3}),
+        (["works"], 3, 1, 2, {"never came": 2}),
+        (["never ready", "no page"], 2, 0, 2, {UNREADY.text: 1, NOBODY.text: 1}),
+        (["a cell fails"], 1, 1, 1, {RAISED.text: 1}),
+        (["lost", "works"], 2, 2, 1, {LOST.text: 1}),
+        (["works", "cut short", "just asked"], 4, 1, 3, {"never came": 3}),
+        (list(PEOPLE), 10, 4, 8, {"never came": 4} | {one.text: 1 for one in (UNREADY, NOBODY, RAISED, LOST)}),
+    ],
+)
+def test_people_are_at_work_or_failed_once_each_and_both_when_they_failed_afterwards(
+    who: list[str], expected: int, at_work: int, failed: int, reasons: dict[str, int]
+) -> None:
+    people = rehearsed(*who, expected=expected).people
+    assert people
+    assert (people.expected, people.at_work, people.failed) == (expected, at_work, failed)
+    assert people.reasons == reasons and sum(people.reasons.values()) == people.failed
+    assert [people.reasons[one.reason] for one in people.failures] == [1] * len(people.failures)
+
+
+def test_a_person_with_several_failed_steps_fails_for_the_first_of_them_with_its_last_word() -> None:
+    people = rehearsed("no page").people
+    assert people and people.failures == [hst.Failure(hst.username(4), NOBODY.text, "not JSON but text/html")]
+    row = {"cell": did("cell", 1, 5.0, RAISED), "stay": did("stay", 1, 9.0, LOST)}
+    assert hst.people_of({"x": row}, 1, False).reasons == {RAISED.text: 1}
+
+
+def test_of_a_run_that_was_cut_short_people_may_never_have_come() -> None:
+    people = rehearsed("works", "cut short", expected=3, cut_short=True).people
+    assert people and people.reasons == {"never came, or cut short": 2}
+
+
+@pytest.mark.parametrize(
+    ("who", "expected", "verdict"),
+    [
+        (["works"], 1, "1 of 1 people got to work; half waited 4.00 s, the last 4.00 s"),
+        (["works", "works and stays"], 2, "2 of 2 people got to work; half waited 4.01 s, the last 6.00 s"),
+        (["never ready"], 1, "0 of 1 people got to work"),
+        (["works", "no page"], 3, "1 of 3 people got to work; half waited 4.00 s, the last 4.00 s"),
+        (["works", "lost"], 2, "2 of 2 people got to work; 1 failed afterwards; half waited 4.00 s, the last 4.00 s"),
+        (["works", "cut short"], 9, "1 of 9 people got to work; half waited 4.00 s, the last 4.00 s"),
+    ],
+)
+def test_the_verdict_of_a_rehearsal_counts_people(who: list[str], expected: int, verdict: str) -> None:
+    assert hst.verdict_of(rehearsed(*who, expected=expected))[1] == verdict
+
+
+def test_the_summary_of_a_rehearsal_tells_of_people_each_failure_once_and_of_requests_to_servers() -> None:
+    servers = hst.Http(1234, 5, 0, {"101": 3, "200": 1226, "503": 5}, 0, 0.0)
+    http = hst.Http(100, 0, 0, {"200": 100}, 20, 0.2, servers)
+    results = rehearsed(*PEOPLE, expected=10, http=http)
+    assert told(results, "servers") == ["10 requested, at random moments within 5 min 0 s; 6 ready, 4 failed, 1 lost"]
+    assert told(results, "people") == ["10 expected; 4 at work, 8 failed"]
+    failures = told(results, "failed")
+    assert failures[0] == "4 × never came"
+    assert (
+        f"1 × {RAISED.text} (hub-stress-test-5)" in failures and f"1 × {UNREADY.text} (hub-stress-test-3)" in failures
+    )
+    assert len(failures) == 5 and not told(results, "errors")
+    to_hub, to_servers = told(results, "requests")
+    assert to_hub.startswith("100 to the hub, of which ")
+    assert to_servers == "1,234 to servers, of which 5 retries: 3 × 101, 1,226 × 200, 5 × 503"
+
+
+def test_where_the_time_until_work_went_is_told_step_by_step() -> None:
+    (sentence,) = told(rehearsed("works", "works and stays"), "where the time went")
+    parts = "the server 1.00 s, its start page 2.00 s, the kernel 5.00 s"
+    assert sentence == f"of a mean 5.00 s until people could work: {parts}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(Kind.ROUTE, "the proxy's log"), (Kind.WIRE, "has to pass upgrades"), (Kind.KERNEL, "memory limit")],
+)
+def test_what_to_look_at_next_is_told_by_the_kind_of_failure(kind: Kind, words: str) -> None:
+    results = rehearsed("works")
+    assert not list(hst.advice(results, []))
+    assert any(words in sentence for sentence in hst.advice(results, [kind]))
+
+
+# ==== The way of each person, for the report =========================================================================
+
+
+def timeline(*who: str, more: list[Event] | None = None) -> hst.ServersTimeline:
+    record = hst.new_recorder()
+    for event in [*(event for each in who for event in PEOPLE[each]), *(more or [])]:
+        record.add(event)
+    return hst.servers_timeline(record.people, 0.0)
+
+
+def test_the_timeline_has_the_moments_of_each_person() -> None:
+    page = [did("page", 1, 3.0), leaves(1, 11.0)]
+    line = timeline("works", "no page", "a cell fails", "lost", "never ready", more=page)
+    assert line.user == [hst.username(n) for n in (1, 4, 5, 6, 3)]
+    assert line.opened_s == [2.0, None, 2.0, 2.0, None]
+    assert line.loaded_s == [3.0, None, None, None, None]
+    assert line.works_s == [4.0, None, 4.0, 4.0, None]
+    assert line.failed_s == [None, 31.0, 10.0, None, None]  # after they were ready
+    assert line.lost_s == [None, None, None, 20.0, None]
+    assert line.left_s == [11.0, None, None, None, None]
+
+
+LEFT = [leaves(n, 15.0) for n in (1, 3)]  # with --stay all do, those who failed too
+
+
+@pytest.mark.parametrize(
+    ("who", "more", "rows"),
+    [
+        # at 0.5, 1.5, 5, 16 and 25 s: starting, ready, at work, failed, lost
+        (["works"], [], ["1 0 0 0 0", "0 1 0 0 0", "0 0 1 0 0", "0 0 1 0 0", "0 0 1 0 0"]),
+        (["works"], LEFT[:1], ["1 0 0 0 0", "0 1 0 0 0", "0 0 1 0 0", "0 0 0 0 0", "0 0 0 0 0"]),
+        (["lost"], [], ["1 0 0 0 0", "0 1 0 0 0", "0 0 1 0 0", "0 0 1 0 0", "0 0 0 0 1"]),
+        (["never ready"], LEFT[1:], ["1 0 0 0 0", "1 0 0 0 0", "0 0 0 1 0", "0 0 0 1 0", "0 0 0 1 0"]),
+        (["no page"], [], ["1 0 0 0 0", "0 1 0 0 0", "0 1 0 0 0", "0 1 0 0 0", "0 1 0 0 0"]),
+        (
+            ["works", "lost", "never ready", "no page"],
+            LEFT[:2],
+            ["4 0 0 0 0", "1 3 0 0 0", "0 1 2 1 0", "0 1 1 1 0", "0 1 0 1 1"],
+        ),
+    ],
+)
+def test_curves_count_each_person_in_one_state_at_any_moment(
+    who: list[str], more: list[Event], rows: list[str]
+) -> None:
+    curves = hst.server_curves(timeline(*who, more=more), 30.0, points=60)
+    kinds = ("starting", "ready", "at work", "failed", "lost")
+    found = [" ".join(str(curves[kind][round(at_s * 2)]) for kind in kinds) for at_s in (0.5, 1.5, 5.0, 16.0, 25.0)]
+    assert found == rows
+    assert min(min(curves[kind]) for kind in kinds) >= 0
+
+
+def test_somebody_who_leaves_after_their_server_was_lost_is_counted_once() -> None:
+    curves = hst.server_curves(timeline("lost", more=[leaves(6, 21.0)]), 30.0, points=30)
+    last = {kind: values[-1] for kind, values in curves.items() if kind != "at_s"}
+    assert last == {"waiting": 0, "starting": 0, "ready": 0, "at work": 0, "failed": 0, "lost": 1}
+
+
+# ==== What is asked for ==============================================================================================
+
+HUB = ["--endpoint", "http://hub.example.org/hub/api", "--token", "t"]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recording and a notebook, and some that are none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab.har").write_text(har(entry(OURS + "lab")))
+    (tmp_path / "class.py").write_text("# %%\n1+1\n")
+    (tmp_path / "other.har").write_text(har(entry("https://www.example.org/")))
+    (tmp_path / "text.ipynb").write_text(ipynb(cell("# Title", "markdown")))
+    return tmp_path
+
+
+def plan_for(*words: str) -> hst.Plan:
+    args = hst.parse_args([*HUB, "stress-test", *words])
+    hst.validate(args)
+    return hst.plan_of(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "opens"),
+    [
+        ([], False),
+        (["--within", "5m", "--stay", "5m", "--think", "1s"], False),
+        (["--visit"], True),
+        (["--page", "lab.har"], True),
+        (["--work"], True),
+    ],
+)
+def test_people_open_their_servers_when_a_visit_is_asked_for_or_implied(
+    words: list[str], opens: bool, files: Path
+) -> None:
+    plan = plan_for(*words)
+    assert plan.opens is opens
+    wanted = {step.name for step in hst.STEPS.values() if step.act and step.wanted(plan)}
+    assert ({"visit", "at_work"} <= wanted) is opens
+    assert ("page" in wanted, "kernel_ready" in wanted) == ("--page" in words, "--work" in words)
+
+
+@pytest.mark.parametrize(
+    ("options", "due_s"),
+    [
+        ({}, None),
+        ({"rate_per_s": 4.0}, [100.0, 100.25, 100.5]),
+        ({"within_s": 60.0, "seed": 1}, [108.06, 145.83, 150.85]),
+    ],
+)
+def test_people_arrive_at_a_rate_at_random_moments_or_when_there_is_a_place(
+    options: dict[str, Any], due_s: list[float] | None
+) -> None:
+    arrivals = hst.arrivals_of(hst.Plan(count=3, **options), 100.0)
+    found = [arrivals.due_s(n) for n in range(3)] if arrivals else None
+    assert found == (pytest.approx(due_s, abs=0.01) if due_s else None)
+
+
+def test_the_options_in_the_results_name_the_files_and_hold_no_token(files: Path) -> None:
+    words = ["--page", "lab.har", "--work", "--notebook", "class.py", "--within", "1m", "--seed", "7"]
+    plan = dataclasses.replace(plan_for(*words), visit_token=hst.Secret("5ecret"))
+    options = json.loads(json.dumps(plan.options()))
+    files_named = {"page": "lab.har", "notebook": "class.py"}
+    others = {"work": True, "visit": False, "within": 60.0, "seed": 7, "stay": None, "public_url": None}
+    assert options | files_named | others == options
+    assert "5ecret" not in json.dumps(options) + repr(plan) and "token" not in "".join(options)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stay", "1m", "--hold", "1m"], "--stay says when each leaves, and --hold when all do: give one of them"),
+        (["--stay", "1m", "--keep"], "--stay lets each leave, and --keep nobody: give one of them"),
+        (["--within", "1m", "--rate", "2"], "--within and --rate both say when people come: give one of them"),
+        (["--seed", "7"], "--seed has a meaning only with --within"),
+        (["--notebook", "class.py"], "--notebook has a meaning only with --work"),
+        (["--work", "--notebook", "text.ipynb"], "argument --notebook: text.ipynb has no code cells"),
+        (["--work", "--notebook", "none.ipynb"], "argument --notebook: none.ipynb cannot be read as a notebook"),
+        (["--page", "other.har"], "argument --page: other.har holds no GET below /user/NAME/"),
+        (["--page", "class.py"], "argument --page: class.py cannot be read as a HAR file"),
+        (["--public-url", "hub.example.org"], "argument --public-url: expected a URL"),
+        (["--within", "soon"], "argument --within: expected a duration"),
+        (["--seed", "0", "--within", "1m"], "argument --seed: expected a whole number of at least 1"),
+        (["--cell-timeout", "0s"], "argument --cell-timeout: expected a duration"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_sentence(
+    words: list[str], said: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused_usage(["stress-test", *words], NOWHERE, capsys)
+
+
+def test_a_visit_token_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = refused_usage(["stress-test", "--visit"], NOWHERE | {"JUPYTERHUB_VISIT_TOKEN": "a b"}, capsys)
+    assert "environment variable JUPYTERHUB_VISIT_TOKEN: expected a token" in refused
+
+
+def test_work_without_websocket_client_is_refused_with_the_line_that_mends_it(
+    bare: dict[str, str], new_hub: LocalHub
+) -> None:
+    before = new_hub.users()
+    command = [sys.executable, "-S", str(MODULE), "stress-test", "-c", "2", "--work"]
+    environment = bare | new_hub.environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "") and "pip install websocket-client" in done.stderr
+    assert new_hub.users() == before
+
+
+def test_a_dry_run_of_a_rehearsal_sends_nothing_and_takes_no_time(files: Path) -> None:
+    words = ("--page", "lab.har", "--work", "--notebook", "class.py", "--within", "1h", "--stay", "1h")
+    done = run_tool("--dry-run", "stress-test", "-c", "12", *words)
+    assert done.code == 0 and done.stdout.startswith("DRY RUN: no request was sent")
+    assert "12 ready, 0 failed" in done.summary
+
+
+def test_the_log_shows_neither_token(logging_as_before: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTERHUB_VISIT_TOKEN", "the-second")
+        args = hst.parse_args([*HUB[:3], "the-first", "stress-test", "--visit"])
+    hst.setup_logging(args=args)
+    hst.LOG.warning("sent %s and then %s", {"Authorization": "token the-first"}, "the-second")
+    said = capsys.readouterr().err
+    assert "sent {'Authorization': 'token ***'} and then ***" in said
+    assert "the-second" not in repr(args) + repr(hst.plan_of(args))
+
+
+# ==== The token for visits, checked before anything is made ==========================================================
+
+
+def check_visits(hub: LocalHub, *words: str, token: str | None = None, visit_token: str | None = None) -> str:
+    """The sentence with which the rehearsal is refused, the hub's users untouched."""
+    before = hub.users()
+    env = {"JUPYTERHUB_VISIT_TOKEN": visit_token} if visit_token else {}
+    done = run_tool("stress-test", "-c", "2", *(words or ("--visit",)), hub=hub, env=env)
+    assert (done.code, done.stdout) == (3, "")
+    assert done.stderr.startswith("hub-stress-test: ") and hub.users() == before
+    return done.stderr
+
+
+def test_a_token_that_may_not_enter_servers_is_refused_with_the_role_and_a_better_way(hub: LocalHub) -> None:
+    for words in (["--visit"], ["--work"]):
+        said = check_visits(hub, *words)
+        assert said.startswith("hub-stress-test: The token lacks what visits need: access:servers. ")
+        assert '"scopes": ["admin:users", "servers", "read:metrics", "access:servers"]' in said
+        assert "a second service that scope alone, and put its token into JUPYTERHUB_VISIT_TOKEN" in said
+
+
+def test_a_second_token_that_the_hub_refuses_or_that_may_not_enter_servers_is_told_by_its_variable(
+    new_hub: LocalHub,
+) -> None:
+    said = check_visits(new_hub, visit_token="0" * 32)
+    refused = f"The token in JUPYTERHUB_VISIT_TOKEN is refused by the hub at {new_hub.endpoint}: GET /user answered 403"
+    assert refused in said and "0" * 32 not in said
+    said = check_visits(new_hub, visit_token=new_hub.token)
+    assert "The token in JUPYTERHUB_VISIT_TOKEN lacks what visits need: access:servers" in said
+
+
+class HubOfScopes(HubWithUsers):
+    """A simulated hub whose tokens have these scopes."""
+
+    def __init__(self, scopes: list[str] | None) -> None:
+        super().__init__()
+        self.scopes = scopes
+
+    def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
+        if path == ["user"]:
+            return 200, {"name": "x"} | ({} if self.scopes is None else {"scopes": self.scopes})
+        return super()._answer(method, path, body)
+
+
+@pytest.mark.parametrize(
+    ("version", "scopes", "options", "fine"),
+    [
+        ("6.1.1", ["access:servers"], {"visit": True}, True),
+        ("2.3.1", ["servers", "access:servers"], {"work": True}, True),
+        ("6.1.1", ["servers"], {"visit": True}, False),
+        ("6.1.1", ["access:servers!group=hst"], {"visit": True}, False),  # servers cannot resolve groups
+        ("6.1.1", ["access:servers!user=ann"], {"work": True}, False),
+        ("6.1.1", None, {"visit": True}, False),
+        ("6.1.1", [], {}, True),  # nobody opens anything
+        ("1.5.1", None, {"visit": True}, True),  # where nothing tells
+    ],
+)
+def test_the_token_for_visits_has_to_enter_all_servers_when_people_open_theirs(
+    version: str, scopes: list[str] | None, options: dict[str, Any], fine: bool
+) -> None:
+    wire = HubOfScopes(scopes)
+    hub = hst.Hub(ENDPOINT, hst.HubSession("x", wire), version)
+    before = len(wire.asked)
+    if fine:
+        hst.check_visits(hub, hst.Plan(**options))
+    else:
+        with pytest.raises(hst.SetupError, match="lacks what visits need"):
+            hst.check_visits(hub, hst.Plan(**options))
+    asked = bool(options) and not version.startswith("1.")
+    assert len(wire.asked) - before == asked
