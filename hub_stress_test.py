@@ -1966,8 +1966,8 @@ class Driver:
         if gathering.break_up(self._begun, now_s):
             if gathering.hold_s:
                 LOG.info("Holding the servers for %g s", gathering.hold_s)
-            for walk in [walk for at_s, number, walk in self._due if at_s > gathering.leave_s]:
-                if walk in self._entries:
+            for number, walk in [(number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s]:
+                if self._entries.get(walk) == number:
                     self._wait(walk, gathering.leave_s)
 
     def _let_go_on(self, now_s: float, next_s: float) -> float | None:
