@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from localhub import LocalHub
-from made_up import ENDPOINT, HubWithUsers
+from made_up import ENDPOINT, HubWithUsers, Hurried
 from test_summary import results_of, told
-from tool import MODULE, NOWHERE, refused_usage, run_tool
+from tool import (
+    MODULE,
+    NOWHERE,
+    THEIR_ADMIN,
+    refused_usage,
+    results_in,
+    run_for_results,
+    run_tool,
+    start_tool,
+    tool_users,
+    wait_until,
+)
 
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
@@ -561,6 +575,28 @@ def test_a_connection_can_be_closed_also_when_it_is_broken() -> None:
         assert kernel.trouble == hst.CONNECTION_LOST and len(socket.frames) == 1
 
 
+def test_who_was_woken_and_thinks_again_is_not_held_back_when_the_gathering_breaks_up() -> None:
+    """The moment up to which they would have waited, had nobody woken them, is no longer theirs."""
+    session, gathering = Hurried(), hst.Gathering(hold_s=20.0)
+    driver = hst.Driver(session, 2, gathering=gathering)
+    went_on: list[float] = []
+
+    def works(due_s: float) -> hst.Walk:
+        yield session.clock() + 60.0  # for a cell, whose result comes sooner
+        gathering.settle("works")
+        yield session.clock() + 5.0
+        went_on.append(session.clock())
+
+    def wakes(due_s: float) -> hst.Walk:
+        yield session.clock() + 1.0
+        driver.wake(walks["works"])
+        gathering.settle("wakes")
+
+    walks = {"works": works(0.0), "wakes": wakes(0.0)}
+    driver.run(lambda name, due_s: walks[name], list(walks), lambda: None)
+    assert went_on[0] < gathering.leave_s
+
+
 # ==== What became of the people ======================================================================================
 
 
@@ -944,3 +980,231 @@ def test_the_token_for_visits_has_to_enter_all_servers_when_people_open_theirs(
             hst.check_visits(hub, hst.Plan(**options))
     asked = bool(options) and not version.startswith("1.")
     assert len(wire.asked) - before == asked
+
+
+# ==== People on stubs of real servers, behind a real proxy ===========================================================
+
+NOBODY_THERE = {"servers": 0, "kernels": 0, "open_websockets": 0}
+FIVE_CELLS = ["x = 1", "6*7", "y = 2", "3 * 14", "z = 3"]
+
+
+@pytest.fixture(scope="module")
+def labs() -> Iterator[LocalHub]:
+    """A hub whose servers have pages and kernels: a test leaves it as it found it."""
+    with LocalHub(real_proxy=True, stub_labs=True, spawn_s=0.2, admins=(THEIR_ADMIN,)) as hub:
+        yield hub
+
+
+class Witness:
+    """What the stubs and the hub saw from here on."""
+
+    def __init__(self, hub: LocalHub) -> None:
+        self._hub = hub
+        self._before, self._log_before = hub.truth(), hub.log_path.stat().st_size
+
+    @property
+    def truth(self) -> dict[str, Any]:
+        now, before = self._hub.truth(), self._before["requests"]
+        counted = {
+            request: {int(status): n - before.get(request, {}).get(status, 0) for status, n in statuses.items()}
+            for request, statuses in now["requests"].items()
+        }
+        requests = {request: {s: n for s, n in statuses.items() if n} for request, statuses in counted.items()}
+        requests.pop("GET /api", None)  # which the hub asks, to see whether a server is up
+        return now | {
+            "cells": now["cells"][len(self._before["cells"]) :],
+            "hub_checks": now["hub_checks"] - self._before["hub_checks"],
+            "requests": {request: statuses for request, statuses in requests.items() if statuses},
+        }
+
+    @property
+    def log(self) -> str:
+        """What the hub logged."""
+        return self._hub.log_path.read_bytes()[self._log_before :].decode()
+
+    def saw(self, http: dict[str, Any]) -> bool:
+        """Whether these are the requests that came to servers; websockets are not requests, but kept open."""
+        seen = collections.Counter[str]()
+        for request, statuses in self.truth["requests"].items():
+            if not request.endswith("/channels"):
+                seen.update({str(status): n for status, n in statuses.items()})
+        return http["statuses"] == seen and http["requests"] == seen.total()
+
+    def left_nothing(self) -> bool:
+        truth = self.truth
+        return not tool_users(self._hub) and {kind: truth[kind] for kind in NOBODY_THERE} == NOBODY_THERE
+
+
+@pytest.fixture
+def witness(labs: LocalHub) -> Witness:
+    return Witness(labs)
+
+
+def script(folder: Path, *cells: str) -> str:
+    """A file with these cells; one that begins with a blank has its title in its first line."""
+    file = folder / "class.py"
+    file.write_text("".join(f"# %%{cell}\n" if cell.startswith(" ") else f"# %%\n{cell}\n" for cell in cells))
+    return str(file)
+
+
+def has_arrived_as_drawn(found: dict[str, Any]) -> bool:
+    """Whether people were due at the moments that the seed in the results draws."""
+    options, due_s = found["options"], found["timeline"]["servers"]["due_s"]
+    arrivals = hst.Arrivals(options["count"], options["within"], options["seed"], 0.0)
+    drawn = [arrivals.due_s(n) - arrivals.due_s(0) for n in range(options["count"])]
+    return [at_s - due_s[0] for at_s in due_s] == pytest.approx(drawn, abs=2e-3)
+
+
+def test_twelve_people_run_a_notebook_and_every_cell_is_counted_as_the_servers_count_it(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    words = ["-c", "12", "--within", "2s", "--work", "--notebook", script(tmp_path, *FIVE_CELLS), "--think", "0.2s"]
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
+    assert done.code == 0, done
+    assert done.summary.startswith("PASSED: 12 of 12 people got to work; half waited ")
+    assert found["people"] == {"expected": 12, "at_work": 12, "failed": 0, "reasons": {}, "failures": []}
+    for step, count in {"server_ready": 12, "visit": 12, "kernel_ready": 12, "at_work": 12, "cell": 48}.items():
+        assert (found["operations"][step]["count"], found["operations"][step]["failed"]) == (count, 0), step
+    truth = witness.truth
+    assert sorted(collections.Counter(cell["kernel"] for cell in truth["cells"]).values()) == [5] * 12
+    assert {cell["server"] for cell in truth["cells"]} == {hst.username(n) for n in range(1, 13)}
+    assert truth["requests"]["GET /api/kernels/ID/channels"] == {101: 12}
+    assert truth["requests"]["POST /api/kernels"] == {201: 12}
+    assert witness.saw(found["http"]["servers"])
+    assert has_arrived_as_drawn(found)  # with a seed that the tool chose
+    assert witness.left_nothing()
+
+
+def test_servers_see_the_token_for_visits_and_never_the_one_that_makes_users(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-v", "-c", "3", "--work", hub=labs)
+    assert done.code == 0 and found["people"]["at_work"] == 3
+    assert re.search(r" DEBUG +GET /user/hub-stress-test-1/lab\S*: 200 in ", done.stderr), done.stderr
+    assert labs.visit_token not in done.stdout + done.stderr + (tmp_path / "r").read_text()
+    asked = re.findall(r"200 GET \S*/hub/api/user \((\S+)@", witness.log)
+    assert collections.Counter(asked) == {"hub-stress-test-visits": 1 + 3, "hub-stress-test": 1}  # checked, and visits
+    assert witness.truth["hub_checks"] == 3  # a server asks the hub once for each token that it sees
+    assert witness.left_nothing()
+
+
+def test_people_fetch_what_a_browser_fetched_and_fail_when_a_part_of_it_does_not_come(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    page = [("lab", 200), ("static/lab/main.js", 200), ("api/kernelspecs?token=5ecret", 200), ("nonsense", 404)]
+    file = tmp_path / "lab.har"
+    file.write_text(har(*(entry(OURS + path, status) for path, status in page)))
+    words = ("stress-test", "-c", "3", "--within", "1s", "--seed", "7", "--page", str(file))
+    done, found = run_for_results(tmp_path / "r", *words, hub=labs)
+    assert done.code == 0 and found["people"]["at_work"] == found["operations"]["page"]["count"] == 3
+    assert witness.truth["requests"] == {
+        "GET /": {302: 3},
+        "GET /lab": {200: 6},
+        "GET /static": {200: 3},
+        "GET /api/kernelspecs": {200: 3},
+        "GET /nonsense": {404: 3},
+    }
+    assert witness.saw(found["http"]["servers"])
+    assert found["options"]["seed"] == 7 and has_arrived_as_drawn(found)
+    file.write_text(har(entry(OURS + "lab"), entry(OURS + "nonsense?x=1")))
+    done, found = run_for_results(tmp_path / "r", *words, hub=labs)
+    assert done.code == 1 and "3 × a part of the page was answered 404" in done.summary
+    assert {one["message"] for one in found["people"]["failures"]} == {"nonsense"}
+    assert found["options"]["seed"] == 7 and has_arrived_as_drawn(found)  # the same moments again
+    assert witness.left_nothing()
+
+
+def test_each_person_leaves_after_their_stay_without_waiting_for_the_others(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    words = ("stress-test", "-c", "4", "--within", "3s", "--seed", "2", "--work", "--stay", "1s", "--think", "0.3s")
+    done, found = run_for_results(tmp_path / "r", *words, hub=labs)
+    assert done.code == 0 and found["people"]["at_work"] == 4
+    assert {step: found["operations"][step]["count"] for step in ("stay", "stop_server", "delete_user")} == {
+        "stay": 4,
+        "stop_server": 4,
+        "delete_user": 4,
+    }
+    assert found["operations"]["cell"]["count"] == len(witness.truth["cells"]) - 4 > 0
+    assert witness.truth["requests"]["DELETE /api/kernels/ID"] == {204: 4}
+    assert witness.saw(found["http"]["servers"])
+    line = found["timeline"]["servers"]
+    assert all(left_s >= works_s + 1.0 for works_s, left_s in zip(line["works_s"], line["left_s"]))
+    assert min(line["left_s"]) < max(line["works_s"])  # the first has left before the last has come
+    log = witness.log
+    for name in line["user"]:
+        assert re.search(rf" 204 DELETE \S*/users/{name}/server ", log) and re.search(
+            rf" 204 DELETE \S*/users/{name} ", log
+        )
+    assert witness.left_nothing()
+
+
+def test_people_who_are_held_work_on_and_are_visited_once_more_at_the_end(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    words = ("stress-test", "-c", "3", "--work", "--hold", "2s", "--think", "0.5s")
+    done, found = run_for_results(tmp_path / "r", *words, hub=labs)
+    assert done.code == 0 and found["people"]["at_work"] == 3
+    assert (found["operations"]["stay"]["count"], found["operations"]["stay"]["failed"]) == (3, 0)
+    cells = found["operations"]["cell"]["count"]
+    assert cells == len(witness.truth["cells"]) - 3 and 3 <= cells <= 3 * 5
+    assert witness.truth["requests"]["GET /"] == {302: 6}
+    assert witness.saw(found["http"]["servers"])
+    assert witness.left_nothing()
+
+
+MAY_RAISE = ' tags=["raises-exception"]\nraise ValueError()'
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason", "done_before"),
+    [
+        (["1 * 1", MAY_RAISE, "raise MemoryError()", "2 * 2"], "cell 3 raised MemoryError", 2),
+        (["raise KeyError()"], "cell 1 raised KeyError", 0),
+        (["1 * 1", "import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 1),
+    ],
+)
+def test_a_person_whose_cell_fails_has_failed_for_that_and_runs_no_more(
+    cells: list[str], reason: str, done_before: int, labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    words = ["-c", "2", "--work", "--notebook", script(tmp_path, *cells), "--think", "0.1s", "--cell-timeout", "1.5s"]
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
+    assert done.code == 1 and f"2 × {reason} (hub-stress-test-1, hub-stress-test-2)" in done.summary
+    assert found["people"]["reasons"] == {reason: 2} and found["failed"] == 2
+    assert found["people"]["at_work"] == (2 if done_before else 0)
+    assert len(witness.truth["cells"]) == 2 * (done_before + 1)
+    assert witness.left_nothing()
+
+
+def test_a_kernel_that_dies_is_noticed_and_told(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
+    words = ["-c", "2", "--work", "--notebook", script(tmp_path, "1 * 1", "import os; os._exit(1)"), "--think", "0.1s"]
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
+    assert done.code == 1 and done.summary.startswith("FAILED: 2 of 2 people got to work; 2 failed afterwards")
+    assert found["people"]["reasons"] == {"the kernel died": 2} and "memory limit" in done.summary
+    assert witness.left_nothing()
+
+
+def test_at_the_hubs_own_port_there_are_no_servers_and_the_option_is_named(labs: LocalHub, witness: Witness) -> None:
+    env = {"JUPYTERHUB_ENDPOINT": labs.hub_endpoint}
+    words = ("stress-test", "-c", "2", "--visit", "--visit-timeout", "2s")
+    done = run_tool(*words, hub=labs, env=env)
+    assert done.code == 1 and "--public-url" in done.summary
+    assert not witness.truth["requests"] and witness.left_nothing()
+    done = run_tool(*words, "--public-url", labs.public_url, hub=labs, env=env)
+    assert done.code == 0 and "2 of 2 people got to work" in done.summary
+    assert witness.left_nothing()
+
+
+def test_an_interrupt_while_people_work_cleans_up_and_counts_each_once(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    words = ("stress-test", "-c", "6", "--within", "30s", "--seed", "71", "--work", "--think", "0.2s")
+    with start_tool(*words, "--results", str(tmp_path / "r"), hub=labs) as run:
+        wait_until(lambda: len(witness.truth["cells"]) >= 2)
+        run.send_signal(signal.SIGINT)
+        done = run.outcome()
+    people = results_in(tmp_path / "r", done)["people"]
+    assert done.code == 130 and people["at_work"] >= 1
+    assert people["at_work"] + people["failed"] == 6
+    assert people["reasons"] == {"never came, or cut short": people["failed"]}
+    assert witness.left_nothing()
