@@ -262,7 +262,7 @@ def answer(status: int, location: str | None = None, data: Any = None, message: 
     ("reply", "reason", "final"),
     [
         (answer(200), None, True),
-        (answer(0, message="connection refused"), Reason(Kind.AWAY, "connection refused"), False),
+        (answer(0, message="connection refused"), Reason(Kind.ROUTE, "no page: connection refused"), False),
         (answer(302, "/jupyter/hub/user/ann/lab"), hst.NO_ROUTE, False),
         (answer(302, "https://hub.example.org/hub/user/ann/"), hst.NO_ROUTE, False),
         (answer(302, "/hub/login?next=%2Fhub%2F"), hst.NO_ROUTE, False),
