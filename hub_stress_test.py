@@ -2305,10 +2305,10 @@ class Wires:
 
 @functools.lru_cache
 def tls_context(verify: bool | str) -> ssl.SSLContext:
-    """What requests would use: the authorities of a file, those that it comes with, or (False) none."""
-    context = ssl.create_default_context(
-        cafile=verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
-    )
+    """What requests would use: the authorities of a file or folder, those that it comes with, or (False) none."""
+    path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
+    is_folder = os.path.isdir(path)
+    context = ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context

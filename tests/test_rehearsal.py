@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -563,6 +564,17 @@ def test_a_cell_that_cannot_be_sent_has_lost_its_connection() -> None:
     kernel = hst.Kernel(socket, lambda: woken.append(None))
     assert kernel.execute("6*7").ended_s is None
     assert kernel.trouble == hst.CONNECTION_LOST and woken
+
+
+def test_websockets_trust_the_authorities_that_requests_would(tmp_path: Path) -> None:
+    ours = requests.utils.DEFAULT_CA_BUNDLE_PATH
+    (tmp_path / "bundle.pem").write_bytes(Path(ours).read_bytes())
+    known = hst.tls_context(True).cert_store_stats()["x509_ca"]
+    assert hst.tls_context(str(tmp_path / "bundle.pem")).cert_store_stats()["x509_ca"] == known > 0
+    in_folder = hst.tls_context(str(tmp_path))  # REQUESTS_CA_BUNDLE may name a folder, which is read when needed
+    assert in_folder.cert_store_stats()["x509_ca"] == 0
+    assert {hst.tls_context(True).verify_mode, in_folder.verify_mode} == {ssl.CERT_REQUIRED}
+    assert hst.tls_context(False).verify_mode == ssl.CERT_NONE
 
 
 def test_a_connection_can_be_closed_also_when_it_is_broken() -> None:
