@@ -127,6 +127,7 @@ VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
+SEND_TIMEOUT_S = 5.0  # of a cell, during which no other websocket is read if this one takes nothing
 METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
@@ -2130,16 +2131,18 @@ class PublicSide:
             token = made.data["token"] if made.status in (200, 201) and isinstance(made.data, dict) else token
         return self._hub.session.beside(self.traffic, token, pool_maxsize=CONNECTIONS_OF_A_BROWSER)
 
-    def server_in(self, reply: Reply) -> str | None:
-        """The URL of the server in a user model; None where there is none, or it is on somebody else's host."""
+    def server_in(self, reply: Reply) -> str | Reason:
+        """The URL of the server in a user model, or why people cannot go there; the token goes to no other host."""
         if state_in(reply) is not ServerState.READY:
-            return None
+            return Reason(Kind.VANISHED, "the hub no longer says that the server is ready")
         told = reply.data["servers"][""].get("url") or reply.data.get("server")
         url = urllib.parse.urljoin(self.url, str(told))
-        host, home = urllib.parse.urlsplit(url).hostname or "", urllib.parse.urlsplit(self.url).hostname or ""
-        return url if told and (host == home or host.endswith(f".{home}")) else None
+        there, here = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.url)
+        same_host = there.hostname == here.hostname or (there.hostname or "").endswith(f".{here.hostname}")
+        return url if told and same_host and there.scheme in (here.scheme, "https") else ELSEWHERE
 
 
+ELSEWHERE = Reason(Kind.ROUTE, "the hub places servers on another host, or without TLS: give its --public-url")
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
 
 
@@ -2202,7 +2205,7 @@ class Kernel:
         message = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}
         with self._lock:
             try:
-                self.socket.settimeout(DEFAULT_TIMEOUT)
+                self.socket.settimeout(SEND_TIMEOUT_S)
                 self.socket.send(json.dumps(message))
                 self.socket.settimeout(0)
             except Exception:  # of websocket-client, ssl or the socket
@@ -2576,9 +2579,10 @@ def open_page(person: Visitor, site: Site, again: bool = False) -> tuple[Reply, 
     """
     if not person.url:
         model = site.hub.read(person.name)
-        person.url = site.public.server_in(model) or ""
-        if not person.url:
-            return model, Reason(Kind.VANISHED, "the hub does not say where the server is"), False
+        place = site.public.server_in(model)
+        if isinstance(place, Reason):
+            return model, place, place is ELSEWHERE
+        person.url = place
     url, browser = person.url, person.enter(site)
     for _ in range(REDIRECTS_MAX):
         reply = browser.ask("GET", url, call=once(again=again))
