@@ -2272,8 +2272,10 @@ class Wires:
         except websocket.WebSocketBadStatusException as error:
             status = error.status_code
         except (OSError, websocket.WebSocketException) as error:
-            late = isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException))
-            return Reason(Kind.WIRE, f"the websocket could not be opened: {TIMED_OUT if late else why(error)}")
+            if not socket.handshake_response:  # else it was a redirect
+                late = isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException))
+                return Reason(Kind.WIRE, f"the websocket could not be opened: {TIMED_OUT if late else why(error)}")
+            status = socket.handshake_response.status
         if status != 101:
             socket.shutdown()
             passes = ": does the proxy pass upgrades?" if status == 400 else ""
