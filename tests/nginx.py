@@ -1,0 +1,69 @@
+"""Debian's nginx in front of a hub, as an ingress: it speaks TLS, and passes websockets on or does not."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from authority import certificate_for_loopback
+from processes import clean_environment, end_now, free_port, start_process
+from tool import wait_until
+
+PLACES = "".join(
+    f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+)  # below the folder, where nginx may write
+UPGRADES = """
+proxy_set_header Upgrade $http_upgrade;
+proxy_set_header Connection "upgrade";
+"""
+CONFIGURATION = """
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {{}}
+http {{
+    {places}
+    access_log access.log;
+    server {{
+        listen 127.0.0.1:{port} ssl;
+        ssl_certificate {pem};
+        ssl_certificate_key {key_pem};
+        location / {{
+            proxy_pass {upstream};
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header X-Forwarded-Proto https;
+            proxy_buffering off;
+            {upgrades}
+        }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(upstream: str, folder: Path, upgrades: bool = True) -> Iterator[tuple[str, Path]]:
+    """The URL at which it stands before the upstream (a URL), and the file of the authority that makes it known."""
+    port = free_port()
+    pem, key_pem = certificate_for_loopback(folder)
+    given = {"places": PLACES, "port": port, "pem": pem, "key_pem": key_pem, "upgrades": UPGRADES if upgrades else ""}
+    configuration = folder / "nginx.conf"
+    configuration.write_text(CONFIGURATION.format(upstream=upstream.rstrip("/"), **given))
+    ends_with_us = ["setpriv", "--pdeathsig", "KILL"]
+    command = [*ends_with_us, "/usr/sbin/nginx", "-p", str(folder), "-c", str(configuration), "-e", "stderr"]
+    process = start_process(command, clean_environment(), folder / "nginx.log")
+
+    def listens() -> bool:
+        assert process.poll() is None, (folder / "nginx.log").read_text(errors="replace")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        return False
+
+    try:
+        wait_until(listens)
+        yield f"https://127.0.0.1:{port}/", pem
+    finally:
+        end_now(process)
