@@ -2558,7 +2558,7 @@ def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
     session, public, ready_s = site.hub.session, site.public, person.since_s
     until_s, sent_s, pause_s = ready_s + site.plan.visit_timeout_s, session.clock(), 0.1
     for tries in itertools.count(1):
-        reply, reason, final = open_page(person, site, tries > 1)
+        reply, reason, final = open_page(person, site, tries > 1, until_s)
         late = session.clock() + pause_s >= until_s
         if reason is NO_ROUTE and not public.reached and (late or session.clock() > ready_s + FIRST_VISIT_S):
             raise CutShort(
@@ -2574,8 +2574,10 @@ def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
     yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=reply.message)
 
 
-def open_page(person: Visitor, site: Site, again: bool = False) -> tuple[Reply, Reason | None, bool]:
-    """The last answer on the way to the start page, and what `judge_visit` says of it.
+def open_page(
+    person: Visitor, site: Site, again: bool = False, until_s: float = math.inf
+) -> tuple[Reply, Reason | None, bool]:
+    """The last answer on the way to the start page, or none by `until_s`, and what `judge_visit` says of it.
 
     Redirects below the server's URL are followed, others are answers.
     """
@@ -2587,7 +2589,8 @@ def open_page(person: Visitor, site: Site, again: bool = False) -> tuple[Reply, 
         person.url = place
     url, browser = person.url, person.enter(site)
     for _ in range(REDIRECTS_MAX):
-        reply = browser.ask("GET", url, call=once(again=again))
+        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - browser.clock()))
+        reply = browser.ask("GET", url, call=once(again=again), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
