@@ -36,7 +36,7 @@ NEVER_CAME = "never came, or cut short"
 NOBODY_LISTENS = "nobody listens there (503)"
 LOST = "the connection was lost"
 GONE_WITHIN_S = 20.0  # whatever belongs to a person, after the run: kernels look for their server every second
-INTERRUPTED_WITHIN_S = 25.0  # the rest of a run, on a slow machine: nobody waits for what was under way
+INTERRUPTED_WITHIN_S = 15.0  # the rest of a run, on a slow machine: nobody waits for what was under way
 ELSEWHERE = "127.0.0.2"
 
 Act = Callable[[str], object]
