@@ -67,7 +67,6 @@ import logging
 import math
 import operator
 import os
-import queue
 import random
 import re
 import selectors
@@ -79,7 +78,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
@@ -1883,51 +1882,6 @@ class Gathering:
         return True
 
 
-class Threads:
-    """At most so many threads, each made when it is needed. The program ends without waiting for what they wait for."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._made, self._ended = most, 0, False
-        self._idle = threading.Semaphore(0)
-        self._work = queue.SimpleQueue[Callable[[], object]]()
-
-    def do(self, work: Callable[[], object]) -> None:
-        """Do this as soon as a thread is free; one thread alone may ask for it at a time."""
-        self._work.put(work)
-        if not self._idle.acquire(blocking=False) and self._made < self._most:
-            self._made += 1
-            threading.Thread(target=self._run, name=f"{USERNAME_PREFIX}-{self._made}", daemon=True).start()
-
-    def map(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """What comes of each item, when all are done. Raises what one has raised."""
-        found: list[Future[R]] = []
-        for item in items:
-            found.append(Future())
-            self.do(functools.partial(_fulfil, found[-1], work, item))
-        return [future.result() for future in found]
-
-    def end(self) -> None:
-        """Begin nothing more; what has begun goes on."""
-        self._ended = True
-        for _ in range(self._made):
-            self._work.put(lambda: None)
-
-    def _run(self) -> None:
-        while True:
-            work = self._work.get()
-            if self._ended:
-                return
-            work()
-            self._idle.release()
-
-
-def _fulfil(future: Future[R], work: Callable[[T], R], item: T) -> None:
-    try:
-        future.set_result(work(item))
-    except BaseException as error:
-        future.set_exception(error)
-
-
 class Driver:
     """Takes walks on in threads: decides which one begins when, and does what is due next.
 
@@ -1949,7 +1903,7 @@ class Driver:
     ) -> None:
         self._session, self._limit, self._pace, self._until_s = session, limit, pace, until_s
         self._gathering, self._may_begin = gathering, may_begin
-        self._threads = Threads(threads or limit)
+        self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
         self._entries: dict[Walk, int] = {}  # of each walk that waits: its tie-breaker there; others are out of date
@@ -1986,7 +1940,7 @@ class Driver:
                     on_tick()
             on_tick()
         finally:
-            self._threads.end()
+            self._pool.shutdown(wait=False, cancel_futures=True)
         if self._error:
             raise self._error
 
@@ -2030,7 +1984,7 @@ class Driver:
     def _submit(self, walk: Walk, first: bool) -> None:
         self._acting += 1
         self._woken.discard(walk)
-        self._threads.do(functools.partial(self._go_on, walk, first))
+        self._pool.submit(self._go_on, walk, first)
 
     def _go_on(self, walk: Walk, first: bool) -> None:
         """In a thread: take one walk on until it waits or ends."""
@@ -2659,9 +2613,8 @@ def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
             return 0, why(error)
 
-    connections = Threads(CONNECTIONS_OF_A_BROWSER)
-    answers = connections.map(fetch, [path for path, _ in recorded])
-    connections.end()
+    with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
+        answers = list(connections.map(fetch, [path for path, _ in recorded]))
     bad = [
         (Reason(Kind.ROUTE, f"a part of the page was answered {status or words}"), path)
         for (status, words), (path, before) in zip(answers, recorded)
@@ -5277,6 +5230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return results.exit_code
 
 
+def program() -> None:
+    """The command line as a program, which ends when `main` does, whatever its threads still wait for."""
+    code = main()
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(code)  # leaving Python would wait for threads, and so for a request that nobody answers
+
+
 # ==== Locust users: the same load from many machines =================================================================
 #
 # Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that they wait
@@ -5645,4 +5606,4 @@ if locust_is_loading():
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program()
