@@ -77,7 +77,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
@@ -460,12 +460,12 @@ class Recording:
     requests: tuple[tuple[str, int], ...]
 
 
-SECRETS = frozenset({"token", "code", "state", "_xsrf"})  # parameters that stay in the recording
+SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # parameters that stay in the recording
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
 def recording(text: str) -> Recording:
-    """The GETs below /user/NAME/ of a HAR file, in their order; cookies, tokens and bodies are not taken over."""
+    """The GETs below one person's server in a HAR file, in order; cookies, tokens and bodies are not taken over."""
     try:
         with open(text, encoding="utf-8-sig") as file:
             entries = [(one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]]
@@ -473,12 +473,12 @@ def recording(text: str) -> Recording:
         below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be read as a HAR file ({error})") from None
-    names = collections.Counter(match[1] for match, _, _ in below if match)
+    owners = collections.Counter((url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme)
     rows = [
         (match[2] + _without_secrets(url.query), status)
         for match, url, status in below
-        if match and url.scheme in ("http", "https") and match[1] == names.most_common(1)[0][0]
-        if match[2] != "oauth_callback"
+        if match and "http" in url.scheme and (url.netloc, match[1]) in dict(owners.most_common(1))
+        if not {"..", "oauth_callback", "logout"} & set(match[2].split("/"))
     ]
     if not rows:
         raise argparse.ArgumentTypeError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
@@ -487,7 +487,7 @@ def recording(text: str) -> Recording:
 
 def _without_secrets(query: str) -> str:
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if name not in SECRETS])
+    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
     return f"?{kept}" if kept else ""
 
 
@@ -531,7 +531,10 @@ def _cells_of_notebook(content: Json) -> Iterator[Code]:
 
 
 def _cells_of_script(content: str) -> Iterator[Code]:
-    for part in re.split(r"^# %%", content, flags=re.MULTILINE)[1:]:
+    beginning, *parts = re.split(r"^# ?%%", content, flags=re.MULTILINE)
+    if parts and re.search(r"^[^#\s]", beginning, re.MULTILINE):  # more than comments
+        yield Code(beginning)
+    for part in parts:
         title, _, source = part.partition("\n")
         if not re.search(r"\[(markdown|md|raw)\]", title):
             yield Code(source, "raises-exception" in title)
@@ -1208,6 +1211,16 @@ c.JupyterHub.load_roles = [
 ]"""
 
 
+VISIT_ROLE_TO_PASTE = """\
+c.JupyterHub.load_roles.append(
+    {
+        "name": "hub-stress-test-visits",
+        "scopes": ["access:servers"],
+        "services": ["hub-stress-test-visits"],
+    }
+)"""
+
+
 def likely_endpoint(endpoint: str, location: str | None) -> str:
     """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
     if location and endpoint.startswith("http:") and location.startswith("https:"):
@@ -1442,10 +1455,10 @@ class HubSession(requests.Session):
         self.stopping.set()
         self.cut_streams()
 
-    def sibling(self, traffic: Traffic | None = None, token: str | None = None, **limits: Any) -> HubSession:
+    def sibling(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
         """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
-        limits = {"pool_maxsize": self._pool_maxsize} | limits
-        other = HubSession(token or self.token, self._simulated, **limits)
+        how = {"pool_maxsize": self._pool_maxsize} | how | ({"wire": self._simulated} if self._simulated else {})
+        other = HubSession(token or self.token, **how)
         other.traffic = traffic or self.traffic
         for setting in ("verify", "cert", "proxies", "hooks", "trust_env"):
             setattr(other, setting, getattr(self, setting))
@@ -1458,9 +1471,9 @@ class HubSession(requests.Session):
         """
         return self.sibling(retry_window_s=0.0, gone_after_s=20.0)
 
-    def beside(self, traffic: Traffic | None = None, token: str | None = None, **limits: Any) -> HubSession:
+    def beside(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
         """A session on the same hub with counts of its own (or these), which stops with this one."""
-        other = self.sibling(traffic or Traffic(), token, **limits)
+        other = self.sibling(traffic or Traffic(), token, **how)
         other.stopping = self.stopping
         return other
 
@@ -1769,16 +1782,17 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     """Nothing, if the token for visits may enter servers; else raises `SetupError`. On 1.x nothing tells."""
     if not plan.opens or hub.version.startswith("1."):
         return
-    reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user", call=once())
+    reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user")
     whose = "The token in JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "The token"
+    if reply.status in (401, 403):
+        raise SetupError(f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}.")
     if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply}.")
+        raise SetupError(f"The hub at {hub.endpoint} could not say whose token visits use: GET /user answered {reply}.")
     if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}):
-        role = ROLE_TO_PASTE.replace('"read:metrics"', '"read:metrics", "access:servers"')
         raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Put this into the hub's configuration, and restart the "
-            f"hub, or (better: test servers see this token) give a second service that scope alone, and put its token "
-            f"into JUPYTERHUB_VISIT_TOKEN:\n\n{role}"
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
+            "second service this scope alone, restart the hub, and put that service's token into "
+            f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 
 
@@ -1998,8 +2012,9 @@ class Driver:
             self._acting -= 1
             self._beginning -= first
             if at_s is not None:
-                if math.isinf(at_s) and self._gathering:
-                    at_s = self._gathering.leave_s  # which may have become known meanwhile
+                leave_s = self._gathering.leave_s if self._gathering else math.inf  # it may just have become known
+                if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
+                    at_s = leave_s
                 self._wait(walk, 0.0 if walk in self._woken else at_s)
             if at_s is not None or not self._pace or not self._acting or self._beginning == self._limit - 1:
                 self._changed.notify()
@@ -2114,6 +2129,44 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
 # ==== The way to a person's server: the public side, and kernels behind websockets ===================================
 
 
+def trusted(session: requests.Session, url: str) -> bool | str:
+    """The certificates that a session trusts: those of a file or folder, those of requests (True), or (False) any."""
+    verify = session.merge_environment_settings(url, {}, None, None, None)["verify"]
+    return True if verify is None else verify
+
+
+@functools.lru_cache
+def tls_context(verify: bool | str) -> ssl.SSLContext:
+    """What requests would use: the authorities of a file or folder, those that it comes with, or (False) none."""
+    path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
+    is_folder = os.path.isdir(path)
+    context = ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+class BrowserWire(HTTPAdapter):
+    """The connections of one browser. All browsers share their trusted certificates, which take long to read."""
+
+    def __init__(self, verify: bool | str) -> None:
+        self._verify = verify
+        super().__init__(pool_maxsize=CONNECTIONS_OF_A_BROWSER)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=tls_context(self._verify), **kwargs)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        return super().proxy_manager_for(proxy, ssl_context=tls_context(self._verify), **kwargs)
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        return super().send(request, *args, **(kwargs | {"verify": self._verify is not False}))
+
+    def cert_verify(self, conn: Any, url: str, verify: bool | str, cert: Any) -> None:
+        """The context has them already."""
+        conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = ("CERT_REQUIRED" if verify else "CERT_NONE"), None, None
+
+
 class PublicSide:
     """The way that people take to their servers: where it begins, what was sent there, and their open kernels."""
 
@@ -2123,13 +2176,16 @@ class PublicSide:
         self.reached = False  # whether any visit has come through
         self._hub, self._token = hub, plan.visit_token
 
-    def browser(self, name: str) -> HubSession:
+    def browser(self, name: str) -> HubSession | Reason:
         """A session with connections of this person's own. On 1.x a server is entered with its user's token."""
         token: str | None = self._token
         if self._hub.version.startswith("1."):
             made = self._hub.make_token(name)
-            token = made.data["token"] if made.status in (200, 201) and isinstance(made.data, dict) else token
-        return self._hub.session.beside(self.traffic, token, pool_maxsize=CONNECTIONS_OF_A_BROWSER)
+            if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
+                return Reason(Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})")
+            token = made.data["token"]
+        wire = BrowserWire(trusted(self._hub.session, self.url))
+        return self._hub.session.beside(self.traffic, token, wire=wire)
 
     def server_in(self, reply: Reply) -> str | Reason:
         """The URL of the server in a user model, or why people cannot go there; the token goes to no other host."""
@@ -2142,7 +2198,7 @@ class PublicSide:
         return url if told and same_host and there.scheme in (here.scheme, "https") else ELSEWHERE
 
 
-ELSEWHERE = Reason(Kind.ROUTE, "the hub places servers on another host, or without TLS: give its --public-url")
+ELSEWHERE = Reason(Kind.ROUTE, "the hub places the server on another host than people come to (see --public-url)")
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
 
 
@@ -2191,7 +2247,7 @@ class Kernel:
     """A kernel behind its websocket, which runs one cell at a time. `wake` is called when something has come of it."""
 
     def __init__(self, socket: Any, wake: Callable[[], None]) -> None:
-        self.socket = socket
+        self.socket, self.number = socket, socket.sock.fileno()
         self.trouble: Reason | None = None  # why nothing more comes of this kernel
         self._wake, self._lock = wake, threading.Lock()
         self._execution = Execution("")
@@ -2229,19 +2285,22 @@ class Kernel:
 
     def close(self) -> None:
         """Close the connection; the kernel stays."""
-        with self._lock, contextlib.suppress(Exception):
+        with self._lock:
             self.trouble = self.trouble or CONNECTION_LOST
-            self.socket.send_close()
-            self.socket.shutdown()
+            for end in (self.socket.send_close, self.socket.shutdown):
+                with contextlib.suppress(Exception):  # the other side may be gone
+                    end()
 
     def _hear(self, message: Json) -> None:
         kind, state = message.get("msg_type") or message.get("header", {}).get("msg_type"), message.get("content", {})
-        self._execution.hear(str(kind), message, time.monotonic())
+        execution = self._execution
+        had_ended = execution.ended_s is not None
+        execution.hear(str(kind), message, time.monotonic())
         if kind == "status" and state.get("execution_state") in ("restarting", "autorestarting", "dead"):
             self._fail(Reason(Kind.KERNEL, "the kernel died"))
         elif kind == "shutdown_reply":
-            self._fail(Reason(Kind.KERNEL, "somebody shut the kernel down"))
-        elif self._execution.ended_s is not None:
+            self._fail(Reason(Kind.CELL, "somebody shut the kernel down"))
+        elif execution.ended_s is not None and not had_ended:
             self._wake()
 
     def _fail(self, reason: Reason) -> None:
@@ -2250,6 +2309,7 @@ class Kernel:
 
 
 TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
+NO_KERNEL = Reason(Kind.CELL, "no kernel in time")
 CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
 
 
@@ -2257,14 +2317,16 @@ class Wires:
     """Reads all open websockets in one thread, so that nobody who waits for a cell, or thinks, needs one."""
 
     def __init__(self) -> None:
-        self._selector, self._ended = selectors.DefaultSelector(), False
-        self._starting, self._thread = threading.Lock(), threading.Thread(target=self._run, name="wires", daemon=True)
+        self._kernels: dict[int, Kernel] = {}  # by file descriptor, which may serve somebody else once it is closed
+        self._changing, self._ended = threading.Lock(), False
+        self._selector: selectors.BaseSelector | None = None  # from the first one on
 
     def open(self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]) -> Kernel | Reason:
         """The kernel behind a websocket's URL, or why it cannot be reached. No redirect is followed."""
         websocket = importlib.import_module("websocket")
-        verify = session.merge_environment_settings(url.replace("ws", "http", 1), {}, None, None, None)["verify"]
-        socket = websocket.WebSocket(sslopt={"context": tls_context(verify)}, skip_utf8_validation=True)
+        socket = websocket.WebSocket(
+            sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))}, skip_utf8_validation=True
+        )
         headers = {"Authorization": f"token {session.token}"}
         try:
             socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
@@ -2272,51 +2334,54 @@ class Wires:
         except websocket.WebSocketBadStatusException as error:
             status = error.status_code
         except (OSError, websocket.WebSocketException) as error:
-            if not socket.handshake_response:  # else it was a redirect
-                late = isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException))
-                return Reason(Kind.WIRE, f"the websocket could not be opened: {TIMED_OUT if late else why(error)}")
-            status = socket.handshake_response.status
+            if isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException)):  # it waits for the kernel
+                return NO_KERNEL
+            return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
         if status != 101:
             socket.shutdown()
             passes = ": does the proxy pass upgrades?" if status == 400 else ""
             return Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})")
         socket.settimeout(0)
         kernel = Kernel(socket, wake)
-        with self._starting:
-            self._selector.register(socket.sock, selectors.EVENT_READ, kernel)
-            if not self._thread.is_alive():
-                self._thread.start()
+        with self._changing:
+            if self._ended:
+                kernel.close()
+                return CONNECTION_LOST
+            self._forget(kernel.number)
+            self._kernels[kernel.number] = kernel
+            if not self._selector:
+                self._selector = selectors.DefaultSelector()
+                threading.Thread(target=self._run, args=(self._selector,), name="wires", daemon=True).start()
+            self._selector.register(kernel.number, selectors.EVENT_READ)
         kernel.read()  # what came with the handshake may be waiting in the TLS layer, where no selector sees it
         return kernel
 
     def close(self, kernel: Kernel) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(kernel.socket.sock)
+        with self._changing:
+            if self._kernels.get(kernel.number) is kernel:
+                self._forget(kernel.number)
         kernel.close()
 
     def end(self) -> None:
-        """Close all connections that are open."""
-        self._ended = True
-        for key in list(self._selector.get_map().values()):
-            self.close(key.data)
+        """Close all connections that are open, and open no more."""
+        with self._changing:
+            self._ended, kernels = True, list(self._kernels.values())
+        for kernel in kernels:
+            self.close(kernel)
 
-    def _run(self) -> None:
+    def _forget(self, number: int) -> None:
+        if self._kernels.pop(number, None) and self._selector:
+            self._selector.unregister(number)
+
+    def _run(self, selector: selectors.BaseSelector) -> None:
         while not self._ended:
-            for key, _ in self._selector.select(0.1):
-                key.data.read()
-                if key.data.trouble:
-                    self.close(key.data)
-
-
-@functools.lru_cache
-def tls_context(verify: bool | str) -> ssl.SSLContext:
-    """What requests would use: the authorities of a file or folder, those that it comes with, or (False) none."""
-    path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
-    is_folder = os.path.isdir(path)
-    context = ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
-    if not verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
+            for key, _ in selector.select(0.1):
+                kernel = self._kernels.get(key.fd)
+                if kernel:
+                    kernel.read()
+                    if kernel.trouble:
+                        self.close(kernel)
+        selector.close()
 
 
 # ==== Steps of a person, each a function =============================================================================
@@ -2391,11 +2456,6 @@ class Visitor:
     browser: HubSession | None = None
     kernel: Kernel | None = None
     kernel_url: str = ""
-
-    def enter(self, site: Site) -> HubSession:
-        """Their browser."""
-        self.browser = self.browser or site.public.browser(self.name)
-        return self.browser
 
     def leaves_s(self, site: Site) -> float:
         """When they leave: so long after they got to work, or when all do."""
@@ -2555,42 +2615,51 @@ def without_name(text: str, user: str) -> str:
 
 def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort`."""
-    session, public, ready_s = site.hub.session, site.public, person.since_s
-    until_s, sent_s, pause_s = ready_s + site.plan.visit_timeout_s, session.clock(), 0.1
+    ready_s, sent_s = person.since_s, site.hub.session.clock()
+    reply, reason, tries = yield from until_open(person, site, ready_s + site.plan.visit_timeout_s)
+    ended_s = reply.answered_s if reason is None else site.hub.session.clock()
+    message = reply.message if isinstance(reply.data, dict) else ""
+    yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=message)
+
+
+def until_open(person: Visitor, site: Site, until_s: float) -> Generator[float, None, tuple[Reply, Reason | None, int]]:
+    """Try the start page until it comes, nothing else can come, or time is up: the last answer, and how many tries."""
+    clock, public, pause_s, first_s = site.hub.session.clock, site.public, 0.1, site.hub.session.clock()
     for tries in itertools.count(1):
         reply, reason, final = open_page(person, site, tries > 1, until_s)
-        late = session.clock() + pause_s >= until_s
-        if reason is NO_ROUTE and not public.reached and (late or session.clock() > ready_s + FIRST_VISIT_S):
+        late = clock() + pause_s >= until_s
+        nobody_came = reason is NO_ROUTE and not public.reached and (late or clock() > first_s + FIRST_VISIT_S)
+        if nobody_came and site.hub.state(person.name) is ServerState.READY:
             raise CutShort(
                 f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's own port? "
                 "Then name where people reach the hub with --public-url. Or has the proxy no route to the server?"
             )
         if reason is None or final or late:
             break
-        yield session.clock() + pause_s
+        yield clock() + pause_s
         pause_s = min(1.5 * pause_s, 1.0)
     public.reached |= reason is None
-    ended_s = reply.answered_s if reason is None else session.clock()
-    yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=reply.message)
+    return reply, reason, tries
 
 
-def open_page(
-    person: Visitor, site: Site, again: bool = False, until_s: float = math.inf
-) -> tuple[Reply, Reason | None, bool]:
+def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple[Reply, Reason | None, bool]:
     """The last answer on the way to the start page, or none by `until_s`, and what `judge_visit` says of it.
 
     Redirects below the server's URL are followed, others are answers.
     """
-    if not person.url:
-        model = site.hub.read(person.name)
+    if not person.browser:
+        model = site.hub.read(person.name, until_s=until_s)
         place = site.public.server_in(model)
         if isinstance(place, Reason):
             return model, place, place is ELSEWHERE
-        person.url = place
-    url, browser = person.url, person.enter(site)
+        browser = site.public.browser(person.name)
+        if isinstance(browser, Reason):
+            return model, browser, False
+        person.url, person.browser = place, browser
+    url = person.url
     for _ in range(REDIRECTS_MAX):
-        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - browser.clock()))
-        reply = browser.ask("GET", url, call=once(again=again), timeout=left_s)
+        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - site.hub.session.clock()))
+        reply = person.browser.ask("GET", url, call=once(again=again), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
@@ -2599,47 +2668,60 @@ def open_page(
 
 
 def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Fetch what a browser fetched, in its order, over as many connections as a browser has."""
-    recorded, browser = site.plan.page.requests if site.plan.page else (), person.enter(site)
-    sent_s = browser.clock()
+    """Fetch what a browser fetched, in its order and over as many connections, up to the first failure."""
+    browser, recorded = person.browser, site.plan.page
+    if not browser or not recorded:
+        return
+    sent_s, bad = browser.clock(), list[tuple[Reason, str]]()
 
-    def fetch(path: str) -> tuple[int, str]:
-        """The status, and why there is none. The body is read, not kept."""
+    def fetch(part: tuple[str, int]) -> None:
+        """The body is read, not kept. What fails ends the page; so does a stop."""
+        path, before = part
+        if bad or browser.stopping.is_set():
+            return
         try:
             with browser.exchange("GET", person.url + path, once(), stream=True) as response:
                 for _ in response.raw.stream(1 << 16, decode_content=False):
                     pass
-                return response.status_code, ""
+            status = response.status_code
+            if status >= 500 or (status >= 400 > before) or (response.is_redirect and before < 300):
+                bad.append((Reason(Kind.ROUTE, f"a part of the page was answered {status}"), path))
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
-            return 0, why(error)
+            bad.append((Reason(Kind.ROUTE, f"a part of the page did not come: {why(error)}"), path))
 
     with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-        answers = list(connections.map(fetch, [path for path, _ in recorded]))
-    bad = [
-        (Reason(Kind.ROUTE, f"a part of the page was answered {status or words}"), path)
-        for (status, words), (path, before) in zip(answers, recorded)
-        if not status or status >= 500 or (status >= 400 and before < 400)
-    ]
+        list(connections.map(fetch, recorded.requests))
     reason, path = bad[0] if bad else (None, "")
     yield Event("page", person.name, sent_s, sent_s, browser.clock(), reason, message=path.partition("?")[0])
 
 
 def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
-    browser, plan = person.enter(site), site.plan
+    browser, plan = person.browser, site.plan
+    if not browser:
+        return
     sent_s = browser.clock()
     until_s = sent_s + plan.cell_timeout_s
     reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=plan.cell_timeout_s)
-    kernel: Kernel | Reason = Reason(Kind.KERNEL, f"the server did not start a kernel: {reply}")
     if reply.status == 201 and isinstance(reply.data, dict):
         person.kernel_url = f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
         url = f"ws{person.kernel_url.removeprefix('http')}/channels"
         kernel = site.public.wires.open(url, browser, max(0.1, until_s - browser.clock()), person.wake)
+    elif reply.message == TIMED_OUT:
+        kernel = NO_KERNEL
+    else:
+        kernel = Reason(Kind.REFUSED, f"the server did not start a kernel ({reply.status or reply.message})")
     if isinstance(kernel, Reason):
-        yield Event("kernel_ready", person.name, sent_s, sent_s, browser.clock(), kernel)
+        reason = too_late(plan) if kernel is NO_KERNEL else kernel
+        yield Event("kernel_ready", person.name, sent_s, sent_s, browser.clock(), reason, message=reply.message)
         return
     person.kernel = kernel
     yield from run_cell("kernel_ready", 1, cells_of(plan)[0], person, kernel, site, sent_s)
+
+
+def too_late(plan: Plan) -> Reason:
+    """Nothing came of a cell, or of its kernel, in time."""
+    return Reason(Kind.CELL, f"no result after {duration_text(plan.cell_timeout_s)}")
 
 
 def cells_of(plan: Plan) -> Sequence[Code]:
@@ -2657,8 +2739,7 @@ def run_cell(
         yield until_s
     reason = None
     if execution.ended_s is None:
-        late = Reason(Kind.CELL, f"no result after {duration_text(site.plan.cell_timeout_s)}")
-        reason = kernel.trouble or late
+        reason = kernel.trouble or too_late(site.plan)
     elif execution.error and not code.may_raise:
         reason = Reason(Kind.CELL, f"cell {number} raised {execution.error}")
     yield Event(step, person.name, sent_s, sent_s, execution.ended_s or clock(), reason)
@@ -2718,7 +2799,7 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
         yield session.clock() + 1.0
     lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
     if not lost and person.browser:
-        _, lost, _ = open_page(person, site)
+        _, lost, _ = yield from until_open(person, site, session.clock() + site.plan.visit_timeout_s)
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
 
 
@@ -3494,7 +3575,7 @@ def stress(run: Run) -> None:
     with run.pinging(names[0]):
         run.start_servers(names)
     if plan.rate_per_s or plan.within_s:
-        run.warn_if_late(["start_server"], 0, "this machine was too slow")
+        run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
 
 
 def activity(run: Run) -> None:
@@ -3745,6 +3826,7 @@ class Rehearsed:
     failed: int
     reasons: dict[str, int]
     failures: list[Failure]
+    until_work_s: dict[str, float]  # the mean of each step, of those who got to work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3884,7 +3966,7 @@ def results_of(run: Run) -> Results:
         advice=[],
         timeline=RunTimeline(
             operations=run.record.timeline(run.began_s),
-            servers=servers_timeline(run.record.people, run.began_s) if servers else None,
+            servers=servers_timeline(run.record.people, run.began_s, run.load_ended_s) if servers else None,
             hub=hub_timeline(snapshots, run.began_s),
             load_ended_s=rounded(run.load_ended_s - run.began_s),
         ),
@@ -3921,7 +4003,13 @@ def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
         failed=reasons.total(),
         reasons={reason: number for reason, number in reasons.most_common() if number},
         failures=[Failure(end.user, text, end.message) for end, text in bad],
+        until_work_s=_until_work_s([row for row in rows.values() if "at_work" in row]),
     )
+
+
+def _until_work_s(rows: Sequence[Mapping[str, Event]]) -> dict[str, float]:
+    steps = [name for name in ("at_work", *PERSONAL[:4]) if rows and name in rows[0]]
+    return {name: sum(row[name].latency_s for row in rows) / len(rows) for name in steps}
 
 
 def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
@@ -3950,7 +4038,7 @@ def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
     )
 
 
-def servers_timeline(people: People, began_s: float) -> ServersTimeline:
+def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> ServersTimeline:
     """The moments of each server, in the order in which they were due."""
     rows = [row for row in people.values() if "server_ready" in row]
     rows.sort(key=lambda row: row["server_ready"].due_s)
@@ -3977,7 +4065,12 @@ def servers_timeline(people: People, began_s: float) -> ServersTimeline:
         works_s=ended("at_work"),
         failed_s=ended(*PERSONAL[1:], bad=True),
         lost_s=ended("stay", bad=True, lost=True),
-        left_s=[since(row["stop_server"].sent_s) if "stop_server" in row else None for row in rows],
+        left_s=[
+            since(row["stop_server"].sent_s)
+            if "stop_server" in row and row["stop_server"].sent_s < load_ended_s
+            else None
+            for row in rows
+        ],
     )
 
 
@@ -4141,7 +4234,8 @@ LOOP_PASSES = 4.0  # how often a request waits for the hub's event loop, as meas
 def time_spent(results: Results) -> Iterator[str]:
     """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    yield from _until_work(operations)
+    if results.people:
+        yield from _until_work(results.people.until_work_s)
     if not own:
         return
     ready, started = operations.get("server_ready"), own.spawns.get("success")
@@ -4164,19 +4258,16 @@ def time_spent(results: Results) -> Iterator[str]:
             yield f"{text} took {duration_text(inside.mean_s)} by the hub's own clock: {where}"
 
 
-def _until_work(operations: Mapping[str, Operation]) -> Iterator[str]:
-    """What a person waited for on average until they could work."""
-    if "at_work" not in operations:
-        return
+def _until_work(means: Mapping[str, float]) -> Iterator[str]:
     parts = {
         "server_ready": "the server",
-        "visit": "its start page",
-        "page": "the whole page",
+        "visit": "the start page",
+        "page": "the rest of it",
         "kernel_ready": "the kernel",
     }
-    means = {name: operations[name].latency_s.mean for name in parts if name in operations}
-    took = ", ".join(f"{parts[name]} {duration_text(mean)}" for name, mean in means.items() if mean is not None)
-    yield f"of a mean {duration_text(operations['at_work'].latency_s.mean)} until people could work: {took}"
+    took = ", ".join(f"{parts[name]} {duration_text(mean)}" for name, mean in means.items() if name in parts)
+    if means:
+        yield f"people waited {duration_text(means['at_work'])} on average until they could work: {took}"
 
 
 def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
@@ -5134,17 +5225,23 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def _validate_rehearsal(plan: Plan) -> None:
-    given = {name for name in OPTIONS if getattr(plan, name)}
+    usual = Plan()
+    given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
     for one, other, why_not in (
         ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
         ("stay_s", "keep", "lets each leave, and --keep nobody"),
         ("within_s", "rate_per_s", "and --rate both say when people come"),
     ):
-        if {one, other} <= given:
+        if {one, other} <= {*given}:
             raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
-    for one, other in (("notebook", "work"), ("seed", "within_s")):
-        if one in given and other not in given:
-            raise UsageError(f"{OPTIONS[one].flag} has a meaning only with {OPTIONS[other].flag}")
+    for names, there, others in (
+        (("notebook", "think_s", "cell_timeout_s"), plan.work, "--work"),
+        (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
+        (("seed",), plan.within_s, "--within"),
+    ):
+        for name in names:
+            if name in given and not there:
+                raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
     if plan.work and not optional("websocket"):
         raise UsageError("--work needs websocket-client, which is not installed: pip install websocket-client")
 
@@ -5315,7 +5412,7 @@ if locust_is_loading():
             hub = check_hub(plan.endpoint or "", self.session, plan.command)
             check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
-            self.site = Site(hub, plan, new_recorder(self._report))
+            self.site = Site(hub, plan, Recorder(self._report))
             taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
             self.indexes = itertools.count(first_free_index(taken, self.run))
             self.claims, self.throttled, self.cut_short = Claims(), 0, False
@@ -5355,6 +5452,7 @@ if locust_is_loading():
             with self._cleaning, _second_signal_leaves(self):
                 if self._cleaned is None:
                     self._cutting.kill()
+                    self.site.public.wires.end()
                     ours = set(self.claims.ours) - left_already
                     hub = dataclasses.replace(self.site.hub, session=self.session.for_cleaning_up())
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
@@ -5418,8 +5516,7 @@ if locust_is_loading():
         @staticmethod
         def ssl_context_factory() -> ssl.SSLContext:
             """What requests would trust, which goes by REQUESTS_CA_BUNDLE."""
-            verify = requests.Session().merge_environment_settings("https://x", {}, None, None, None)["verify"]
-            return tls_context(verify)
+            return tls_context(trusted(requests.Session(), "https://x"))
 
         def on_start(self) -> None:
             shared: LocustSite | None = getattr(self.environment, "hub_site", None)
@@ -5482,7 +5579,7 @@ if locust_is_loading():
             name, clock, awake = self.new_user(), time.monotonic, threading.Event()
             try:
                 for at_s in journey(Visitor(name, clock(), awake.set), self.site):
-                    awake.wait(max(0.0, at_s - clock()))
+                    awake.wait(min(3600.0, max(0.0, at_s - clock())))
                     awake.clear()
             except CutShort as error:
                 SAY.error("%s", error)

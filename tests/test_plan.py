@@ -223,7 +223,11 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
 }
 
 
-COMPANIONS = {"seed": ["--within", "5m"], "notebook": ["--work"]}  # options without which these say nothing
+COMPANIONS = {  # options without which these say nothing
+    "seed": ["--within", "5m"],
+    **dict.fromkeys(("notebook", "think_s", "cell_timeout_s"), ["--work"]),
+    **dict.fromkeys(("visit_timeout_s", "public_url"), ["--visit"]),
+}
 
 
 def plan_for(*words: str) -> hst.Plan:

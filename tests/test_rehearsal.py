@@ -210,7 +210,8 @@ not_python
         ("a.ipynb", ipynb({"cell_type": "code", "source": "4"}), [("4", False)]),
         ("a.py", "# %%\n1+1\n", [("1+1\n", False)]),
         ("a.py", "\ufeff# %%\n1+1\n# %%\n2", [("1+1\n", False), ("2", False)]),
-        ("a.py", "x = 1  # %% not here\n# %%\r\nx\r\n", [("x\n", False)]),
+        ("a.py", "x = 1  # %% not here\n# %%\r\nx\r\n", [("x = 1  # %% not here\n", False), ("x\n", False)]),
+        ("a.py", "# the title\n\n#%%\nx\n", [("x\n", False)]),
         ("class.py", SCRIPT, [("import time\nprint(1)\n\n", False), ("# only a comment\n", False), ("1 / 0\n", True)]),
     ],
 )
@@ -372,7 +373,6 @@ class HubThatMakesTokens(HubWithUsers):
         ("6.1.1", "the-second", 201, "the-second"),
         ("1.5.1", None, 200, "anns-own"),
         ("1.5.1", "the-second", 201, "anns-own"),
-        ("1.5.1", "the-second", 403, "the-second"),
     ],
 )
 def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the_users_own(
@@ -385,6 +385,13 @@ def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the
     assert (browser.token, browser.headers["Authorization"]) == (token, f"token {token}")
     assert browser.traffic is public.traffic is not hub.session.traffic
     assert browser.stopping is hub.session.stopping
+
+
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_on_1x_nobody_elses_token_enters_a_server_when_the_hub_makes_none(status: int) -> None:
+    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status), retry_window_s=0.0), "1.5.1")
+    public = hst.PublicSide(hub, hst.Plan(visit=True, visit_token=hst.Secret("the-second")))
+    assert public.browser("ann") == Reason(Kind.REFUSED, f"the hub made no token for the user ({status})")
 
 
 class Site(HubWithUsers):
@@ -423,7 +430,7 @@ def test_only_redirects_below_the_servers_url_are_followed(
 ) -> None:
     wire = Site(pages)
     site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", wire), "6.1.1"), hst.Plan(visit=True), hst.new_recorder())
-    _, found, _ = hst.open_page(hst.Visitor("ann", 0.0), site)
+    _, found, _ = hst.open_page(hst.Visitor("ann", 0.0), site, False, site.hub.session.clock() + 30.0)
     assert (len(wire.came), found) == (came, reason)
     assert all(url.startswith("http://x/user/ann/") for url in wire.came)
 
@@ -479,6 +486,10 @@ class Socket:
         self.sent: list[hst.Json] = []
         self.closed = False
         self.broken: Exception | None = None
+        self.sock = self  # websocket-client's own, of which its number is asked
+
+    def fileno(self) -> int:
+        return 0
 
     def recv_data(self) -> tuple[int, bytes]:
         if not self.frames:
@@ -522,7 +533,7 @@ DIED = Reason(Kind.KERNEL, "the kernel died")
         ([text(message("status", "", execution_state="dead"))], DIED),
         (
             [text(message("shutdown_reply", "theirs", restart=False))],
-            Reason(Kind.KERNEL, "somebody shut the kernel down"),
+            Reason(Kind.CELL, "somebody shut the kernel down"),
         ),
         ([(hst.CLOSED, b"\x03\xe8")], hst.CONNECTION_LOST),
         ([ConnectionResetError()], hst.CONNECTION_LOST),
@@ -727,8 +738,8 @@ def test_the_summary_of_a_rehearsal_tells_of_people_each_failure_once_and_of_req
 
 def test_where_the_time_until_work_went_is_told_step_by_step() -> None:
     (sentence,) = told(rehearsed("works", "works and stays"), "where the time went")
-    parts = "the server 1.00 s, its start page 2.00 s, the kernel 5.00 s"
-    assert sentence == f"of a mean 5.00 s until people could work: {parts}"
+    parts = "the server 1.00 s, the start page 2.00 s, the kernel 5.00 s"
+    assert sentence == f"people waited 5.00 s on average until they could work: {parts}"
 
 
 @pytest.mark.parametrize(
@@ -824,7 +835,7 @@ def plan_for(*words: str) -> hst.Plan:
     ("words", "opens"),
     [
         ([], False),
-        (["--within", "5m", "--stay", "5m", "--think", "1s"], False),
+        (["--within", "5m", "--stay", "5m"], False),
         (["--visit"], True),
         (["--page", "lab.har"], True),
         (["--work"], True),
@@ -941,8 +952,8 @@ def test_a_token_that_may_not_enter_servers_is_refused_with_the_role_and_a_bette
     for words in (["--visit"], ["--work"]):
         said = check_visits(hub, *words)
         assert said.startswith("hub-stress-test: The token lacks what visits need: access:servers. ")
-        assert '"scopes": ["admin:users", "servers", "read:metrics", "access:servers"]' in said
-        assert "a second service that scope alone, and put its token into JUPYTERHUB_VISIT_TOKEN" in said
+        assert "second service this scope alone" in said and "JUPYTERHUB_VISIT_TOKEN" in said
+        assert said.rstrip().endswith(hst.VISIT_ROLE_TO_PASTE)
 
 
 def test_a_second_token_that_the_hub_refuses_or_that_may_not_enter_servers_is_told_by_its_variable(
@@ -1076,7 +1087,11 @@ def test_twelve_people_run_a_notebook_and_every_cell_is_counted_as_the_servers_c
     done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
     assert done.code == 0, done
     assert done.summary.startswith("PASSED: 12 of 12 people got to work; half waited ")
+    means = found["people"].pop("until_work_s")
     assert found["people"] == {"expected": 12, "at_work": 12, "failed": 0, "reasons": {}, "failures": []}
+    assert means["at_work"] == pytest.approx(
+        sum(means.values()) - means["at_work"], abs=0.2
+    )  # the steps follow each other
     for step, count in {"server_ready": 12, "visit": 12, "kernel_ready": 12, "at_work": 12, "cell": 48}.items():
         assert (found["operations"][step]["count"], found["operations"][step]["failed"]) == (count, 0), step
     truth = witness.truth
