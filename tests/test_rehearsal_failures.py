@@ -69,6 +69,10 @@ def home(hub: LocalHub, name: str) -> Path:
     return hub.log_path.parent / name
 
 
+def homes(hub: LocalHub) -> list[Path]:
+    return list(hub.log_path.parent.glob(f"{hst.USERNAME_PREFIX}-*"))
+
+
 def server_of(hub: LocalHub, name: str) -> int:
     """The process that is a person's real server."""
     return _process_of(hub, name, "jupyterhub.singleuser")
@@ -103,6 +107,20 @@ def ask_server(hub: LocalHub, name: str, method: str, path: str) -> Any:
         return json.loads(response.read() or b"null")
 
 
+def thaw_what_ends(hub: LocalHub, run: Running) -> None:
+    """While a run goes on, let frozen servers and kernels go on when the hub stops them.
+
+    The hub takes a minute to lose patience with a stopped process, and outside of a container its kernel outlives it.
+    """
+    while hub.options.real_servers and run.poll() is None:
+        for name, user in hub.users().items():
+            if user["servers"].get("", {}).get("pending") == "stop":
+                for pid in processes_in(home(hub, name)):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
+
+
 def delete_kernel(hub: LocalHub, name: str) -> None:
     (kernel,) = ask_server(hub, name, "GET", "api/kernels")
     ask_server(hub, name, "DELETE", f"api/kernels/{kernel['id']}")
@@ -133,11 +151,16 @@ def left_behind(hub: LocalHub) -> list[str]:
     if hub.options.stub_labs:
         truth = hub.truth()
         return left + [f"{truth[what]} {what}" for what in ("servers", "kernels", "open_websockets") if truth[what]]
-    homes = hub.log_path.parent.glob(f"{hst.USERNAME_PREFIX}-*")
-    return left + [f"process {pid}" for folder in homes for pid in processes_in(folder)]
+    return left + [f"process {pid}" for folder in homes(hub) for pid in processes_in(folder)]
 
 
 # ==== A rehearsal, and what came of it ===============================================================================
+
+
+def until(run: Running, reached: Callable[[], object], within_s: float = 100.0) -> None:
+    """Wait for something to happen in a run, which must not end before."""
+    wait_until(lambda: reached() or run.poll() is not None, within_s)
+    assert run.poll() is None, run.communicate()
 
 
 class Moments:
@@ -209,6 +232,9 @@ class Stage:
                 side.rule = public
                 words = (*words, "--public-url", side.url)
             run = stack.enter_context(start_tool("stress-test", *words, "--results", str(path), env=found))
+            thawing = threading.Thread(target=thaw_what_ends, args=(hub, run))
+            thawing.start()
+            stack.callback(thawing.join)
             meanwhile(run)
             done = run.outcome()
             seconds = time.monotonic() - began_s
@@ -299,7 +325,7 @@ def test_people_at_work_lose_their_connections_with_the_proxy_and_are_counted_on
     labs: LocalHub, stage: Stage
 ) -> None:
     def kill_proxy(run: Running) -> None:
-        wait_until(lambda: labs.truth()["open_websockets"] == 5 and len(labs.truth()["cells"]) >= before + 5)
+        until(run, lambda: labs.truth()["open_websockets"] == 5 and len(labs.truth()["cells"]) >= before + 5)
         time.sleep(0.5)
         proxy_away(labs, 1.0)
 
@@ -352,11 +378,10 @@ def test_what_ends_the_work_of_people_is_told_for_each(servers: LocalHub, stage:
 
     def act(run: Running) -> None:
         for number, fate in fates.items():
-            wait_until((home(servers, person(number)) / "has-begun").exists, 100)
-            time.sleep(0.5)
+            until(run, (home(servers, person(number)) / "has-begun").exists)
             fate(servers, person(number))
 
-    cells = ["'the kernel is there'", "open('has-begun', 'w').close()", *["6*7"] * 3]
+    cells = ["'the kernel is there'", "open('has-begun', 'w').close()", *["6*7"] * 4]
     words = ["-c", "5", "-b", "2", "--work", "--notebook", script(tmp_path, *cells), "--think", "3s"]
     words += ["--cell-timeout", "15s", "--server-timeout", "100s"]
     what = "server killed, frozen, kernel frozen, deleted"
@@ -522,7 +547,7 @@ def test_an_interrupt_in_any_step_ends_the_run_and_leaves_nothing(
     words = [script(tmp_path, *files[word]) if word in files else word for word in step.words]
 
     def meanwhile(run: Running) -> None:
-        wait_until(lambda: step.reached(labs, before))
+        until(run, lambda: step.reached(labs, before))
         time.sleep(1.0)
         sent.append(interrupt(run))
 
@@ -535,7 +560,7 @@ def test_an_interrupt_in_a_cell_of_a_real_kernel_leaves_no_process(
     servers: LocalHub, stage: Stage, tmp_path: Path
 ) -> None:
     def meanwhile(run: Running) -> None:
-        wait_until((home(servers, person(1)) / "sleeping").exists, 100)
+        until(run, (home(servers, person(1)) / "sleeping").exists)
         interrupt(run)
 
     file = script(tmp_path, "6*7", "import time; open('sleeping', 'w').close(); time.sleep(60)")
