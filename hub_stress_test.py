@@ -472,7 +472,7 @@ def recording(text: str) -> Recording:
         urls = [(urllib.parse.urlsplit(asked["url"]), status) for asked, status in entries if asked["method"] == "GET"]
         below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as a HAR file ({error})") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as a HAR file ({_in_words(error)})") from None
     owners = collections.Counter((url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme)
     rows = [
         (match[2] + _without_secrets(url.query), status)
@@ -483,6 +483,10 @@ def recording(text: str) -> Recording:
     if not rows:
         raise argparse.ArgumentTypeError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
     return Recording(text, tuple(rows))
+
+
+def _in_words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)  # which does not name the file once more
 
 
 def _without_secrets(query: str) -> str:
@@ -517,7 +521,7 @@ def notebook(text: str) -> Notebook:
             content = file.read()
         cells = list(_cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as a notebook ({error})") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as a notebook ({_in_words(error)})") from None
     cells = [cell for cell in cells if cell.source.strip()]
     if not cells:
         raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
@@ -3996,7 +4000,7 @@ def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
     reasons = collections.Counter(text for _, text in bad)
     at_work = sum("at_work" in row for row in rows.values())
     never = expected - sum(bool(end) or "at_work" in row for end, row in zip(ends, rows.values()))
-    reasons["never came, or cut short" if cut_short else "never came"] = never
+    reasons["cut short before getting to work" if cut_short else "never came"] = never
     return Rehearsed(
         expected=expected,
         at_work=at_work,

@@ -701,7 +701,7 @@ def test_a_person_with_several_failed_steps_fails_for_the_first_of_them_with_its
 
 def test_of_a_run_that_was_cut_short_people_may_never_have_come() -> None:
     people = rehearsed("works", "cut short", expected=3, cut_short=True).people
-    assert people and people.reasons == {"never came, or cut short": 2}
+    assert people and people.reasons == {"cut short before getting to work": 2}
 
 
 @pytest.mark.parametrize(
@@ -1235,5 +1235,5 @@ def test_an_interrupt_while_people_work_cleans_up_and_counts_each_once(
     people = results_in(tmp_path / "r", done)["people"]
     assert done.code == 130 and people["at_work"] >= 1
     assert people["at_work"] + people["failed"] == 6
-    assert people["reasons"] == {"never came, or cut short": people["failed"]}
+    assert people["reasons"] == {"cut short before getting to work": people["failed"]}
     assert witness.left_nothing()
