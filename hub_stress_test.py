@@ -2340,7 +2340,9 @@ class Wires:
         except (OSError, websocket.WebSocketException) as error:
             if isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException)):  # it waits for the kernel
                 return NO_KERNEL
-            return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
+            status = getattr(socket.handshake_response, "status", 0)  # a redirect
+            if not status:
+                return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
         if status != 101:
             socket.shutdown()
             passes = ": does the proxy pass upgrades?" if status == 400 else ""
@@ -2385,7 +2387,9 @@ class Wires:
                     kernel.read()
                     if kernel.trouble:
                         self.close(kernel)
-        selector.close()
+        with self._changing:
+            self._selector = None
+            selector.close()
 
 
 # ==== Steps of a person, each a function =============================================================================
