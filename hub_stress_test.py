@@ -307,6 +307,7 @@ def purge_command(run: str | None) -> str:
 
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
+AFTER = "aftermath"  # as in aftermath.hub.open_files.grown
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 UNITS = {"": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "%": 0.01}
 
@@ -348,6 +349,9 @@ def metric_value(found: Json, metric: str) -> float | None:
     name, _, statistic = metric.rpartition(".")
     if metric == "throttled":
         value = found.get("http", {}).get("throttled")
+    elif metric.startswith(f"{AFTER}."):
+        _, process, figure, statistic = metric.split(".")
+        value = ((found.get(AFTER) or {}).get(process, {}).get(figure) or {}).get(statistic)
     elif not name:
         value = found.get(metric)
     else:
@@ -430,6 +434,27 @@ def profile_value(text: str) -> str | Json:
     if not isinstance(options, dict):
         raise argparse.ArgumentTypeError(f"expected a profile's slug or a JSON object, not {text}")
     return options
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """Another process of the deployment, and where it shows its figures."""
+
+    name: str
+    url: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.url}"
+
+
+def watched(text: str) -> Watched:
+    """A process to watch, from NAME=URL."""
+    name, _, url = text.partition("=")
+    if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…), not {without_credentials(text)!r}"
+        )
+    return Watched(name, url)
 
 
 def results_file(text: str) -> Json:
@@ -551,7 +576,8 @@ def condition(text: str) -> Condition:
         raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
     metric, comparison, number, unit = match.groups()
     statistic = metric.rpartition(".")[2]
-    if metric not in ("failed", "failed_rate", "throttled") and ("." not in metric or statistic not in STATISTICS):
+    known = metric in ("failed", "failed_rate", "throttled") or re.fullmatch(rf"{AFTER}(\.\w+){{3}}", metric)
+    if not known and ("." not in metric or statistic not in STATISTICS):
         raise argparse.ArgumentTypeError(
             f"{metric!r} is not failed, failed_rate, throttled, or OPERATION.STAT, with one of {', '.join(STATISTICS)}"
         )
@@ -578,6 +604,7 @@ METAVARS: dict[Parse, str] = {
     condition: "CONDITION",
     results_file: "FILE",
     writable_file: "FILE",
+    watched: "NAME=URL",
     recording: "FILE.har",
     notebook: "FILE",
     str: "FILE",
@@ -766,6 +793,14 @@ class Plan:
     cleanup_timeout_s: float = option(
         "--cleanup-timeout", "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S
     )
+    watch: Sequence[Watched] = option(
+        "--watch",
+        "read this Prometheus page of another process too, without the token; repeatable",
+        watched,
+        (),
+        LOADS,
+        repeatable=True,
+    )
     scale: float = option(
         "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, LOCUST_ALONE, "1"
     )
@@ -788,6 +823,7 @@ class Plan:
         rows = [(name, row) for name, row in OPTIONS.items() if self.command in row.on]
         options = {row.key: getattr(self, name) for name, row in rows if name not in ("token", "baseline")}
         options |= {key: one.file for key, one in options.items() if isinstance(one, (Recording, Notebook))}
+        options |= {"watch": [str(one) for one in self.watch]} if "watch" in options else {}
         return options | {"fail_if": [one.text for one in self.fail_if]}
 
 
@@ -3363,8 +3399,8 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 
 _OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
-    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|running_servers|"
-    "event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
+    "running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
 )
 LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
 
@@ -3378,6 +3414,11 @@ class Snapshot:
 
     def get(self, name: str, label: str = "") -> float:
         return self.figures.get((name, label), 0.0)
+
+
+def metrics_url(endpoint: str) -> str:
+    """Where a hub shows its own figures."""
+    return endpoint.removesuffix("/api") + "/metrics"
 
 
 def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
@@ -3395,17 +3436,19 @@ def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: floa
 
 
 class Monitor(Regularly):
-    """While the `with` block runs, reads the hub's own metrics every 5 seconds, and once before and after.
+    """While the `with` block runs, reads a process's own metrics every 5 seconds, and once before and after.
 
-    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do).
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
+    page of another process is read without the token.
     """
 
-    def __init__(self, endpoint: str, session: HubSession, wanted: bool) -> None:
+    def __init__(self, url: str, session: HubSession, wanted: bool, is_hub: bool = True) -> None:
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
-        self._url = endpoint.removesuffix("/api") + "/metrics"
-        self._session = session.for_cleaning_up()  # so that it sees the hub also after the load was stopped
+        self._url, self._headers = url, {} if is_hub else {"Authorization": None}
+        # a session of its own, so that it sees the hub also after the load was stopped
+        self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
         self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
         self._looking, self._wanted = threading.Lock(), wanted
         if wanted and not self._parser:
@@ -3423,7 +3466,9 @@ class Monitor(Regularly):
                 return
             sent_s = self._session.clock()
             try:
-                response = self._session.exchange("GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S)
+                response = self._session.exchange(
+                    "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
+                )
                 page = response.text if response.status_code == 200 else ""
                 families = list(self._parser.text_string_to_metric_families(page))
             except (requests.RequestException, ValueError) as error:
@@ -3465,7 +3510,9 @@ class Run:
         self.existing = self._look()
         self.site = Site(self.hub, plan, self.record)
         watched = plan.command != PURGE and not plan.dry_run
-        self.monitor = Monitor(self.hub.endpoint, self.session, watched)
+        self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
+        self.monitors = {"hub": self.monitor}
+        self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
         self.claims = Claims()
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
@@ -3479,11 +3526,13 @@ class Run:
     def __enter__(self) -> Run:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self.monitor.__enter__()
+        for monitor in self.monitors.values():
+            monitor.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.monitor.__exit__()
+        for monitor in self.monitors.values():
+            monitor.__exit__()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -3501,6 +3550,11 @@ class Run:
             return find_users(self.hub, self.record, run)
         except HubRefused as error:
             raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
+
+    def look(self) -> None:
+        """Have all monitors look once more."""
+        for monitor in self.monitors.values():
+            monitor.look()
 
     def announce(self, what: str) -> None:
         """Say what begins."""
@@ -3542,7 +3596,7 @@ class Run:
     def clean_up(self) -> None:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
-        self.monitor.look()
+        self.look()
         if self.session.hub_is_gone:
             self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
         if self.plan.command != PURGE:
@@ -3628,7 +3682,8 @@ def carry_out(plan: Plan) -> Results:
             LOG.debug("Stopped")
         finally:
             run.clean_up()
-        run.monitor.look()
+        run.session.close()  # so that what is still open on the hub is not ours
+        run.look()
         return results_of(run)
 
 
@@ -3867,6 +3922,16 @@ class HubTimeline:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """A figure before a run, at its most, and after everything is removed; `after` is None when users were kept."""
+
+    before: float
+    peak: float
+    after: float | None
+    grown: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class RunTimeline:
     """What happened when: what the report draws."""
 
@@ -3896,6 +3961,7 @@ class Results:
     operations: dict[str, Operation]
     http: Http
     capacity: Capacity | None
+    aftermath: dict[str, dict[str, Change]] | None  # of the hub and each process that was watched
     warnings: list[str]
     advice: list[str]  # what to look at next, when the run has failed
     timeline: RunTimeline
@@ -3970,6 +4036,7 @@ def results_of(run: Run) -> Results:
             run.session.traffic.summarise(), servers=run.site.public.traffic.summarise() if plan.opens else None
         ),
         capacity=run.capacity,
+        aftermath=aftermath_of({name: one.snapshots for name, one in run.monitors.items()}, bool(run.cleaned.kept)),
         warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
         advice=[],
         timeline=RunTimeline(
@@ -4087,6 +4154,30 @@ def _is_lost(end: Event) -> bool:
 
 
 # ---- the hub's own figures ----
+
+AFTERMATH = {
+    "open_files": ("process_open_fds", ""),
+    "rss_bytes": ("process_resident_memory_bytes", ""),
+    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
+    "active_handles": ("nodejs_active_handles_total", ""),
+}
+FILES_TO_MENTION = 20  # open files that have not come back
+
+
+def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> dict[str, dict[str, Change]] | None:
+    """What a run left in the processes that were watched; None without two looks at any."""
+    seen = {name: snapshots for name, snapshots in looks.items() if len(snapshots) > 1}
+    return {name: _changes(snapshots, kept) for name, snapshots in seen.items()} or None
+
+
+def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
+    changes = {}
+    for name, (figure, label) in AFTERMATH.items():
+        if any(figure == known for one in snapshots for known, _ in one.figures):
+            values = [one.get(figure, label) for one in snapshots]
+            after = None if kept else values[-1]
+            changes[name] = Change(values[0], max(values), after, None if after is None else after - values[0])
+    return changes
 
 
 def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
@@ -4412,6 +4503,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *_hub_facts(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
         *_cleanup_facts(results),
+        *_aftermath_facts(results.aftermath or {}),
         *(("condition", f"{one.condition}: not met, it is {_value_text(one)}") for one in _told(results, False)),
         *(("next", one) for one in results.advice),
     ]
@@ -4541,6 +4633,20 @@ def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "cleanup", f"remove them with: {remedy}"
     else:
         yield "cleanup", f"{users.deleted} users deleted, none left"
+
+
+def _aftermath_facts(aftermath: Mapping[str, Mapping[str, Change]]) -> Iterator[tuple[str, str]]:
+    """Open files that have not come back, and why they may not have."""
+    for name, changes in aftermath.items():
+        files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
+        if not files or files.grown is None or files.grown <= FILES_TO_MENTION:
+            continue
+        whose = "the hub" if name == "hub" else name
+        told = f"{whose} has {files.grown:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        if pages and (pages.grown or 0) >= files.grown:
+            yield "aftermath", f"{told}, and drew as many error pages for the proxy, which keeps these connections open"
+        else:
+            yield "aftermath", f"{told}: possibly connections that the proxy keeps for reuse; other people's count too"
 
 
 def in_order(operations: Collection[str]) -> list[str]:
@@ -5172,8 +5278,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    args = build_parser().parse_args(words, argparse.Namespace(**vars(Plan()) | {"fail_if": []}))
-    args.fail_if = (*args.fail_if, *vars(args).pop("fail_if_too", ()))
+    lists = [name for name, row in OPTIONS.items() if row.repeatable]
+    args = build_parser().parse_args(words, argparse.Namespace(**vars(Plan()) | {name: [] for name in lists}))
+    for name in lists:
+        setattr(args, name, (*getattr(args, name), *vars(args).pop(f"{name}_too", ())))
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
@@ -5197,7 +5305,8 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
-    return Plan(**vars(args))
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    return Plan(**{name: value for name, value in vars(args).items() if name in fields})
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -5218,7 +5327,7 @@ def validate(args: argparse.Namespace) -> None:
         raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
     for one in plan.fail_if:
         name = one.metric.rpartition(".")[0]
-        if name and name not in STEPS.keys() | OPERATIONS.keys():
+        if name and name not in STEPS.keys() | OPERATIONS.keys() and not name.startswith(f"{AFTER}."):
             raise UsageError(f"--fail-if {one.text!r}: there is no operation {name!r}")
         if one.relative and not plan.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")

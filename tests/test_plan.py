@@ -129,6 +129,7 @@ GOOD_VALUES = [
     (hst.profile_value, ' {"image": "a:b"}', {"image": "a:b"}),
 ]
 BAD_VALUES = {
+    hst.watched: ["", "proxy", "proxy=", "proxy=127.0.0.1:8002", "=http://x/", "hub=http://x/metrics", "a b=http://x/"],
     hst.whole_number: ["", "0", "-1", "1.5", "1e3", "x", "١"],
     hst.positive_number: ["", "0", "0.0", "-1", "1e3", "nan", "inf", "x"],
     hst.duration: ["", "0", "0s", "5 minutes", "-1s", "1d", "s", "1m30s"],
@@ -218,6 +219,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "cell_timeout_s": ("2m", 120.0),
     "stay_s": ("5m", 300.0),
     "public_url": ("https://hub.example.org/", "https://hub.example.org"),
+    "watch": ("proxy=http://127.0.0.1:8002/metrics", (hst.Watched("proxy", "http://127.0.0.1:8002/metrics"),)),
     "find_capacity": (None, True),
     "cleanup_timeout_s": ("1m", 60.0),
 }

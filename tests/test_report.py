@@ -76,6 +76,7 @@ def results(record: Recorder, load_ended_s: float, **more: Any) -> hst.Results:
             "operations": record.summarise(),
             "http": hst.Traffic().summarise(),
             "capacity": None,
+            "aftermath": None,
             "warnings": [],
             "advice": [],
             "timeline": hst.RunTimeline(

@@ -57,6 +57,7 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
         operations=record.summarise(),
         http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
         capacity=None,
+        aftermath=None,
         warnings=[],
         advice=[],
         timeline=hst.RunTimeline({}, None, None, 30.0),

@@ -264,7 +264,7 @@ def test_a_metrics_page_that_cannot_be_read_is_no_trouble(
     monkeypatch.setattr(hst, "METRICS_TIMEOUT_S", 0.3)
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(matching("GET", "/hub/metrics"), answer)
-        monitor = hst.Monitor(proxy.url + "/hub/api", hst.get_session(new_hub.token), wanted=True)
+        monitor = hst.Monitor(proxy.url + "/hub/metrics", hst.get_session(new_hub.token), wanted=True)
         with monitor:
             monitor.look()
         monitor.look()
@@ -274,7 +274,7 @@ def test_a_metrics_page_that_cannot_be_read_is_no_trouble(
 
 def test_the_monitor_looks_before_and_after_and_still_when_the_load_was_stopped(new_hub: LocalHub) -> None:
     session = hst.get_session(new_hub.token)
-    monitor = hst.Monitor(new_hub.endpoint, session, wanted=True)
+    monitor = hst.Monitor(hst.metrics_url(new_hub.endpoint), session, wanted=True)
     with monitor:
         assert len(monitor.snapshots) == 1
         session.stop()
@@ -288,7 +288,7 @@ def test_the_monitor_looks_before_and_after_and_still_when_the_load_was_stopped(
 
 def test_a_dry_run_does_not_look_at_metrics() -> None:
     wire = HubWithUsers()
-    monitor = hst.Monitor(ENDPOINT, hst.HubSession("x", wire), wanted=False)
+    monitor = hst.Monitor(hst.metrics_url(ENDPOINT), hst.HubSession("x", wire), wanted=False)
     with monitor:
         monitor.look()
     assert (wire.asked, monitor.snapshots, monitor.missing) == ([], [], "")
