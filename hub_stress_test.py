@@ -619,7 +619,7 @@ class Option:
     help: str
     kind: Parse | None  # None: a switch
     on: Collection[str]  # the commands that have it
-    locust: str | None  # the default under Locust, as text; None: not an option there
+    locust: str | None = None  # the default under Locust, as text; None: not an option there
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
     locust_name: str = ""  # where it is called otherwise there
@@ -660,17 +660,17 @@ class Option:
 
 
 def option(
-    flags: str,
-    help: str,
-    kind: Parse | None = None,
-    default: Any = None,
-    on: Collection[str] = COMMANDS,
-    locust: str | None = None,
-    **more: Any,
+    flags: str, help: str, kind: Parse | None = None, default: Any = None, on: Collection[str] = COMMANDS, **more: Any
 ) -> Any:
     """A field of the plan with its option; without `kind` a switch, whose default is False."""
-    row = Option(flags, help, kind, on, locust, **more)
+    row = Option(flags, help, kind, on, **more)
     return dataclasses.field(default=default if kind else False, metadata={"option": row})
+
+
+for_people = functools.partial(option, on=(STRESS,))
+for_requests = functools.partial(option, on=(ACTIVITY,))
+for_loads = functools.partial(option, on=LOADS)
+for_locust = functools.partial(option, on=LOCUST_ALONE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -703,108 +703,91 @@ class Plan:
         repeatable=True,
     )
     baseline: Json | None = option("--baseline", "results of an earlier run: print old, new and ratio", results_file)
-    count: int = option("-c --count", "users, in stress-test each with a server (100)", whole_number, 100, LOADS)
+    count: int = for_loads("-c --count", "users, in stress-test each with a server (100)", whole_number, 100)
     batch_size: int = option(
         "-b --batch-size",
         "servers starting, users made or removed at the same time (10)",
         whole_number,
         10,
-        (STRESS, PURGE),
+        on=(STRESS, PURGE),
     )
-    keep: bool = option("-k --keep", "leave the users, and their servers, on the hub", on=LOADS)
-    profile: str | Json | None = option(
-        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, on=(STRESS,), locust=""
+    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub")
+    profile: str | Json | None = for_people(
+        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, locust=""
     )
-    server_timeout_s: float = option(
-        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, (STRESS,), "60s"
+    server_timeout_s: float = for_people(
+        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
     )
-    fail_fast: bool = option("--fail-fast", "start no more servers once one has failed", on=(STRESS,))
-    rate_per_s: float | None = option(
-        "--rate", "start R servers, or send R requests, per second, however slow the hub", positive_number, on=LOADS
+    fail_fast: bool = for_people("--fail-fast", "start no more servers once one has failed")
+    rate_per_s: float | None = for_loads(
+        "--rate", "start R servers, or send R requests, per second, however slow the hub", positive_number
     )
-    hold_s: float = option(
-        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0, (STRESS,)
+    hold_s: float = for_people(
+        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
     )
-    within_s: float | None = option(
-        "--within", "people come at random moments within this time, however slow the hub", duration, on=(STRESS,)
+    within_s: float | None = for_people(
+        "--within", "people come at random moments within this time, however slow the hub", duration
     )
-    seed: int | None = option("--seed", "draw the moments of --within as this seed did", whole_number, on=(STRESS,))
-    visit: bool = option(
-        "--visit", "each person opens the start page of their server", on=(STRESS,), locust="", locust_name="open"
+    seed: int | None = for_people("--seed", "draw the moments of --within as this seed did", whole_number)
+    visit: bool = for_people(
+        "--visit", "each person opens the start page of their server", locust="", locust_name="open"
     )
-    visit_timeout_s: float = option(
-        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, (STRESS,), "30s"
+    visit_timeout_s: float = for_people(
+        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, locust="30s"
     )
-    page: Recording | None = option(
-        "--page",
-        "each person fetches what a browser did that this HAR file recorded",
-        recording,
-        on=(STRESS,),
-        locust="",
+    page: Recording | None = for_people(
+        "--page", "each person fetches what a browser did that this HAR file recorded", recording, locust=""
     )
-    work: bool = option(
-        "--work", "each person starts a kernel and runs cells (needs websocket-client)", on=(STRESS,), locust=""
-    )
-    notebook: Notebook | None = option(
+    work: bool = for_people("--work", "each person starts a kernel and runs cells (needs websocket-client)", locust="")
+    notebook: Notebook | None = for_people(
         "--notebook",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
         notebook,
-        on=(STRESS,),
         locust="",
     )
-    think_s: float = option(
-        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, (STRESS,), "10s"
+    think_s: float = for_people(
+        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, locust="10s"
     )
-    cell_timeout_s: float = option(
-        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, (STRESS,), "60s"
+    cell_timeout_s: float = for_people(
+        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, locust="60s"
     )
-    stay_s: float | None = option(
+    stay_s: float | None = for_people(
         "--stay",
         "each person leaves so long after starting to work; without it all stay until the last has come",
         duration,
-        None,
-        (STRESS,),
-        "60s",
+        locust="60s",
     )
-    public_url: str | None = option(
-        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, on=(STRESS,), locust=""
+    public_url: str | None = for_people(
+        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
     )
-    workers: int = option(
-        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100, (ACTIVITY,)
+    workers: int = for_requests(
+        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
     )
-    duration_s: float | None = option(
-        "--duration", "send for so long; without it, once for each user", duration, on=(ACTIVITY,)
+    duration_s: float | None = for_requests("--duration", "send for so long; without it, once for each user", duration)
+    processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
+    mix: Mapping[str, float] | None = for_requests(
+        "--mix", "operations by weight (activity=1); read and list are there too", mix_of, locust="activity=1"
     )
-    processes: int = option("--processes", "spread the threads over N processes (1)", whole_number, 1, (ACTIVITY,))
-    mix: Mapping[str, float] | None = option(
-        "--mix",
-        "operations by weight (activity=1); read and list are there too",
-        mix_of,
-        None,
-        (ACTIVITY,),
-        "activity=1",
+    operations: str | None = for_requests(
+        "--operations", "a file that registers operations of your own", str, locust=""
     )
-    operations: str | None = option(
-        "--operations", "a file that registers operations of your own", str, on=(ACTIVITY,), locust=""
-    )
-    find_capacity: bool = option(
-        "--find-capacity", "raise the rate until a condition is met: what does the hub sustain?", on=(ACTIVITY,)
+    find_capacity: bool = for_requests(
+        "--find-capacity", "raise the rate until a condition is met: what does the hub sustain?"
     )
     cleanup_timeout_s: float = option(
         "--cleanup-timeout", "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S
     )
-    watch: Sequence[Watched] = option(
+    watch: Sequence[Watched] = for_loads(
         "--watch",
         "read this Prometheus page of another process too, without the token; repeatable",
         watched,
         (),
-        LOADS,
         repeatable=True,
     )
-    scale: float = option(
-        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, LOCUST_ALONE, "1"
+    scale: float = for_locust(
+        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
     )
-    visits: int = option("--visits", "how many times a Person comes", whole_number, 1, LOCUST_ALONE, "1")
+    visits: int = for_locust("--visits", "how many times a Person comes", whole_number, 1, locust="1")
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
     @property
