@@ -2758,8 +2758,8 @@ def cells_of(plan: Plan) -> Sequence[Code]:
 
 def run_cell(
     step: str, number: int, code: Code, person: Visitor, kernel: Kernel, site: Site, sent_s: float
-) -> Iterator[Event | float]:
-    """Run one cell to its result; the step counts from `sent_s`, and fails after the cell time-out."""
+) -> Generator[Event | float, None, Reason | None]:
+    """Run one cell to its result; the step counts from `sent_s`, and fails after the cell time-out. Why it failed."""
     clock, until_s = site.hub.session.clock, sent_s + site.plan.cell_timeout_s
     execution = kernel.execute(code.source)
     while execution.ended_s is None and not kernel.trouble and clock() < until_s:
@@ -2770,6 +2770,7 @@ def run_cell(
     elif execution.error and not code.may_raise:
         reason = Reason(Kind.CELL, f"cell {number} raised {execution.error}")
     yield Event(step, person.name, sent_s, sent_s, execution.ended_s or clock(), reason)
+    return reason
 
 
 def get_to_work(person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -2783,33 +2784,30 @@ def work(person: Visitor, site: Site) -> Iterator[Event | float]:
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    clock, plan, kernel = site.hub.session.clock, site.plan, person.kernel
+    clock, plan, kernel, cells = site.hub.session.clock, site.plan, person.kernel, cells_of(site.plan)
     if not kernel:
         return
-    cells = cells_of(plan)
-    following = enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2)
     if not plan.notebook:
         site.gathering.settle(person.name)
-    code: tuple[int, Code] | None = next(following, None)
-    while True:
-        next_s = clock() + plan.think_s if code else math.inf
-        if not code:
-            site.gathering.settle(person.name)
-        while not kernel.trouble and clock() < min(next_s, person.leaves_s(site)):
-            yield min(next_s, person.leaves_s(site))
-        if kernel.trouble:
-            yield Event("cell", person.name, clock(), clock(), clock(), kernel.trouble)
-            return
-        if not code or clock() >= person.leaves_s(site):
+    for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
+        yield from think(person, kernel, site, clock() + plan.think_s)
+        if kernel.trouble or clock() >= person.leaves_s(site):
             break
-        began_s = clock()
-        for news in run_cell("cell", *code, person, kernel, site, began_s):
-            yield news
-            if isinstance(news, Event) and news.reason:
-                return
-        code = next(following, None)
-    if plan.stay_s and person.browser:
+        failed = yield from run_cell("cell", number, code, person, kernel, site, clock())
+        if failed:
+            return
+    site.gathering.settle(person.name)
+    yield from think(person, kernel, site, math.inf)
+    if kernel.trouble:
+        yield Event("cell", person.name, clock(), clock(), clock(), kernel.trouble)
+    elif plan.stay_s and person.browser:
         person.browser.ask("DELETE", person.kernel_url, call=once())
+
+
+def think(person: Visitor, kernel: Kernel, site: Site, until_s: float) -> Iterator[float]:
+    """Wait until then, or until it is time to leave, or something is wrong with the kernel."""
+    while not kernel.trouble and site.hub.session.clock() < (due_s := min(until_s, person.leaves_s(site))):
+        yield due_s
 
 
 def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -2867,21 +2865,20 @@ class Step:
     act: Act | None = None  # what a person does; None: it is measured elsewhere
     wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
     always: bool = False  # also after an earlier step has failed
-    kept: bool = False  # the last event of it for each person: for the report, and to count people
 
 
 STEPS = {
     step.name: step
     for step in (
-        Step("server_ready", "server ready", ("read:servers",), come, kept=True),
-        Step("start_server", "start request", ("servers",), kept=True),
-        Step("visit", "visit", (), visit, lambda plan: plan.opens, kept=True),
-        Step("page", "page", (), load_page, lambda plan: plan.page is not None, kept=True),
-        Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work, kept=True),
-        Step("at_work", "at work", (), get_to_work, lambda plan: plan.opens, kept=True),
-        Step("cell", "cell", (), work, lambda plan: plan.work, kept=True),
-        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s), kept=True),
-        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), True, True),
+        Step("server_ready", "server ready", ("read:servers",), come),
+        Step("start_server", "start request", ("servers",)),
+        Step("visit", "visit", (), visit, lambda plan: plan.opens),
+        Step("page", "page", (), load_page, lambda plan: plan.page is not None),
+        Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work),
+        Step("at_work", "at work", (), get_to_work, lambda plan: plan.opens),
+        Step("cell", "cell", (), work, lambda plan: plan.work),
+        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s)),
+        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), True),
         Step("create_users", "create users", ("admin:users",)),
         Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: bool(plan.stay_s), always=True),
         Step("list_users", "list users", ("list:users", "read:servers")),
@@ -2891,7 +2888,7 @@ STEPS = {
         Step("ping", "ping"),
     )
 }
-PERSONAL = ("server_ready", "visit", "page", "kernel_ready", "cell", "stay")  # a person fails with any of them
+PERSONAL = tuple(step.name for step in STEPS.values() if step.act and not step.always)  # a person fails with any
 STEPS_OF = {
     STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
     ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
@@ -2906,7 +2903,7 @@ def needed_scopes(command: str) -> set[str]:
 
 def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
     """A recorder that keeps each person's way."""
-    return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.kept})
+    return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.act})
 
 
 def title_of(name: str) -> str:
@@ -3487,7 +3484,7 @@ class Run:
         self.plan = plan
         self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
-        self.record = new_recorder()
+        self.record = new_recorder() if plan.command == STRESS else Recorder()
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command)
         check_visits(self.hub, plan)
         self.existing = self._look()
@@ -4066,7 +4063,8 @@ def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
 
 
 def _until_work_s(rows: Sequence[Mapping[str, Event]]) -> dict[str, float]:
-    steps = [name for name in ("at_work", *PERSONAL[:4]) if rows and name in rows[0]]
+    before = PERSONAL[: PERSONAL.index("at_work")]
+    steps = [name for name in ("at_work", *before) if rows and name in rows[0]]
     return {name: sum(row[name].latency_s for row in rows) / len(rows) for name in steps}
 
 
