@@ -655,7 +655,8 @@ class Option:
             parser.add_argument(self.locust_flag, help=self.help, action="store_true")
             return
         settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
-        settings |= {"include_in_web_ui": False} if self.repeatable or self.kind in (endpoint_url, token_text) else {}
+        secret = self.flag in ("--endpoint", "--token")  # which a page is not to change
+        settings |= {"include_in_web_ui": False} if self.repeatable or secret else {}
         parser.add_argument(self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings)
 
 

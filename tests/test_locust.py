@@ -113,7 +113,7 @@ def test_running_servers_report_at_their_interval_under_the_operations_names(
     assert found.keys() == {"activity", "read", "create_users"} and found["create_users"] == (2, 0)
     sent = found["activity"][0] + found["read"][0]
     assert 20 * 5 / 3 <= sent <= 20 * 9 / 3  # one every three seconds, after a random part of the first three
-    assert 0.1 < found["read"][0] / sent < 0.3
+    assert 0.04 < found["read"][0] / sent < 0.4  # of few, each of which begins somewhere in the mix
     assert "20 users deleted, none left" in said and "failed > 0: not met, it is 0" in said
 
 
@@ -274,7 +274,7 @@ def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust
             for row in hst.LOCUST_OPTIONS.values()
             if not row.repeatable and row.flag not in ("--endpoint", "--token")
         ]
-        assert {"host", *(camel(f"hub-{row.flag[2:]}") for row in fields)} <= names
+        assert {"host", *(camel(row.locust_flag[2:]) for row in fields)} <= names
         assert "hubToken" not in names and slow_hub.token not in page.page_source
         assert page.find_element("name", "host").get_attribute("value") == slow_hub.endpoint
         for name, value in {"userCount": "15", "spawnRate": "15", "hubScale": "300"}.items():
