@@ -242,7 +242,7 @@ def without_credentials(url: str) -> str:
 def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
     """Phase, done, failed, rate, and how long the rest takes at that rate."""
     of, left = (f" of {total:,}", "") if total else ("", "")
-    if total and done:
+    if total and 0 < done < total:
         left_s = elapsed_s / done * (total - done)
         left = f", about {f'{left_s:.0f} s' if left_s < 100 else duration_text(left_s)} left"
     some_failed = f", {failed:,} failed" if failed else ""
@@ -1738,7 +1738,9 @@ def _hub_version(endpoint: str, session: HubSession) -> str:
     if version := _version_in(reply):
         return version
     if not reply.status:
-        raise SetupError(f"Nothing answers at {endpoint}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
+        answers = reply.message.startswith(NOT_ACCEPTED)
+        what = "The server does not prove who it is" if answers else "Nothing answers"
+        raise SetupError(f"{what} at {endpoint}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
     raise SetupError(f"No hub API at {endpoint}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}")
 
 
@@ -4296,7 +4298,11 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
     busy = f"the hub's one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
-    front = "in front of the hub: network, proxy, TLS or this machine"
+    front = "in front of the hub: this machine, network, proxy or TLS"
+    lag_s = hub.event_loop_lag_p95_s if hub.event_loop_samples >= ENOUGH["p95"] else None
+    if hub.cpu_share_max < IDLE and lag_s and lag_s > LATE_LOOP_S:
+        late = f"whose event loop was late by {duration_text(lag_s)} (p95) though it used little of a processor"
+        return f"most of it was spent waiting for the hub, {late}: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
         waiting = 0.0
     elif hub.event_loop_wait_s is not None:
@@ -4309,6 +4315,7 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
 
 
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
+LATE_LOOP_S = 0.2  # of a hub that used little of a processor
 LOOP_PASSES = 4.0  # how often a request waits for the hub's event loop, as measured on a saturated hub (6.1.1)
 
 
@@ -4331,6 +4338,8 @@ def time_spent(results: Results) -> Iterator[str]:
         yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
     for name, handler in HANDLERS.items():
         seen, inside = operations.get(name), own.requests.get(handler)
+        if results.hub.restarts:  # whoever waited for a hub that was away waited in front of nothing
+            continue
         if seen and seen.latency_s.mean and inside and (name == "ping" or not results.capacity):
             # a capacity's operations are those of one step, the hub's figures those of all
             whole_s = seen.latency_s.mean
@@ -4354,7 +4363,7 @@ def _until_work(means: Mapping[str, float]) -> Iterator[str]:
 def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
     """What to look at next, when a run has failed in such ways."""
     servers, own, statuses = results.servers, results.hub.metrics, results.http.statuses
-    if Kind.AWAY in kinds:
+    if Kind.AWAY in kinds and not results.hub.restarts:
         yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
     if Kind.FULL in kinds:
         yield "the hub allows no more servers: raise its active_server_limit"
@@ -4379,6 +4388,8 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         )
     if results.hub.restarts:
         yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
+    if "403" in statuses:
+        yield "the hub answered 403: the token's role may lack a scope for what was asked"
     if statuses.keys() & {"502", "503", "504"}:
         yield "502, 503 and 504 come from what stands in front of the hub: look at the proxy's and the ingress's logs"
 
@@ -4401,6 +4412,7 @@ class Section:
 
 ENTITLED = {ExitCode.OK: "PASSED", ExitCode.FAILED: "FAILED", ExitCode.LEFT_BEHIND: "LEFT SOMETHING BEHIND"}
 REASONS_SHOWN = 5
+ENOUGH_SERVERS = 50  # before the hub's memory can be divided among them
 NAMES_SHOWN = 3
 
 
@@ -4474,7 +4486,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
     rows = [
         *_tested(results),
         *(("because", reason) for reason in results.warnings),
-        *(("because", f"{one.condition}: it is {_value_text(one)}") for one in _told(results, True)),
+        *(("because", f"{one.condition}: it is {_value_text(one, results)}") for one in _told(results, True)),
         *(("baseline", difference) for difference in differences),
         ("hub", f"{results.hub.version} at {results.hub.endpoint}"),
         *_server_facts(results),
@@ -4486,7 +4498,10 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *(("where the time went", sentence) for sentence in time_spent(results)),
         *_cleanup_facts(results),
         *_aftermath_facts(results.aftermath or {}),
-        *(("condition", f"{one.condition}: not met, it is {_value_text(one)}") for one in _told(results, False)),
+        *(
+            ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
+            for one in _told(results, False)
+        ),
         *(("next", one) for one in results.advice),
     ]
     return Section("Summary", rows)
@@ -4508,24 +4523,30 @@ def _tested(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _told(results: Results, held: bool) -> list[Judgement]:
-    """The conditions worth a line: the default one is told by the rest."""
-    return [one for one in results.conditions if one.held is held and one.condition != FAILED.text]
+    """The conditions worth a line: all that were asked for; the default one is told by the rest."""
+    asked = results.options["fail_if"]
+    return [one for one in results.conditions if one.held is held and (asked or one.condition != FAILED.text)]
 
 
-def _value_text(judged: Judgement) -> str:
+def _value_text(judged: Judgement, results: Results | None = None) -> str:
     metric = judged.condition.split()[0]
+    name, _, statistic = metric.rpartition(".")
 
     def text(value: float) -> str:
-        if metric.rpartition(".")[2] in LATENCY_STATISTICS:
+        if statistic in LATENCY_STATISTICS:
             return duration_text(value)
         return f"{100 * value:.1f} %" if metric == "failed_rate" else f"{value:g}"
 
     if judged.value is None:
         return "not measured"
+    seen = results.operations.get(name) if results else None
+    few = ""
+    if seen and statistic in ENOUGH and (samples := seen.count - seen.failed) < ENOUGH[statistic]:
+        few = f" (of {samples} sample{'s' * (samples > 1)})"
     if not judged.baseline or judged.limit is None:
-        return text(judged.value)
+        return f"{text(judged.value)}{few}"
     ratio = f"{judged.value / judged.baseline:.3g}x of {text(judged.baseline)}"
-    return f"{text(judged.value)}, {ratio}; the limit is {text(judged.limit)}"
+    return f"{text(judged.value)}{few}, {ratio}; the limit is {text(judged.limit)}"
 
 
 def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
@@ -4566,8 +4587,9 @@ def _given_up(results: Results) -> str:
 
 
 def _named(users: Sequence[str]) -> str:
-    more = f" and {len(users) - NAMES_SHOWN} more" if len(users) > NAMES_SHOWN else ""
-    return f" ({', '.join(sorted(users, key=natural)[:NAMES_SHOWN])}{more})" if users else ""
+    shown = sorted(users, key=natural)[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
+    more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
+    return f" ({', '.join(shown)}{more})" if users else ""
 
 
 def _why_slow(server: Slow, servers: Servers) -> str:
@@ -4594,10 +4616,11 @@ def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
     usual_s = own.event_loop_lag_p95_s if own.event_loop_samples >= 20 else None
     usual = f"{_lag_text(usual_s)} (p95), " if usual_s is not None else ""
     lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
-    each = f", {bytes_text(own.rss_per_server_bytes)} a server" if own.rss_per_server_bytes is not None else ""
+    many = results.servers is not None and results.servers.ready >= ENOUGH_SERVERS
+    each = f", {bytes_text(own.rss_per_server_bytes)} a server" if many and own.rss_per_server_bytes is not None else ""
     memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
-    most = share_text(own.cpu_share_max)
-    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor, under load up to {most}"
+    most = f", under load up to {share_text(own.cpu_share_max)}" if own.cpu_share_max > own.cpu_share else ""
+    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor{most}"
     yield "hub's own", f"{cpu}; {memory}{lag}"
 
 
@@ -4628,7 +4651,10 @@ def _aftermath_facts(aftermath: Mapping[str, Mapping[str, Change]]) -> Iterator[
         if pages and (pages.grown or 0) >= files.grown:
             yield "aftermath", f"{told}, and drew as many error pages for the proxy, which keeps these connections open"
         else:
-            yield "aftermath", f"{told}: possibly connections that the proxy keeps for reuse; other people's count too"
+            yield (
+                "aftermath",
+                f"{told}: possibly connections that the proxy keeps ready for reuse; other people's traffic counts too",
+            )
 
 
 def in_order(operations: Collection[str]) -> list[str]:
@@ -4762,7 +4788,8 @@ p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 .PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED, .DRY { background: #a16207 }
 .words td:first-child { white-space: nowrap }
 .pair { display: grid; grid-template-columns: 3fr 2fr; gap: 0 1rem }
-@media (max-width: 700px) { .pair { display: block } .words td:first-child { white-space: normal } }
+@media (max-width: 700px) { .pair { display: block } .words td:first-child { white-space: normal }
+  .scroll { font-size: .75rem } .scroll td, .scroll th { padding-right: .35rem } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 .left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
@@ -4775,7 +4802,6 @@ td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap;
 BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
 CYAN, TEAL, VIOLET = "#06b6d4", "#0f766e", "#8b5cf6"
 READY = "rgba(34,163,85,.3)"
-ALWAYS_SHOWN = 5  # the bars of any run; those of a rehearsal follow
 LAYOUT: dict[str, Any] = {
     "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
     "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
@@ -4824,7 +4850,7 @@ class Page:
         """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
         name = f"plot-{len(self._plots)}"
         self._parts.append(f'<div class="plot" id="{name}" style="height:{height}px"></div>')
-        own = {"height": height, "yaxis": {"title": {"text": y_title}, "rangemode": "tozero"}}
+        own = {"height": height, "yaxis": {"title": {"text": y_title}, "rangemode": "tozero", "tickformat": ","}}
         self._plots.append((name, list(traces), LAYOUT | own | layout))
 
     def render(self, title: str, plotly_js: str) -> str:
@@ -4851,7 +4877,7 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     page, timeline = Page(), results.timeline
     word, sentence = verdict_of(results)
     page.open(f'<h1><b class="{word.split()[0]}">{html.escape(word)}</b>')
-    page.add("span", f" {sentence}")
+    page.add("span", " " + re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence))
     page.open("</h1>")
     versions = f"{results.tool['name']} {results.tool['version']}"
     page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
@@ -4881,7 +4907,9 @@ def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
         rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations]
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
     if results.conditions:
-        judged = [(one.condition, "met" if one.held else "not met", _value_text(one)) for one in results.conditions]
+        judged = [
+            (one.condition, "met" if one.held else "not met", _value_text(one, results)) for one in results.conditions
+        ]
         yield Section("Conditions", judged, ("the run fails if", "", "it is"))
     given = {name.replace("_", "-"): value for name, value in results.options.items()}
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
@@ -4915,7 +4943,7 @@ def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
     page.add("h2", "Servers")
     curves = server_curves(servers, until_s)
     kinds = {"failed": RED, "lost": LOST, "at work": GREEN, "ready": READY, "starting": BLUE, "waiting": AMBER}
-    kinds = {kind: colour for kind, colour in kinds.items() if kind not in ("lost", "at work") or any(curves[kind])}
+    kinds = {kind: colour for kind, colour in kinds.items() if any(curves[kind])}
     stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
     traces = [stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()]
     page.plot(traces, 260, "servers", hovermode="x unified")
@@ -4938,7 +4966,7 @@ def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
         _bars("failed after it was ready", RED, failed, left, servers.user),
         _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
     ]
-    shown = [bar for number, bar in enumerate(bars) if number < ALWAYS_SHOWN or bar["x"]]
+    shown = [bar for bar in bars if bar["x"]]
     page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
 
 
@@ -4968,6 +4996,7 @@ def _plot_watch(page: Page, results: Results) -> None:
         page.add("p", sentence[:1].upper() + sentence[1:] + ".")
     pings = (("ping p50", ping.p50_s, BLUE), ("ping max", ping.max_s, AMBER))
     traces = [_line(name, ping.at_s, milliseconds(values), colour) for name, values, colour in pings]
+    traces += _failed_marks(ping)
     if not hub:
         page.plot(traces, 280, "ping, ms", hovermode="x unified")
         return
@@ -4985,6 +5014,14 @@ def milliseconds(seconds: Moments) -> list[float | None]:
     return [None if one is None else round(one * 1000, 1) for one in seconds]
 
 
+def _failed_marks(seen: OperationTimeline) -> list[Trace]:
+    """Marks on the axis where something failed."""
+    failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
+    marks = _line("failed", [at for at, _ in failed], [0] * len(failed), RED)
+    text = [f"{number} failed" for _, number in failed]
+    return [marks | {"mode": "markers", "cliponaxis": False, "text": text}] if failed else []
+
+
 def _plot_operation(page: Page, name: str, results: Results, seen: OperationTimeline, old: Json | None) -> None:
     """Latency over time, and how often each latency came, with its percentiles; the baseline's in grey."""
     page.add("h3", title_of(name))
@@ -4992,11 +5029,7 @@ def _plot_operation(page: Page, name: str, results: Results, seen: OperationTime
     lines = (("p50", seen.p50_s, BLUE), ("p95", seen.p95_s, AMBER), ("max", seen.max_s, RED))
     traces = [_line(one, seen.at_s, milliseconds(values), colour) for one, values, colour in lines]
     traces += [_line("baseline p95", old["at_s"], milliseconds(old["p95_s"]), GREY, dash="dot")] if old else []
-    if any(seen.failed):
-        failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
-        marks = _line("failed", [at for at, _ in failed], [0] * len(failed), RED)
-        text = [f"{number} failed" for _, number in failed]
-        traces.append(marks | {"mode": "markers", "cliponaxis": False, "text": text})
+    traces += _failed_marks(seen)
     page.plot([trace | {"mode": trace["mode"].replace("lines", "lines+markers")} for trace in traces], 230, "ms")
     runs = [("share of all", seen.latency_s, seen.often, BLUE)]
     runs += [("baseline", old["latency_s"], old["often"], GREY)] if old else []

@@ -43,7 +43,7 @@ def test_without_two_looks_there_is_no_aftermath(seen: dict[str, list[Snapshot]]
     ("grown", "pages", "sentence"),
     [
         (20.0, 0.0, ""),
-        (21.0, 0.0, "more than before (10, now 31): possibly connections that the proxy keeps for reuse"),
+        (21.0, 0.0, "more than before (10, now 31): possibly connections that the proxy keeps ready for reuse"),
         (100.0, 100.0, "(10, now 110), and drew as many error pages for the proxy"),
     ],
 )

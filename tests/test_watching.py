@@ -426,7 +426,7 @@ FIGURES = hst.HubFigures(
     spawns={},
 )
 BUSY = "the hub's one thread, which used up to {} of a processor"
-FRONT = "in front of the hub: network, proxy, TLS or this machine"
+FRONT = "in front of the hub: this machine, network, proxy or TLS"
 
 
 @pytest.mark.parametrize(
