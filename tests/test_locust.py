@@ -155,7 +155,7 @@ def test_a_server_that_is_lost_while_its_person_stays_fails_the_run(locust: Locu
     process = locust.start("run", *words, env=slow_hub.environment)
     wait_until(lambda: len(servers_ready(slow_hub)) == 4)
     slow_hub.call("DELETE", f"/users/{servers_ready(slow_hub)[0]}/server")
-    code, said = process.wait(60), locust.said("run")
+    code, said = process.wait(150), locust.said("run")
     assert rows(said)["server_ready"] == (4, 0) and rows(said)["stay"] == (4, 1), said
     assert "it became ready, and was gone while it was held" in said
     locust.check_secrets(slow_hub.environment)
@@ -211,7 +211,7 @@ def test_the_end_of_a_run_and_ctrl_c_at_the_master_delete_what_every_worker_made
     runs = {re.sub(r"-\d+$", "", name) for name in tool_users(slow_hub)}
     assert runs == {f"hub-stress-test-locust-{n}" for n in range(3)}  # no two workers share a name
     os.kill(locust.processes["master"].pid, signal.SIGINT)
-    assert locust.processes["master"].wait(60) == 0
+    assert locust.processes["master"].wait(150) == 0
     for n in range(3):
         locust.processes[f"worker-{n}"].wait(30)
     assert slow_hub.users().keys() == THEIRS
@@ -237,7 +237,7 @@ def test_ctrl_c_at_all_processes_of_one_machine_cleans_up(locust: Locust, slow_h
     process = locust.start("all", *words, "--hub-stay", "60s", "Person", env=slow_hub.environment)
     wait_until(lambda: len(servers_ready(slow_hub)) == 10)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(60) == 0
+    assert process.wait(150) == 0
     assert slow_hub.users().keys() == THEIRS
     assert "10 users deleted, none left" in locust.said("all")
     locust.check_secrets(slow_hub.environment)
@@ -248,7 +248,7 @@ def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, slow
     locust.master_and_workers(3, "Person", *words, env=slow_hub.environment)
     wait_until(lambda: len(tool_users(slow_hub)) >= 12)
     os.kill(locust.processes["worker-1"].pid, signal.SIGKILL)
-    assert locust.processes["master"].wait(60) == 4
+    assert locust.processes["master"].wait(150) == 4
     lost = re.search(r"hub-stress-test purge --run (locust-\d)", locust.said("master"))
     assert lost
     left = tool_users(slow_hub)

@@ -161,7 +161,7 @@ def test_failing_spawns_fail_the_run_with_their_number_reason_and_names(
     assert {one["reason"] for one in servers["failures"]} == {reason}
     failed = sorted((one["user"] for one in servers["failures"]), key=hst.natural)
     assert len(set(failed)) == 8
-    assert f"8 × {reason} ({', '.join(failed[:3])} and 5 more)" in done.summary
+    assert f"8 × {reason} ({', '.join(failed[:3])} and 5 more, all in --results)" in done.summary
     if not slow_spawn_timeout_s:  # with 10 s the hub answers the start when it has failed, and there is no progress
         assert {one["message"] for one in servers["failures"]} <= {"Looking for a node", "Pulling the image"}
     assert not tool_users(hub)
