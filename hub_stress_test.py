@@ -444,7 +444,7 @@ class Watched:
     url: str
 
     def __str__(self) -> str:
-        return f"{self.name}={self.url}"
+        return f"{self.name}={without_credentials(self.url)}"
 
 
 def watched(text: str) -> Watched:

@@ -88,6 +88,11 @@ def test_an_ordinary_run_through_a_real_proxy_leaves_next_to_nothing(
     assert "aftermath" not in done.summary.replace("aftermath.hub.open_files.grown", "")
 
 
+def test_a_process_that_is_watched_is_named_without_the_password_in_its_url() -> None:
+    plan = hst.Plan(watch=(hst.watched("proxy=http://me:pass@10.0.0.1:8002/metrics"),))
+    assert plan.options()["watch"] == ["proxy=http://10.0.0.1:8002/metrics"]
+
+
 def test_the_token_is_not_sent_to_a_process_that_is_watched(hub: LocalHub, tmp_path: Path) -> None:
     heard: list[str] = []
 
