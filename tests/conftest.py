@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import site
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from localhub import LocalHub
 from tool import THEIR_ADMIN, THEIRS
 
 OLD_HUB = "4.1.6"
+
+if threading.current_thread() is threading.main_thread():  # background jobs of a shell ignore Ctrl-C, and hand that on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
