@@ -3129,13 +3129,14 @@ def perform(
 ) -> Reason | None:
     """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now.
 
-    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine`.
+    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine` from the hub itself.
     """
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
         call = call_of(response.request)
-        if not response.ok and response.status_code not in fine:
+        fine_here = response.status_code in fine and "X-JupyterHub-Version" in response.headers  # said by the hub
+        if not response.ok and not fine_here:
             reason = Reason(Kind.REFUSED, str(response.status_code))
     except Stopped:
         return None
