@@ -2339,6 +2339,32 @@ NO_KERNEL = Reason(Kind.CELL, "no kernel in time")
 CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
 
 
+def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
+    """An open websocket that never blocks, or the `Reason` why there is none. No redirect is followed."""
+    websocket = importlib.import_module("websocket")
+    socket = websocket.WebSocket(
+        sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))}, skip_utf8_validation=True
+    )
+    headers = {"Authorization": f"token {session.token}"}
+    try:
+        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
+        status = socket.handshake_response.status
+    except websocket.WebSocketBadStatusException as error:
+        status = error.status_code
+    except (OSError, websocket.WebSocketException) as error:
+        if isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException)):  # it waits for the kernel
+            return NO_KERNEL
+        status = getattr(socket.handshake_response, "status", 0)  # a redirect
+        if not status:
+            return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
+    if status != 101:
+        socket.shutdown()
+        passes = ": does the proxy pass upgrades?" if status == 400 else ""
+        return Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})")
+    socket.settimeout(0)
+    return socket
+
+
 class Wires:
     """Reads all open websockets in one thread, so that nobody who waits for a cell, or thinks, needs one."""
 
@@ -2348,28 +2374,10 @@ class Wires:
         self._selector: selectors.BaseSelector | None = None  # from the first one on
 
     def open(self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]) -> Kernel | Reason:
-        """The kernel behind a websocket's URL, or why it cannot be reached. No redirect is followed."""
-        websocket = importlib.import_module("websocket")
-        socket = websocket.WebSocket(
-            sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))}, skip_utf8_validation=True
-        )
-        headers = {"Authorization": f"token {session.token}"}
-        try:
-            socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
-            status = socket.handshake_response.status
-        except websocket.WebSocketBadStatusException as error:
-            status = error.status_code
-        except (OSError, websocket.WebSocketException) as error:
-            if isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException)):  # it waits for the kernel
-                return NO_KERNEL
-            status = getattr(socket.handshake_response, "status", 0)  # a redirect
-            if not status:
-                return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
-        if status != 101:
-            socket.shutdown()
-            passes = ": does the proxy pass upgrades?" if status == 400 else ""
-            return Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})")
-        socket.settimeout(0)
+        """The kernel behind a websocket's URL, or why it cannot be reached."""
+        socket = handshake(url, session, timeout_s)
+        if isinstance(socket, Reason):
+            return socket
         kernel = Kernel(socket, wake)
         with self._changing:
             if self._ended:
