@@ -30,13 +30,13 @@ is deleted before it ends, whatever happened, and the hub is listed once more to
 named, with exit code 4.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost. Every
-other latency runs from sending a request (with --rate, from when it was due) to its final answer, without the time that
-the tool slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each
-ping was due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the
-moment they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
-metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
-within 1 %.
+that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
+"Visit" runs from ready to the page. Every other latency runs from sending a request (with --rate, from when it was due)
+to its final answer, without the time that the tool slept because the hub asked it to wait. "Ping" reads one user five
+times a second, and counts from when each ping was due: it is what everybody else on the hub feels. "At work" is what a
+person waits who wants to work: from the moment they were due to the page of their server, or to the result of their
+first cell. "Hub's own" comes from the hub's metrics page. Latencies are of what succeeded; failures are counted beside
+them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
 could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
