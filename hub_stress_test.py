@@ -82,7 +82,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
@@ -1904,10 +1904,10 @@ class Arrivals:
 
 
 class Gathering:
-    """People who stay until the last of them has settled down, and for `hold_s` after that."""
+    """People who stay until the last of them has settled down, and for `hold_s` after that, which `title` names."""
 
-    def __init__(self, hold_s: float = 0.0) -> None:
-        self.hold_s, self.leave_s = hold_s, math.inf
+    def __init__(self, hold_s: float = 0.0, title: str = "Holding the servers") -> None:
+        self.hold_s, self.title, self.leave_s = hold_s, title, math.inf
         self._settled: set[str] = set()
 
     def settle(self, name: str) -> None:
@@ -1937,12 +1937,12 @@ class Driver:
         limit: int,
         pace: Pace | Arrivals | None = None,
         until_s: float = math.inf,
-        gathering: Gathering | None = None,
+        gatherings: Sequence[Gathering] = (),
         may_begin: Callable[[], bool] = lambda: True,
         threads: int = 0,  # at most; 0: as many as the limit
     ) -> None:
         self._session, self._limit, self._pace, self._until_s = session, limit, pace, until_s
-        self._gathering, self._may_begin = gathering, may_begin
+        self._gatherings, self._may_begin = gatherings, may_begin
         self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
@@ -1968,8 +1968,8 @@ class Driver:
                         walk = begin(items[self._begun], due_s)
                         self._begun, self._beginning = self._begun + 1, self._beginning + 1
                         self._submit(walk, first=True)
-                    if self._gathering and self._all_begun(count, now_s):
-                        self._end(self._gathering, now_s)
+                    for gathering in self._gatherings if self._all_begun(count, now_s) else ():
+                        self._end(gathering, now_s)
                     next_s = self._let_go_on(now_s, due_s)
                     if next_s is None:
                         break
@@ -2006,7 +2006,7 @@ class Driver:
         """Once the moment to leave is known, nobody waits longer than that."""
         if gathering.break_up(self._begun, now_s):
             if gathering.hold_s:
-                LOG.info("Holding the servers for %g s", gathering.hold_s)
+                LOG.info("%s for %g s", gathering.title, gathering.hold_s)
             for number, walk in [(number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s]:
                 if self._entries.get(walk) == number:
                     self._wait(walk, gathering.leave_s)
@@ -2038,9 +2038,9 @@ class Driver:
             self._acting -= 1
             self._beginning -= first
             if at_s is not None:
-                leave_s = self._gathering.leave_s if self._gathering else math.inf  # it may just have become known
-                if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
-                    at_s = leave_s
+                for leave_s in [one.leave_s for one in self._gatherings]:  # which may just have become known
+                    if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
+                        at_s = leave_s
                 self._wait(walk, 0.0 if walk in self._woken else at_s)
             if at_s is not None or not self._pace or not self._acting or self._beginning == self._limit - 1:
                 self._changed.notify()
@@ -2278,6 +2278,10 @@ class Kernel:
         self._wake, self._lock = wake, threading.Lock()
         self._execution = Execution("")
 
+    @property
+    def ended(self) -> bool:
+        return self.trouble is not None
+
     def execute(self, source: str) -> Execution:
         """Send a cell; what becomes of it is noted as it comes."""
         self._execution = Execution(os.urandom(16).hex())
@@ -2365,11 +2369,27 @@ def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
     return socket
 
 
+class Wire(Protocol):
+    """A connection on which something may come at any time."""
+
+    number: int  # its file descriptor
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+
+    def read(self) -> None:
+        """Take all that has arrived, without waiting; wake whoever waits for it."""
+
+    def close(self) -> None:
+        """End the connection."""
+
+
 class Wires:
-    """Reads all open websockets in one thread, so that nobody who waits for a cell, or thinks, needs one."""
+    """Reads all open connections in one thread, so that nobody who waits for a cell, or thinks, needs one."""
 
     def __init__(self) -> None:
-        self._kernels: dict[int, Kernel] = {}  # by file descriptor, which may serve somebody else once it is closed
+        self._wires: dict[int, Wire] = {}  # by file descriptor, which may serve somebody else once it is closed
         self._changing, self._ended = threading.Lock(), False
         self._selector: selectors.BaseSelector | None = None  # from the first one on
 
@@ -2379,44 +2399,48 @@ class Wires:
         if isinstance(socket, Reason):
             return socket
         kernel = Kernel(socket, wake)
-        with self._changing:
-            if self._ended:
-                kernel.close()
-                return CONNECTION_LOST
-            self._forget(kernel.number)
-            self._kernels[kernel.number] = kernel
-            if not self._selector:
-                self._selector = selectors.DefaultSelector()
-                threading.Thread(target=self._run, args=(self._selector,), name="wires", daemon=True).start()
-            self._selector.register(kernel.number, selectors.EVENT_READ)
+        self.add(kernel)
         kernel.read()  # what came with the handshake may be waiting in the TLS layer, where no selector sees it
         return kernel
 
-    def close(self, kernel: Kernel) -> None:
+    def add(self, wire: Wire) -> None:
+        """Read this one too, from now on; after the end of all it is closed."""
         with self._changing:
-            if self._kernels.get(kernel.number) is kernel:
-                self._forget(kernel.number)
-        kernel.close()
+            if self._ended:
+                wire.close()
+                return
+            self._forget(wire.number)
+            self._wires[wire.number] = wire
+            if not self._selector:
+                self._selector = selectors.DefaultSelector()
+                threading.Thread(target=self._run, args=(self._selector,), name="wires", daemon=True).start()
+            self._selector.register(wire.number, selectors.EVENT_READ)
+
+    def close(self, wire: Wire) -> None:
+        with self._changing:
+            if self._wires.get(wire.number) is wire:
+                self._forget(wire.number)
+        wire.close()
 
     def end(self) -> None:
         """Close all connections that are open, and open no more."""
         with self._changing:
-            self._ended, kernels = True, list(self._kernels.values())
-        for kernel in kernels:
-            self.close(kernel)
+            self._ended, wires = True, list(self._wires.values())
+        for wire in wires:
+            self.close(wire)
 
     def _forget(self, number: int) -> None:
-        if self._kernels.pop(number, None) and self._selector:
+        if self._wires.pop(number, None) and self._selector:
             self._selector.unregister(number)
 
     def _run(self, selector: selectors.BaseSelector) -> None:
         while not self._ended:
             for key, _ in selector.select(0.1):
-                kernel = self._kernels.get(key.fd)
-                if kernel:
-                    kernel.read()
-                    if kernel.trouble:
-                        self.close(kernel)
+                wire = self._wires.get(key.fd)
+                if wire:
+                    wire.read()
+                    if wire.ended:
+                        self.close(wire)
         with self._changing:
             self._selector = None
             selector.close()
@@ -2978,7 +3002,7 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
 
     site.gathering.hold_s = plan.hold_s
     driver = Driver(
-        session, limit, pace, gathering=site.gathering, may_begin=may_come, threads=most if plan.opens else limit
+        session, limit, pace, gatherings=[site.gathering], may_begin=may_come, threads=most if plan.opens else limit
     )
     driver.run(begin, names, on_tick)
 
