@@ -2050,6 +2050,138 @@ class Driver:
         heapq.heappush(self._due, (at_s, number, walk))
 
 
+class Regularly:
+    """While the `with` block runs, does something at fixed moments, whatever became of it before; told when it was due.
+
+    At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        period_s: float,
+        act: Callable[[float], None],
+        at_most: int = 1,
+        skip: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
+        self._places = threading.Semaphore(at_most)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        until_s = time.monotonic() + 1.0  # those that a silent hub holds up longer are left to themselves
+        for _place in range(self._at_most):
+            self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
+
+    def _run(self) -> None:
+        pace = Pace(1 / self._period_s, time.monotonic())
+        for due_s in map(pace.due_s, itertools.count(1)):
+            if self._done.wait(max(0.0, due_s - time.monotonic())):
+                return
+            if self._places.acquire(blocking=False):
+                threading.Thread(target=self._do, args=(due_s,), name=self._what, daemon=True).start()
+            else:
+                self._skip()
+
+    def _do(self, due_s: float) -> None:
+        try:
+            self._act(due_s)
+        finally:
+            self._places.release()
+
+
+# ==== The hub's own figures ==========================================================================================
+
+_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
+    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
+    "running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+)
+LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The hub's own figures at one moment of our monotonic clock, by name and label."""
+
+    at_s: float
+    figures: Mapping[tuple[str, str], float]
+
+    def get(self, name: str, label: str = "") -> float:
+        return self.figures.get((name, label), 0.0)
+
+
+def metrics_url(endpoint: str) -> str:
+    """Where a hub shows its own figures."""
+    return endpoint.removesuffix("/api") + "/metrics"
+
+
+def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
+    """The figures that matter here, among the samples (name, labels, value) of a hub's metrics page."""
+    figures: dict[tuple[str, str], float] = {}
+    for full_name, labels, value in samples:
+        match = _OWN_FIGURES.fullmatch(full_name)
+        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
+            continue
+        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
+        if "handler" in labels:
+            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
+        figures[match[1], label] = figures.get((match[1], label), 0.0) + value
+    return Snapshot(at_s, figures)
+
+
+class Monitor(Regularly):
+    """While the `with` block runs, reads a process's own metrics every 5 seconds, and once before and after.
+
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
+    page of another process is read without the token.
+    """
+
+    def __init__(self, url: str, session: HubSession, wanted: bool, is_hub: bool = True) -> None:
+        super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
+        self.snapshots: list[Snapshot] = []
+        self.missing = ""  # why there are no snapshots
+        self._url, self._headers = url, {} if is_hub else {"Authorization": None}
+        # a session of its own, so that it sees the hub also after the load was stopped
+        self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
+        self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
+        self._looking, self._wanted = threading.Lock(), wanted
+        if wanted and not self._parser:
+            self.missing = "prometheus-client is not installed: pip install prometheus-client"
+            LOG.info("The hub's own figures are not read, since %s", self.missing)
+
+    def __enter__(self) -> None:
+        self.look()
+        super().__enter__()
+
+    def look(self) -> None:
+        """Take one more snapshot, unless there is a reason why none can be had."""
+        with self._looking:
+            if not self._wanted or self.missing or not self._parser:
+                return
+            sent_s = self._session.clock()
+            try:
+                response = self._session.exchange(
+                    "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
+                )
+                page = response.text if response.status_code == 200 else ""
+                families = list(self._parser.text_string_to_metric_families(page))
+            except (requests.RequestException, ValueError) as error:
+                LOG.debug("The hub's metrics could not be read: %s", why(error))
+                return
+            if response.status_code == 200:
+                samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
+                self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
+            elif response.status_code == 403:
+                self.missing = "the token lacks the scope read:metrics"
+            elif not self.snapshots:
+                self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
+
+
 # ==== Users: found, claimed, made ====================================================================================
 
 
@@ -3092,7 +3224,7 @@ def let_go(
     Driver(hub.session, concurrency).run(leave, list(states), on_tick)
 
 
-# ==== Load: operations, closed and open model ========================================================================
+# ==== Load: operations, closed and open model; pings ================================================================
 
 Send = Callable[[str, str, HubSession], requests.Response]
 OPERATIONS: dict[str, Send] = {}
@@ -3350,54 +3482,6 @@ def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> Non
     hand_on((session.traffic.counts, cpu_share))
 
 
-# ==== Watching: pings, and the hub's own figures =====================================================================
-
-
-class Regularly:
-    """While the `with` block runs, does something at fixed moments, whatever became of it before; told when it was due.
-
-    At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        period_s: float,
-        act: Callable[[float], None],
-        at_most: int = 1,
-        skip: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
-        self._places = threading.Semaphore(at_most)
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        until_s = time.monotonic() + 1.0  # those that a silent hub holds up longer are left to themselves
-        for _place in range(self._at_most):
-            self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
-
-    def _run(self) -> None:
-        pace = Pace(1 / self._period_s, time.monotonic())
-        for due_s in map(pace.due_s, itertools.count(1)):
-            if self._done.wait(max(0.0, due_s - time.monotonic())):
-                return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._do, args=(due_s,), name=self._what, daemon=True).start()
-            else:
-                self._skip()
-
-    def _do(self, due_s: float) -> None:
-        try:
-            self._act(due_s)
-        finally:
-            self._places.release()
-
-
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
     """Reads one user five times a second: what everybody else on the hub feels."""
 
@@ -3412,91 +3496,6 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
                 session.say_if_silent(reason.text)
 
     return Regularly("ping", 1 / PING_RATE_PER_S, ping, PINGS_AT_MOST, functools.partial(record.skip, "ping"))
-
-
-_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
-    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
-    "running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
-)
-LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The hub's own figures at one moment of our monotonic clock, by name and label."""
-
-    at_s: float
-    figures: Mapping[tuple[str, str], float]
-
-    def get(self, name: str, label: str = "") -> float:
-        return self.figures.get((name, label), 0.0)
-
-
-def metrics_url(endpoint: str) -> str:
-    """Where a hub shows its own figures."""
-    return endpoint.removesuffix("/api") + "/metrics"
-
-
-def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
-    """The figures that matter here, among the samples (name, labels, value) of a hub's metrics page."""
-    figures: dict[tuple[str, str], float] = {}
-    for full_name, labels, value in samples:
-        match = _OWN_FIGURES.fullmatch(full_name)
-        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
-            continue
-        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
-        if "handler" in labels:
-            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
-        figures[match[1], label] = figures.get((match[1], label), 0.0) + value
-    return Snapshot(at_s, figures)
-
-
-class Monitor(Regularly):
-    """While the `with` block runs, reads a process's own metrics every 5 seconds, and once before and after.
-
-    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
-    page of another process is read without the token.
-    """
-
-    def __init__(self, url: str, session: HubSession, wanted: bool, is_hub: bool = True) -> None:
-        super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
-        self.snapshots: list[Snapshot] = []
-        self.missing = ""  # why there are no snapshots
-        self._url, self._headers = url, {} if is_hub else {"Authorization": None}
-        # a session of its own, so that it sees the hub also after the load was stopped
-        self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
-        self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
-        self._looking, self._wanted = threading.Lock(), wanted
-        if wanted and not self._parser:
-            self.missing = "prometheus-client is not installed: pip install prometheus-client"
-            LOG.info("The hub's own figures are not read, since %s", self.missing)
-
-    def __enter__(self) -> None:
-        self.look()
-        super().__enter__()
-
-    def look(self) -> None:
-        """Take one more snapshot, unless there is a reason why none can be had."""
-        with self._looking:
-            if not self._wanted or self.missing or not self._parser:
-                return
-            sent_s = self._session.clock()
-            try:
-                response = self._session.exchange(
-                    "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
-                )
-                page = response.text if response.status_code == 200 else ""
-                families = list(self._parser.text_string_to_metric_families(page))
-            except (requests.RequestException, ValueError) as error:
-                LOG.debug("The hub's metrics could not be read: %s", why(error))
-                return
-            if response.status_code == 200:
-                samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
-                self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
-            elif response.status_code == 403:
-                self.missing = "the token lacks the scope read:metrics"
-            elif not self.snapshots:
-                self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
 
 
 # ==== A run, and the three commands ==================================================================================
