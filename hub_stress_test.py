@@ -50,6 +50,7 @@ server, so what a proxy, a page or a kernel costs is not measured. Two runs at t
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import collections
 import contextlib
@@ -58,6 +59,7 @@ import enum
 import functools
 import heapq
 import html
+import http.client
 import importlib
 import importlib.util
 import io
@@ -77,9 +79,11 @@ import textwrap
 import threading
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from fractions import Fraction
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -127,6 +131,13 @@ VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
+HANDSHAKES_PER_S = 20.0  # of open tabs, all together
+HANDSHAKES_MAX = 1000
+TELLING_MAX = 100  # answers that only a proxy gives which loses connections
+BROWSER_PATIENCE_S = 240.0  # with a handshake that nobody answers
+UNANSWERED_S = 10.0
+SETTLE_S = 60.0
+AFTERMATH_S = 10.0  # from the end of all tabs to the last look at what is left
 SEND_TIMEOUT_S = 5.0  # of a cell, during which no other websocket is read if this one takes nothing
 METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
@@ -308,6 +319,7 @@ def purge_command(run: str | None) -> str:
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
 AFTER = "aftermath"  # as in aftermath.hub.open_files.grown
+LEAKS = ("aftermath.leaking", "proxy_check.leaking")
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 UNITS = {"": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "%": 0.01}
 
@@ -349,6 +361,8 @@ def metric_value(found: Json, metric: str) -> float | None:
     name, _, statistic = metric.rpartition(".")
     if metric == "throttled":
         value = found.get("http", {}).get("throttled")
+    elif metric in LEAKS:
+        value = (found.get(name) or {}).get(statistic)
     elif metric.startswith(f"{AFTER}."):
         _, process, figure, statistic = metric.split(".")
         value = ((found.get(AFTER) or {}).get(process, {}).get(figure) or {}).get(statistic)
@@ -394,6 +408,20 @@ def run_name(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
         )
+    return text
+
+
+def share_of_people(text: str) -> float:
+    """A share, from 0 to 1."""
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or float(text) > 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, like 0.5, not {text!r}")
+    return float(text)
+
+
+def tab_name(text: str) -> str:
+    """The version of JupyterLab whose tabs are left open."""
+    if text not in TABS:
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(TABS)}, not {text!r}")
     return text
 
 
@@ -576,7 +604,7 @@ def condition(text: str) -> Condition:
         raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
     metric, comparison, number, unit = match.groups()
     statistic = metric.rpartition(".")[2]
-    known = metric in ("failed", "failed_rate", "throttled") or re.fullmatch(rf"{AFTER}(\.\w+){{3}}", metric)
+    known = metric in ("failed", "failed_rate", "throttled", *LEAKS) or re.fullmatch(rf"{AFTER}(\.\w+){{3}}", metric)
     if not known and ("." not in metric or statistic not in STATISTICS):
         raise argparse.ArgumentTypeError(
             f"{metric!r} is not failed, failed_rate, throttled, or OPERATION.STAT, with one of {', '.join(STATISTICS)}"
@@ -587,10 +615,11 @@ def condition(text: str) -> Condition:
     return Condition(" ".join(text.split()), metric, comparison, float(number) * UNITS[unit], unit == "x")
 
 
-FAILED = condition("failed > 0")
+FAILED, LEAKING, PROXY_LEAKING = map(condition, ("failed > 0", "aftermath.leaking > 0", "proxy_check.leaking > 0"))
 STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
 LOADS, LOCUST_ALONE = (STRESS, ACTIVITY), ()
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
+TABS = ("lab-4.2", "lab-4.6")  # the first goes on asking for ever
 Parse = Callable[[str], Any]
 METAVARS: dict[Parse, str] = {
     whole_number: "N",
@@ -605,6 +634,8 @@ METAVARS: dict[Parse, str] = {
     results_file: "FILE",
     writable_file: "FILE",
     watched: "NAME=URL",
+    share_of_people: "SHARE",
+    tab_name: "|".join(TABS),
     recording: "FILE.har",
     notebook: "FILE",
     str: "FILE",
@@ -758,6 +789,22 @@ class Plan:
         duration,
         locust="60s",
     )
+    leave_open: float = for_people(
+        "--leave-open",
+        "this share of the people (0 to 1) does not log out: their servers end, and their tabs go on asking",
+        share_of_people,
+        0.0,
+        locust="0",
+    )
+    tab: str = for_people(
+        "--tab", "the JupyterLab whose tabs they are (lab-4.2, the worse one)", tab_name, TABS[0], locust=TABS[0]
+    )
+    settle_s: float = for_people(
+        "--settle", "the tabs stay open for so long after everybody has left (60s)", duration, SETTLE_S, locust="60s"
+    )
+    check_proxy: bool = for_people(
+        "--check-proxy", "after the load: does the proxy lose connections when servers end? Takes some three minutes"
+    )
     public_url: str | None = for_people(
         "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
     )
@@ -793,14 +840,21 @@ class Plan:
 
     @property
     def opens(self) -> bool:
-        """Whether people open their servers: working, and loading a whole page, begin with that."""
-        return self.visit or self.page is not None or self.work
+        """Whether people open their servers: whatever else they do there begins with that."""
+        return self.visit or self.page is not None or self.work or self.leave_open > 0 or self.check_proxy
+
+    @property
+    def leaves(self) -> bool:
+        """Whether people leave by themselves, and not only when cleaning up removes them."""
+        return bool(self.stay_s) or self.leave_open > 0
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What decides whether the run has failed; a search for capacity also minds how long requests take."""
-        slow = (condition(f"{name}.p95 > 500ms") for name in self.mix or DEFAULT_MIX) if self.find_capacity else ()
-        return self.fail_if or (FAILED, *slow)
+        slow = [condition(f"{name}.p95 > 500ms") for name in self.mix or DEFAULT_MIX] if self.find_capacity else []
+        leaks = [LEAKING] if self.leave_open else []
+        leaks += [PROXY_LEAKING] if self.check_proxy else []
+        return self.fail_if or (FAILED, *slow, *leaks)
 
     def options(self) -> Json:
         """Every option of the command with its value, for the results; the token and the baseline are left out."""
@@ -835,6 +889,7 @@ class Kind(enum.Enum):
     WIRE = "the websocket broke"
     KERNEL = "the kernel ended"
     CELL = "the cell failed"
+    TAB = "what an open tab was answered"
     BROKEN = "the operation raised"
 
 
@@ -2060,7 +2115,7 @@ class Regularly:
         self,
         what: str,
         period_s: float,
-        act: Callable[[float], None],
+        act: Callable[[float], object],
         at_most: int = 1,
         skip: Callable[[], None] = lambda: None,
     ) -> None:
@@ -2115,6 +2170,19 @@ class Snapshot:
         return self.figures.get((name, label), 0.0)
 
 
+AFTERMATH = {
+    "open_files": ("process_open_fds", ""),
+    "rss_bytes": ("process_resident_memory_bytes", ""),
+    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
+    "active_handles": ("nodejs_active_handles_total", ""),
+}
+
+
+def restarted(before: Snapshot, after: Snapshot) -> bool:
+    """Whether the hub began anew between two snapshots."""
+    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
+
+
 def metrics_url(endpoint: str) -> str:
     """Where a hub shows its own figures."""
     return endpoint.removesuffix("/api") + "/metrics"
@@ -2158,11 +2226,11 @@ class Monitor(Regularly):
         self.look()
         super().__enter__()
 
-    def look(self) -> None:
-        """Take one more snapshot, unless there is a reason why none can be had."""
+    def look(self) -> Snapshot | None:
+        """One more snapshot, or None when none could be had."""
         with self._looking:
             if not self._wanted or self.missing or not self._parser:
-                return
+                return None
             sent_s = self._session.clock()
             try:
                 response = self._session.exchange(
@@ -2172,14 +2240,16 @@ class Monitor(Regularly):
                 families = list(self._parser.text_string_to_metric_families(page))
             except (requests.RequestException, ValueError) as error:
                 LOG.debug("The hub's metrics could not be read: %s", why(error))
-                return
+                return None
             if response.status_code == 200:
                 samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
                 self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
-            elif response.status_code == 403:
+                return self.snapshots[-1]
+            if response.status_code == 403:
                 self.missing = "the token lacks the scope read:metrics"
             elif not self.snapshots:
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
+            return None
 
 
 # ==== Users: found, claimed, made ====================================================================================
@@ -2501,6 +2571,51 @@ def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
     return socket
 
 
+CLOSED_UNANSWERED, UNANSWERED = "closed without an answer", "no answer"
+
+
+class Handshake:
+    """The handshake of a websocket, for whose answer nobody has to wait. Raises `OSError` when it cannot be sent.
+
+    `reply` is what came of it, 0 without a status; the connection is closed then, and `wake` is called.
+    """
+
+    def __init__(self, url: str, session: HubSession, wake: Callable[[], None]) -> None:
+        self.reply: Reply | None = None
+        self._clock, self._wake, self.sent_s = session.clock, wake, session.clock()
+        place = urllib.parse.urlsplit(url)
+        if place.scheme == "https":
+            context = tls_context(trusted(session, url))
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(place.netloc, context=context)
+        else:
+            self._connection = http.client.HTTPConnection(place.netloc)
+        self._connection.timeout = SEND_TIMEOUT_S
+        key = base64.b64encode(os.urandom(16)).decode()
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        headers |= {"Sec-WebSocket-Key": key, "Authorization": f"token {session.token}"}
+        self._connection.request("GET", place.path, headers=headers)
+        self._connection.sock.settimeout(0)
+        self.number = self._connection.sock.fileno()
+
+    @property
+    def ended(self) -> bool:
+        return self.reply is not None
+
+    def read(self) -> None:
+        status, message = 0, CLOSED_UNANSWERED
+        try:
+            status, message = self._connection.getresponse().status, ""
+        except ssl.SSLWantReadError:  # what came was a part of TLS
+            return
+        except (OSError, http.client.HTTPException, AttributeError):  # the last when it was closed meanwhile
+            pass
+        self.reply = Reply(status, self.sent_s, self._clock(), message=message)
+        self._wake()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 class Wire(Protocol):
     """A connection on which something may come at any time."""
 
@@ -2578,6 +2693,125 @@ class Wires:
             selector.close()
 
 
+# ==== Tabs left open: what they ask for, and what that shows of a proxy ==============================================
+
+EVENTS, CHANNELS, KERNEL = "api/events/subscribe", "channels", "kernel"  # two websockets, and a page that is polled
+PROOF_LEAST, PROOF_SHARE, PROOF_AFTER_S = 10, 0.8, 15.0
+
+
+class WayOut(enum.Enum):
+    """How a person leaves."""
+
+    LOGS_OUT = "logs out"
+    BY_ITSELF = "leaves a tab open, and the server ends by itself"
+    STOPPED = "leaves a tab open, and the server is stopped through the hub, as a culler does"
+
+
+def way_out(number: int, share_open: float) -> WayOut:
+    """How the n-th person (from 0) leaves: exactly this share leaves a tab open, in turn with one end and the other."""
+    share = Fraction(share_open).limit_denominator(1000)
+    before, after = math.floor(number * share), math.floor((number + 1) * share)
+    if before == after:
+        return WayOut.LOGS_OUT
+    return WayOut.STOPPED if before % 2 else WayOut.BY_ITSELF
+
+
+def tab_requests(tab: str) -> Iterator[tuple[float, str]]:
+    """When, in seconds after its server is gone, a visible tab of this JupyterLab asks for what, as was measured.
+
+    Lab 4.2 goes on opening websockets; Lab 4.6 soon only asks whether the kernel is back.
+    """
+    yield 0.0, CHANNELS
+    if tab == "lab-4.2":
+        yield from ((5.0 * n, EVENTS) for n in range(6))
+        yield from ((25.0 + 30.0 * n, EVENTS) for n in itertools.count(1))
+    else:
+        yield from ((2.0 * n, EVENTS) for n in range(3))
+        yield from ((4.0 + 20.0 * n, KERNEL) for n in itertools.count(1))
+
+
+def of_ended_server(reply: Reply) -> bool:
+    """Whether a proxy answered so because nobody listens where its route leads: 503, nothing, or 502 behind another."""
+    return reply.status in (502, 503) or reply.message == CLOSED_UNANSWERED
+
+
+def is_telling(reply: Reply) -> bool:
+    """Whether only a proxy that loses connections answers a handshake so: nothing, 502 or 504 behind another."""
+    return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
+
+
+def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
+    """How many connections to the hub a proxy may have lost since: by how many both figures have grown at least.
+
+    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be one that
+    the proxy had kept ready for reuse; so files count from the lowest of the looks before.
+    """
+    files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
+    return min(look.get(*files) - min(one.get(*files) for one in before), look.get(*pages) - before[-1].get(*pages))
+
+
+def leak_at(asked_s: Sequence[float], looks: Sequence[Snapshot]) -> Snapshot | None:
+    """The look at the hub that proves that the proxy loses a connection when a tab asks for an ended server.
+
+    At `asked_s` tabs were answered as `of_ended_server` has it. By some look there were at least 10 of them, and 80 %
+    as many connections lost; and 15 s later still.
+    """
+    before = [one for one in looks if asked_s and one.at_s < asked_s[0]]
+    first: Snapshot | None = None
+    number = 0
+    for look in looks[len(before) :] if before else ():
+        if restarted(before[-1], look):
+            return None
+        number = number if first else bisect.bisect(asked_s, look.at_s)
+        if number < PROOF_LEAST or lost_by(before, look) < PROOF_SHARE * number:
+            first = None
+        elif first and look.at_s >= first.at_s + PROOF_AFTER_S:
+            return look
+        else:
+            first = first or look
+    return None
+
+
+class Tabs:
+    """The open tabs of a run: the handshakes that they have sent, and how many more they may."""
+
+    def __init__(self, looks: Sequence[Snapshot] = (), look: Callable[[], object] = lambda: None) -> None:
+        self.replies: list[Reply] = []  # to handshakes
+        self.ways: collections.Counter[WayOut] = collections.Counter()
+        self.ended = ""  # why no more are sent
+        self._looks, self._look = looks, look  # at the hub's own figures
+        self._lock, self._next_s = threading.Lock(), 0.0
+
+    def open(self, way: WayOut) -> None:
+        """One more tab is left open. Before the first one the hub is looked at."""
+        with self._lock:
+            if not self.ways:
+                self._look()
+            self.ways[way] += 1
+
+    def place(self, now_s: float) -> float:
+        """The moment of the next handshake: there are at most 20 per second."""
+        with self._lock:
+            self._next_s = max(now_s, self._next_s + 1 / HANDSHAKES_PER_S)
+            return self._next_s
+
+    def note(self, reply: Reply) -> None:
+        """What a handshake was answered."""
+        with self._lock:
+            self.replies.append(reply)
+            if self.proof:
+                self.ended = "once the leak was proven"
+            elif sum(map(is_telling, self.replies)) >= TELLING_MAX:
+                self.ended = f"after {TELLING_MAX} answers that only an affected proxy gives"
+            elif len(self.replies) >= HANDSHAKES_MAX:
+                self.ended = f"after {HANDSHAKES_MAX:,}"
+
+    @property
+    def proof(self) -> Snapshot | None:
+        """The look at the hub that proves that connections were lost."""
+        return leak_at([one.answered_s for one in self.replies if of_ended_server(one)], self._looks)
+
+
 # ==== Steps of a person, each a function =============================================================================
 #
 # A step is a generator. It yields the events that it leaves, and, where it has to wait (a person stays, or thinks), the
@@ -2632,6 +2866,8 @@ class Site:
     turns: Turns = dataclasses.field(default_factory=Turns)
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
     gathering: Gathering = dataclasses.field(default_factory=Gathering)
+    leaving: Gathering | None = None  # until everybody has left; None: each person goes by themselves
+    tabs: Tabs = dataclasses.field(default_factory=Tabs)
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -2644,6 +2880,7 @@ class Visitor:
     name: str
     due_s: float
     wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
+    number: int = 0  # among all, from 0
     since_s: float = 0.0  # when their last step ended
     works_s: float = 0.0  # when they got to work
     url: str = ""  # of their server
@@ -2658,6 +2895,8 @@ class Visitor:
     def go_home(self, site: Site) -> None:
         """Close what they have open."""
         site.gathering.settle(self.name)
+        if site.leaving:
+            site.leaving.settle(self.name)
         if self.kernel:
             site.public.wires.close(self.kernel)
         if self.browser:
@@ -2995,6 +3234,108 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
 
 
+def leave_tab_open(person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Not to log out: some time later the server ends, and the tab goes on asking for it until all tabs close.
+
+    They close `settle_s` after everybody has left. What the tab is answered is no failure of the person.
+    """
+    clock, settle_s, way = site.hub.session.clock, site.plan.settle_s, way_out(person.number, site.plan.leave_open)
+    if way is WayOut.LOGS_OUT or not person.browser:
+        return
+    left_s = clock()
+    if site.leaving:
+        site.leaving.settle(person.name)
+
+    def closes_s() -> float:
+        return site.leaving.leave_s if site.leaving else left_s + settle_s
+
+    yield from wait_until(left_s + settle_s * random.uniform(1 / 12, 1 / 4), clock)
+    site.tabs.open(way)
+    yield from end_server(way, person, site)
+    yield from keep_asking(person, site, closes_s)
+
+
+def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
+    """Wait until then, however often one is woken."""
+    while clock() < at_s:
+        yield at_s
+
+
+def end_server(way: WayOut, person: Visitor, site: Site) -> Iterator[Event | float]:
+    """Have the server end by itself, so that the proxy's route outlives it; or have the hub stop it."""
+    if way is WayOut.BY_ITSELF and person.browser:
+        reply = person.browser.ask("POST", f"{person.url}api/shutdown", call=once())
+        if reply.status == 200:
+            return
+        LOG.warning("The server of %s does not end by itself (it answered %s): the hub stops it", person.name, reply)
+    reply = site.hub.stop(person.name)
+    site.states[person.name] = state_after_stop(reply.hub_status)
+    yield reply.event("stop_server", person.name, ok=(202, 204, 404))
+
+
+def keep_asking(person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
+    """What an open tab asks for once its server is gone, until it is closed."""
+    clock, began_s, browser = site.hub.session.clock, site.hub.session.clock(), person.browser
+    kernel_url = person.kernel_url or f"{person.url}api/kernels/{uuid.uuid4()}"
+    for after_s, what in tab_requests(site.plan.tab):
+        while clock() < (due_s := min(began_s + after_s, closes_s())):
+            yield due_s
+        if not browser or clock() >= closes_s():
+            return
+        if what == KERNEL:
+            reply = browser.ask("GET", kernel_url, call=once())
+            target = urllib.parse.urljoin(kernel_url, reply.location or "")
+            if reply.location and target.startswith(site.public.url):
+                reply = browser.ask("GET", target, call=once())
+            yield of_tab(reply, "tab_poll", person)
+        else:
+            url = f"{kernel_url}/channels" if what == CHANNELS else f"{person.url}{EVENTS}"
+            yield from knock_until_gone(url, person, site, closes_s)
+
+
+def knock_until_gone(url: str, person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
+    """Open a websocket as a tab does that has lost its own; again after a second while the server is still there."""
+    clock = site.hub.session.clock
+    for _ in range(10):
+        yield from wait_until(min(site.tabs.place(clock()), closes_s()), clock)
+        if site.tabs.ended or clock() >= closes_s():
+            return
+        reply = yield from knock(url, person, site, clock() + BROWSER_PATIENCE_S, closes_s)
+        if reply.message == UNANSWERED and reply.answered_s - reply.sent_s < UNANSWERED_S:
+            return  # the tab was closed before that could mean something
+        site.tabs.note(reply)
+        yield of_tab(reply, "tab_websocket", person)
+        if reply.status not in (101, 404):  # the last where its kernel is gone already
+            return
+        yield from wait_until(min(clock() + 1.0, closes_s()), clock)
+
+
+def knock(
+    url: str, person: Visitor, site: Site, until_s: float, closes_s: Callable[[], float] = lambda: math.inf
+) -> Generator[float, None, Reply]:
+    """What a websocket's handshake is answered by then; the connection is closed on any answer."""
+    clock, public = site.hub.session.clock, site.public
+    public.traffic.sent(observer=False)
+    sent_s = clock()
+    try:
+        handshake = Handshake(url, person.browser or site.hub.session, person.wake)
+    except OSError as error:
+        return Reply(0, sent_s, clock(), message=why(error))
+    public.wires.add(handshake)
+    while not handshake.reply and clock() < (due_s := min(until_s, closes_s())):
+        yield due_s
+    public.wires.close(handshake)
+    if handshake.reply and handshake.reply.status:
+        public.traffic.answered(handshake.reply.status)
+    return handshake.reply or Reply(0, sent_s, clock(), message=UNANSWERED)
+
+
+def of_tab(reply: Reply, step: str, person: Visitor) -> Event:
+    """What is recorded of a request that an open tab sent; whatever came back, no person has failed."""
+    reason = None if reply.status in (101, 200) else Reason(Kind.TAB, str(reply.status or reply.message))
+    return Event(step, person.name, reply.sent_s, reply.sent_s, reply.answered_s, reason)
+
+
 def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Stop the server, if there is one, and wait until it has stopped.
 
@@ -3032,6 +3373,7 @@ class Step:
     act: Act | None = None  # what a person does; None: it is measured elsewhere
     wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
     always: bool = False  # also after an earlier step has failed
+    judged: bool = True  # whether a person fails with it
 
 
 STEPS = {
@@ -3044,10 +3386,12 @@ STEPS = {
         Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work),
         Step("at_work", "at work", (), get_to_work, lambda plan: plan.opens),
         Step("cell", "cell", (), work, lambda plan: plan.work),
-        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s)),
-        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), True),
+        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s) or plan.leaves),
+        Step("tab_websocket", "tab's websocket", (), leave_tab_open, lambda plan: plan.leave_open > 0, judged=False),
+        Step("tab_poll", "tab's poll"),
+        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: plan.leaves, always=True),
         Step("create_users", "create users", ("admin:users",)),
-        Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: bool(plan.stay_s), always=True),
+        Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: plan.leaves, always=True),
         Step("list_users", "list users", ("list:users", "read:servers")),
         Step("activity", "activity report", ("users:activity",)),
         Step("read", "read user"),
@@ -3055,7 +3399,8 @@ STEPS = {
         Step("ping", "ping"),
     )
 }
-PERSONAL = tuple(step.name for step in STEPS.values() if step.act and not step.always)  # a person fails with any
+PERSONAL = tuple(step.name for step in STEPS.values() if step.act and step.judged and not step.always)
+OF_TABS = ("tab_websocket", "tab_poll")  # what these were answered fails nobody
 STEPS_OF = {
     STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
     ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
@@ -3126,17 +3471,20 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     def may_come() -> bool:
         return not (plan.fail_fast and site.record.failures(PERSONAL))
 
-    def begin(name: str, due_s: float) -> Walk:
-        person = Visitor(name, due_s)
+    def begin(numbered: tuple[int, str], due_s: float) -> Walk:
+        person = Visitor(numbered[1], due_s, number=numbered[0])
         walk = journey(person, site)
         person.wake = functools.partial(driver.wake, walk)
         return walk
 
     site.gathering.hold_s = plan.hold_s
-    driver = Driver(
-        session, limit, pace, gatherings=[site.gathering], may_begin=may_come, threads=most if plan.opens else limit
-    )
-    driver.run(begin, names, on_tick)
+    gatherings = [site.gathering]
+    if plan.leave_open:
+        site.leaving = Gathering(plan.settle_s, "Everybody has left; tabs stay open")
+        gatherings.append(site.leaving)
+    threads = most if plan.opens else limit
+    driver = Driver(session, limit, pace, gatherings=gatherings, may_begin=may_come, threads=threads)
+    driver.run(begin, list(enumerate(names)), on_tick)
 
 
 def arrivals_of(plan: Plan, started_s: float) -> Pace | Arrivals | None:
@@ -3224,7 +3572,7 @@ def let_go(
     Driver(hub.session, concurrency).run(leave, list(states), on_tick)
 
 
-# ==== Load: operations, closed and open model; pings ================================================================
+# ==== Load: operations, closed and open model; pings =================================================================
 
 Send = Callable[[str, str, HubSession], requests.Response]
 OPERATIONS: dict[str, Send] = {}
@@ -3498,6 +3846,144 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
     return Regularly("ping", 1 / PING_RATE_PER_S, ping, PINGS_AT_MOST, functools.partial(record.skip, "ping"))
 
 
+# ==== Checking the proxy: does it lose connections when servers end? =================================================
+
+CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that has ended by itself, and to one that was stopped
+CHECK_LEAST, CHECK_UNANSWERED = 20, 3
+SHUTDOWN_S = 15.0  # that a server may take to end
+CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
+CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
+CLEAN_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxyCheck:
+    """Whether the proxy loses connections when servers end: `verdict` is clean, leaking or undecided."""
+
+    verdict: str
+    leaking: int  # 1 when it does
+    reason: str
+    handshakes: int = 0
+    open_files: float | None = None  # by how many the hub's have grown; None when its figures were not read
+
+
+CLEAN, LEAKS_NOW, UNDECIDED = "clean", "leaking", "undecided"
+
+
+def judge_proxy(
+    page: int, ended: Sequence[Reply], stopped: Sequence[Reply], before: Sequence[Snapshot], after: Sequence[Snapshot]
+) -> ProxyCheck:
+    """What a proxy showed that was asked for a server which had ended by itself, and then for one that was stopped.
+
+    `page` is the status of a plain page of the ended server; `ended` and `stopped` are what websockets were answered;
+    `before` and `after` (right after those to the ended server, and a minute later) are looks at the hub's figures.
+    """
+    number, figures = len(ended), (AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"])
+    grown_by = [max(look.get(*one) - before[-1].get(*one) for look in after) for one in figures if before and after]
+    lost = min((lost_by(before, look) for look in after), default=0.0) if grown_by else None
+    asked = f"{number} websockets asked for a server that had ended"
+
+    def found(verdict: str, reason: str) -> ProxyCheck:
+        sent = number + len(stopped)
+        return ProxyCheck(verdict, int(verdict == LEAKS_NOW), reason, sent, grown_by[0] if grown_by else None)
+
+    if lost is not None and number >= CHECK_LEAST and lost >= PROOF_SHARE * number:
+        return found(
+            LEAKS_NOW, f"{asked}; a minute later the proxy still held {lost:.0f} connections to the hub for them"
+        )
+    if unanswered(stopped):
+        return found(
+            LEAKS_NOW, "it never answers websockets that ask for a stopped server, and keeps their connections"
+        )
+    if number < CHECK_LEAST:
+        return found(UNDECIDED, f"the hub noticed after {number} websockets that the server had ended, too few to tell")
+    if page != 503:
+        return found(UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended")
+    if lost is None and sum(map(is_telling, ended)) >= PROOF_SHARE * number:
+        return found(LEAKS_NOW, f"{asked}, and the proxy closed them without an answer, as one does that loses them")
+    if lost is None:
+        return found(UNDECIDED, "the hub's own figures were not read")
+    if max(grown_by) < CLEAN_SHARE * number:
+        return found(CLEAN, f"{asked}, and the proxy kept no connection for them")
+    grown_text = f"the hub's open files grew by {grown_by[0]:.0f}, its error pages by {grown_by[1]:.0f}"
+    return found(UNDECIDED, f"{asked}; {grown_text}: other people's traffic counts too")
+
+
+def check_proxy(person: Visitor, site: Site, monitor: Monitor) -> Generator[float, None, ProxyCheck]:
+    """Have a server end by itself and ask for it over websockets, then for one that was stopped. Raises `CutShort`.
+
+    The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
+    """
+    ended, page, clock, before = list[Reply](), 0, site.hub.session.clock, list[Snapshot]()
+    for _ in range(2):
+        if not (yield from reach_server(person, site)):
+            return ProxyCheck(UNDECIDED, 0, "no server became ready to try it with")
+        yield from wait_until(clock() + CHECK_CALM_S, clock)
+        monitor.look()
+        before = [*monitor.snapshots]
+        page = yield from shut_down(person, site)
+        if page in (0, 200):
+            return ProxyCheck(UNDECIDED, 0, "the server did not end by itself when it was asked to")
+        replies = yield from knock_often(person, site, CHECK_ENDED - len(ended), lambda seen: noticed(seen[-1]))
+        ended = [one for one in replies if not noticed(one)]
+        site.states[person.name] = ServerState.STOPPED
+        if len(ended) >= CHECK_LEAST:
+            break
+    after = [monitor.look()]
+    yield from wait_until(clock() + (CHECK_AGAIN_S if before else 0.0), clock)
+    after.append(monitor.look())
+    site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
+    stopped = yield from knock_often(person, site, CHECK_STOPPED, unanswered)
+    return judge_proxy(page, ended, stopped, before, [look for look in after if look])
+
+
+def noticed(reply: Reply) -> bool:
+    """Whether the hub has noticed that the server has ended: the proxy has no route to it any more."""
+    return reply.status == 302 or reply.message == UNANSWERED
+
+
+def unanswered(replies: Sequence[Reply]) -> bool:
+    """Whether it is clear that nobody answers."""
+    return sum(one.message == UNANSWERED for one in replies) >= CHECK_UNANSWERED
+
+
+def reach_server(person: Visitor, site: Site) -> Generator[float, None, bool]:
+    """Start this person's server, if it is not ready, and open its page; whether that worked."""
+    person.due_s = person.since_s = site.hub.session.clock()
+    for act in (visit,) if site.states.get(person.name) is ServerState.READY else (come, visit):
+        for news in act(person, site):
+            if not isinstance(news, Event):
+                yield news
+            elif news.reason:
+                return False
+            else:
+                person.since_s = news.ended_s
+    return True
+
+
+def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
+    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
+    clock, browser = site.hub.session.clock, person.browser
+    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+        return 0
+    until_s = clock() + SHUTDOWN_S
+    while (page := browser.ask("GET", f"{person.url}api", call=once()).status) == 200 and clock() < until_s:
+        yield clock() + 0.5
+    return page
+
+
+def knock_often(
+    person: Visitor, site: Site, at_most: int, enough: Callable[[Sequence[Reply]], bool]
+) -> Generator[float, None, list[Reply]]:
+    """What so many websockets to a server that is gone were answered, one after the other; fewer if that is enough."""
+    clock, replies = site.hub.session.clock, list[Reply]()
+    while len(replies) < at_most and not (replies and enough(replies)):
+        yield from wait_until(site.tabs.place(clock()), clock)
+        reply = yield from knock(f"{person.url}{EVENTS}", person, site, clock() + UNANSWERED_S)
+        replies.append(reply)
+    return replies
+
+
 # ==== A run, and the three commands ==================================================================================
 
 
@@ -3513,7 +3999,7 @@ class Run:
             plan = dataclasses.replace(
                 plan, rate_per_s=None, within_s=None, hold_s=0.0, stay_s=None, duration_s=None, visit=False, page=None
             )
-            plan = dataclasses.replace(plan, work=False)
+            plan = dataclasses.replace(plan, work=False, leave_open=0.0, check_proxy=False)
         if plan.within_s and plan.seed is None:
             plan = dataclasses.replace(plan, seed=random.randrange(1, 1 << 32))
         self.plan = plan
@@ -3523,15 +4009,16 @@ class Run:
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command)
         check_visits(self.hub, plan)
         self.existing = self._look()
-        self.site = Site(self.hub, plan, self.record)
         watched = plan.command != PURGE and not plan.dry_run
         self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
+        self.site = Site(self.hub, plan, self.record, tabs=Tabs(self.monitor.snapshots, self.monitor.look))
         self.monitors = {"hub": self.monitor}
         self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
         self.claims = Claims()
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
+        self.proxy_check: ProxyCheck | None = None
         self.troubles: list[str] = []  # what cut the run short
         self.warnings: list[str] = []
         self.interrupted_by: int | None = None
@@ -3579,7 +4066,7 @@ class Run:
     @timeit
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
-        taken = [user["name"] for user in self.existing]
+        taken = [*(user["name"] for user in self.existing), *self.claims.confirmed]
         batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, self.plan.run or "")
         return [name for batch in batches for name in batch]
 
@@ -3590,6 +4077,26 @@ class Run:
         title, goal = ("people at work", "at_work") if opens else ("starting servers", "server_ready")
         with Progress(title, len(names)) as progress:
             take_through(names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL)))
+
+    def check_proxy(self, names: Sequence[str]) -> None:
+        """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
+        LOG.info(
+            "Checking the proxy: some three minutes, and up to %d connections that an affected proxy keeps for an hour",
+            CHECK_ENDED + CHECK_STOPPED,
+        )
+        ready = (name for name in names if self.site.states.get(name) is ServerState.READY)
+        person = Visitor(next(ready, None) or self.make_users(1, 1)[0], self.session.clock())
+
+        def begin(person: Visitor, due_s: float) -> Walk:
+            walk = check()
+            person.wake = functools.partial(driver.wake, walk)
+            return walk
+
+        def check() -> Walk:
+            self.proxy_check = yield from check_proxy(person, self.site, self.monitor)
+
+        driver = Driver(self.session, 1)
+        driver.run(begin, [person], lambda: None)
 
     def pinging(self, name: str) -> Regularly:
         return pinging(name, self.hub.endpoint, self.session, self.record)
@@ -3651,6 +4158,8 @@ def stress(run: Run) -> None:
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
+    if plan.check_proxy and not run.session.stopping.is_set():
+        run.check_proxy(names)
     if plan.rate_per_s or plan.within_s:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
 
@@ -3698,6 +4207,8 @@ def carry_out(plan: Plan) -> Results:
         finally:
             run.clean_up()
         run.session.close()  # so that what is still open on the hub is not ours
+        if plan.leave_open and run.interrupted_by is None:
+            run.session.for_cleaning_up().pause(AFTERMATH_S)
         run.look()
         return results_of(run)
 
@@ -3923,17 +4434,19 @@ class ServersTimeline:
     failed_s: list[float | None]  # after it was ready
     lost_s: list[float | None]
     left_s: list[float | None]
+    closed_s: list[float | None]  # the tab that was left open
 
 
 @dataclasses.dataclass(frozen=True)
 class HubTimeline:
-    """The hub's CPU share and memory, in seconds since the run began."""
+    """A process's CPU share, memory and open files, in seconds since the run began."""
 
     cpu_at_s: list[float | None]
     cpu_share: list[float | None]
     at_s: list[float | None]
     rss_bytes: list[float]
     running_servers: list[float]
+    open_files: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3946,6 +4459,18 @@ class Change:
     grown: float | None
 
 
+Aftermath = Mapping[str, "int | Mapping[str, Change]"]  # `leaking`: 1 when a leak was proven; of each process: Change
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenTabs:
+    """The tabs that people have left open, by how their servers ended."""
+
+    ended_by_themselves: int
+    stopped: int
+    stopped_asking: str  # why they opened no more websockets, before they were closed; "" when they went on
+
+
 @dataclasses.dataclass(frozen=True)
 class RunTimeline:
     """What happened when: what the report draws."""
@@ -3953,6 +4478,7 @@ class RunTimeline:
     operations: dict[str, OperationTimeline]
     servers: ServersTimeline | None
     hub: HubTimeline | None
+    watched: dict[str, HubTimeline]
     load_ended_s: float | None
 
 
@@ -3976,7 +4502,9 @@ class Results:
     operations: dict[str, Operation]
     http: Http
     capacity: Capacity | None
-    aftermath: dict[str, dict[str, Change]] | None  # of the hub and each process that was watched
+    aftermath: Aftermath | None  # of the hub and each process that was watched
+    tabs: OpenTabs | None
+    proxy_check: ProxyCheck | None
     warnings: list[str]
     advice: list[str]  # what to look at next, when the run has failed
     timeline: RunTimeline
@@ -4051,13 +4579,24 @@ def results_of(run: Run) -> Results:
             run.session.traffic.summarise(), servers=run.site.public.traffic.summarise() if plan.opens else None
         ),
         capacity=run.capacity,
-        aftermath=aftermath_of({name: one.snapshots for name, one in run.monitors.items()}, bool(run.cleaned.kept)),
+        aftermath=aftermath_of(
+            {name: one.snapshots for name, one in run.monitors.items()},
+            bool(run.cleaned.kept),
+            leaking=run.site.tabs.proof is not None,
+        ),
+        tabs=tabs_of(run.site.tabs) if plan.leave_open else None,
+        proxy_check=run.proxy_check,
         warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
         advice=[],
         timeline=RunTimeline(
             operations=run.record.timeline(run.began_s),
             servers=servers_timeline(run.record.people, run.began_s, run.load_ended_s) if servers else None,
             hub=hub_timeline(snapshots, run.began_s),
+            watched={
+                name: line
+                for name, one in run.monitors.items()
+                if name != "hub" and (line := hub_timeline(one.snapshots, run.began_s))
+            },
             load_ended_s=rounded(run.load_ended_s - run.began_s),
         ),
     )
@@ -4144,6 +4683,10 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
         good_or_bad = ([end for end in each if bool(end.reason) == bad and _is_lost(end) == lost] for each in ends)
         return [since(each[0].ended_s) if each else None for each in good_or_bad]
 
+    def sent(step: str, row: Mapping[str, Event]) -> float | None:
+        """When the step began, if that was before cleaning up."""
+        return since(row[step].sent_s) if step in row and row[step].sent_s < load_ended_s else None
+
     return ServersTimeline(
         user=[end.user for end in ends],
         due_s=[since(end.due_s) for end in ends],
@@ -4156,12 +4699,8 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
         works_s=ended("at_work"),
         failed_s=ended(*PERSONAL[1:], bad=True),
         lost_s=ended("stay", bad=True, lost=True),
-        left_s=[
-            since(row["stop_server"].sent_s)
-            if "stop_server" in row and row["stop_server"].sent_s < load_ended_s
-            else None
-            for row in rows
-        ],
+        left_s=[since(row["stay"].ended_s) if "tab_websocket" in row else sent("stop_server", row) for row in rows],
+        closed_s=[sent("delete_user", row) if "tab_websocket" in row else None for row in rows],
     )
 
 
@@ -4171,19 +4710,18 @@ def _is_lost(end: Event) -> bool:
 
 # ---- the hub's own figures ----
 
-AFTERMATH = {
-    "open_files": ("process_open_fds", ""),
-    "rss_bytes": ("process_resident_memory_bytes", ""),
-    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
-    "active_handles": ("nodejs_active_handles_total", ""),
-}
 FILES_TO_MENTION = 20  # open files that have not come back
 
 
-def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> dict[str, dict[str, Change]] | None:
+def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool, leaking: bool = False) -> Aftermath | None:
     """What a run left in the processes that were watched; None without two looks at any."""
-    seen = {name: snapshots for name, snapshots in looks.items() if len(snapshots) > 1}
-    return {name: _changes(snapshots, kept) for name, snapshots in seen.items()} or None
+    seen = {name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1}
+    return {"leaking": int(leaking), **seen} if seen else None
+
+
+def tabs_of(tabs: Tabs) -> OpenTabs:
+    """The tabs that were left open."""
+    return OpenTabs(tabs.ways[WayOut.BY_ITSELF], tabs.ways[WayOut.STOPPED], tabs.ended)
 
 
 def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
@@ -4202,11 +4740,6 @@ def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
     for before, after in zip(snapshots, snapshots[1:]):
         total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
     return total
-
-
-def restarted(before: Snapshot, after: Snapshot) -> bool:
-    """Whether the hub began anew between two snapshots."""
-    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
 
 
 Buckets = Sequence[tuple[float, float]]  # of a histogram: upper bound, and count up to there
@@ -4308,6 +4841,7 @@ def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline |
         at_s=[rounded(one.at_s - began_s) for one in snapshots],
         rss_bytes=[one.get("process_resident_memory_bytes") for one in snapshots],
         running_servers=[max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
+        open_files=[one.get("process_open_fds") for one in snapshots],
     )
 
 
@@ -4411,6 +4945,8 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
     if Kind.WIRE in kinds:
         yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
+    if (results.aftermath or {}).get("leaking") or (results.proxy_check and results.proxy_check.leaking):
+        yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; upgrade it"
     if Kind.KERNEL in kinds:
         yield "kernels ended: that is what a memory limit does; see the servers' logs, and their memory limit"
     if own and own.cpu_share_max > BUSY:
@@ -4463,7 +4999,8 @@ def verdict_of(results: Results) -> tuple[str, str]:
         later = people.failed + people.at_work - people.expected
         afterwards = f"; {later} failed afterwards" if later else ""
         waited = _waited(results.operations.get("at_work"))
-        return word, f"{people.at_work} of {people.expected} people got to work{afterwards}{waited}"
+        leaks = "; the proxy lost connections afterwards" if (results.aftermath or {}).get("leaking") else ""
+        return word, f"{people.at_work} of {people.expected} people got to work{afterwards}{waited}{leaks}"
     if servers:
         lost = f"; {servers.lost} {'was' if servers.lost == 1 else 'were'} lost while held" if servers.lost else ""
         waited = _waited(results.operations.get("server_ready"))
@@ -4528,7 +5065,9 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         ("duration", duration_text(results.duration_s)),
         *_hub_facts(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
+        *_tab_facts(results),
         *_cleanup_facts(results),
+        *_proxy_facts(results.proxy_check),
         *_aftermath_facts(results.aftermath or {}),
         *(
             ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
@@ -4633,7 +5172,7 @@ def _why_slow(server: Slow, servers: Servers) -> str:
 
 def _errors(operations: Mapping[str, Operation]) -> Iterator[tuple[str, str]]:
     for name in in_order(operations):
-        if name not in PERSONAL:  # which are told of the people and the servers
+        if name not in (*PERSONAL, *OF_TABS):  # which are told of the people, the servers and the tabs
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
                 yield "errors", f"{title_of(name)}: {number} × {reason}"
 
@@ -4672,21 +5211,58 @@ def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "cleanup", f"{users.deleted} users deleted, none left"
 
 
-def _aftermath_facts(aftermath: Mapping[str, Mapping[str, Change]]) -> Iterator[tuple[str, str]]:
+def _whose(name: str) -> str:
+    return "the hub" if name == "hub" else name
+
+
+PORTS = 28_232  # from which a machine takes one for each connection, unless it is told otherwise
+TABS_IMAGINED, ASKING_PER_MINUTE = 300, 2
+PROJECTION = (
+    f"Each failed reconnect of an open tab adds one, for an hour. If {TABS_IMAGINED} open tabs kept reconnecting twice "
+    f"a minute to ended servers that still have a route, the proxy's {PORTS // 1000},000 ports would last "
+    f"{PORTS / (TABS_IMAGINED * ASKING_PER_MINUTE):.0f} minutes; then every page of the hub answers 503"
+)
+
+
+def _tab_facts(results: Results) -> Iterator[tuple[str, str]]:
+    """The tabs that people have left open, and what they did."""
+    if tabs := results.tabs:
+        ended = f"{tabs.ended_by_themselves} servers ended by themselves, {tabs.stopped} were stopped"
+        yield "tabs", f"{tabs.ended_by_themselves + tabs.stopped} left open: {ended}"
+        no_more = f", and no more {tabs.stopped_asking}" if tabs.stopped_asking else ""
+        for name, did in zip(OF_TABS, (f"tried to open {{}} websockets{no_more}", "asked {} times for their kernels")):
+            if seen := results.operations.get(name):
+                answers = [f"{number} × {answer}" for answer, number in seen.errors.items()]
+                answers += [f"{seen.count - seen.failed} × fine"] if seen.count > seen.failed else []
+                yield "tabs", f"they {did.format(seen.count)}: {', '.join(answers)}"
+        if not results.aftermath:
+            yield "tabs", "without the hub's own figures, nothing proves that the proxy lost connections, or did not"
+
+
+def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
+    """What the check of the proxy has shown."""
+    if check:
+        yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
+
+
+def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
     """Open files that have not come back, and why they may not have."""
     for name, changes in aftermath.items():
-        files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
-        if not files or files.grown is None or files.grown <= FILES_TO_MENTION:
+        if isinstance(changes, int) or not (files := changes.get("open_files")):
             continue
-        whose = "the hub" if name == "hub" else name
-        told = f"{whose} has {files.grown:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
-        if pages and (pages.grown or 0) >= files.grown:
+        number, pages = files.grown or 0, changes.get("proxy_error_pages")
+        told = (
+            f"{_whose(name)} has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        )
+        if name == "hub" and aftermath["leaking"]:
+            lost = min(number, pages.grown or 0) if pages else number
+            held = f"after everybody had left, the proxy still held {lost:.0f} connections to the hub"
+            yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
+        elif number > FILES_TO_MENTION and pages and (pages.grown or 0) >= number:
             yield "aftermath", f"{told}, and drew as many error pages for the proxy, which keeps these connections open"
-        else:
-            yield (
-                "aftermath",
-                f"{told}: possibly connections that the proxy keeps ready for reuse; other people's traffic counts too",
-            )
+        elif number > FILES_TO_MENTION:
+            ready = "possibly connections that the proxy keeps ready for reuse; other people's traffic counts too"
+            yield "aftermath", f"{told}: {ready}"
 
 
 def in_order(operations: Collection[str]) -> list[str]:
@@ -4832,7 +5408,7 @@ td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap;
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
 """
 BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
-CYAN, TEAL, VIOLET = "#06b6d4", "#0f766e", "#8b5cf6"
+CYAN, TEAL, VIOLET, BROWN = "#06b6d4", "#0f766e", "#8b5cf6", "#a8763e"
 READY = "rgba(34,163,85,.3)"
 LAYOUT: dict[str, Any] = {
     "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
@@ -4995,6 +5571,7 @@ def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
         _bars("loading the page", TEAL, opened, loaded, servers.user),
         _bars("starting a kernel", VIOLET, loaded, works, servers.user),
         _bars("at work", GREEN, works, left, servers.user),
+        _bars("tab left open", BROWN, servers.left_s, servers.closed_s, servers.user),
         _bars("failed after it was ready", RED, failed, left, servers.user),
         _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
     ]
@@ -5032,13 +5609,27 @@ def _plot_watch(page: Page, results: Results) -> None:
     if not hub:
         page.plot(traces, 280, "ping, ms", hovermode="x unified")
         return
-    share = [round(100 * (one or 0.0)) for one in hub.cpu_share]
-    busy = _line("hub's CPU", [hub.at_s[0], *hub.cpu_at_s], [*share[:1], *share], RED, shape="vh", width=1)
-    busy |= {"yaxis": "y2", "fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
-    right = {"title": {"text": "hub's CPU, % of a processor"}, "overlaying": "y", "side": "right", "showgrid": False}
-    right |= {"range": [0, max([105, *share])], "dtick": 25}
+    watched = {"hub": hub} | results.timeline.watched
+    busy = [_cpu_line(name, one, colour) for (name, one), colour in zip(watched.items(), itertools.cycle(LINES))]
+    busy[0] |= {"fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
+    right = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right", "showgrid": False}
+    right |= {"range": [0, max([105, *(share for line in busy for share in line["y"])])], "dtick": 25}
     margin = LAYOUT["margin"] | {"r": 56}
-    page.plot([*traces, busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
+    page.plot([*traces, *busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
+    page.add("h3", "Open files, connections among them")
+    lines = zip(watched.items(), itertools.cycle(LINES))
+    files = [_line(_whose(name), one.at_s, one.open_files, colour) for (name, one), colour in lines]
+    page.plot(files, 230, "open files", hovermode="x unified")
+
+
+LINES = (RED, VIOLET, TEAL, BROWN)  # the hub's, and those of whatever else is watched
+
+
+def _cpu_line(name: str, seen: HubTimeline, colour: str) -> Trace:
+    share = [round(100 * (one or 0.0)) for one in seen.cpu_share]
+    title = "hub's CPU" if name == "hub" else f"CPU of {name}"
+    line = _line(title, [seen.at_s[0], *seen.cpu_at_s], [*share[:1], *share], colour, shape="vh", width=1)
+    return line | {"yaxis": "y2"}
 
 
 def milliseconds(seconds: Moments) -> list[float | None]:
@@ -5394,6 +5985,8 @@ def _validate_rehearsal(plan: Plan) -> None:
     for one, other, why_not in (
         ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
         ("stay_s", "keep", "lets each leave, and --keep nobody"),
+        ("leave_open", "keep", "lets servers end, and --keep keeps them"),
+        ("check_proxy", "keep", "lets a server end, and --keep keeps all"),
         ("within_s", "rate_per_s", "and --rate both say when people come"),
     ):
         if {one, other} <= {*given}:
@@ -5401,6 +5994,7 @@ def _validate_rehearsal(plan: Plan) -> None:
     for names, there, others in (
         (("notebook", "think_s", "cell_timeout_s"), plan.work, "--work"),
         (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
+        (("tab", "settle_s"), plan.leave_open, "--leave-open"),
         (("seed",), plan.within_s, "--within"),
     ):
         for name in names:
@@ -5579,6 +6173,7 @@ if locust_is_loading():
             self.site = Site(hub, plan, Recorder(self._report))
             taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
             self.indexes = itertools.count(first_free_index(taken, self.run))
+            self.numbers = itertools.count()  # of people
             self.claims, self.throttled, self.cut_short = Claims(), 0, False
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
@@ -5658,6 +6253,7 @@ if locust_is_loading():
                 raise UsageError(f"argument {row.locust_flag}: {error}") from None
         if relative := next((one for one in given.get("fail_if", ()) if one.relative), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
+        given["fail_if"] = given.get("fail_if") or (FAILED,)  # nothing here sees what is left afterwards
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
@@ -5741,8 +6337,9 @@ if locust_is_loading():
                 return
             self._visits += 1
             name, clock, awake = self.new_user(), time.monotonic, threading.Event()
+            person = Visitor(name, clock(), awake.set, next(self.shared.numbers))
             try:
-                for at_s in journey(Visitor(name, clock(), awake.set), self.site):
+                for at_s in journey(person, self.site):
                     awake.wait(min(3600.0, max(0.0, at_s - clock())))
                     awake.clear()
             except CutShort as error:
