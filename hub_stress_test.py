@@ -12,6 +12,7 @@ Three commands answer, from a shell or a CI job:
   Do three servers start?                          stress-test --count 3                             a start
   What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
   Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
+  Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
   Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m                15 min
   Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
   How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
@@ -27,7 +28,8 @@ What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAM
 stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
 earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4.
+named, with exit code 4. With --leave-open and --check-proxy, a proxy that loses connections keeps those that it lost for
+an hour, which no cleaning up can take back: that is said, and fails the run.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
 that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
@@ -42,9 +44,8 @@ Exit codes: 0 done and no --fail-if condition was met (by default: nothing faile
 could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
 4 something that this run made is still on the hub; 130 and 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-What it does not promise: it logs nobody in through a browser, and nobody leaves tabs open. Without --visit it opens no
-server, so what a proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different
---run names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a proxy, a
+page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
 """
 
 from __future__ import annotations
@@ -5248,21 +5249,19 @@ def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
 def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
     """Open files that have not come back, and why they may not have."""
     for name, changes in aftermath.items():
-        if isinstance(changes, int) or not (files := changes.get("open_files")):
+        if isinstance(changes, int):
             continue
-        number, pages = files.grown or 0, changes.get("proxy_error_pages")
-        told = (
-            f"{_whose(name)} has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
-        )
+        files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
+        number, as_many = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
         if name == "hub" and aftermath["leaking"]:
-            lost = min(number, pages.grown or 0) if pages else number
-            held = f"after everybody had left, the proxy still held {lost:.0f} connections to the hub"
+            held = f"after everybody had left, the proxy still held {min(number, as_many):.0f} connections to the hub"
             yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
-        elif number > FILES_TO_MENTION and pages and (pages.grown or 0) >= number:
-            yield "aftermath", f"{told}, and drew as many error pages for the proxy, which keeps these connections open"
-        elif number > FILES_TO_MENTION:
-            ready = "possibly connections that the proxy keeps ready for reuse; other people's traffic counts too"
-            yield "aftermath", f"{told}: {ready}"
+        elif files and number > FILES_TO_MENTION:
+            whose, now = _whose(name), f"({files.before:.0f}, now {files.after:.0f})"
+            keeps = ", and drew as many error pages for the proxy, which keeps these connections open"
+            ready = ": possibly connections that the proxy keeps ready for reuse; other people's traffic counts too"
+            why_not = keeps if as_many >= number else ready
+            yield "aftermath", f"{whose} has {number:.0f} open files more than before {now}{why_not}"
 
 
 def in_order(operations: Collection[str]) -> list[str]:

@@ -25,13 +25,14 @@ def test_a_figure_is_told_before_at_its_most_and_after_and_by_how_much_it_has_gr
     seen = {"hub": looks({FILES: 14.0}, {FILES: 120.0, PAGES: 60.0}, {FILES: 114.0, PAGES: 100.0})}
     found = hst.aftermath_of(seen, kept=False)
     assert found == {
-        "hub": {"open_files": Change(14.0, 120.0, 114.0, 100.0), "proxy_error_pages": Change(0.0, 100.0, 100.0, 100.0)}
+        "leaking": 0,
+        "hub": {"open_files": Change(14.0, 120.0, 114.0, 100.0), "proxy_error_pages": Change(0.0, 100.0, 100.0, 100.0)},
     }
 
 
 def test_after_a_run_that_keeps_its_users_nothing_is_said_of_what_is_left() -> None:
     found = hst.aftermath_of({"hub": looks({FILES: 14.0}, {FILES: 50.0})}, kept=True)
-    assert found == {"hub": {"open_files": Change(14.0, 50.0, None, None)}}
+    assert found == {"leaking": 0, "hub": {"open_files": Change(14.0, 50.0, None, None)}}
 
 
 @pytest.mark.parametrize("seen", [{}, {"hub": []}, {"hub": looks({FILES: 1.0})}])
@@ -52,7 +53,7 @@ def test_open_files_are_mentioned_when_more_than_twenty_have_not_come_back(
 ) -> None:
     files = Change(10.0, 10.0 + grown, 10.0 + grown, grown)
     changes = {"open_files": files, "proxy_error_pages": Change(0.0, pages, pages, pages)}
-    told = [words for _, words in hst._aftermath_facts({"hub": changes})]
+    told = [words for _, words in hst._aftermath_facts({"leaking": 0, "hub": changes})]
     assert (not told) if not sentence else (len(told) == 1 and sentence in told[0])
 
 
@@ -79,7 +80,7 @@ def test_an_ordinary_run_through_a_real_proxy_leaves_next_to_nothing(
     done, found = run_for_results(tmp_path / "r", *words, hub=hub)
     assert done.code == 0, done
     after = found["aftermath"]
-    assert after.keys() == {"hub", "proxy"} and not tool_users(hub)
+    assert after.keys() == {"leaking", "hub", "proxy"} and not tool_users(hub)
     assert {"open_files", "rss_bytes", "proxy_error_pages"} <= after["hub"].keys()
     assert {"open_files", "rss_bytes", "active_handles"} <= after["proxy"].keys()
     files = after["hub"]["open_files"]

@@ -218,6 +218,10 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "think_s": ("5", 5.0),
     "cell_timeout_s": ("2m", 120.0),
     "stay_s": ("5m", 300.0),
+    "leave_open": ("0.25", 0.25),
+    "tab": ("lab-4.6", "lab-4.6"),
+    "settle_s": ("90s", 90.0),
+    "check_proxy": (None, True),
     "public_url": ("https://hub.example.org/", "https://hub.example.org"),
     "watch": ("proxy=http://127.0.0.1:8002/metrics", (hst.Watched("proxy", "http://127.0.0.1:8002/metrics"),)),
     "find_capacity": (None, True),
@@ -229,6 +233,7 @@ COMPANIONS = {  # options without which these say nothing
     "seed": ["--within", "5m"],
     **dict.fromkeys(("notebook", "think_s", "cell_timeout_s"), ["--work"]),
     **dict.fromkeys(("visit_timeout_s", "public_url"), ["--visit"]),
+    **dict.fromkeys(("tab", "settle_s"), ["--leave-open", "0.5"]),
 }
 
 

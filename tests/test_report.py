@@ -77,10 +77,12 @@ def results(record: Recorder, load_ended_s: float, **more: Any) -> hst.Results:
             "http": hst.Traffic().summarise(),
             "capacity": None,
             "aftermath": None,
+            "tabs": None,
+            "proxy_check": None,
             "warnings": [],
             "advice": [],
             "timeline": hst.RunTimeline(
-                record.timeline(0.0), hst.servers_timeline(record.people, 0.0), None, load_ended_s
+                record.timeline(0.0), hst.servers_timeline(record.people, 0.0), None, {}, load_ended_s
             ),
         }
         | more

@@ -58,9 +58,11 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
         http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
         capacity=None,
         aftermath=None,
+        tabs=None,
+        proxy_check=None,
         warnings=[],
         advice=[],
-        timeline=hst.RunTimeline({}, None, None, 30.0),
+        timeline=hst.RunTimeline({}, None, None, {}, 30.0),
         exit_code=ExitCode.FAILED if bad else ExitCode.OK,
     )
     return dataclasses.replace(found, **more)
