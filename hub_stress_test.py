@@ -28,8 +28,8 @@ What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAM
 stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
 earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4. With --leave-open and --check-proxy, a proxy that loses connections keeps those that it lost for
-an hour, which no cleaning up can take back: that is said, and fails the run.
+named, with exit code 4. With --leave-open and --check-proxy, a proxy that loses connections keeps those it lost for an
+hour, which no cleaning up can take back: that is said, and fails the run.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
 that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
@@ -138,6 +138,7 @@ TELLING_MAX = 100  # answers that only a proxy gives which loses connections
 BROWSER_PATIENCE_S = 240.0  # with a handshake that nobody answers
 UNANSWERED_S = 10.0
 SETTLE_S = 60.0
+SHUTDOWN_S = 15.0  # that a server may take to end by itself
 AFTERMATH_S = 10.0  # from the end of all tabs to the last look at what is left
 SEND_TIMEOUT_S = 5.0  # of a cell, during which no other websocket is read if this one takes nothing
 METRICS_TIMEOUT_S = 5.0
@@ -2741,17 +2742,18 @@ def is_telling(reply: Reply) -> bool:
     return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
 
 
-def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
+def lost_by(before: Sequence[Snapshot], look: Snapshot, own_pages: int = 0) -> float:
     """How many connections to the hub a proxy may have lost since: by how many both figures have grown at least.
 
-    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be one that
-    the proxy had kept ready for reuse; so files count from the lowest of the looks before.
+    These are the hub's open files and the error pages that it drew for the proxy, but those that plain requests drew.
+    A lost connection may be one that the proxy had kept ready for reuse; so files count from the lowest look before.
     """
     files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
-    return min(look.get(*files) - min(one.get(*files) for one in before), look.get(*pages) - before[-1].get(*pages))
+    more_files = look.get(*files) - min(one.get(*files) for one in before)
+    return min(more_files, look.get(*pages) - before[-1].get(*pages) - own_pages)
 
 
-def leak_at(asked_s: Sequence[float], looks: Sequence[Snapshot]) -> Snapshot | None:
+def leak_at(asked_s: Sequence[float], looks: Sequence[Snapshot], own_pages: int = 0) -> Snapshot | None:
     """The look at the hub that proves that the proxy loses a connection when a tab asks for an ended server.
 
     At `asked_s` tabs were answered as `of_ended_server` has it. By some look there were at least 10 of them, and 80 %
@@ -2764,7 +2766,7 @@ def leak_at(asked_s: Sequence[float], looks: Sequence[Snapshot]) -> Snapshot | N
         if restarted(before[-1], look):
             return None
         number = number if first else bisect.bisect(asked_s, look.at_s)
-        if number < PROOF_LEAST or lost_by(before, look) < PROOF_SHARE * number:
+        if number < PROOF_LEAST or lost_by(before, look, own_pages) < PROOF_SHARE * number:
             first = None
         elif first and look.at_s >= first.at_s + PROOF_AFTER_S:
             return look
@@ -2780,6 +2782,7 @@ class Tabs:
         self.replies: list[Reply] = []  # to handshakes
         self.ways: collections.Counter[WayOut] = collections.Counter()
         self.ended = ""  # why no more are sent
+        self._pages = 0  # error pages that plain requests drew
         self._looks, self._look = looks, look  # at the hub's own figures
         self._lock, self._next_s = threading.Lock(), 0.0
 
@@ -2807,10 +2810,15 @@ class Tabs:
             elif len(self.replies) >= HANDSHAKES_MAX:
                 self.ended = f"after {HANDSHAKES_MAX:,}"
 
+    def drew(self, status: int) -> None:
+        """What a plain request to an ended server was answered: any proxy draws an error page from the hub for it."""
+        with self._lock:
+            self._pages += status == 503
+
     @property
     def proof(self) -> Snapshot | None:
         """The look at the hub that proves that connections were lost."""
-        return leak_at([one.answered_s for one in self.replies if of_ended_server(one)], self._looks)
+        return leak_at([one.answered_s for one in self.replies if of_ended_server(one)], self._looks, self._pages)
 
 
 # ==== Steps of a person, each a function =============================================================================
@@ -3264,14 +3272,26 @@ def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
 
 def end_server(way: WayOut, person: Visitor, site: Site) -> Iterator[Event | float]:
     """Have the server end by itself, so that the proxy's route outlives it; or have the hub stop it."""
-    if way is WayOut.BY_ITSELF and person.browser:
-        reply = person.browser.ask("POST", f"{person.url}api/shutdown", call=once())
-        if reply.status == 200:
+    if way is WayOut.BY_ITSELF:
+        page = yield from shut_down(person, site)
+        if page not in (0, 200):
             return
-        LOG.warning("The server of %s does not end by itself (it answered %s): the hub stops it", person.name, reply)
+        LOG.warning("The server of %s does not end by itself, though it was asked to: the hub stops it", person.name)
     reply = site.hub.stop(person.name)
     site.states[person.name] = state_after_stop(reply.hub_status)
     yield reply.event("stop_server", person.name, ok=(202, 204, 404))
+
+
+def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
+    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
+    clock, browser = site.hub.session.clock, person.browser
+    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+        return 0
+    until_s = clock() + SHUTDOWN_S
+    while (page := browser.ask("GET", f"{person.url}api", call=once()).status) == 200 and clock() < until_s:
+        yield clock() + 0.5
+    site.tabs.drew(page)
+    return page
 
 
 def keep_asking(person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
@@ -3288,27 +3308,24 @@ def keep_asking(person: Visitor, site: Site, closes_s: Callable[[], float]) -> I
             target = urllib.parse.urljoin(kernel_url, reply.location or "")
             if reply.location and target.startswith(site.public.url):
                 reply = browser.ask("GET", target, call=once())
+            site.tabs.drew(reply.status)
             yield of_tab(reply, "tab_poll", person)
         else:
-            url = f"{kernel_url}/channels" if what == CHANNELS else f"{person.url}{EVENTS}"
-            yield from knock_until_gone(url, person, site, closes_s)
+            yield from reconnect(
+                f"{kernel_url}/channels" if what == CHANNELS else f"{person.url}{EVENTS}", person, site, closes_s
+            )
 
 
-def knock_until_gone(url: str, person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
-    """Open a websocket as a tab does that has lost its own; again after a second while the server is still there."""
+def reconnect(url: str, person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
+    """Try to open a websocket, as a tab does that has lost its own, unless enough is known of the proxy."""
     clock = site.hub.session.clock
-    for _ in range(10):
-        yield from wait_until(min(site.tabs.place(clock()), closes_s()), clock)
-        if site.tabs.ended or clock() >= closes_s():
-            return
-        reply = yield from knock(url, person, site, clock() + BROWSER_PATIENCE_S, closes_s)
-        if reply.message == UNANSWERED and reply.answered_s - reply.sent_s < UNANSWERED_S:
-            return  # the tab was closed before that could mean something
+    yield from wait_until(min(site.tabs.place(clock()), closes_s()), clock)
+    if site.tabs.ended or clock() >= closes_s():
+        return
+    reply = yield from knock(url, person, site, clock() + BROWSER_PATIENCE_S, closes_s)
+    if reply.message != UNANSWERED or reply.answered_s - reply.sent_s >= UNANSWERED_S:  # else the tab was just closed
         site.tabs.note(reply)
         yield of_tab(reply, "tab_websocket", person)
-        if reply.status not in (101, 404):  # the last where its kernel is gone already
-            return
-        yield from wait_until(min(clock() + 1.0, closes_s()), clock)
 
 
 def knock(
@@ -3851,7 +3868,6 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that has ended by itself, and to one that was stopped
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
-SHUTDOWN_S = 15.0  # that a server may take to end
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
 CLEAN_SHARE = 0.1
@@ -3960,17 +3976,6 @@ def reach_server(person: Visitor, site: Site) -> Generator[float, None, bool]:
             else:
                 person.since_s = news.ended_s
     return True
-
-
-def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
-    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
-    clock, browser = site.hub.session.clock, person.browser
-    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
-        return 0
-    until_s = clock() + SHUTDOWN_S
-    while (page := browser.ask("GET", f"{person.url}api", call=once()).status) == 200 and clock() < until_s:
-        yield clock() + 0.5
-    return page
 
 
 def knock_often(

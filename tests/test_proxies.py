@@ -17,6 +17,8 @@ from tool import results_in, run_for_results, start_tool, tool_users, wait_until
 
 import hub_stress_test as hst
 
+CHECK = ("-c", "1", "--check-proxy", "--server-timeout", "3m")  # a real server takes long on a busy machine
+
 pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(400)]
 
 
@@ -46,7 +48,7 @@ def test_a_check_tells_a_proxy_that_loses_connections_from_one_that_does_not(
 ) -> None:
     with LocalHub(real_proxy=True, proxy_version=version, real_servers=True) as hub:
         before = open_files(hub)
-        done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "1", "--check-proxy", hub=hub)
+        done, found = run_for_results(tmp_path / "r", "stress-test", *CHECK, hub=hub)
         held, pages = open_files(hub) - before, error_pages(hub)
         assert not tool_users(hub)
     leaks = verdict == "leaking"
@@ -68,7 +70,7 @@ def test_without_the_hubs_figures_an_affected_proxy_is_known_by_its_answers_behi
         nginx(hub.public_url, tmp_path) as (url, authority),
     ):
         env = {"JUPYTERHUB_ENDPOINT": f"{url}hub/api", "REQUESTS_CA_BUNDLE": str(authority)}
-        done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "1", "--check-proxy", hub=hub, env=env)
+        done, found = run_for_results(tmp_path / "r", "stress-test", *CHECK, hub=hub, env=env)
         assert not tool_users(hub)
     assert (found["proxy_check"]["verdict"], found["proxy_check"]["open_files"], done.code) == ("leaking", None, 1)
     assert found["aftermath"] is None and "closed them without an answer" in found["proxy_check"]["reason"]
@@ -78,7 +80,7 @@ def test_without_the_hubs_figures_an_affected_proxy_is_known_by_its_answers_behi
 def test_people_who_leave_their_tabs_open_fail_the_run_before_a_proxy_that_loses_connections_alone(
     version: str, leaks: bool, tmp_path: Path
 ) -> None:
-    words = ["-c", "20", "--within", "20s", "--leave-open", "0.5", "--server-timeout", "3m"]
+    words = ["-c", "20", "--within", "20s", "--leave-open", "0.5", "--server-timeout", "5m"]
     with LocalHub(real_proxy=True, proxy_version=version, real_servers=True) as hub:
         done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=hub)
         pages = error_pages(hub)
@@ -89,12 +91,12 @@ def test_people_who_leave_their_tabs_open_fail_the_run_before_a_proxy_that_loses
     answers = found["operations"]["tab_websocket"]["errors"]
     assert answers["302"] >= 5 * 7  # of the five that were stopped, within a minute
     closed = answers.get(hst.CLOSED_UNANSWERED, 0)
-    assert (closed >= 10 and pages == closed) if leaks else (not closed and answers["503"] >= 10 and pages == 0)
+    assert (closed >= 10 and pages == closed + 5) if leaks else (not closed and answers["503"] >= 10 and pages == 5)
     assert ("nobody uses" in done.summary) == ("once the leak was proven" in done.summary) == leaks
 
 
 def test_ctrl_c_closes_every_tab_at_once(tmp_path: Path) -> None:
-    words = ["-c", "8", "--leave-open", "1", "--settle", "4m"]
+    words = ["-c", "8", "--leave-open", "1", "--settle", "1m"]
     with LocalHub(real_proxy=True, proxy_version="5.0.1", stub_labs=True) as hub:  # which does not answer half of them
         with start_tool("stress-test", *words, "--results", str(tmp_path / "r"), hub=hub) as run:
 

@@ -240,3 +240,8 @@ def test_people_leave_by_themselves_when_some_leave_tabs_open() -> None:
     wanted = [step.name for step in hst.STEPS.values() if step.wanted(hst.Plan(leave_open=0.1)) and step.act]
     order = ["server_ready", "visit", "at_work", "stay", "tab_websocket", "stop_server", "delete_user"]
     assert wanted == order and "tab_websocket" not in hst.PERSONAL
+
+
+def test_error_pages_that_plain_requests_drew_prove_nothing() -> None:
+    rows = seen((9, 20, 0), (15, 30, 10), (30, 30, 10))
+    assert hst.leak_at(TEN, rows, own_pages=2) and not hst.leak_at(TEN, rows, own_pages=3)
