@@ -194,7 +194,8 @@ class HubRefused(CutShort):
     def __init__(self, task: str, reply: Reply) -> None:
         self.token_refused = reply.status in (401, 403)
         hint = " (has the token expired?)" if self.token_refused else ""
-        refused = "refused" if reply.status else "did not answer when asked"
+        its_own = reply.status not in (0, 502, 503, 504) or not reply.lost
+        refused = "refused" if its_own else "did not answer when asked"
         super().__init__(f"the hub {refused} to {task}: {reply}{hint}")
 
 
@@ -1570,7 +1571,8 @@ def _read_reply(response: requests.Response, call: Call, sent_s: float, answered
         data = None
     message = data.get("message") if isinstance(data, dict) else None
     if data is None and response.content:
-        message = "not JSON but " + response.headers.get("Content-Type", "something unnamed").partition(";")[0]
+        kind = response.headers.get("Content-Type", "").partition(";")[0]
+        message = f"not JSON but {kind}" if kind else "not JSON"
     return Reply(
         response.status_code,
         sent_s,

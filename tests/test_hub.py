@@ -370,7 +370,7 @@ def test_a_users_page_that_ends_early_is_not_the_last_page() -> None:
     [
         (Answer(403, b"{}"), "the hub refused to list its users: 403 (has the token expired?)"),
         (Answer(500, b'{"message": "out of memory"}'), "the hub refused to list its users: 500 (out of memory)"),
-        (Answer(200, b"[1"), "the hub refused to list its users: 200 (not JSON but something unnamed)"),
+        (Answer(200, b"[1"), "the hub refused to list its users: 200 (not JSON)"),
         (ResetBefore(), "the hub did not answer when asked to list its users: connection reset"),
     ],
     ids=str,
