@@ -753,7 +753,9 @@ class Plan:
     server_timeout_s: float = for_people(
         "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
     )
-    fail_fast: bool = for_people("--fail-fast", "start no more servers once one has failed")
+    fail_fast: int = for_people(
+        "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
+    )
     rate_per_s: float | None = for_loads(
         "--rate", "start R servers, or send R requests, per second, however slow the hub", positive_number
     )
@@ -850,6 +852,11 @@ class Plan:
     def leaves(self) -> bool:
         """Whether people leave by themselves, and not only when cleaning up removes them."""
         return bool(self.stay_s) or self.leave_open > 0
+
+    @property
+    def goal(self) -> str:
+        """The step with which a person has what they came for."""
+        return "at_work" if self.opens else "server_ready"
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -1121,7 +1128,7 @@ class Recorder:
         self._lock = threading.Lock()
         self.people: dict[str, dict[str, Event]] = {}
         self._folds: dict[str, Fold] = {}
-        self._listeners, self._people_steps = listeners, people_steps
+        self._listeners, self._people_steps = [*listeners], people_steps
 
     def add(self, event: Event) -> None:
         with self._lock:
@@ -1130,6 +1137,10 @@ class Recorder:
                 self.people.setdefault(event.user, {})[event.step] = event
         for listener in self._listeners:
             listener(event)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Hand every event from now on to this listener too."""
+        self._listeners.append(listener)
 
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
@@ -3481,15 +3492,28 @@ def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iter
         yield Event(step.name, person.name, person.due_s, began_s, site.hub.session.clock(), reason)
 
 
+class Streak:
+    """Listens for failures in a row: `reached`, for good, once so many people have failed between two at their goal."""
+
+    def __init__(self, length: int, goal: str) -> None:
+        self.reached = False
+        self._goal, self._failed = goal, collections.deque[bool](maxlen=length or None)
+
+    def __call__(self, event: Event) -> None:
+        if event.step == self._goal or (event.step in PERSONAL and event.reason):
+            self._failed.append(event.reason is not None)
+            if len(self._failed) == self._failed.maxlen and all(self._failed):
+                self.reached = True
+
+
 def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) -> None:
     """Take people through their journeys, as the plan has them arrive. Raises `CutShort`."""
     plan, session = site.plan, site.hub.session
     pace = arrivals_of(plan, session.clock())
     most = min(len(names), OPEN_STARTS_MAX)
     limit = most if pace else plan.batch_size
-
-    def may_come() -> bool:
-        return not (plan.fail_fast and site.record.failures(PERSONAL))
+    streak = Streak(plan.fail_fast, plan.goal)
+    site.record.listen(streak)
 
     def begin(numbered: tuple[int, str], due_s: float) -> Walk:
         person = Visitor(numbered[1], due_s, number=numbered[0])
@@ -3503,7 +3527,7 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
         site.leaving = Gathering(plan.settle_s, "Everybody has left; tabs stay open")
         gatherings.append(site.leaving)
     threads = most if plan.opens else limit
-    driver = Driver(session, limit, pace, gatherings=gatherings, may_begin=may_come, threads=threads)
+    driver = Driver(session, limit, pace, gatherings=gatherings, may_begin=lambda: not streak.reached, threads=threads)
     driver.run(begin, list(enumerate(names)), on_tick)
 
 
@@ -4081,8 +4105,8 @@ class Run:
     @timeit
     def start_servers(self, names: Sequence[str]) -> None:
         """Take the people through their journeys. Raises `CutShort`."""
-        opens, record = self.plan.opens, self.record
-        title, goal = ("people at work", "at_work") if opens else ("starting servers", "server_ready")
+        goal, record = self.plan.goal, self.record
+        title = "people at work" if self.plan.opens else "starting servers"
         with Progress(title, len(names)) as progress:
             take_through(names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL)))
 
@@ -5749,14 +5773,14 @@ def start_servers(
     profile: str | Json | None = None,
     *,
     timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
-    fail_fast: bool = False,
+    fail_fast: int = 0,
     rate_per_s: float | None = None,
 ) -> dict[str, Event]:
     """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
 
     As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after a failure with `fail_fast`, or a
-    stop) are absent.
+    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a row,
+    where True is 1, or a stop) are absent.
     """
     names = [name for batch in users for name in batch]
     largest = max((len(batch) for batch in users), default=1)

@@ -196,6 +196,38 @@ def test_fail_fast_starts_no_more_once_one_has_failed(hub: LocalHub) -> None:
     assert f"{40 - count} × never started" in done.summary
 
 
+def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
+    of_three_two_fail = ("stress-test", "-b", "1", "--profile", '{"fail_rate": 0.6666666667}')  # never three in a row
+    done = run_tool(*of_three_two_fail, "-c", "6", "--fail-fast", "3", hub=new_hub)
+    assert (done.code, row(done.stdout, "server ready")) == (1, ["6", "4"])
+    done = run_tool(*of_three_two_fail, "-c", "20", "--fail-fast", "2", hub=new_hub)
+    count, failed = map(int, row(done.stdout, "server ready"))
+    assert failed >= 2 and count <= 4
+    assert f"{20 - count} × never started" in done.summary and not tool_users(new_hub)
+
+
+@pytest.mark.parametrize(
+    ("ends", "reached"),
+    [
+        ("FFF", True),
+        ("FF", False),
+        ("FFsFFsFF", False),
+        ("sFFFs", True),  # it stays so
+        ("", False),
+        ("sss", False),
+    ],
+)
+def test_a_streak_is_of_people_and_ends_with_one_who_got_to_the_goal(ends: str, reached: bool) -> None:
+    streak, never = hst.Streak(3, "at_work"), hst.Streak(0, "at_work")
+    for end in ends:
+        streak(hst.Event("server_ready", "x", 0, 0, 1))  # which is not yet the goal
+        last = hst.Event("at_work", "x", 0, 0, 1)
+        streak(last if end == "s" else hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
+        streak(hst.Event("delete_user", "x", 0, 0, 1, hst.Reason(Kind.AWAY, "reset")))  # no failure of a person
+        never(hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
+    assert streak.reached is reached and not never.reached
+
+
 def test_reasons_that_differ_in_the_pods_name_only_are_one() -> None:
     users = ["hub-stress-test-7", "hub-stress-test-12"]
     pods = [f"pod jupyter-{user}---0f3a77c{user[-1]} pending" for user in users]

@@ -200,7 +200,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "keep": (None, True),
     "profile": ("small", "small"),
     "server_timeout_s": ("2m", 120.0),
-    "fail_fast": (None, True),
+    "fail_fast": ("3", 3),
     "rate_per_s": ("2.5", 2.5),
     "hold_s": ("4s", 4.0),
     "workers": ("20", 20),
@@ -293,6 +293,10 @@ def test_global_options_stand_before_and_after_the_command_and_the_later_wins() 
     assert plan_for("--run", "x", "-v", "stress-test", *HUB, "--run", "y").run == "y"
     plan = plan_for("--fail-if", "failed > 5", *HUB, "purge", "--fail-if", "throttled > 1", "--fail-if", "failed > 6")
     assert [one.text for one in plan.fail_if] == ["failed > 5", "throttled > 1", "failed > 6"]
+
+
+def test_fail_fast_alone_means_the_first_failure() -> None:
+    assert plan_for("stress-test", *HUB, "--fail-fast", "-c", "3").fail_fast == 1
 
 
 def test_a_run_is_named_before_and_after_the_command(hub: LocalHub) -> None:
