@@ -79,6 +79,8 @@ import sys
 import textwrap
 import threading
 import time
+import types
+import typing
 import urllib.parse
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -321,10 +323,10 @@ def purge_command(run: str | None) -> str:
 
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
-AFTER = "aftermath"  # as in aftermath.hub.open_files.grown
-LEAKS = ("aftermath.leaking", "proxy_check.leaking")
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-UNITS = {"": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "%": 0.01}
+UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
+KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,13 +348,13 @@ class Condition:
     metric: str
     comparison: str
     limit: float  # seconds, a share, a number, or a multiple of the baseline's value
-    relative: bool  # whether it is such a multiple
+    unit: str  # as it was written; x for such a multiple
 
     def judge(self, found: Json, baseline: Json | None) -> Judgement:
         """Whether results meet the condition; where nothing was measured, they do."""
         value, before = metric_value(found, self.metric), None
         limit: float | None = self.limit
-        if self.relative:
+        if self.unit == "x":
             before = metric_value(baseline or {}, self.metric)
             limit = None if before is None else before * self.limit
         held = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
@@ -360,21 +362,35 @@ class Condition:
 
 
 def metric_value(found: Json, metric: str) -> float | None:
-    """The value of a condition's metric in results: seconds, a share or a number; None when nothing was measured."""
+    """The value of a condition's metric in results, by its path or a short form; None when nothing was measured.
+
+    Where counts are kept by name, as in `http.statuses`, a name that never came counts 0.
+    """
     name, _, statistic = metric.rpartition(".")
-    if metric == "throttled":
-        value = found.get("http", {}).get("throttled")
-    elif metric in LEAKS:
-        value = (found.get(name) or {}).get(statistic)
-    elif metric.startswith(f"{AFTER}."):
-        _, process, figure, statistic = metric.split(".")
-        value = ((found.get(AFTER) or {}).get(process, {}).get(figure) or {}).get(statistic)
-    elif not name:
-        value = found.get(metric)
-    else:
-        measured = found.get("operations", {}).get(name, {})
-        value = (measured.get("latency_s", {}) if statistic in LATENCY_STATISTICS else measured).get(statistic)
-    return None if value is None else float(value)
+    of_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
+    for path in (["http", metric] if metric == "throttled" else metric.split("."), of_operation):
+        value: Any = found
+        for key in path:
+            counts = isinstance(value, Mapping) and all(isinstance(number, int) for number in value.values())
+            value = value.get(key, 0 if counts else None) if isinstance(value, Mapping) else None
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def unit_of(metric: str) -> str:
+    """What a metric's value is in, by its keys: seconds (s), bytes, a share of 1 (%), or nothing for a plain number."""
+    *_, above, key = ("", *metric.split("."))
+    if key in STATISTICS:
+        return "s" if key in LATENCY_STATISTICS else ""
+    units = (unit for name in (key, above) for unit, keys in KEYS_IN.items() if re.fullmatch(keys, name))
+    return next(units, "")
+
+
+def value_text(value: float, metric: str) -> str:
+    """A metric's value with its unit."""
+    texts: dict[str, Callable[[float], str]] = {"s": duration_text, "bytes": bytes_text, "%": "{:.1%}".format}
+    return texts.get(unit_of(metric), "{:g}".format)(value).replace("%", " %")
 
 
 # ==== The plan, made from one table of options =======================================================================
@@ -602,20 +618,12 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 def condition(text: str) -> Condition:
     """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
-    match = re.fullmatch(r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|%|x|)\s*", text)
+    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
+    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
     if not match:
         raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
-    metric, comparison, number, unit = match.groups()
-    statistic = metric.rpartition(".")[2]
-    known = metric in ("failed", "failed_rate", "throttled", *LEAKS) or re.fullmatch(rf"{AFTER}(\.\w+){{3}}", metric)
-    if not known and ("." not in metric or statistic not in STATISTICS):
-        raise argparse.ArgumentTypeError(
-            f"{metric!r} is not failed, failed_rate, throttled, or OPERATION.STAT, with one of {', '.join(STATISTICS)}"
-        )
-    fits = {"x": True, "": True, "%": metric == "failed_rate"}.get(unit, statistic in LATENCY_STATISTICS)
-    if not fits:
-        raise argparse.ArgumentTypeError(f"the unit {unit!r} does not fit {metric} in {text!r}")
-    return Condition(" ".join(text.split()), metric, comparison, float(number) * UNITS[unit], unit == "x")
+    metric, comparison, limit, unit = match.groups()
+    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
 
 FAILED, LEAKING, PROXY_LEAKING = map(condition, ("failed > 0", "aftermath.leaking > 0", "proxy_check.leaking > 0"))
@@ -4491,7 +4499,7 @@ class Change:
     grown: float | None
 
 
-Aftermath = Mapping[str, "int | Mapping[str, Change]"]  # `leaking`: 1 when a leak was proven; of each process: Change
+Aftermath = Mapping[str, int | Mapping[str, Change]]  # `leaking`: 1 when a leak was proven; of each process: Change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4542,6 +4550,35 @@ class Results:
     timeline: RunTimeline
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     exit_code: int = 0
+
+
+def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
+    """The path of each number in records of this type, with NAME for any key of a mapping, behind a dot."""
+    inner: Mapping[str, Any] = {}
+    if kind in (int, float):
+        yield ""
+    elif dataclasses.is_dataclass(kind) and within.count(kind) < 2:  # Http has Http, which has no further one
+        inner = typing.get_type_hints(kind, globals())
+    elif typing.get_origin(kind) in (dict, Mapping):
+        inner = {"NAME": typing.get_args(kind)[1]}
+    elif typing.get_origin(kind) in (types.UnionType, typing.Union):
+        for each in typing.get_args(kind):
+            yield from numbers_in(each, within)
+    for key, value in inner.items():
+        yield from (f".{key}{rest}" for rest in numbers_in(value, (*within, kind)))
+
+
+def instead_of(metric: str, paths: bool = True) -> str:
+    """The known metric, by its path if there are `paths`, that is most like this one; "" where this one is known."""
+    of_operations = (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
+    known = ["failed", "failed_rate", "throttled", *of_operations]
+    known += [path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code")] if paths else []
+    of_all = re.sub(r"\[[^]]*\]", "", metric)  # server_ready.p95 for the server_ready[students].p95 of a group
+    if any(re.fullmatch(re.escape(one).replace("NAME", "[^.]+"), of_all) for one in known):
+        return ""
+    import difflib
+
+    return difflib.get_close_matches(metric, known, 1, 0.0)[0]
 
 
 def as_json(thing: Any) -> Any:
@@ -5132,14 +5169,9 @@ def _told(results: Results, held: bool) -> list[Judgement]:
 
 
 def _value_text(judged: Judgement, results: Results | None = None) -> str:
-    metric = judged.condition.split()[0]
-    name, _, statistic = metric.rpartition(".")
-
-    def text(value: float) -> str:
-        if statistic in LATENCY_STATISTICS:
-            return duration_text(value)
-        return f"{100 * value:.1f} %" if metric == "failed_rate" else f"{value:g}"
-
+    metric = condition(judged.condition).metric
+    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
+    text = functools.partial(value_text, metric=metric)
     if judged.value is None:
         return "not measured"
     seen = results.operations.get(name) if results else None
@@ -5977,8 +6009,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return Plan(**{name: value for name, value in vars(args).items() if name in fields})
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence."""
+def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
+    """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence.
+
+    `paths` tells whether there will be results, so that conditions can be on any of their numbers.
+    """
     plan = plan_of(args)
     for name in ("count", "batch_size", "workers"):
         if (value := getattr(plan, name)) < 1:
@@ -5993,11 +6028,14 @@ def validate(args: argparse.Namespace) -> None:
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
         raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
+    paths &= not plan.find_capacity
     for one in plan.fail_if:
-        name = one.metric.rpartition(".")[0]
-        if name and name not in STEPS.keys() | OPERATIONS.keys() and not name.startswith(f"{AFTER}."):
-            raise UsageError(f"--fail-if {one.text!r}: there is no operation {name!r}")
-        if one.relative and not plan.baseline:
+        if nearest := instead_of(one.metric, paths):
+            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
+            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
+        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
+            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
+        if one.unit == "x" and not plan.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
     if plan.report and not optional("plotly"):
         raise UsageError("--report needs plotly, which is not installed: pip install plotly")
@@ -6281,7 +6319,7 @@ if locust_is_loading():
                     given[name] = row.kind(str(value)) if row.kind else True
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"argument {row.locust_flag}: {error}") from None
-        if relative := next((one for one in given.get("fail_if", ()) if one.relative), None):
+        if relative := next((one for one in given.get("fail_if", ()) if one.unit == "x"), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
         given["fail_if"] = given.get("fail_if") or (FAILED,)  # nothing here sees what is left afterwards
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
@@ -6289,7 +6327,7 @@ if locust_is_loading():
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
         try:
-            validate(argparse.Namespace(**vars(plan)))
+            validate(argparse.Namespace(**vars(plan)), paths=False)
         except UsageError as error:
             raise UsageError(re.sub("--(?=[a-z])", "--hub-", str(error))) from None
         return plan

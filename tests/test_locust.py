@@ -179,6 +179,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
     "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "--hub-mix: there is no operation 'walk'"),
     "a strange scale": (("--hub-scale", "-3"), {}, 2, "expected a number above 0"),
     "a strange condition": (("--hub-fail-if", "it is slow"), {}, 2, "expected METRIC OP VALUE"),
+    "a path": (("--hub-fail-if", "http.requests > 9"), {}, 2, "'http.requests' among failed, failed_rate, throttled"),
 }
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
 from localhub import LocalHub
-from tool import NOWHERE, refused_usage, run_tool, tool_users
+from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
 
 import hub_stress_test as hst
 
@@ -23,8 +24,13 @@ import hub_stress_test as hst
 RESULTS: dict[str, Any] = {
     "failed": 3,
     "failed_rate": 0.03,
-    "http": {"throttled": 7},
+    "http": {"throttled": 7, "statuses": {"200": 40, "429": 7}, "servers": None},
+    "hub": {"metrics": {"cpu_share_max": 0.91, "event_loop_lag_max_s": 0.25}},
+    "people": None,
+    "servers": {"lost": 1, "reasons": {}},
+    "aftermath": {"leaking": 0, "hub": {"rss_bytes": {"grown": 7.2e6}, "open_files": {"grown": 60}}},
     "operations": {
+        "server_ready[first class]": {"count": 2, "failed": 0, "latency_s": dict.fromkeys(hst.LATENCY_STATISTICS, 9)},
         "server_ready": {
             "count": 100,
             "failed": 3,
@@ -48,6 +54,15 @@ VALUES = {
     "server_ready.failed": 3,
     "server_ready.count": 100,
     "server_ready.rate_per_s": 5,
+    "server_ready[first class].p95": 9,
+    "operations.server_ready.latency_s.p95": 4,
+    "http.statuses.429": 7,
+    "http.statuses.503": 0,  # which never came
+    "servers.reasons.it was lost": 0,
+    "servers.lost": 1,
+    "hub.metrics.cpu_share_max": 0.91,
+    "aftermath.leaking": 0,
+    "aftermath.hub.open_files.grown": 60,
 }
 
 
@@ -73,6 +88,14 @@ def test_every_metric_with_every_operator_is_met_or_not(metric: str, comparison:
         ("server_ready.p95 > 1.5x", False),
         ("server_ready.p95 > 0.9x", True),
         ("activity.p95 > 2x", True),  # neither run has any
+        ("hub.metrics.cpu_share_max > 90%", True),
+        ("hub.metrics.cpu_share_max > 92%", False),
+        ("hub.metrics.event_loop_lag_max_s > 249ms", True),
+        ("aftermath.hub.rss_bytes.grown > 7199kB", True),
+        ("aftermath.hub.rss_bytes.grown>0.008GB", False),
+        ("people.failed > 3", True),  # nobody came
+        ("http.servers.requests < 1", True),
+        ("hub.metrics.cpu_s > 1m", True),
     ],
 )
 def test_a_condition_has_units_and_is_met_where_nothing_was_measured(text: str, met: bool) -> None:
@@ -89,12 +112,47 @@ def test_a_condition_is_told_as_it_was_written_with_single_blanks() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "failed", "failed > ", "failed = 1", "speed > 1", "server_ready.p42 > 1s", "failed > 1s", "ping.failed > 1%"],
+    "text", ["", "failed", "failed > ", "failed = 1", "> 1", "failed > 1 parsec", "failed > 1 > 2", "failed > -1"]
 )
 def test_a_condition_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         hst.condition(text)
+
+
+UNITS_OF = {
+    "ms s m": ["ping.p95", "hub.metrics.cpu_s", "people.until_work_s.page", "operations.visit.lateness_s.max"],
+    "kB MB GB": ["hub.metrics.rss_max_bytes", "aftermath.hub.rss_bytes.grown"],
+    "%": ["failed_rate", "hub.metrics.cpu_share_max", "http.observer_share"],
+    "": ["failed", "ping.count", "ping.rate_per_s", "capacity.rate_per_s", "capacity.servers_reporting_every_300_s"],
+}
+
+
+@pytest.mark.parametrize("units", UNITS_OF)
+def test_a_unit_fits_the_key_or_is_refused(units: str) -> None:
+    for metric, unit in itertools.product(UNITS_OF[units], hst.UNITS.keys() - {"", "x"}):
+        with contextlib.nullcontext() if unit in units.split() else pytest.raises(hst.UsageError, match="does not fit"):
+            plan_for("purge", *HUB, "--fail-if", f"{metric} > 1{unit}")
+
+
+def numbers(value: Any, path: str = "") -> Iterator[str]:
+    """The path of every number in a JSON value."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path
+
+
+def test_every_number_of_a_results_file_may_be_in_a_condition_by_its_path(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("stress-test", "-c", "3", "--fail-if", "failed > 3", "--profile", '{"fail_rate": 0.5}')
+    _, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
+    ruled_out = {"schema", "exit_code", *numbers(found["options"], "options")}
+    paths = set(numbers(found)) - ruled_out
+    assert {"hub.metrics.cpu_share", "servers.failed", "http.statuses.200", "aftermath.hub.rss_bytes.peak"} <= paths
+    assert {path: hst.instead_of(path) for path in paths} == dict.fromkeys(paths, "")
+    assert all(hst.metric_value(found, path) is not None for path in paths)
+    assert all(hst.instead_of(path) for path in ruled_out)
+    assert {path for path in paths if not hst.instead_of(path, paths=False)} == {"failed", "failed_rate"}
 
 
 def test_a_search_for_capacity_minds_failures_and_how_long_the_requests_of_its_mix_take() -> None:
@@ -339,8 +397,23 @@ BAD_USAGE = {
     "an unwritable log file": (["purge", "--log-to-file", "/nowhere/log"], NOWHERE, "/nowhere/log: cannot be written"),
     "a directory as log file": (["purge", "--log-to-file", "/tmp"], NOWHERE, "/tmp: cannot be written"),
     "a multiple without a baseline": (["purge", "--fail-if", "ping.p95 > 2x"], NOWHERE, "needs a --baseline"),
-    "an unknown operation": (["purge", "--fail-if", "pong.p95 > 2s"], NOWHERE, "no operation 'pong'"),
-    "an unknown metric": (["purge", "--fail-if", "speed > 2"], NOWHERE, "'speed' is not failed"),
+    "an unknown operation": (["purge", "--fail-if", "pong.p95 > 2s"], NOWHERE, "nearest is ping.p95"),
+    "an unknown statistic": (
+        ["purge", "--fail-if", "visit.p42 > 1s"],
+        NOWHERE,
+        "no 'visit.p42' in the results; nearest",
+    ),
+    "an unknown path": (["purge", "--fail-if", "hub.cpu_share_max > 9"], NOWHERE, "is hub.metrics.cpu_share_max"),
+    "a path to what is no number": (
+        ["purge", "--fail-if", "capacity.steps > 2"],
+        NOWHERE,
+        "no 'capacity.steps' in the",
+    ),
+    "a path for a search": (
+        ["activity-stress-test", "--find-capacity", "--fail-if", "hub.metrics.cpu_share > 90%"],
+        NOWHERE,
+        "among failed, failed_rate, throttled and OPERATION.STAT; nearest is",
+    ),
     "a unit that does not fit": (["purge", "--fail-if", "failed > 2s"], NOWHERE, "the unit 's' does not fit failed"),
     "a mix of nothing": (["activity-stress-test", "--mix", "activity"], NOWHERE, "NAME=WEIGHT"),
     "a mix of the unknown": (["activity-stress-test", "--mix", "dance=1"], NOWHERE, "no operation 'dance'"),

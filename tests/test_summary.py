@@ -489,6 +489,15 @@ def test_a_relative_condition_tells_ratio_and_limit() -> None:
     assert told(results, "because") == ["server_ready.p50 > 1.2x: it is 2.54 s, 2.1x of 1.21 s; the limit is 1.45 s"]
 
 
+def test_the_value_of_a_condition_has_its_metrics_unit() -> None:
+    hub = {"cpu_share_max": 0.914, "event_loop_lag_max_s": 0.25, "rss_max_bytes": 1.17e8}
+    capacity = {"rate_per_s": 46.5, "servers_reporting_every_300_s": 13950}
+    found = {"hub": {"metrics": hub}, "capacity": capacity}
+    paths = [*(f"hub.metrics.{key}" for key in hub), *(f"capacity.{key}" for key in capacity)]
+    judged = [hst.condition(f"{path} > 1").judge(found, None) for path in paths]
+    assert [hst._value_text(one) for one in judged] == ["91.4 %", "250 ms", "117 MB", "46.5", "13950"]
+
+
 def test_the_comparison_shows_a_dash_for_a_percentile_of_too_few() -> None:
     few = results_of([ready(n) for n in range(1, 7)])
     rows = {row[0]: row for row in hst.comparison_section(hst.as_json(few), few).rows}
