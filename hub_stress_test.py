@@ -55,9 +55,11 @@ import base64
 import bisect
 import collections
 import contextlib
+import csv
 import dataclasses
 import enum
 import functools
+import gzip
 import heapq
 import html
 import http.client
@@ -130,6 +132,7 @@ PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
+SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
 VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
@@ -244,9 +247,9 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 4)
 
 
-def utc(moment: datetime) -> str:
-    """The moment as 2026-11-20T16:00:00Z."""
-    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+def utc(moment: datetime, timespec: str = "seconds") -> str:
+    """The moment as 2026-11-20T16:00:00Z, or finer."""
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def without_credentials(url: str) -> str:
@@ -524,6 +527,13 @@ def writable_file(text: str) -> str:
     return text
 
 
+def samples_file(text: str) -> str:
+    """The path of a file of samples that can be written; its name says in which form."""
+    if not re.search(r"\.(csv|jsonl)(\.gz)?$", text):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .csv, .jsonl, .csv.gz or .jsonl.gz, not {text}")
+    return writable_file(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recording:
     """What a browser fetched when it opened a page: paths below the server's own, and the statuses that it got."""
@@ -644,6 +654,7 @@ METAVARS: dict[Parse, str] = {
     condition: "CONDITION",
     results_file: "FILE",
     writable_file: "FILE",
+    samples_file: "FILE",
     watched: "NAME=URL",
     share_of_people: "SHARE",
     tab_name: "|".join(TABS),
@@ -845,6 +856,9 @@ class Plan:
         (),
         repeatable=True,
     )
+    samples: str | None = for_loads(
+        "--samples", "write each event as it happens; FILE ends in .csv, .jsonl, .csv.gz or .jsonl.gz", samples_file
+    )
     scale: float = for_locust(
         "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
     )
@@ -935,6 +949,11 @@ class Event:
     throttled_s: float | None = None  # the first 429
     asked_s: float | None = None  # when the last try was sent
     message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
+
+    @property
+    def outcome(self) -> str:
+        """ok, or the kind of its failure: refused, spawn, late, …"""
+        return self.reason.kind.name.lower() if self.reason else "ok"
 
     @property
     def latency_s(self) -> float:
@@ -1136,19 +1155,19 @@ class Recorder:
         self._lock = threading.Lock()
         self.people: dict[str, dict[str, Event]] = {}
         self._folds: dict[str, Fold] = {}
-        self._listeners, self._people_steps = [*listeners], people_steps
+        self.listeners, self._people_steps = [*listeners], people_steps
 
     def add(self, event: Event) -> None:
         with self._lock:
             self._folds.setdefault(event.step, Fold()).add(event)
             if event.step in self._people_steps:
                 self.people.setdefault(event.user, {})[event.step] = event
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener(event)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Hand every event from now on to this listener too."""
-        self._listeners.append(listener)
+        self.listeners.append(listener)
 
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
@@ -4024,6 +4043,71 @@ def knock_often(
     return replies
 
 
+# ==== Listeners: every event, as it happens ==========================================================================
+
+
+def sample_of(event: Event, run: Run) -> Json:
+    """A row of --samples. Moments are in seconds since the run began; `utc` is the moment at which the step ended."""
+    since_s = {name: getattr(event, name) - run.began_s for name in ("due_s", "sent_s", "ended_s")}
+    taken_s = {name: getattr(event, name) for name in ("latency_s", "backoff_s")}
+    return {
+        "utc": utc(run.started + timedelta(seconds=since_s["ended_s"]), "milliseconds"),
+        **{name: getattr(event, name) for name in ("step", "user", "outcome", "tries", "throttled")},
+        **{name: rounded(seconds) for name, seconds in (since_s | taken_s).items()},
+        "reason": " ".join(event.reason.text.split()) if event.reason else "",
+        "message": " ".join(event.message.split()),
+    }
+
+
+class Samples(Regularly):
+    """Writes each event to --samples, every second those that came meanwhile, so that no line is ever a part.
+
+    A .gz file has a member for each second, and so can be read, too, when the program was killed.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("samples", SAMPLES_EVERY_S, lambda due_s: self._write())
+        self.run, self._path, self._mode = run, str(run.plan.samples), "wb"
+        self._events = collections.deque[Event]()
+
+    def __call__(self, event: Event) -> None:
+        self._events.append(event)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._write()
+
+    def _write(self) -> None:
+        rows = [sample_of(self._events.popleft(), self.run) for _ in range(len(self._events))]
+        if not rows or not self._mode:
+            return
+        whole = 0
+        try:
+            with open(self._path, self._mode, buffering=0) as file:
+                whole, data = file.tell(), self._encode(rows)
+                while data:
+                    data = data[file.write(data) :]
+            self._mode = "ab"
+        except OSError as error:
+            self._mode = ""
+            self.run.troubles.append(f"--samples {self._path} could not be written any more: {error.strerror}")
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, whole)
+
+    def _encode(self, rows: Sequence[Json]) -> bytes:
+        text = io.StringIO()
+        if self._path.removesuffix(".gz").endswith(".csv"):
+            header = [list(rows[0])] if self._mode == "wb" else []
+            csv.writer(text, lineterminator="\n").writerows(header + [list(row.values()) for row in rows])
+        else:
+            text.writelines(f"{json.dumps(row)}\n" for row in rows)
+        data = text.getvalue().encode()
+        return gzip.compress(data) if self._path.endswith(".gz") else data
+
+
+LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples}  # by their option
+
+
 # ==== A run, and the three commands ==================================================================================
 
 
@@ -4034,7 +4118,7 @@ class Run:
     Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, closing: contextlib.ExitStack) -> None:
         if plan.dry_run:  # which takes no real time, and has no servers to visit
             plan = dataclasses.replace(
                 plan, rate_per_s=None, within_s=None, hold_s=0.0, stay_s=None, duration_s=None, visit=False, page=None
@@ -4046,6 +4130,10 @@ class Run:
         self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
         self.record = new_recorder() if plan.command == STRESS else Recorder()
+        self.troubles: list[str] = []  # what cut the run short
+        for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
+            closing.enter_context(listener)
+            self.record.listen(listener)
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command)
         check_visits(self.hub, plan)
         self.existing = self._look()
@@ -4059,7 +4147,6 @@ class Run:
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
-        self.troubles: list[str] = []  # what cut the run short
         self.warnings: list[str] = []
         self.interrupted_by: int | None = None
         self.load_ended_s = self.began_s
@@ -4237,7 +4324,7 @@ def purge(run: Run) -> None:
 
 def carry_out(plan: Plan) -> Results:
     """What a plan's run found, also when something failed. Raises `SetupError`; nothing has been changed then."""
-    with Run(plan) as run:
+    with contextlib.ExitStack() as closing, Run(plan, closing) as run:
         try:
             {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
         except CutShort as error:
@@ -4250,6 +4337,7 @@ def carry_out(plan: Plan) -> Results:
         if plan.leave_open and run.interrupted_by is None:
             run.session.for_cleaning_up().pause(AFTERMATH_S)
         run.look()
+        closing.close()
         return results_of(run)
 
 
@@ -4307,7 +4395,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
     steps: list[CapacityStep] = []
     best = Recorder()
     while (rate := next_rate(steps, first_rate_per_s)) and not session.stopping.is_set() and not session.hub_is_gone:
-        beside, seen = session.beside(), Recorder()
+        beside, seen = session.beside(), Recorder(*record.listeners)
         step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(step_load, beside, seen)
         session.traffic.add(beside.traffic.counts)
@@ -6037,8 +6125,12 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
             raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
         if one.unit == "x" and not plan.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
-    if plan.report and not optional("plotly"):
-        raise UsageError("--report needs plotly, which is not installed: pip install plotly")
+    for flag, given, module, package in (
+        ("--report", plan.report, "plotly", "plotly"),
+        ("--work", plan.work, "websocket", "websocket-client"),
+    ):
+        if given and not optional(module):
+            raise UsageError(f"{flag} needs {package}, which is not installed: pip install {package}")
     missing = {
         "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
         "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
@@ -6068,8 +6160,6 @@ def _validate_rehearsal(plan: Plan) -> None:
         for name in names:
             if name in given and not there:
                 raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
-    if plan.work and not optional("websocket"):
-        raise UsageError("--work needs websocket-client, which is not installed: pip install websocket-client")
 
 
 class _Redacting(logging.Formatter):

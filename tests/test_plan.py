@@ -191,6 +191,7 @@ BAD_VALUES = {
     hst.whole_number: ["", "0", "-1", "1.5", "1e3", "x", "١"],
     hst.positive_number: ["", "0", "0.0", "-1", "1e3", "nan", "inf", "x"],
     hst.duration: ["", "0", "0s", "5 minutes", "-1s", "1d", "s", "1m30s"],
+    hst.samples_file: ["", "s", "s.json", "s.csv.bz2", "csv", "/nowhere/s.csv"],
     hst.run_name: ["", "Big", "-a", "a-", "a_b", "a b", "a" * 41, "a\n"],
     hst.endpoint_url: ["", "hub", "hub.example.org/hub/api", "ftp://x/", "https://", "http://x/?a=1", "http://x/#a"],
     hst.token_text: ["", "abc\ndef", "a b", "ä"],
@@ -283,6 +284,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "public_url": ("https://hub.example.org/", "https://hub.example.org"),
     "watch": ("proxy=http://127.0.0.1:8002/metrics", (hst.Watched("proxy", "http://127.0.0.1:8002/metrics"),)),
     "find_capacity": (None, True),
+    "samples": ("s.csv.gz", "s.csv.gz"),
     "cleanup_timeout_s": ("1m", 60.0),
 }
 
