@@ -859,6 +859,11 @@ class Plan:
     samples: str | None = for_loads(
         "--samples", "write each event as it happens; FILE ends in .csv, .jsonl, .csv.gz or .jsonl.gz", samples_file
     )
+    metrics_port: int | None = for_loads(
+        "--metrics-port",
+        "while it lasts, serve the run to Prometheus on this port, to other machines too (needs prometheus-client)",
+        whole_number,
+    )
     scale: float = for_locust(
         "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
     )
@@ -4105,7 +4110,59 @@ class Samples(Regularly):
         return gzip.compress(data) if self._path.endswith(".gz") else data
 
 
-LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples}  # by their option
+PAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+BECOMES = {"start_server": "starting", "server_ready": "ready", "at_work": "at_work", "delete_user": "left"}
+
+
+class LivePage:
+    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` when the port cannot be had."""
+
+    def __init__(self, run: Run) -> None:
+        from http.server import ThreadingHTTPServer
+
+        self._run, self._people = run, dict[str, str]()
+        self._prometheus = prometheus = importlib.import_module("prometheus_client.core")
+        registry = prometheus.CollectorRegistry()
+        what: Json = {"registry": registry, "buckets": PAGE_BUCKETS_S}
+        labels = ("operation", "outcome")
+        self._latency = prometheus.Histogram("hub_stress_test_latency_seconds", "of operations", labels, **what)
+        self._lateness = prometheus.Histogram("hub_stress_test_lateness_seconds", "of the tool in sending", **what)
+        registry.register(self)
+        handler = importlib.import_module("prometheus_client").MetricsHandler.factory(registry)
+        try:
+            self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {_in_words(error)}") from None
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics page", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __call__(self, event: Event) -> None:
+        self._latency.labels(event.step, event.outcome).observe(event.latency_s)
+        self._lateness.observe(event.lateness_s)
+        failed = event.reason is not None and event.step in PERSONAL
+        state = "failed" if failed else "" if event.reason else BECOMES.get(event.step)
+        if state and self._people.get(event.user) != "failed":
+            self._people[event.user] = state
+
+    def collect(self) -> Iterator[Any]:
+        """What Prometheus asks of a collector: figures that are read when it looks."""
+        throttled = self._run.session.traffic.counts[429]
+        yield self._prometheus.CounterMetricFamily("hub_stress_test_throttled", "429 answers", value=throttled)
+        states = collections.Counter(list(self._people.values()))
+        if self._run.plan.command == STRESS:
+            states["expected"] = self._run.plan.count - states.total()
+            people = self._prometheus.GaugeMetricFamily("hub_stress_test_people", "by state", labels=["state"])
+            for state in ("expected", *dict.fromkeys(BECOMES.values()), "failed"):
+                people.add_metric([state], states[state])
+            yield people
+
+
+LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
 
 
 # ==== A run, and the three commands ==================================================================================
@@ -6128,6 +6185,7 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     for flag, given, module, package in (
         ("--report", plan.report, "plotly", "plotly"),
         ("--work", plan.work, "websocket", "websocket-client"),
+        ("--metrics-port", plan.metrics_port, "prometheus_client", "prometheus-client"),
     ):
         if given and not optional(module):
             raise UsageError(f"{flag} needs {package}, which is not installed: pip install {package}")

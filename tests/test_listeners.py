@@ -1,8 +1,9 @@
-"""What is told of a run while it lasts: every event in a file, ."""
+"""What is told of a run while it lasts: every event in a file, and a page for Prometheus."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import gzip
 import json
@@ -10,16 +11,23 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from known_server import KnownServer
 from localhub import LocalHub
-from tool import run_for_results, start_tool, tool_users, wait_until
+from processes import free_port, free_ports
+from prometheus_client.parser import text_string_to_metric_families
+from tool import NOWHERE, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 import hub_stress_test as hst
 
@@ -110,3 +118,122 @@ def test_a_disk_that_is_full_fails_the_run_and_leaves_whole_lines(tmp_path: Path
     assert done.returncode == 1, done
     assert f"--samples {path} could not be written any more: File too large" in re.sub(r"\n +", " ", done.stdout)
     assert not path.stat().st_size
+
+
+# ==== The page for Prometheus ========================================================================================
+
+
+def page_at(port: int) -> dict[tuple[str, ...], float]:
+    """The figures of a run that serves them, by name and the values of labels; nothing before and after it does."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            families = list(text_string_to_metric_families(response.read().decode()))
+    except OSError:
+        return {}
+    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+
+COUNT_OF_REPORTS = ("hub_stress_test_latency_seconds_count", "activity", "ok")
+
+
+def people(page: dict[tuple[str, ...], float]) -> dict[str, float]:
+    """How many people are in each state."""
+    return {
+        labels[0]: number for (name, *labels), number in page.items() if name == "hub_stress_test_people" and number
+    }
+
+
+def test_a_run_is_served_while_it_lasts(new_hub: LocalHub) -> None:
+    port = free_port()
+    words = ("stress-test", "-c", "6", *HALF_FAIL, "--hold", "60s", "--metrics-port", str(port))
+    with start_tool(*words, hub=new_hub) as run:
+        wait_until(lambda: people(page_at(port)) == {"ready": 3, "failed": 3})
+        page = page_at(port)
+        run.send_signal(signal.SIGINT)
+        assert run.outcome().code == 130
+    assert [page["hub_stress_test_latency_seconds_count", "server_ready", end] for end in ("ok", "spawn")] == [3, 3]
+    assert page["hub_stress_test_lateness_seconds_count",] >= 14 and page["hub_stress_test_throttled_total",] == 0
+    assert page_at(port) == {} and not tool_users(new_hub)
+
+
+def test_a_search_for_capacity_is_served_too_and_has_no_people(tmp_path: Path) -> None:
+    port, pages = free_port(), []
+    with KnownServer() as server:
+        words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "2s", "--metrics-port", str(port))
+        with start_tool(*words, env=server.environment) as run:
+            wait_until(lambda: pages.append(page_at(port)) or COUNT_OF_REPORTS in pages[-1])
+            run.send_signal(signal.SIGINT)
+            assert run.outcome().code == 130
+    assert people(pages[-1]) == {} and pages[-1][COUNT_OF_REPORTS] > 0
+
+
+def test_a_port_in_use_is_refused_before_anything() -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_tool("stress-test", "--metrics-port", port, env=NOWHERE)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == f"hub-stress-test: --metrics-port {port}: Address already in use\n"
+    done = run_tool("stress-test", "--metrics-port", "65536", env=NOWHERE)
+    assert (done.code, done.stdout) == (2, "") and "port must be 0-65535" in done.stderr
+
+
+def test_the_port_is_free_again_when_a_run_has_ended_or_could_not_begin() -> None:
+    port = free_port()
+    for dry_run in (True, False, True):
+        with contextlib.nullcontext() if dry_run else pytest.raises(hst.SetupError):
+            hst.run_stress_test(2, 2, "t", NOWHERE["JUPYTERHUB_ENDPOINT"], dry_run=dry_run, metrics_port=port)
+
+
+def asked(port: int, query: str) -> dict[tuple[str, ...], float]:
+    """What Prometheus says to a query: each value by those of its labels."""
+    url = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        found = json.load(response)["data"]["result"]
+    return {tuple(one["metric"].values()): float(one["value"][1]) for one in found}
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """A Prometheus that scrapes a port of this machine four times a second: that port, and its own."""
+    scraped, own = free_ports(2)
+    jobs = [{"job_name": "test", "static_configs": [{"targets": [f"127.0.0.1:{scraped}"]}]}]
+    settings = {"global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"}, "scrape_configs": jobs}
+    (tmp_path / "prometheus.yml").write_text(json.dumps(settings))  # which is YAML too
+    flags = {"config.file": tmp_path / "prometheus.yml", "storage.tsdb.path": tmp_path / "data"}
+    flags |= {"web.listen-address": f"127.0.0.1:{own}"}
+    with (tmp_path / "prometheus.log").open("wb") as log:
+        command = ["prometheus", *(f"--{name}={value}" for name, value in flags.items())]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: page_at(own))
+        yield scraped, own
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.prometheus
+def test_prometheus_sees_what_the_results_say(
+    prometheus: tuple[int, int], make_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    scraped, own = prometheus
+    hub = make_hub(spawn_s=0.5, concurrent_spawn_limit=3, slow_spawn_timeout_s=0, fail_rate=0.25)
+    words = ("stress-test", "-c", "12", "-b", "6", "--hold", "5s", "--metrics-port", str(scraped))
+    _, found = run_for_results(tmp_path / "r", *words, hub=hub)
+    servers, ready = found["servers"], found["operations"]["server_ready"]
+    assert (servers["ready"], servers["failed"]) == (9, 3) and found["http"]["throttled"]
+
+    def most(what: str) -> dict[tuple[str, ...], float]:
+        return asked(own, f"max by (state, outcome) (max_over_time(hub_stress_test_{what}[5m]))")
+
+    assert most("throttled_total") == {(): found["http"]["throttled"]}
+    states = most("people")
+    assert (states["ready",], states["failed",]) == (9, 3)
+    assert 0 < states["starting",] <= 6
+    assert most('latency_seconds_count{operation="server_ready"}') == {("ok",): 9, ("spawn",): 3}
+    of_ready = 'max_over_time(hub_stress_test_latency_seconds_bucket{operation="server_ready",outcome="ok"}[5m])'
+    (median,) = asked(own, f"histogram_quantile(0.5, {of_ready})").values()
+    below = max(bound for bound in (0, *hst.PAGE_BUCKETS_S) if bound < ready["latency_s"]["p50"])
+    assert below <= median <= min(bound for bound in hst.PAGE_BUCKETS_S if bound >= ready["latency_s"]["p50"])
+    (sent,) = asked(own, "max_over_time(hub_stress_test_lateness_seconds_count[5m])").values()
+    assert 12 <= sent <= sum(one["count"] for one in found["operations"].values())

@@ -285,6 +285,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "watch": ("proxy=http://127.0.0.1:8002/metrics", (hst.Watched("proxy", "http://127.0.0.1:8002/metrics"),)),
     "find_capacity": (None, True),
     "samples": ("s.csv.gz", "s.csv.gz"),
+    "metrics_port": ("9101", 9101),
     "cleanup_timeout_s": ("1m", 60.0),
 }
 
