@@ -5646,10 +5646,23 @@ p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 .left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
 .words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
+h2 button { float: right; font: inherit; font-size: .75rem; color: var(--faint); background: none;
+  border: 1px solid var(--line); border-radius: .3em; cursor: pointer }
+@media print { h2 button { display: none } }
 .bad { color: #dc2626 } .plot { width: 100%; min-width: 0 }
 .js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
 .js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
+"""
+SAVE = """
+function save(button) {
+  const quoted = cell => '"' + cell.textContent.replaceAll('"', '""') + '"';
+  const rows = [...button.parentNode.nextSibling.firstChild.rows].map(row => [...row.cells].map(quoted).join(","));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([rows.join("\\n") + "\\n"], {type: "text/csv"}));
+  link.download = button.parentNode.firstChild.textContent + ".csv";
+  link.click();
+}
 """
 BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
 CYAN, TEAL, VIOLET, BROWN = "#06b6d4", "#0f766e", "#8b5cf6", "#a8763e"
@@ -5683,8 +5696,8 @@ class Page:
         self._parts.append(tag)
 
     def section(self, section: Section) -> None:
-        """A heading and a table, which scrolls by itself on a narrow screen; rows without a header are sentences."""
-        self.add("h2", section.title)
+        """A heading, a button that saves, and a table, which scrolls by itself; rows without a header are sentences."""
+        self._parts.append(f'<h2>{html.escape(section.title)}<button onclick="save(this)">save as CSV</button></h2>')
         lines = [("th", section.header)] if section.header else []
         lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
         body = "".join(
@@ -5715,7 +5728,7 @@ class Page:
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(self._parts)}"
-            f"<script>{plotly_js}</script><script>{draw}</script></body></html>\n"
+            f"<script>{plotly_js}</script><script>{SAVE}{draw}</script></body></html>\n"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import re
@@ -333,6 +334,31 @@ def test_the_plots_show_what_the_results_say(reported: tuple[Path, Found]) -> No
         "POST UserServerAPIHandler",
     ):
         assert said in text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_each_table_is_saved_as_csv(width: int, reported: tuple[Path, Found], tmp_path: Path) -> None:
+    path, found = reported
+    with browser(width) as page:
+        page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        page.get(path.as_uri())
+        shown = page.execute_script(
+            "return [...document.querySelectorAll('table')].map(t => ["
+            "t.parentNode.previousSibling.firstChild.textContent,"
+            "[...t.rows].map(r => [...r.cells].map(c => c.textContent))])"
+        )
+        for button in page.find_elements("css selector", "h2 button"):
+            button.click()
+        wait_until(lambda: len(list(tmp_path.glob("*.csv"))) == len(shown))
+        assert complaints(page) == []
+        assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert [name for name, _ in shown][:2] == ["Summary", "Latency"] and len(shown) == 6
+    for name, cells in shown:
+        assert list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines())) == cells
+    ready = next(csv.DictReader((tmp_path / "Latency.csv").read_text().splitlines()))
+    counted = found["operations"]["server_ready"]
+    assert (ready["operation"], ready["count"], ready["failed"]) == ("server ready", str(counted["count"]), "3")
 
 
 @pytest.mark.browser
