@@ -92,6 +92,12 @@ class HubOptions:
     )
     bystanders: int = option("--bystanders", 0, "so many users exist beside alice and the look-alikes (0)", "USERS")
     admins: tuple[str, ...] = option("--admin", (), "an admin of this name exists; repeatable (none)", "NAME")
+    owner: str = option(
+        "--owner", "", "a user of this name, no admin, exists; the command gets a token of theirs (none)", "NAME"
+    )
+    named_servers: int = option(
+        "--named-servers", 0, "each user may have so many named servers (0: the hub allows none)", "SERVERS"
+    )
     real_servers: bool = option("--real-servers", False, "servers are jupyterhub-singleuser instead of stubs")
     stub_labs: bool = option("--stub-labs", False, "servers are stubs with start pages, kernels and websockets")
     kernel_start_s: float = option(
@@ -141,6 +147,7 @@ class LocalHub:
         self.options = HubOptions(**options)
         self.token, self._oracle_token = secrets.token_hex(16), secrets.token_hex(16)
         self.visit_token = secrets.token_hex(16)  # of a service that may enter servers and nothing else
+        self.owner_token = secrets.token_hex(16)
         self._directory = Path(tempfile.mkdtemp(prefix="localhub-"))
         self.log_path = self._directory / "hub.log"
         self.port = free_port()
@@ -200,6 +207,8 @@ class LocalHub:
     def environment(self) -> dict[str, str]:
         """What a command needs to find this hub, and to visit its servers."""
         found = {"JUPYTERHUB_ENDPOINT": self.endpoint, "JUPYTERHUB_API_TOKEN": self.token}
+        if self.options.owner:
+            return found | {"JUPYTERHUB_API_TOKEN": self.owner_token}
         if self._proxy and not (self.options.version or "").startswith("1."):  # which has no scopes
             found["JUPYTERHUB_VISIT_TOKEN"] = self.visit_token
         return found
@@ -210,6 +219,7 @@ class LocalHub:
             "port": self.port,
             "token": self.token,
             "visit_token": self.visit_token,
+            "owner_token": self.owner_token,
             "oracle_token": self._oracle_token,
             "public_url": self.public_url,
             "proxy_api_url": self._proxy.api_url if self._proxy else "",

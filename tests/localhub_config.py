@@ -180,6 +180,11 @@ c.Authenticator.allowed_users = {
     *OPTIONS["admins"],
     *(f"bystander-{n:04}" for n in range(1, OPTIONS["bystanders"] + 1)),
 }
+if OPTIONS["owner"]:
+    c.Authenticator.allowed_users.add(OPTIONS["owner"])
+    c.JupyterHub.api_tokens = {OPTIONS["owner_token"]: OPTIONS["owner"]}
+c.JupyterHub.allow_named_servers = OPTIONS["named_servers"] > 0
+c.JupyterHub.named_server_limit_per_user = OPTIONS["named_servers"]
 c.Authenticator.admin_users = set(OPTIONS["admins"])
 stub_class = StubLabSpawner if OPTIONS["stub_labs"] else StubSpawner
 c.JupyterHub.spawner_class = RealSpawner if OPTIONS["real_servers"] else stub_class
