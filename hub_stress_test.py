@@ -1757,6 +1757,19 @@ class Hub:
     session: HubSession
     version: str = ""
 
+    def owner_of(self, name: str) -> str:
+        """The user whose server it is."""
+        return name
+
+    def server_url(self, name: str, *rest: str) -> str:
+        """The URL of a user's server, or of what follows below it."""
+        return user_url(self.endpoint, name, "server", *rest)
+
+    @property
+    def needs_users_tokens(self) -> bool:
+        """Whether servers let in nobody but their users."""
+        return self.version.startswith("1.")
+
     def page_of_users(self, offset: int) -> Reply:
         """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
 
@@ -1789,16 +1802,16 @@ class Hub:
         """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
         options = {"profile": profile} if isinstance(profile, str) else profile or None
         call = Call(seen=frozenset({429}), retry_until_s=until_s)
-        url = user_url(self.endpoint, name, "server")
-        return self.session.ask("POST", url, call=call, json=options, timeout=self._left_s(until_s))
+        timeout_s = self._left_s(until_s)
+        return self.session.ask("POST", self.server_url(name), call=call, json=options, timeout=timeout_s)
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
         """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
-        return self.session.events(user_url(self.endpoint, name, "server", "progress"), until_s)
+        return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
         """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
-        return self.session.ask("DELETE", user_url(self.endpoint, name, "server"))
+        return self.session.ask("DELETE", self.server_url(name))
 
     def make_token(self, name: str) -> Reply:
         """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
@@ -2353,13 +2366,13 @@ class Claims:
         self.unconfirmed.update(dict.fromkeys(names))
 
     def settle(self, asked: Iterable[str], made: Collection[str]) -> None:
+        self.confirmed.update(dict.fromkeys(made))  # first, so that at no moment it is in neither
         for name in asked:
             self.unconfirmed.pop(name, None)
-        self.confirmed.update(dict.fromkeys(made))
 
     @property
     def ours(self) -> list[str]:
-        return [*self.confirmed, *(() if self.rivals else self.unconfirmed)]
+        return list(self.confirmed if self.rivals else self.confirmed | self.unconfirmed)
 
 
 def make_users(
@@ -2456,7 +2469,7 @@ class PublicSide:
     def browser(self, name: str) -> HubSession | Reason:
         """A session with connections of this person's own. On 1.x a server is entered with its user's token."""
         token: str | None = self._token
-        if self._hub.version.startswith("1."):
+        if self._hub.needs_users_tokens:
             made = self._hub.make_token(name)
             if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
                 return Reason(Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})")
@@ -2924,6 +2937,7 @@ class Site:
     gathering: Gathering = dataclasses.field(default_factory=Gathering)
     leaving: Gathering | None = None  # until everybody has left; None: each person goes by themselves
     tabs: Tabs = dataclasses.field(default_factory=Tabs)
+    claims: Claims = dataclasses.field(default_factory=Claims)
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -4201,7 +4215,7 @@ class Run:
         self.site = Site(self.hub, plan, self.record, tabs=Tabs(self.monitor.snapshots, self.monitor.look))
         self.monitors = {"hub": self.monitor}
         self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
-        self.claims = Claims()
+        self.claims = self.site.claims
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
@@ -4226,7 +4240,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted_by is not None:
-            leave_at_once(number, len(set(self.claims.ours) - self.gone), self.plan.run)
+            remain = f"{len(set(self.claims.ours) - self.gone)} users"
+            leave_at_once(number, remain, purge_command(self.plan.run))
         self.interrupted_by = number
         LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
         self.session.stop()
@@ -4285,7 +4300,7 @@ class Run:
         driver.run(begin, [person], lambda: None)
 
     def pinging(self, name: str) -> Regularly:
-        return pinging(name, self.hub.endpoint, self.session, self.record)
+        return pinging(self.hub.owner_of(name), self.hub.endpoint, self.session, self.record)
 
     def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
         """Say so if this tool, and not the hub, set the pace."""
@@ -4315,16 +4330,16 @@ class Run:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %d users", len(ours))
-            session = self.session.for_cleaning_up()
-            states = dict.fromkeys(self.claims.unconfirmed, ServerState.UNKNOWN)
-            states |= {name: self.site.states.get(name, ServerState.STOPPED) for name in self.claims.confirmed}
-            session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
+            session, unsure = self.session.for_cleaning_up(), self.claims.unconfirmed.copy()
+            states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
+            states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
+            session.pause(LATE_ACT_S if unsure else 0)
             self.remove(states, set(ours).__contains__, session)
 
 
-def leave_at_once(number: int, users: int, run: str | None) -> None:
-    """End the program, saying how to remove what remains."""
-    sys.stderr.write(f"\nLeft at once: up to {users} users remain on the hub. Remove them with: {purge_command(run)}\n")
+def leave_at_once(number: int, remain: str, remedy: str) -> None:
+    """End the program, saying what remains and how to remove it."""
+    sys.stderr.write(f"\nLeft at once: up to {remain} remain on the hub. Remove them with: {remedy}\n")
     sys.stderr.flush()
     os._exit(128 + number)
 
@@ -6442,7 +6457,7 @@ if locust_is_loading():
             taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
             self.indexes = itertools.count(first_free_index(taken, self.run))
             self.numbers = itertools.count()  # of people
-            self.claims, self.throttled, self.cut_short = Claims(), 0, False
+            self.claims, self.throttled, self.cut_short = self.site.claims, 0, False
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
@@ -6495,7 +6510,7 @@ if locust_is_loading():
         """While a test cleans up, another signal leaves at once, saying how to remove the rest."""
 
         def leave(number: int, _: FrameType | None) -> None:
-            leave_at_once(number, len(shared.claims.ours), shared.run)
+            leave_at_once(number, f"{len(shared.claims.ours)} users", purge_command(shared.run))
 
         before = {number: signal.signal(number, leave) for number in SIGNALS}
         try:
