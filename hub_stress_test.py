@@ -2218,6 +2218,7 @@ _OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
     "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
     "running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
 )
+NO_METRICS_SCOPE = "the token lacks the scope read:metrics"
 LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
 
 
@@ -2308,7 +2309,7 @@ class Monitor(Regularly):
                 self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
                 return self.snapshots[-1]
             if response.status_code == 403:
-                self.missing = "the token lacks the scope read:metrics"
+                self.missing = NO_METRICS_SCOPE
             elif not self.snapshots:
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
             return None
@@ -5208,7 +5209,7 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         )
     if results.hub.restarts:
         yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
-    if "403" in statuses:
+    if statuses.get("403", 0) > (results.hub.metrics_missing == NO_METRICS_SCOPE):
         yield "the hub answered 403: the token's role may lack a scope for what was asked"
     if statuses.keys() & {"502", "503", "504"}:
         yield "502, 503 and 504 come from what stands in front of the hub: look at the proxy's and the ingress's logs"
