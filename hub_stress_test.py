@@ -17,9 +17,11 @@ Three commands answer, from a shell or a CI job:
   Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
   How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
   What did earlier runs leave?                     purge                                             seconds
+  What can I find out without being an admin?      stress-test --count 5 --own-servers               a start
 
 stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it
-follows each person through the proxy to the results of their cells. activity-stress-test makes users alone, and sends
+follows each person through the proxy to the results of their cells; with --own-servers it needs no admin rights, and
+starts named servers of whoever the token belongs to instead. activity-stress-test makes users alone, and sends
 the activity reports that running servers send; purge removes what earlier runs left behind.
 
 Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
@@ -29,7 +31,8 @@ stops their servers, and deletes them. It writes to users that it made; purge an
 earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
 named, with exit code 4. With --leave-open and --check-proxy, a proxy that loses connections keeps those it lost for an
-hour, which no cleaning up can take back: that is said, and fails the run.
+hour, which no cleaning up can take back: that is said, and fails the run. With --own-servers it makes no users, but
+named servers of the token's owner, of which all this is true; the owner's other servers are left alone.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
 that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
@@ -91,7 +94,7 @@ from datetime import datetime, timedelta, timezone
 from fractions import Fraction
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
@@ -319,9 +322,14 @@ def names_text(names: Iterable[str]) -> str:
     return " ".join(name for group in shown for name in group)
 
 
-def purge_command(run: str | None) -> str:
+def things(own_servers: bool) -> str:
+    """What a run makes and removes."""
+    return "servers" if own_servers else "users"
+
+
+def purge_command(run: str | None, own_servers: bool = False) -> str:
     """The command that removes what a run left behind."""
-    return "hub-stress-test purge" + (f" --run {run}" if run else "")
+    return "hub-stress-test purge" + " --own-servers" * own_servers + (f" --run {run}" if run else "")
 
 
 # ==== Pure rules: conditions =========================================================================================
@@ -770,6 +778,12 @@ class Plan:
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub")
     profile: str | Json | None = for_people(
         "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, locust=""
+    )
+    own_servers: bool = option(
+        "--own-servers",
+        "no admin rights needed: start named servers of your own, instead of making users",
+        on=(STRESS, PURGE),
+        locust="",
     )
     server_timeout_s: float = for_people(
         "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
@@ -1317,15 +1331,23 @@ def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
     return max(zip(said, ends), key=lambda stood: stood[1] - stood[0][0])[0][1] if said else ""
 
 
-def missing_scopes(granted: Iterable[str], needed: Iterable[str]) -> list[str]:
+def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
-    One that is limited to some users or groups (`users!user=x`) does not count.
+    One that is limited to some users or groups (`users!user=x`) does not count, unless it is needed for this user only.
     """
-    have = {scope for scope in granted if "!" not in scope}
+    have = {scope for one in granted if "!" not in (scope := one.removesuffix(f"!user={user}"))}
     if "start:servers" in have:  # hubs from 6.0
         have.add("servers")
     return sorted(set(needed) - have)
+
+
+def named_server_limit(reply: Reply) -> int | None:
+    """How many named servers the hub allows each user, if it refused a start for that; 0 when it allows none."""
+    if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
+        return 0
+    match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
+    return int(match[1]) if reply.status == 400 and match else None
 
 
 ROLE_TO_PASTE = """\
@@ -1697,7 +1719,7 @@ class SimulatedHub(BaseAdapter):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        self._users: dict[str, Json] = {}
+        self._users: dict[str, Json] = {"dry-run": {"name": "dry-run", "admin": False, "servers": {}}}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).split("/")
@@ -1731,11 +1753,11 @@ class SimulatedHub(BaseAdapter):
                 return 200, users[name]
             case "DELETE", ["users", name]:
                 return 204, users.pop(name) and None
-            case "POST", ["users", name, "server"]:
-                users[name]["servers"][""] = {"pending": None, "ready": True}
+            case "POST", ["users", name, "server" | "servers", *server]:
+                users[name]["servers"]["".join(server)] = {"pending": None, "ready": True}
                 return 201, None
-            case "DELETE", ["users", name, "server"]:
-                return 204, users[name]["servers"].clear()
+            case "DELETE", ["users", name, "server" | "servers", *server]:
+                return 204, users[name]["servers"].pop("".join(server), None) and None
             case "POST", ["users", _, "activity"]:
                 return 200, None
         return unknown
@@ -1756,6 +1778,7 @@ class Hub:
     endpoint: str
     session: HubSession
     version: str = ""
+    reading: ClassVar[dict[str, int]] = {}  # parameters of reading a user
 
     def owner_of(self, name: str) -> str:
         """The user whose server it is."""
@@ -1792,7 +1815,8 @@ class Hub:
         """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
         timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
         call = Call(observer, retry_until_s=until_s)
-        return self.session.ask("GET", user_url(self.endpoint, name), call=call, timeout=timeout_s)
+        url = user_url(self.endpoint, name)
+        return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
         """What the hub says of a user and their server."""
@@ -1825,6 +1849,77 @@ class Hub:
         return self.session.ask("DELETE", user_url(self.endpoint, name))
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnServers(Hub):
+    """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
+
+    A named server is made by its start, also by one that is throttled or fails, and is there until it is removed. Hubs
+    before 3.0 do not list it while it is stopped: `there` are those that were asked for and not seen removed.
+    """
+
+    owner: str = ""
+    there: set[str] = dataclasses.field(default_factory=set)
+    reading = {"include_stopped_servers": 1}
+
+    def owner_of(self, name: str) -> str:
+        return self.owner
+
+    def server_url(self, name: str, *rest: str) -> str:
+        return user_url(self.endpoint, self.owner, "servers", name, *rest)
+
+    @property
+    def needs_users_tokens(self) -> bool:
+        return False
+
+    def page_of_users(self, offset: int) -> Reply:
+        """All named servers in `GET /users/{owner}`."""
+        reply, servers = self._read_owner()
+        return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
+
+    def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
+        """A named server in `GET /users/{owner}`, or 404 when it is not there. A 404 for the owner says nothing."""
+        reply, servers = self._read_owner(observer, until_s)
+        if servers is not None and name not in servers:
+            return dataclasses.replace(reply, status=404, data={})
+        return dataclasses.replace(reply, data=servers and servers[name])
+
+    def _read_owner(self, observer: bool = False, until_s: float | None = None) -> tuple[Reply, dict[str, Json] | None]:
+        """`GET /users/{owner}`, and the named servers in it: None when there is no word on them."""
+        reply = super().read(self.owner, observer, until_s)
+        if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
+            return reply, None
+        listed = {name: {"": _or_stopped(one)} for name, one in (reply.data["servers"] or {}).items() if name}
+        servers: dict[str, Json] = {name: {} for name in self.there.copy()} | listed
+        return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
+
+    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
+        """`POST /users/{owner}/servers/{name}`: as for a user; 400 too if no more are allowed: then none is made."""
+        self.there.add(name)
+        reply = super().start(name, profile, until_s)
+        return self._unless(named_server_limit(reply) is not None, name, reply)
+
+    def stop(self, name: str) -> Reply:
+        """`DELETE /users/{owner}/servers/{name}`: as for a user, 404 when it is gone."""
+        self.there.add(name)
+        reply = super().stop(name)
+        return self._unless(reply.hub_status == 404, name, reply)
+
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{owner}/servers/{name}` for good: 204, or 404 when gone; 202 if it has yet to stop."""
+        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
+        return self._unless(state_after_delete(reply.hub_status) is ServerState.GONE, name, reply)
+
+    def _unless(self, gone: bool, name: str, reply: Reply) -> Reply:
+        if gone:
+            self.there.discard(name)
+        return reply
+
+
+def _or_stopped(server: Json) -> Json:
+    """A named server with `stopped`, which hubs before 3.0 do not say."""
+    return server | {"stopped": not server.get("ready") and not server.get("pending")}
+
+
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
     if reply.hub_status == 404:
@@ -1832,7 +1927,7 @@ def state_in(reply: Reply) -> ServerState:
     return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
 
 
-def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
+def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
     """The hub at `endpoint`, once it has shown its version and accepted the token for `command`; else `SetupError`.
 
     `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
@@ -1840,12 +1935,16 @@ def check_hub(endpoint: str, session: HubSession, command: str) -> Hub:
     version = _hub_version(endpoint, session)
     reply = session.ask("GET", f"{endpoint}/user", call=once())
     if reply.status in (401, 403):
+        right = _own_token(endpoint) if own_servers else "the token of the hub-stress-test service"
         raise SetupError(
             f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
-            "or belongs to another hub. Put the token of the hub-stress-test service into JUPYTERHUB_API_TOKEN."
+            f"or belongs to another hub. Put {right} into JUPYTERHUB_API_TOKEN."
         )
     if reply.status != 200 or not isinstance(reply.data, dict):
         raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user answered {reply}.")
+    if own_servers:
+        _check_rights_to_own_servers(reply.data, endpoint, command)
+        return OwnServers(endpoint, session, version, reply.data["name"])
     _check_rights(reply.data, command)
     return Hub(endpoint, session, version)
 
@@ -1908,17 +2007,39 @@ def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
 
 def _check_rights(owner: Json, command: str) -> None:
     """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
+    otherwise = "" if command == ACTIVITY else " If you are not an admin, test with servers of your own: --own-servers."
     if "scopes" not in owner:
         if not owner.get("admin"):
             raise SetupError(
                 f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users."
+                f"{otherwise}"
             )
         return
     if missing := missing_scopes(owner["scopes"], needed_scopes(command)):
         raise SetupError(
-            f"The token lacks what {command} needs: {', '.join(missing)}. Put this into the hub's configuration, "
-            f"beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
+            f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into the "
+            f"hub's configuration, beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
         )
+
+
+def _check_rights_to_own_servers(owner: Json, endpoint: str, command: str) -> None:
+    """A token of 1.x, or without restrictions, may do all that its user may."""
+    name = str(owner.get("name"))
+    if owner.get("kind") == "service":
+        raise SetupError(
+            f"The token belongs to the service {name}, which has no servers of its own: put {_own_token(endpoint)} "
+            "into JUPYTERHUB_API_TOKEN."
+        )
+    needed = {scope for scope in needed_scopes(command) if scope.endswith("servers")}
+    if "scopes" in owner and (missing := missing_scopes(owner["scopes"], needed, name)):
+        raise SetupError(
+            f"The token lacks what {command} --own-servers needs: {', '.join(f'{one}!user={name}' for one in missing)}."
+            f" Put {_own_token(endpoint)}, without restrictions, into JUPYTERHUB_API_TOKEN."
+        )
+
+
+def _own_token(endpoint: str) -> str:
+    return f"one that you make at {endpoint.removesuffix('/api')}/token"
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
@@ -1931,7 +2052,10 @@ def check_visits(hub: Hub, plan: Plan) -> None:
         raise SetupError(f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}.")
     if reply.status != 200 or not isinstance(reply.data, dict):
         raise SetupError(f"The hub at {hub.endpoint} could not say whose token visits use: GET /user answered {reply}.")
-    if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}):
+    owner = hub.owner_of("")
+    if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}, owner):
+        if owner:
+            raise SetupError(f"{whose} lacks what visits need: access:servers!user={owner}.")
         raise SetupError(
             f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
             "second service this scope alone, restart the hub, and put that service's token into "
@@ -2331,7 +2455,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused("list its users", reply)
+            raise HubRefused(f"list its {things(isinstance(hub, OwnServers))}", reply)
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
@@ -2399,6 +2523,8 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
 
     After a lost answer, and after a 500, since the hub may have made part of the batch, one has to look: see Claims.
     """
+    if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
+        return wanted
     claims.ask(wanted)
     reply = hub.create(wanted)
     _end_if_stopped(hub, reply)
@@ -2995,7 +3121,7 @@ def come(person: Visitor, site: Site) -> Iterator[Event | float]:
     """
     session = site.hub.session
     site.states[person.name] = ServerState.READY  # from now on something may be running
-    reply, asked = _ask_until_taken(person, site)
+    reply, asked = _ask_for_server(person, site)
     if reply.status:
         yield asked
     end = _follow(person, reply, site)
@@ -3008,6 +3134,32 @@ def come(person: Visitor, site: Site) -> Iterator[Event | float]:
     ready = dataclasses.replace(asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message)
     yield dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0)
     yield ended_s
+
+
+def _ask_for_server(person: Visitor, site: Site) -> tuple[Reply, Event]:
+    """As `_ask_until_taken`; a named server of one's own is claimed. Raises `CutShort` when no more are allowed."""
+    if not isinstance(site.hub, OwnServers):
+        return _ask_until_taken(person, site)
+    site.claims.ask([person.name])
+    reply, asked = _ask_until_taken(person, site)
+    limit = named_server_limit(reply)
+    if limit is not None:
+        site.claims.settle([person.name], [])
+        raise CutShort(too_many(limit, site.plan.count))
+    if reply.status in (201, 202, 429):
+        site.claims.settle([person.name], [person.name])
+    return reply, asked
+
+
+def too_many(limit: int, count: int) -> str:
+    """Why so many named servers cannot be started, and what to do."""
+    if not limit:
+        return "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
+    wanted = f", and this run is to start {count}" if count else ""
+    return (
+        f"the hub allows each user {limit} named servers, your others included{wanted}: start fewer, remove some of "
+        "yours, or have an admin raise named_server_limit_per_user"
+    )
 
 
 def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
@@ -3498,9 +3650,10 @@ def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
     return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.act})
 
 
-def title_of(name: str) -> str:
+def title_of(name: str, own_servers: bool = False) -> str:
     """An operation's title; one of the operator's own is its name."""
-    return STEPS[name].title if name in STEPS else name
+    title = STEPS[name].title if name in STEPS else name
+    return title.replace("user", "server") if own_servers else title
 
 
 def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) -> Walk:
@@ -3620,7 +3773,7 @@ def remove_users(
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     to_do = dict(left)
-    with Progress("removing users", len(left)) as progress:
+    with Progress(f"removing {things(isinstance(hub, OwnServers))}", len(left)) as progress:
         while True:
             before = len(left)
             let_go(to_do, hub, record, concurrency, gone, lambda: progress.tell(len(gone)))
@@ -4208,7 +4361,7 @@ class Run:
         for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
             closing.enter_context(listener)
             self.record.listen(listener)
-        self.hub = check_hub(plan.endpoint or "", self.session, plan.command)
+        self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
         check_visits(self.hub, plan)
         self.existing = self._look()
         watched = plan.command != PURGE and not plan.dry_run
@@ -4241,8 +4394,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted_by is not None:
-            remain = f"{len(set(self.claims.ours) - self.gone)} users"
-            leave_at_once(number, remain, purge_command(self.plan.run))
+            remain = f"{len(set(self.claims.ours) - self.gone)} {things(self.plan.own_servers)}"
+            leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
         self.interrupted_by = number
         LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
         self.session.stop()
@@ -4263,7 +4416,8 @@ class Run:
     def announce(self, what: str) -> None:
         """Say what begins."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
-        LOG.info("%s, on %s, as %s. Ctrl-C stops and cleans up.", what, self.hub.endpoint, names)
+        owner = f" of {self.hub.owner_of('')}" if self.plan.own_servers else ""
+        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, self.hub.endpoint, names, owner)
 
     @timeit
     def make_users(self, count: int, batch_size: int) -> list[str]:
@@ -4330,7 +4484,7 @@ class Run:
         if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
-            LOG.info("Cleaning up %d users", len(ours))
+            LOG.info("Cleaning up %d %s", len(ours), things(self.plan.own_servers))
             session, unsure = self.session.for_cleaning_up(), self.claims.unconfirmed.copy()
             states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
@@ -4391,7 +4545,9 @@ def activity(run: Run) -> None:
 
 def purge(run: Run) -> None:
     """Remove the users that earlier runs left behind."""
-    LOG.info("Found %d users to remove", len(run.existing))
+    LOG.info("Found %d %s to remove", len(run.existing), things(run.plan.own_servers))
+    if run.plan.own_servers and run.hub.version.startswith(("1.", "2.")):
+        LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     states = {user["name"]: server_state(user) for user in run.existing}
     if states:
         run.remove(states, functools.partial(is_test_user, run=run.plan.run), run.session)
@@ -4628,6 +4784,9 @@ class Servers:
     throttling_began_s: float | None
     slowest: list[Slow]
     usual_message: str  # what the hub said of every server that it said anything of; "" when it told them apart
+    removed: int = 0  # with --own-servers, like the next two; else the users say it
+    kept: int = 0
+    left_behind: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4735,6 +4894,18 @@ class Results:
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     exit_code: int = 0
 
+    @property
+    def own_servers(self) -> bool:
+        """Whether servers, and not users, were made and removed."""
+        return bool(self.options.get("own_servers"))
+
+    @property
+    def cleaned(self) -> CleanUp:
+        """What became of them."""
+        if self.own_servers and (servers := self.servers):
+            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept)
+        return CleanUp(self.users.deleted, tuple(self.users.left_behind), self.users.kept)
+
 
 def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
     """The path of each number in records of this type, with NAME for any key of a mapping, behind a dot."""
@@ -4797,15 +4968,20 @@ def results_of(run: Run) -> Results:
     plan, left = run.plan, list(run.cleaned.left)
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     servers = servers_of(run.record.people, plan.count, cut_short) if plan.command == STRESS else None
+    if plan.own_servers:
+        servers = servers or servers_of({}, 0, cut_short)
+        servers = dataclasses.replace(
+            servers, removed=run.cleaned.deleted, kept=run.cleaned.kept, left_behind=run.cleaned.left
+        )
     snapshots = run.monitor.snapshots
     restarts = sum(map(restarted, snapshots, snapshots[1:]))
     people = people_of(run.record.people, plan.count, cut_short) if plan.opens else None
     if people:
         failed, tried = people.failed, plan.count
-    elif servers:
-        failed, tried = servers.failed + servers.lost, plan.count
     elif plan.command == PURGE:
         failed, tried = len(left), len(run.existing)
+    elif servers:
+        failed, tried = servers.failed + servers.lost, plan.count
     else:
         mix = plan.mix or DEFAULT_MIX
         failed, tried = run.record.failures(mix), run.record.count(mix)
@@ -4822,7 +4998,9 @@ def results_of(run: Run) -> Results:
         finished=utc(datetime.now(timezone.utc)),
         duration_s=run.session.clock() - run.began_s,
         options=plan.options(),
-        users=Users(0 if plan.command == PURGE else made, run.cleaned.deleted, run.cleaned.kept, left),
+        users=Users(0, 0, 0, [])
+        if plan.own_servers
+        else Users(0 if plan.command == PURGE else made, run.cleaned.deleted, run.cleaned.kept, left),
         failed=failed,
         failed_rate=failed / tried if tried else None,
         servers=servers,
@@ -5191,7 +5369,8 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
     if Kind.LATE in kinds:
         yield "some servers were still starting: see the hub's log and the spawner's events, or raise --server-timeout"
     elif servers and servers.failures:
-        yield "see the hub's log for the users named above; on Kubernetes, the events of their pods"
+        named = things(results.own_servers)
+        yield f"see the hub's log for the {named} named above; on Kubernetes, the events of their pods"
     if Kind.LOST in kinds:
         yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
     if Kind.ROUTE in kinds:
@@ -5247,7 +5426,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
             "no request was sent; this is what would be done, on a hub where every server is ready at once",
         )
     if results.command == PURGE:
-        return word, f"{results.users.deleted} users removed"
+        return word, f"{results.cleaned.deleted} {things(results.own_servers)} removed"
     if people := results.people:
         later = people.failed + people.at_work - people.expected
         afterwards = f"; {later} failed afterwards" if later else ""
@@ -5312,7 +5491,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *(("baseline", difference) for difference in differences),
         ("hub", f"{results.hub.version} at {results.hub.endpoint}"),
         *_server_facts(results),
-        *_errors(results.operations),
+        *_errors(results.operations, results.own_servers),
         ("requests", f"{http.requests:,}{' to the hub' if http.servers else ''}, of which {monitoring}"),
         *_server_requests(http.servers),
         ("duration", duration_text(results.duration_s)),
@@ -5370,7 +5549,7 @@ def _value_text(judged: Judgement, results: Results | None = None) -> str:
 
 def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
     servers, options = results.servers, results.options
-    if not servers:
+    if not servers or results.command == PURGE:
         return
     throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
     since = f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
@@ -5418,11 +5597,11 @@ def _why_slow(server: Slow, servers: Servers) -> str:
     return ": " + ", ".join(reasons) if reasons else ""
 
 
-def _errors(operations: Mapping[str, Operation]) -> Iterator[tuple[str, str]]:
+def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[tuple[str, str]]:
     for name in in_order(operations):
         if name not in (*PERSONAL, *OF_TABS):  # which are told of the people, the servers and the tabs
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
-                yield "errors", f"{title_of(name)}: {number} × {reason}"
+                yield "errors", f"{title_of(name, own_servers)}: {number} × {reason}"
 
 
 def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
@@ -5448,15 +5627,16 @@ def _lag_text(seconds: float) -> str:
 
 
 def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
-    users, remedy = results.users, purge_command(results.options["run"])
-    if users.kept:
-        yield "cleanup", f"{users.kept} users kept, as asked; remove them with: {remedy}"
-    elif users.left_behind:
-        yield "cleanup", f"{users.deleted} users deleted; {len(users.left_behind)} ARE STILL THERE:"
-        yield "cleanup", names_text(users.left_behind)
+    cleaned, remedy = results.cleaned, purge_command(results.options["run"], results.own_servers)
+    done = f"{cleaned.deleted} {'servers removed' if results.own_servers else 'users deleted'}"
+    if cleaned.kept:
+        yield "cleanup", f"{cleaned.kept} {things(results.own_servers)} kept, as asked; remove them with: {remedy}"
+    elif cleaned.left:
+        yield "cleanup", f"{done}; {len(cleaned.left)} ARE STILL THERE:"
+        yield "cleanup", names_text(cleaned.left)
         yield "cleanup", f"remove them with: {remedy}"
     else:
-        yield "cleanup", f"{users.deleted} users deleted, none left"
+        yield "cleanup", f"{done}, none left"
 
 
 def _whose(name: str) -> str:
@@ -5516,12 +5696,12 @@ def in_order(operations: Collection[str]) -> list[str]:
     return [name for name in [*STEPS, *sorted(set(operations) - set(STEPS))] if name in operations]
 
 
-def latency_section(operations: Mapping[str, Operation]) -> Section:
+def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
     """A row for each operation, with a dash where too few succeeded for a statistic."""
     columns = ("mean", "p50", "p95", "p99", "max")
     rows = [
         (
-            title_of(name),
+            title_of(name, own_servers),
             str(operations[name].count),
             str(operations[name].failed),
             *(duration_text(operations[name].enough(column)) for column in columns),
@@ -5567,7 +5747,7 @@ def comparison_section(baseline: Json, results: Results) -> Section:
         if name in baseline.get("operations", {}):
             old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, now))
             cells = (comparison(baseline, now, f"{name}.{column}") for column in columns)
-            rows.append((title_of(name), *cells, f"{old:g}→{new:g}"))
+            rows.append((title_of(name, results.own_servers), *cells, f"{old:g}→{new:g}"))
     before = (baseline.get("capacity") or {}).get("rate_per_s")
     after = results.capacity and results.capacity.rate_per_s
     if before and after:
@@ -5596,7 +5776,7 @@ def render_summary(results: Results, baseline: Json | None = None, *, colour: bo
         sections.append(capacity_section(results.capacity))
         sections += [interval_section(results.capacity)] if results.capacity.activity_intervals else []
     if not results.options["dry_run"] and results.operations:
-        sections.append(latency_section(results.operations))
+        sections.append(latency_section(results.operations, results.own_servers))
     if baseline:
         sections.append(comparison_section(baseline, results))
     page = textwrap.wrap(f"{word}: {sentence}", width, subsequent_indent="  ", **_UNBROKEN)
@@ -5771,7 +5951,7 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
         _plot_servers(page, timeline.servers, timeline.load_ended_s or 0.0)
     _plot_watch(page, results)
     if results.operations:
-        page.section(latency_section(results.operations))
+        page.section(latency_section(results.operations, results.own_servers))
     for name in in_order(results.operations):
         old = ((baseline or {}).get("timeline") or {}).get("operations", {}).get(name)
         if sum(timeline.operations[name].often) >= ENOUGH_TO_PLOT:
@@ -5922,7 +6102,7 @@ def _failed_marks(seen: OperationTimeline) -> list[Trace]:
 
 def _plot_operation(page: Page, name: str, results: Results, seen: OperationTimeline, old: Json | None) -> None:
     """Latency over time, and how often each latency came, with its percentiles; the baseline's in grey."""
-    page.add("h3", title_of(name))
+    page.add("h3", title_of(name, results.own_servers))
     page.open('<div class="pair">')
     lines = (("p50", seen.p50_s, BLUE), ("p95", seen.p95_s, AMBER), ("max", seen.max_s, RED))
     traces = [_line(one, seen.at_s, milliseconds(values), colour) for one, values, colour in lines]
@@ -6447,11 +6627,11 @@ if locust_is_loading():
         """What the users of one process share in one test: the hub, the names, and who has to be deleted at its end."""
 
         def __init__(self, environment: Any, worker: int) -> None:
-            plan = locust_plan(environment)
+            plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
             self.run = f"{plan.run}-{worker}"
             self.session = get_session(plan.token or "", pool_maxsize=1000)
             self._cutting = gevent.spawn(self._cut_streams)
-            hub = check_hub(plan.endpoint or "", self.session, plan.command)
+            hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
             check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self.site = Site(hub, plan, Recorder(self._report))
@@ -6511,7 +6691,8 @@ if locust_is_loading():
         """While a test cleans up, another signal leaves at once, saying how to remove the rest."""
 
         def leave(number: int, _: FrameType | None) -> None:
-            leave_at_once(number, f"{len(shared.claims.ours)} users", purge_command(shared.run))
+            own = shared.site.plan.own_servers
+            leave_at_once(number, f"{len(shared.claims.ours)} {things(own)}", purge_command(shared.run, own))
 
         before = {number: signal.signal(number, leave) for number in SIGNALS}
         try:
@@ -6539,6 +6720,8 @@ if locust_is_loading():
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
         given["fail_if"] = given.get("fail_if") or (FAILED,)  # nothing here sees what is left afterwards
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
+        if given.get("own_servers") and not all(issubclass(kind, Person) for kind in environment.user_classes):
+            raise UsageError("--hub-own-servers is for a Person alone: name that class at the end of the command line")
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
@@ -6659,7 +6842,8 @@ if locust_is_loading():
     def _check(environment: Any) -> None:
         """Whether the hub accepts the token for what the user classes will do; else raises `HubStressError`."""
         plan = locust_plan(environment)
-        check_visits(check_hub(plan.endpoint or "", get_session(plan.token or ""), plan.command), plan)
+        session = get_session(plan.token or "")
+        check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
 
     def _start(environment: Any, **_: Any) -> None:
         environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False
@@ -6669,7 +6853,8 @@ if locust_is_loading():
                 _check(environment)
             else:
                 environment.hub_site = shared = LocustSite(environment, getattr(runner, "worker_index", 0))
-                SAY.info("Users of this process are called %s", username(0, shared.run)[:-1] + "<n>")
+                what = things(shared.site.plan.own_servers).capitalize()
+                SAY.info("%s of this process are called %s", what, username(0, shared.run)[:-1] + "<n>")
         except HubStressError as error:
             SAY.error("%s", error)
             environment.hub_failed = True
@@ -6710,10 +6895,10 @@ if locust_is_loading():
             return
         runner.stop()
         reports = [told for told in environment.hub_reports.values() if told]
-        left = [name for told in reports for name in told["left"]]
+        left, own = [name for told in reports for name in told["left"]], environment.parsed_options.hub_own_servers
         for told in reports:
             if told["left"]:
-                SAY.error("STILL THERE: %s; %s", names_text(told["left"]), purge_command(told["run"]))
+                SAY.error("STILL THERE: %s; %s", names_text(told["left"]), purge_command(told["run"], own))
         if not environment.process_exit_code:
             environment.process_exit_code = _judge(environment, reports, left)
 
@@ -6727,8 +6912,10 @@ if locust_is_loading():
         )
         for client in lost:
             run = f"{plan.run}-{runner.get_worker_index(client)}"
-            SAY.error("A worker is gone, and what it made may still be there: %s", purge_command(run))
-        SAY.info("%d users deleted, %s left", sum(told["deleted"] for told in reports), len(left) or "none")
+            remedy = purge_command(run, plan.own_servers)
+            SAY.error("A worker is gone, and what it made may still be there: %s", remedy)
+        done, what = sum(told["deleted"] for told in reports), things(plan.own_servers)
+        SAY.info("%d %s %s, %s left", done, what, "removed" if plan.own_servers else "deleted", len(left) or "none")
         throttled = sum(told["throttled"] for told in reports)
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         found = locust_results(runner.stats.entries.values(), load, throttled)

@@ -171,6 +171,22 @@ def test_a_person_comes_as_often_as_told_with_a_new_user_each_time(locust: Locus
     assert "4 users deleted, none left" in said and slow_hub.users().keys() == THEIRS
 
 
+def test_people_without_admin_rights_come_to_servers_of_their_own_until_the_hub_allows_no_more(
+    locust: Locust, make_hub: Callable[..., LocalHub]
+) -> None:
+    hub = make_hub(owner="carol", named_servers=3, spawn_s=0.3)
+    words = ("-r", "5", "-t", "7s", "--hub-stay", "3s", "--hub-own-servers")
+    code, said = locust.run("-u", "3", *words, "Person", env=hub.environment)
+    assert code == 0 and rows(said)["server_ready"] == rows(said)["delete_user"] == (3, 0)
+    assert "3 servers removed, none left" in said and "create_users" not in said
+    code, said = locust.run("-u", "5", *words, "Person", env=hub.environment, name="more")
+    assert code == 1 and rows(said)["server_ready"] == (3, 0) and "the hub allows each user 3 named servers" in said
+    code, said = locust.run("-u", "1", *words, env=hub.environment, name="both")
+    assert code == 2 and "--hub-own-servers is for a Person alone" in said
+    _, carol = hub.call("GET", "/users/carol?include_stopped_servers=1")
+    assert not carol["servers"].keys() - {""}
+
+
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
     "a wrong token": ((), {"JUPYTERHUB_API_TOKEN": "5ca1ab1e"}, 3, "refuses the token"),
     "no hub": (("--hub-endpoint", "http://127.0.0.1:1/hub/api"), {}, 3, "Nothing answers"),

@@ -260,6 +260,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "profile": ("small", "small"),
     "server_timeout_s": ("2m", 120.0),
     "fail_fast": ("3", 3),
+    "own_servers": (None, True),
     "rate_per_s": ("2.5", 2.5),
     "hold_s": ("4s", 4.0),
     "workers": ("20", 20),

@@ -1,0 +1,326 @@
+"""Without admin rights: named servers of one's own, on hubs of four versions, beside others of the same owner's."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import signal
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_proxy import Answer, AnswerAfter, Fault, FaultProxy, ResetAfter, ResetBefore, first, matching
+from localhub import LocalHub
+from test_faults import (
+    BAD_GATEWAY,
+    HTML,
+    LIMIT,
+    NO_BACKEND,
+    ONCE,
+    RETRIES,
+    SEED,
+    SIGNALS,
+    FromThenOn,
+    Match,
+    Record,
+    note,
+    once_in,
+    read_up_to,
+    refused,
+    rows_of,
+)
+from tool import Outcome, Running, row, run_for_results, run_tool, start_tool, wait_until
+
+VERSIONS = [None, "4.1.6", "2.3.1", "1.5.1"]
+NEWEST_AND_OLDEST = [None, "1.5.1"]  # which list servers that are stopped, and which do not
+ALLOWED = 20
+THEIR_SERVERS = ["my-notebook", "hub-stress-tester", "hub-stress-test-x"]  # the last one is stopped
+WORDS = ["stress-test", "--own-servers", "--count", "12", "--batch-size", "4"]
+PURGE = ["purge", "--own-servers"]
+
+
+class Carol:
+    """A hub's user without admin rights, whose default server and some named ones are none of the tool's business."""
+
+    def __init__(self, hub: LocalHub) -> None:
+        self.hub = hub
+        for path in ("server", *(f"servers/{name}" for name in THEIR_SERVERS)):
+            assert hub.call("POST", f"/users/carol/{path}")[0] in (201, 202)
+        wait_until(lambda: sum(one["ready"] for one in self.running().values()) == 4)
+        hub.call("DELETE", f"/users/carol/servers/{THEIR_SERVERS[-1]}")
+        self._before = self._theirs()
+
+    def running(self) -> dict[str, dict[str, Any]]:
+        """What the hub says of her servers that are not stopped."""
+        servers: dict[str, dict[str, Any]] = self.hub.users()["carol"]["servers"]
+        return servers
+
+    def in_database(self) -> set[str]:
+        """Every named server that there is, also a stopped one, which hubs before 3.0 do not list."""
+        with contextlib.closing(sqlite3.connect(self.hub.options.database)) as database:
+            return {name for (name,) in database.execute("select name from spawners where name != ''")}
+
+    def ours(self) -> set[str]:
+        """The named servers that the tool made."""
+        return self.in_database() - set(THEIR_SERVERS)
+
+    def _theirs(self) -> Any:
+        theirs = {name: one for name, one in self.running().items() if name not in self.ours()}
+        return theirs, self.hub.users().keys(), self.in_database() & set(THEIR_SERVERS)
+
+    def check(self) -> None:
+        """Nothing of the tool's is there, and all of hers is as it was."""
+        assert not self.ours()
+        assert self._theirs() == self._before
+
+
+Make = Callable[..., LocalHub]
+
+
+@pytest.fixture
+def make_carol(make_hub: Make, tmp_path: Path) -> Callable[..., Carol]:
+    def make(**options: Any) -> Carol:
+        options = {"owner": "carol", "named_servers": ALLOWED, "slow_spawn_timeout_s": 0, "spawn_s": 0.2} | options
+        return Carol(make_hub(database=str(tmp_path / "hub.sqlite"), **options))
+
+    return make
+
+
+# ==== Runs ===========================================================================================================
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_servers_start_and_are_removed_beside_the_owners_others(
+    version: str | None, make_carol: Callable[..., Carol], tmp_path: Path
+) -> None:
+    """All of them, then with some that fail, then more than the hub allows."""
+    carol = make_carol(version=version)
+    done, found = run_for_results(tmp_path / "all.json", *WORDS, hub=carol.hub)
+    carol.check()
+    assert done.code == 0 and "12 of 12 servers became ready" in done.summary
+    assert "12 servers removed, none left" in done.summary and "user" not in done.stdout
+    assert found["users"] == {"created": 0, "deleted": 0, "kept": 0, "left_behind": []}
+    servers = found["servers"]
+    assert (servers["removed"], servers["kept"], servers["left_behind"]) == (12, 0, [])
+    assert row(done.stdout, "start request") == row(done.stdout, "delete server") == ["12", "0"]
+    assert row(done.stdout, "ping")[1] == "0"
+    assert ("the token lacks the scope read:metrics" in done.summary) == (version != "1.5.1")
+
+    done = run_tool(*WORDS, "--profile", '{"fail_rate": 0.4}', hub=carol.hub)
+    carol.check()
+    assert done.code == 1 and re.search("[45] × no node has 4 GB of memory free", done.summary)
+    assert "12 servers removed, none left" in done.summary and "answered 403" not in done.summary
+
+    done, found = run_for_results(tmp_path / "more.json", *WORDS[:-3], "25", hub=carol.hub)
+    carol.check()
+    assert done.code == 1 and found["http"]["retries"] == 0 and found["operations"]["start_server"]["failed"] == 0
+    assert (
+        "the hub allows each user 20 named servers, your others included, and this run is to start 25:" in done.summary
+    )
+    assert f"{ALLOWED - len(THEIR_SERVERS)} servers removed, none left" in done.summary
+
+
+@pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
+def test_a_hub_without_named_servers_is_told_at_the_first_refusal(version: str | None, make_hub: Make) -> None:
+    hub = make_hub(version=version, owner="carol")
+    done = run_tool(*WORDS, hub=hub)
+    assert done.code == 1 and "the hub allows no named servers" in done.summary
+    assert "0 of 12 servers became ready" in done.summary and "0 servers removed, none left" in done.summary
+    assert not hub.users()["carol"]["servers"]
+
+
+@pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
+def test_people_work_behind_a_real_proxy_with_their_owners_token_and_leave(
+    version: str | None, make_carol: Callable[..., Carol], tmp_path: Path
+) -> None:
+    carol = make_carol(version=version, real_proxy=True, stub_labs=True)
+    words = ("--within", "1s", "--work", "--think", "0.2s", "--stay", "1s", "--run", "class")
+    done, found = run_for_results(tmp_path / "x.json", *WORDS, *words, hub=carol.hub)
+    carol.check()
+    assert done.code == 0, done
+    assert found["people"]["at_work"] == 12 and not found["people"]["failed"]
+    assert found["operations"]["stay"]["count"] == found["servers"]["removed"] == 12
+    truth = carol.hub.truth()
+    assert (truth["servers"], truth["kernels"], truth["open_websockets"]) == (3, 0, 0)  # hers
+
+
+def test_kept_servers_run_until_a_purge_removes_those_of_its_run(make_carol: Callable[..., Carol]) -> None:
+    carol = make_carol()
+    kept = {f"hub-stress-test-{run}{n}" for run in ("", "a-") for n in range(1, 4)}
+    for run in ([], ["--run", "a"]):
+        done = run_tool(*WORDS[:-3], "3", "--keep", *run, hub=carol.hub)
+        remedy = " ".join(["hub-stress-test purge --own-servers", *run])
+        assert f"3 servers kept, as asked; remove them with: {remedy}" in done.summary
+    assert carol.ours() == kept and all(carol.running()[name]["ready"] for name in kept)
+    assert run_tool(*WORDS[:-3], "2", hub=carol.hub).code == 0  # which takes other names
+    assert carol.ours() == kept
+    done = run_tool(*PURGE, "--run", "a", hub=carol.hub)
+    assert done.code == 0 and done.summary.startswith("PASSED: 3 servers removed")
+    carol.hub.call("DELETE", "/users/carol/servers/hub-stress-test-1")  # stopped, and still there
+    assert len(carol.ours()) == 3
+    assert "3 servers removed, none left" in run_tool(*PURGE, hub=carol.hub).summary
+    carol.check()
+
+
+def test_servers_that_cannot_be_removed_are_named_with_the_command_that_removes_them(
+    make_carol: Callable[..., Carol], tmp_path: Path
+) -> None:
+    carol = make_carol(version="2.3.1")  # which does not list them
+    with FaultProxy(carol.hub.endpoint) as proxy:
+        locked = Answer(500, b'{"message": "database is locked"}')
+        proxy.rule = lambda one: locked if one.body == b'{"remove": true}' and one.path.endswith(("-2", "-3")) else None
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        words = ("--run", "ci", "--cleanup-timeout", "3s")
+        done, found = run_for_results(tmp_path / "x.json", *WORDS, *words, hub=carol.hub, env=env)
+    left = {"hub-stress-test-ci-2", "hub-stress-test-ci-3"}
+    assert done.code == 4 and carol.ours() == left == set(found["servers"]["left_behind"])
+    assert "10 servers removed; 2 ARE STILL THERE: hub-stress-test-ci-2 hub-stress-test-ci-3" in done.summary
+    assert "remove them with: hub-stress-test purge --own-servers --run ci" in done.summary
+
+
+# ==== Tokens =========================================================================================================
+
+
+def test_a_token_is_good_that_may_use_its_owners_servers(make_hub: Make) -> None:
+    hub = make_hub(owner="carol", named_servers=3)
+
+    def run(*words: str, scopes: Sequence[str] = (), token: str = "") -> Outcome:
+        """The tool with a token of carol's that has these scopes alone."""
+        given = {"scopes": [f"{scope}!user=carol" for scope in scopes]}
+        token = token or hub.call("POST", "/users/carol/tokens", given)[1]["token"]
+        done = run_tool(*words, hub=hub, env={"JUPYTERHUB_API_TOKEN": token})
+        assert not hub.users()["carol"]["servers"]
+        return done
+
+    own = ("stress-test", "--own-servers", "--count", "2")
+    assert run(*own, scopes=["servers"]).code == run(*PURGE, scopes=["delete:servers", "read:servers"]).code == 0
+    for done, why in (
+        (run(*own, scopes=["read:servers"]), "--own-servers needs: delete:servers!user=carol, servers!user=carol. Put"),
+        (run(*own, "--visit", scopes=["servers"]), "The token lacks what visits need: access:servers!user=carol."),
+        (run(*own, token=hub.token), "belongs to the service hub-stress-test, which has no servers of its own"),
+        (run(*own, token="0123456789"), "refuses the token"),
+        (run("stress-test", token=hub.owner_token), "test with servers of your own: --own-servers"),
+    ):
+        assert done.code == 3 and why in done.stderr, done
+    assert hub.endpoint.removesuffix("/api") + "/token" in run(*own, token=hub.token).stderr
+    old = make_hub(version="1.5.1", owner="carol")
+    assert "test with servers of your own: --own-servers" in run_tool("stress-test", hub=old).stderr
+    assert "--own-servers" not in run_tool("activity-stress-test", hub=old).stderr
+
+
+def test_a_dry_run_shows_what_would_be_done() -> None:
+    done = run_tool("--dry-run", *WORDS)
+    assert done.code == 0 and "12 servers removed, none left" in done.summary
+
+
+# ==== Faults and signals =============================================================================================
+
+PHASES: dict[str, Match] = {
+    "starting": matching("POST", "/servers/"),
+    "stopping": lambda request: request.method == "DELETE" and not request.body,
+    "removing": lambda request: request.method == "DELETE" and b"remove" in request.body,
+}
+FEW = ["stress-test", "--own-servers", "--count", "6", "--batch-size", "3", "--server-timeout", "8s"]
+
+
+def start_through(proxy: FaultProxy, carol: Carol) -> Running:
+    return start_tool(*FEW, hub=carol.hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+
+
+def expected(phase: str, fault: Fault, reason: str, retried: bool) -> tuple[int, str]:
+    """The exit code after a fault that comes once in a phase, and what the run says of it."""
+    if phase in ("stopping", "removing"):
+        return 0, rf"{'stop request' if phase == 'stopping' else 'delete server'}: 1 × {reason}"
+    if fault is LIMIT:
+        return 0, "1 throttled"
+    if isinstance(fault, AnswerAfter):
+        return 0, rf"start request: 1 × {reason}|{RETRIES}"
+    return (0, RETRIES) if retried else (1, f"1 × the hub answered the start with {reason}")
+
+
+def check_run(carol: Carol, done: Outcome, codes: set[int], why: str, record: Record, row: tuple[str, str]) -> None:
+    carol.check()
+    note(record, row, done, 0, 0.0, why)
+    assert done.code in codes, done
+    assert rows_of(done, "cleanup").endswith("servers removed, none left"), done
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
+def test_whatever_comes_once_in_a_phase_leaves_nothing(
+    version: str | None, phase: str, make_carol: Callable[..., Carol], record_property: Record
+) -> None:
+    carol = make_carol(version=version)
+    for name, (fault, reason, retried) in ONCE.items():
+        once = once_in("deleting" if phase == "removing" else phase, fault)
+        with FaultProxy(carol.hub.endpoint) as proxy:
+            proxy.rule = first(1, PHASES[phase], once)
+            with start_through(proxy, carol) as run:
+                done = run.outcome()
+            assert sum(entry.fault is not None for entry in proxy.requests) == 1
+        code, why = expected(phase, once, reason, retried)
+        check_run(carol, done, {code}, why, record_property, (f"own servers: {name}, hub {version or 'newest'}", phase))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
+def test_a_hub_that_is_away_for_a_while_has_nothing_left(
+    version: str | None, phase: str, make_carol: Callable[..., Carol], record_property: Record
+) -> None:
+    carol = make_carol(version=version)
+    acted = AnswerAfter(502, b"<html>", HTML)
+    for name, rule in (
+        ("502 pages for 4 s", FromThenOn(PHASES[phase], BAD_GATEWAY, 4, at_first=acted)),
+        ("404 pages for 4 s", FromThenOn(PHASES[phase], NO_BACKEND, 4)),
+        ("resets for 4 s", FromThenOn(PHASES[phase], ResetBefore(), 4, at_first=ResetAfter())),
+    ):
+        with FaultProxy(carol.hub.endpoint) as proxy:
+            proxy.rule = rule
+            with start_through(proxy, carol) as run:
+                done = run.outcome()
+            assert rule.begun
+        why = rf"{refused(502)}|{refused(404)}|connection reset|{RETRIES}"
+        row = (f"own servers: {name}, hub {version or 'newest'}", phase)
+        check_run(carol, done, {0, 1}, why, record_property, row)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("version", VERSIONS)
+def test_signals_at_twenty_random_moments_leave_nothing(
+    version: str | None, make_carol: Callable[..., Carol], record_property: Record
+) -> None:
+    rng = random.Random(f"{SEED} {version}")
+    carol = make_carol(version=version, stop_s=0.1, slow_spawn_timeout_s=rng.choice([0, 10]))
+    codes = set()
+    for number, code in [*SIGNALS.values()] * 10:
+        with FaultProxy(carol.hub.endpoint) as proxy, start_through(proxy, carol) as run:
+            strike = threading.Timer(rng.uniform(0, 1.6), run.send_signal, [number])
+            proxy.rule = FromThenOn(PHASES["starting"], act=strike.start)
+            done = run.outcome()
+        codes.add(done.code)
+        carol.check()
+        assert done.code in (code, 0) and rows_of(done, "cleanup").endswith("servers removed, none left"), done
+    row = (f"own servers: 20 signals, hub {version or 'newest'}", "random", "/".join(map(str, sorted(codes))))
+    record_property("fault", (*row, 0, "", "yes"))
+    assert {130, 143} <= codes
+
+
+@pytest.mark.faults
+def test_a_second_signal_leaves_at_once_and_names_the_command(make_carol: Callable[..., Carol]) -> None:
+    carol = make_carol(stop_s=5)
+    with start_tool(*WORDS, "--hold", "60s", hub=carol.hub) as run:
+        read_up_to("Holding", run)
+        run.send_signal(signal.SIGINT)
+        wait_until(lambda: any(one["pending"] == "stop" for one in carol.running().values()))
+        run.send_signal(signal.SIGINT)
+        done = run.outcome(30)
+    assert (done.code, done.stdout) == (130, "")
+    assert "up to 12 servers remain on the hub. Remove them with: hub-stress-test purge --own-servers" in done.stderr
+    assert run_tool(*PURGE, hub=carol.hub).code == 0
+    carol.check()
