@@ -5687,7 +5687,7 @@ def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
             whose, now = _whose(name), f"({files.before:.0f}, now {files.after:.0f})"
             keeps = ", and drew as many error pages for the proxy, which keeps these connections open"
             ready = ": possibly connections that the proxy keeps ready for reuse; other people's traffic counts too"
-            why_not = keeps if as_many >= number else ready
+            why_not = keeps if as_many >= PROOF_SHARE * number else ready
             yield "aftermath", f"{whose} has {number:.0f} open files more than before {now}{why_not}"
 
 
