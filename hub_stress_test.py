@@ -5032,7 +5032,8 @@ def results_of(run: Run) -> Results:
         ),
     )
     data = as_json(found)
-    judged = [] if run.capacity else [one.judge(data, plan.baseline) for one in plan.conditions]
+    conditions = [one for one in plan.conditions if found.aftermath or one is not LEAKING]  # the default: it is told
+    judged = [] if run.capacity else [one.judge(data, plan.baseline) for one in conditions]
     unfound = run.capacity is not None and run.capacity.rate_per_s is None
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
     bad = unfound or any(one.held for one in judged)

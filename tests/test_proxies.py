@@ -119,3 +119,14 @@ def test_a_tab_of_lab_4_6_soon_asks_for_its_kernel_alone(tmp_path: Path) -> None
     operations = found["operations"]
     assert operations["tab_websocket"]["count"] >= 8 and operations["tab_poll"]["count"] >= 2
     assert set(operations["tab_poll"]["errors"]) <= {"424", "503"}  # through a redirect to the hub, and of its route
+
+
+def test_tabs_are_left_open_on_a_hub_that_hides_its_figures_and_nothing_is_said_to_be_proven(tmp_path: Path) -> None:
+    scopes = tuple(scope for scope in ROLE_SCOPES if scope != "read:metrics")
+    words = ["-c", "2", "--leave-open", "1", "--settle", "4s"]
+    with LocalHub(real_proxy=True, proxy_version="4.6.3", stub_labs=True, scopes=scopes) as hub:
+        done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=hub)
+        asked, _ = run_for_results(tmp_path / "r", "stress-test", *words, "--fail-if", "aftermath.leaking > 0", hub=hub)
+        assert not tool_users(hub)
+    assert done.code == 0 and found["aftermath"] is None and "nothing proves" in done.summary, done
+    assert asked.code == 1 and "it is not measured" in asked.summary, asked
