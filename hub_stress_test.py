@@ -4895,6 +4895,11 @@ class Results:
     exit_code: int = 0
 
     @property
+    def leaking(self) -> bool:
+        """Whether the proxy was shown to lose connections."""
+        return bool((self.aftermath or {}).get("leaking") or (self.proxy_check and self.proxy_check.leaking))
+
+    @property
     def own_servers(self) -> bool:
         """Whether servers, and not users, were made and removed."""
         return bool(self.options.get("own_servers"))
@@ -5378,7 +5383,7 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
     if Kind.WIRE in kinds:
         yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
-    if (results.aftermath or {}).get("leaking") or (results.proxy_check and results.proxy_check.leaking):
+    if results.leaking:
         yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; upgrade it"
     if Kind.KERNEL in kinds:
         yield "kernels ended: that is what a memory limit does; see the servers' logs, and their memory limit"
@@ -5432,7 +5437,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
         later = people.failed + people.at_work - people.expected
         afterwards = f"; {later} failed afterwards" if later else ""
         waited = _waited(results.operations.get("at_work"))
-        leaks = "; the proxy lost connections afterwards" if (results.aftermath or {}).get("leaking") else ""
+        leaks = "; the proxy lost connections afterwards" if results.leaking else ""
         return word, f"{people.at_work} of {people.expected} people got to work{afterwards}{waited}{leaks}"
     if servers:
         lost = f"; {servers.lost} {'was' if servers.lost == 1 else 'were'} lost while held" if servers.lost else ""
