@@ -434,6 +434,37 @@ def duration(text: str) -> float:
     return seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When the n-th (from 0) of many is due, in seconds since the first one, however slowly the hub answers.
+
+    Its stages follow each other: so many per second, for so many seconds. A fixed rate is a stage that need not end.
+    """
+
+    stages: tuple[tuple[float, float], ...]
+
+    @property
+    def count(self) -> int:
+        """How many are due before the end."""
+        return sum(_due_within(*stage) for stage in self.stages)
+
+    @property
+    def lasts_s(self) -> float:
+        return sum(for_s for _, for_s in self.stages)
+
+    def due_s(self, n: int) -> float:
+        began_s = 0.0
+        for rate_per_s, for_s in self.stages[:-1]:
+            if n < (number := _due_within(rate_per_s, for_s)):
+                return began_s + n / rate_per_s
+            began_s, n = began_s + for_s, n - number
+        return began_s + n / self.stages[-1][0]
+
+
+def _due_within(rate_per_s: float, for_s: float) -> int:
+    return math.ceil(rate_per_s * for_s - 1e-6)  # since 0.1 * 30 is a little more than 3
+
+
 def run_name(text: str) -> str:
     """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
     if not RUN_NAME.fullmatch(text) or len(text) > 40:
@@ -900,6 +931,11 @@ class Plan:
     def goal(self) -> str:
         """The step with which a person has what they came for."""
         return "at_work" if self.opens else "server_ready"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether people come when they are due, however slow the hub: the open model."""
+        return bool(self.rate_per_s or self.within_s)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -2119,31 +2155,6 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """A fixed schedule: the n-th (from 0) is due n / rate after the start, however slowly the hub answers."""
-
-    rate_per_s: float
-    started_s: float
-
-    def due_s(self, n: int) -> float:
-        return self.started_s + n / self.rate_per_s
-
-
-class Arrivals:
-    """So many people at random moments within a time, however slowly the hub answers; the same seed, the same moments.
-
-    Uniform moments are what a Poisson process looks like once one knows how many came.
-    """
-
-    def __init__(self, count: int, within_s: float, seed: int | None, started_s: float) -> None:
-        moments = random.Random(seed)
-        self._due_s = sorted(started_s + within_s * moments.random() for _ in range(count))
-
-    def due_s(self, n: int) -> float:
-        return self._due_s[n]
-
-
 class Gathering:
     """People who stay until the last of them has settled down, and for `hold_s` after that, which `title` names."""
 
@@ -2166,7 +2177,7 @@ class Gathering:
 class Driver:
     """Takes walks on in threads: decides which one begins when, and does what is due next.
 
-    Walks begin by a fixed schedule (open model), or, without a pace, as soon as there is place (closed model). At most
+    Walks begin when they are due (open model), or, without that, as soon as there is place (closed model). At most
     `limit` are in their first stretch at the same time; an open model that is short of places is late. A walk that
     waits needs no thread; `wake` lets it go on before its time. Those that wait for the end of a gathering go on when
     it breaks up, which needs all to have begun.
@@ -2176,13 +2187,13 @@ class Driver:
         self,
         session: HubSession,
         limit: int,
-        pace: Pace | Arrivals | None = None,
+        due_s: Callable[[int], float] | None = None,  # of the n-th
         until_s: float = math.inf,
         gatherings: Sequence[Gathering] = (),
         may_begin: Callable[[], bool] = lambda: True,
         threads: int = 0,  # at most; 0: as many as the limit
     ) -> None:
-        self._session, self._limit, self._pace, self._until_s = session, limit, pace, until_s
+        self._session, self._limit, self._due_at, self._until_s = session, limit, due_s, until_s
         self._gatherings, self._may_begin = gatherings, may_begin
         self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
@@ -2241,7 +2252,7 @@ class Driver:
         """When the next of so many walks is to begin; infinity when none is, or no place is free."""
         if self._all_begun(count, now_s) or self._beginning >= self._limit:
             return math.inf
-        return self._pace.due_s(self._begun) if self._pace else now_s
+        return self._due_at(self._begun) if self._due_at else now_s
 
     def _end(self, gathering: Gathering, now_s: float) -> None:
         """Once the moment to leave is known, nobody waits longer than that."""
@@ -2283,7 +2294,7 @@ class Driver:
                     if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
                         at_s = leave_s
                 self._wait(walk, 0.0 if walk in self._woken else at_s)
-            if at_s is not None or not self._pace or not self._acting or self._beginning == self._limit - 1:
+            if at_s is not None or not self._due_at or not self._acting or self._beginning == self._limit - 1:
                 self._changed.notify()
 
     def _wait(self, walk: Walk, at_s: float) -> None:
@@ -2320,8 +2331,8 @@ class Regularly:
             self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
-        pace = Pace(1 / self._period_s, time.monotonic())
-        for due_s in map(pace.due_s, itertools.count(1)):
+        began_s = time.monotonic()
+        for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
             if self._done.wait(max(0.0, due_s - time.monotonic())):
                 return
             if self._places.acquire(blocking=False):
@@ -3072,10 +3083,11 @@ class Site:
 
 @dataclasses.dataclass(eq=False)
 class Visitor:
-    """A person with a user of their own, who is due at a moment."""
+    """A person with a user of their own, who is due at a moment, and acts by a plan."""
 
     name: str
     due_s: float
+    plan: Plan
     wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
     number: int = 0  # among all, from 0
     since_s: float = 0.0  # when their last step ended
@@ -3087,7 +3099,7 @@ class Visitor:
 
     def leaves_s(self, site: Site) -> float:
         """When they leave: so long after they got to work, or when all do."""
-        return self.works_s + site.plan.stay_s if site.plan.stay_s else site.gathering.leave_s
+        return self.works_s + self.plan.stay_s if self.plan.stay_s else site.gathering.leave_s
 
     def go_home(self, site: Site) -> None:
         """Close what they have open."""
@@ -3164,7 +3176,7 @@ def too_many(limit: int, count: int) -> str:
 
 def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
     """The hub's answer other than 429, or its last 429 when time is up; and the event of the start request."""
-    session, plan = site.hub.session, site.plan
+    session, plan = site.hub.session, person.plan
     sent_s, until_s = session.clock(), person.due_s + plan.server_timeout_s
     refusals: list[float] = []
     backoff_s = 0.0
@@ -3196,7 +3208,7 @@ def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
 
 def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
     """What became of a start that was answered with `reply`."""
-    waited = f"after {duration_text(site.plan.server_timeout_s)}"
+    waited = f"after {duration_text(person.plan.server_timeout_s)}"
     if reply.status == 201:
         return Readiness(reply.answered_s)
     if reply.status == 429:
@@ -3208,7 +3220,7 @@ def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
         return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
     if reply.status in (401, 403):
         return Readiness(reason=Reason(Kind.REFUSED, f"the hub no longer accepts the token: {reply}"), running=False)
-    end = await_ready(person.name, site.hub, person.due_s + site.plan.server_timeout_s)
+    end = await_ready(person.name, site.hub, person.due_s + person.plan.server_timeout_s)
     if end.ready_at_s is not None or end.reason:
         return end
     if reply.status == 202 or reply.message == TIMED_OUT:
@@ -3272,7 +3284,7 @@ def without_name(text: str, user: str) -> str:
 def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort`."""
     ready_s, sent_s = person.since_s, site.hub.session.clock()
-    reply, reason, tries = yield from until_open(person, site, ready_s + site.plan.visit_timeout_s)
+    reply, reason, tries = yield from until_open(person, site, ready_s + person.plan.visit_timeout_s)
     ended_s = reply.answered_s if reason is None else site.hub.session.clock()
     message = reply.message if isinstance(reply.data, dict) else ""
     yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=message)
@@ -3325,7 +3337,7 @@ def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple
 
 def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Fetch what a browser fetched, in its order and over as many connections, up to the first failure."""
-    browser, recorded = person.browser, site.plan.page
+    browser, recorded = person.browser, person.plan.page
     if not browser or not recorded:
         return
     sent_s, bad = browser.clock(), list[tuple[Reason, str]]()
@@ -3353,7 +3365,7 @@ def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
 
 def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
-    browser, plan = person.browser, site.plan
+    browser, plan = person.browser, person.plan
     if not browser:
         return
     sent_s = browser.clock()
@@ -3389,13 +3401,13 @@ def run_cell(
     step: str, number: int, code: Code, person: Visitor, kernel: Kernel, site: Site, sent_s: float
 ) -> Generator[Event | float, None, Reason | None]:
     """Run one cell to its result; the step counts from `sent_s`, and fails after the cell time-out. Why it failed."""
-    clock, until_s = site.hub.session.clock, sent_s + site.plan.cell_timeout_s
+    clock, until_s = site.hub.session.clock, sent_s + person.plan.cell_timeout_s
     execution = kernel.execute(code.source)
     while execution.ended_s is None and not kernel.trouble and clock() < until_s:
         yield until_s
     reason = None
     if execution.ended_s is None:
-        reason = kernel.trouble or too_late(site.plan)
+        reason = kernel.trouble or too_late(person.plan)
     elif execution.error and not code.may_raise:
         reason = Reason(Kind.CELL, f"cell {number} raised {execution.error}")
     yield Event(step, person.name, sent_s, sent_s, execution.ended_s or clock(), reason)
@@ -3413,7 +3425,7 @@ def work(person: Visitor, site: Site) -> Iterator[Event | float]:
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    clock, plan, kernel, cells = site.hub.session.clock, site.plan, person.kernel, cells_of(site.plan)
+    clock, plan, kernel, cells = site.hub.session.clock, person.plan, person.kernel, cells_of(person.plan)
     if not kernel:
         return
     if not plan.notebook:
@@ -3453,7 +3465,7 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
         yield session.clock() + 1.0
     lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
     if not lost and person.browser:
-        _, lost, _ = yield from until_open(person, site, session.clock() + site.plan.visit_timeout_s)
+        _, lost, _ = yield from until_open(person, site, session.clock() + person.plan.visit_timeout_s)
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
 
 
@@ -3462,7 +3474,8 @@ def leave_tab_open(person: Visitor, site: Site) -> Iterator[Event | float]:
 
     They close `settle_s` after everybody has left. What the tab is answered is no failure of the person.
     """
-    clock, settle_s, way = site.hub.session.clock, site.plan.settle_s, way_out(person.number, site.plan.leave_open)
+    clock, settle_s, plan = site.hub.session.clock, person.plan.settle_s, person.plan
+    way = way_out(person.number, plan.leave_open)
     if way is WayOut.LOGS_OUT or not person.browser:
         return
     left_s = clock()
@@ -3512,7 +3525,7 @@ def keep_asking(person: Visitor, site: Site, closes_s: Callable[[], float]) -> I
     """What an open tab asks for once its server is gone, until it is closed."""
     clock, began_s, browser = site.hub.session.clock, site.hub.session.clock(), person.browser
     kernel_url = person.kernel_url or f"{person.url}api/kernels/{uuid.uuid4()}"
-    for after_s, what in tab_requests(site.plan.tab):
+    for after_s, what in tab_requests(person.plan.tab):
         while clock() < (due_s := min(began_s + after_s, closes_s())):
             yield due_s
         if not browser or clock() >= closes_s():
@@ -3664,7 +3677,7 @@ def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) ->
     """
     failed = False
     try:
-        for step in [step for step in STEPS.values() if step.wanted(site.plan)] if steps is None else steps:
+        for step in [step for step in STEPS.values() if step.wanted(person.plan)] if steps is None else steps:
             if not step.act or (failed and not step.always):
                 continue
             for news in _whatever_happens(step, step.act, person, site):
@@ -3710,15 +3723,15 @@ class Streak:
 
 def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) -> None:
     """Take people through their journeys, as the plan has them arrive. Raises `CutShort`."""
-    plan, session = site.plan, site.hub.session
-    pace = arrivals_of(plan, session.clock())
+    plan, session, started_s = site.plan, site.hub.session, site.hub.session.clock()
+    people = arrivals(plan)
     most = min(len(names), OPEN_STARTS_MAX)
-    limit = most if pace else plan.batch_size
+    limit = most if plan.is_open else plan.batch_size
     streak = Streak(plan.fail_fast, plan.goal)
     site.record.listen(streak)
 
-    def begin(numbered: tuple[int, str], due_s: float) -> Walk:
-        person = Visitor(numbered[1], due_s, number=numbered[0])
+    def begin(n: int, due_s: float) -> Walk:
+        person = Visitor(names[n], due_s, people[n][1], number=n)
         walk = journey(person, site)
         person.wake = functools.partial(driver.wake, walk)
         return walk
@@ -3728,16 +3741,29 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     if plan.leave_open:
         site.leaving = Gathering(plan.settle_s, "Everybody has left; tabs stay open")
         gatherings.append(site.leaving)
-    threads = most if plan.opens else limit
-    driver = Driver(session, limit, pace, gatherings=gatherings, may_begin=lambda: not streak.reached, threads=threads)
-    driver.run(begin, list(enumerate(names)), on_tick)
+    driver = Driver(
+        session,
+        limit,
+        (lambda n: started_s + people[n][0]) if plan.is_open else None,
+        gatherings=gatherings,
+        may_begin=lambda: not streak.reached,
+        threads=most if plan.opens else limit,
+    )
+    driver.run(begin, range(len(names)), on_tick)
 
 
-def arrivals_of(plan: Plan, started_s: float) -> Pace | Arrivals | None:
-    """How people arrive in the open model; None in the closed one."""
+def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
+    """When each person comes, in seconds since the beginning (0 in the closed model), and the plan by which they act.
+
+    The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows how many
+    came.
+    """
     if plan.within_s:
-        return Arrivals(plan.count, plan.within_s, plan.seed, started_s)
-    return Pace(plan.rate_per_s, started_s) if plan.rate_per_s else None
+        draw = random.Random(plan.seed)
+        moments = sorted(plan.within_s * draw.random() for _ in range(plan.count))
+    else:
+        moments = [n / plan.rate_per_s if plan.rate_per_s else 0.0 for n in range(plan.count)]
+    return [(at_s, plan) for at_s in moments]
 
 
 # ==== Cleaning up ====================================================================================================
@@ -3810,7 +3836,7 @@ def let_go(
 
     def leave(name: str, due_s: float) -> Walk:
         was_gone = states[name] is ServerState.GONE
-        next(journey(Visitor(name, due_s), site, (STEPS["stop_server"], STEPS["delete_user"])), None)
+        next(journey(Visitor(name, due_s, site.plan), site, (STEPS["stop_server"], STEPS["delete_user"])), None)
         if states[name] is ServerState.GONE and not was_gone:
             gone.add(name)
         yield from ()
@@ -3922,9 +3948,16 @@ class Load:
     operations_file: str | None = None
 
     @property
+    def schedule(self) -> Schedule | None:
+        """When each request of an open load is due."""
+        if not self.rate_per_s:
+            return None
+        return Schedule(((self.rate_per_s, self.duration_s or len(self.users) / self.rate_per_s),))
+
+    @property
     def planned(self) -> int:
-        """How many requests an open load consists of."""
-        return max(1, round((self.rate_per_s or 0) * self.duration_s)) if self.duration_s else len(self.users)
+        """How many requests a load consists of, once through the users in the closed model."""
+        return self.schedule.count if self.schedule else len(self.users)
 
     @property
     def title(self) -> str:
@@ -3966,10 +3999,11 @@ def send_load(
 
     cpu_s = time.process_time()
     session.pause(started_s - session.clock())
-    if load.rate_per_s:
-        pace = Pace(load.rate_per_s / load.processes, started_s + part / load.rate_per_s)
-        last_s = started_s + load.planned / load.rate_per_s + OPEN_GRACE_S
-        driver = Driver(session, load.open_workers, pace, last_s)
+    if schedule := load.schedule:
+        last_s = started_s + schedule.lasts_s + OPEN_GRACE_S
+        driver = Driver(
+            session, load.open_workers, lambda n: started_s + schedule.due_s(part + n * load.processes), last_s
+        )
         driver.run(one_request, range(part, load.planned, load.processes), on_tick)
     else:
         workers = load.workers * load.processes
@@ -4441,7 +4475,7 @@ class Run:
             CHECK_ENDED + CHECK_STOPPED,
         )
         ready = (name for name in names if self.site.states.get(name) is ServerState.READY)
-        person = Visitor(next(ready, None) or self.make_users(1, 1)[0], self.session.clock())
+        person = Visitor(next(ready, None) or self.make_users(1, 1)[0], self.session.clock(), self.plan)
 
         def begin(person: Visitor, due_s: float) -> Walk:
             walk = check()
@@ -4516,7 +4550,7 @@ def stress(run: Run) -> None:
         run.start_servers(names)
     if plan.check_proxy and not run.session.stopping.is_set():
         run.check_proxy(names)
-    if plan.rate_per_s or plan.within_s:
+    if plan.is_open:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
 
 
@@ -6216,7 +6250,9 @@ def start_servers(
     names = [name for batch in users for name in batch]
     largest = max((len(batch) for batch in users), default=1)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-    site = Site(Hub(endpoint, session), Plan(batch_size=largest, profile=profile, **how), new_recorder())
+    site = Site(
+        Hub(endpoint, session), Plan(count=len(names), batch_size=largest, profile=profile, **how), new_recorder()
+    )
     take_through(names, site, lambda: None)
     return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
 
@@ -6810,7 +6846,7 @@ if locust_is_loading():
                 return
             self._visits += 1
             name, clock, awake = self.new_user(), time.monotonic, threading.Event()
-            person = Visitor(name, clock(), awake.set, next(self.shared.numbers))
+            person = Visitor(name, clock(), self.plan, awake.set, next(self.shared.numbers))
             try:
                 for at_s in journey(person, self.site):
                     awake.wait(min(3600.0, max(0.0, at_s - clock())))

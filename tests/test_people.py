@@ -254,7 +254,7 @@ def test_after_a_failed_start_nobody_stays_but_the_server_is_stopped_and_the_use
     plan = hst.Plan(profile=wish, stay_s=0.1, server_timeout_s=1.0 if "hang_rate" in wish else 20.0)
     site = hst.Site(hst.Hub(local.endpoint, session), plan, hst.Recorder(events.append))
     assert site.hub.create(["hub-stress-test-1"]).status == 201
-    walk_through(hst.Visitor("hub-stress-test-1", session.clock()), site)
+    walk_through(hst.Visitor("hub-stress-test-1", session.clock(), plan), site)
     assert [event.step for event in events] == steps
     assert [event.step for event in events if event.reason] == (["server_ready"] if wish else [])
     assert site.states == {"hub-stress-test-1": ServerState.GONE} and not tool_users(local)
@@ -407,7 +407,7 @@ def test_a_hub_that_comes_back_before_long_is_asked_again_for_the_servers_that_w
     session = TimeTraveller(Hiccup(["hub-stress-test-1"]))
     site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(stay_s=5.0), hst.new_recorder())
     site.hub.start("hub-stress-test-1", None, 60.0)
-    kept = hst.journey(hst.Visitor("hub-stress-test-1", 0.0), site, [hst.STEPS["stay"]])
+    kept = hst.journey(hst.Visitor("hub-stress-test-1", 0.0, site.plan), site, [hst.STEPS["stay"]])
     for at_s in kept:
         session.pause(at_s - session.clock())
     stay = site.record.people["hub-stress-test-1"]["stay"]
@@ -461,7 +461,7 @@ def test_three_hundred_people_who_stay_wait_without_a_thread() -> None:
     assert len(stays) == 300 and all(stay.reason is None and stay.latency_s >= 60.0 for stay in stays)
 
 
-def test_without_a_pace_at_most_the_limit_are_in_their_first_stretch() -> None:
+def test_without_a_schedule_at_most_the_limit_are_in_their_first_stretch() -> None:
     session = hst.get_session("x", dry_run=True)
     crowd = Crowd(session, lambda: time.sleep(0.02), session.clock() + 0.5)
     hst.Driver(session, 3).run(crowd.walk, range(40), lambda: None)
@@ -470,13 +470,13 @@ def test_without_a_pace_at_most_the_limit_are_in_their_first_stretch() -> None:
     assert all(due_s >= left_s for due_s, left_s in zip(dues_s[3:], crowd.left_s))  # nobody is due without a place
 
 
-def test_with_a_pace_arrivals_keep_to_it_however_long_each_takes() -> None:
+def test_with_a_schedule_arrivals_keep_to_it_however_long_each_takes() -> None:
     session = Hurried()
     everybody = threading.Barrier(20)  # each waits for the last to come: only an open model gets through
-    pace = hst.Pace(4.0, session.clock() + 5.0)
+    first_s = session.clock() + 5.0
     crowd = Crowd(session, lambda: everybody.wait(30))
-    hst.Driver(session, 20, pace).run(crowd.walk, range(20), lambda: None)
-    assert sorted(due_s for due_s, _ in crowd.begun) == [pace.due_s(n) for n in range(20)]
+    hst.Driver(session, 20, lambda n: first_s + n / 4).run(crowd.walk, range(20), lambda: None)
+    assert sorted(due_s for due_s, _ in crowd.begun) == [first_s + n / 4 for n in range(20)]
     assert all(began_s >= due_s for due_s, began_s in crowd.begun)
     assert (crowd.most, crowd.ended) == (20, 20)
 
@@ -531,11 +531,11 @@ def test_somebody_who_is_woken_goes_on_before_their_time_also_when_woken_while_t
 
 
 def test_random_arrivals_are_the_same_with_the_same_seed_and_lie_within_their_time() -> None:
-    moments = [hst.Arrivals(300, 60.0, seed, 5.0) for seed in (1, 1, 2)]
-    first, again, other = ([arrivals.due_s(n) for n in range(300)] for arrivals in moments)
+    plans = [hst.Plan(count=300, within_s=60.0, seed=seed) for seed in (1, 1, 2)]
+    first, again, other = ([at_s for at_s, _ in hst.arrivals(plan)] for plan in plans)
     assert first == again != other
-    assert first == sorted(first) and first[0] >= 5.0 and first[-1] <= 65.0
-    assert 130 < sum(at_s < 35.0 for at_s in first) < 170  # about half of them in the first half
+    assert first == sorted(first) and first[0] >= 0.0 and first[-1] <= 60.0
+    assert len(first) == 300 and 130 < sum(at_s < 30.0 for at_s in first) < 170  # about half of them in the first half
 
 
 def test_a_stop_ends_the_driver_although_people_wait() -> None:
@@ -549,14 +549,14 @@ def test_a_stop_ends_the_driver_although_people_wait() -> None:
 def test_nobody_begins_after_the_end_of_the_load_and_the_driver_ends_then() -> None:
     session = Hurried()
     crowd = Crowd(session, lambda: None)
-    pace = hst.Pace(10.0, session.clock())
-    until_s = pace.due_s(200) + 0.01  # one is due so shortly before the end that the driver seldom gets to it
+    first_s = session.clock()
+    until_s = first_s + 20.01  # one is due so shortly before the end that the driver seldom gets to it
 
     def give_up() -> None:
         if session.clock() > until_s + 100.0:
             session.stop()
 
-    hst.Driver(session, 4, pace, until_s).run(crowd.walk, range(1000), give_up)
+    hst.Driver(session, 4, lambda n: first_s + n / 10, until_s).run(crowd.walk, range(1000), give_up)
     assert not session.stopping.is_set(), "the driver went on and on"
     assert 0 < len(crowd.begun) <= 201 and all(due_s < until_s for due_s, _ in crowd.begun)
 

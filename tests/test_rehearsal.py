@@ -430,7 +430,7 @@ def test_only_redirects_below_the_servers_url_are_followed(
 ) -> None:
     wire = Site(pages)
     site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", wire), "6.1.1"), hst.Plan(visit=True), hst.new_recorder())
-    _, found, _ = hst.open_page(hst.Visitor("ann", 0.0), site, False, site.hub.session.clock() + 30.0)
+    _, found, _ = hst.open_page(hst.Visitor("ann", 0.0, site.plan), site, False, site.hub.session.clock() + 30.0)
     assert (len(wire.came), found) == (came, reason)
     assert all(url.startswith("http://x/user/ann/") for url in wire.came)
 
@@ -854,17 +854,17 @@ def test_people_open_their_servers_when_a_visit_is_asked_for_or_implied(
 @pytest.mark.parametrize(
     ("options", "due_s"),
     [
-        ({}, None),
-        ({"rate_per_s": 4.0}, [100.0, 100.25, 100.5]),
-        ({"within_s": 60.0, "seed": 1}, [108.06, 145.83, 150.85]),
+        ({}, [0.0, 0.0, 0.0]),
+        ({"rate_per_s": 4.0}, [0.0, 0.25, 0.5]),
+        ({"within_s": 60.0, "seed": 1}, [8.06, 45.83, 50.85]),
     ],
 )
 def test_people_arrive_at_a_rate_at_random_moments_or_when_there_is_a_place(
-    options: dict[str, Any], due_s: list[float] | None
+    options: dict[str, Any], due_s: list[float]
 ) -> None:
-    arrivals = hst.arrivals_of(hst.Plan(count=3, **options), 100.0)
-    found = [arrivals.due_s(n) for n in range(3)] if arrivals else None
-    assert found == (pytest.approx(due_s, abs=0.01) if due_s else None)
+    plan = hst.Plan(count=3, **options)
+    assert [at_s for at_s, _ in hst.arrivals(plan)] == pytest.approx(due_s, abs=0.01)
+    assert plan.is_open == bool(options)
 
 
 def test_the_options_in_the_results_name_the_files_and_hold_no_token(files: Path) -> None:
@@ -1075,8 +1075,9 @@ def script(folder: Path, *cells: str) -> str:
 def has_arrived_as_drawn(found: dict[str, Any]) -> bool:
     """Whether people were due at the moments that the seed in the results draws."""
     options, due_s = found["options"], found["timeline"]["servers"]["due_s"]
-    arrivals = hst.Arrivals(options["count"], options["within"], options["seed"], 0.0)
-    drawn = [arrivals.due_s(n) - arrivals.due_s(0) for n in range(options["count"])]
+    plan = hst.Plan(count=options["count"], within_s=options["within"], seed=options["seed"])
+    moments = [at_s for at_s, _ in hst.arrivals(plan)]
+    drawn = [at_s - moments[0] for at_s in moments]
     return [at_s - due_s[0] for at_s in due_s] == pytest.approx(drawn, abs=2e-3)
 
 
