@@ -443,6 +443,14 @@ class Schedule:
 
     stages: tuple[tuple[float, float], ...]
 
+    @classmethod
+    def of(cls, rate: float | Schedule | None, for_s: float = math.inf) -> Schedule | None:
+        """So many per second, for so long; stages as they are; None without a rate."""
+        return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
+
+    def __str__(self) -> str:
+        return ",".join(f"{rate_per_s:g}:{for_s:g}s" for rate_per_s, for_s in self.stages)
+
     @property
     def count(self) -> int:
         """How many are due before the end."""
@@ -463,6 +471,25 @@ class Schedule:
 
 def _due_within(rate_per_s: float, for_s: float) -> int:
     return math.ceil(rate_per_s * for_s - 1e-6)  # since 0.1 * 30 is a little more than 3
+
+
+def rate_of(text: str) -> float | Schedule:
+    """So many per second, or stages of that, from R:DURATION,…"""
+    if ":" not in text:
+        return positive_number(text)
+    stages = [part.strip().partition(":") for part in text.split(",")]
+    return Schedule(tuple((positive_number(rate), duration(lasts)) for rate, _, lasts in stages))
+
+
+def fastest(rate: float | Schedule | None) -> float:
+    """The highest rate per second; 0 where there is none."""
+    return max(each for each, _ in rate.stages) if isinstance(rate, Schedule) else rate or 0.0
+
+
+def rate_text(rate: float | Schedule) -> str:
+    """2.5 per second; stages follow each other: 1 per second for 60.0 s, then 5 per second for 30.0 s."""
+    stages = rate.stages if isinstance(rate, Schedule) else ((rate, 0.0),)
+    return ", then ".join(f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages)
 
 
 def run_name(text: str) -> str:
@@ -686,6 +713,7 @@ Parse = Callable[[str], Any]
 METAVARS: dict[Parse, str] = {
     whole_number: "N",
     positive_number: "R",
+    rate_of: "R",
     duration: "DURATION",
     run_name: "NAME",
     endpoint_url: "URL",
@@ -822,8 +850,8 @@ class Plan:
     fail_fast: int = for_people(
         "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
     )
-    rate_per_s: float | None = for_loads(
-        "--rate", "start R servers, or send R requests, per second, however slow the hub", positive_number
+    rate_per_s: float | Schedule | None = for_loads(
+        "--rate", "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of
     )
     hold_s: float = for_people(
         "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
@@ -948,10 +976,18 @@ class Plan:
     def options(self) -> Json:
         """Every option of the command with its value, for the results; the token and the baseline are left out."""
         rows = [(name, row) for name, row in OPTIONS.items() if self.command in row.on]
-        options = {row.key: getattr(self, name) for name, row in rows if name not in ("token", "baseline")}
-        options |= {key: one.file for key, one in options.items() if isinstance(one, (Recording, Notebook))}
-        options |= {"watch": [str(one) for one in self.watch]} if "watch" in options else {}
-        return options | {"fail_if": [one.text for one in self.fail_if]}
+        return {row.key: told(getattr(self, name)) for name, row in rows if name not in ("token", "baseline")}
+
+
+def told(value: Any) -> Any:
+    """The value of an option as the results have it."""
+    if isinstance(value, (Recording, Notebook)):
+        return value.file
+    if isinstance(value, (Watched, Schedule)):
+        return str(value)
+    if isinstance(value, Condition):
+        return value.text
+    return [told(one) for one in value] if isinstance(value, tuple) else value
 
 
 OPTIONS: dict[str, Option] = {
@@ -3762,7 +3798,8 @@ def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
         draw = random.Random(plan.seed)
         moments = sorted(plan.within_s * draw.random() for _ in range(plan.count))
     else:
-        moments = [n / plan.rate_per_s if plan.rate_per_s else 0.0 for n in range(plan.count)]
+        schedule = Schedule.of(plan.rate_per_s)
+        moments = [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
     return [(at_s, plan) for at_s in moments]
 
 
@@ -3942,7 +3979,7 @@ class Load:
     users: tuple[str, ...]
     mix: Mapping[str, float]
     workers: int  # threads in each process; in the open model there are more if a slow hub could need them
-    rate_per_s: float | None = None
+    rate_per_s: float | Schedule | None = None
     duration_s: float | None = None  # None: once through the users
     processes: int = 1
     operations_file: str | None = None
@@ -3950,9 +3987,7 @@ class Load:
     @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
-        if not self.rate_per_s:
-            return None
-        return Schedule(((self.rate_per_s, self.duration_s or len(self.users) / self.rate_per_s),))
+        return Schedule.of(self.rate_per_s, self.duration_s or len(self.users) / (fastest(self.rate_per_s) or 1.0))
 
     @property
     def planned(self) -> int:
@@ -3963,7 +3998,7 @@ class Load:
     def title(self) -> str:
         """What is going on while it is sent."""
         if self.rate_per_s:
-            return f"sending {self.rate_per_s:.4g} per second"
+            return f"sending {rate_text(self.rate_per_s)}"
         return f"sending for {self.duration_s:g} s" if self.duration_s else "sending"
 
     @property
@@ -3972,7 +4007,7 @@ class Load:
 
         More than 200 get into each other's way: then more processes are what helps.
         """
-        return max(self.workers, min(200, math.ceil(3 * (self.rate_per_s or 0) / self.processes)))
+        return max(self.workers, min(200, math.ceil(3 * fastest(self.rate_per_s) / self.processes)))
 
 
 def send_load(
@@ -4537,8 +4572,8 @@ def pace_text(options: Json) -> str:
     """How people arrive, from a run's options."""
     if options.get("within"):
         return f"at random moments within {duration_text(options['within'])}"
-    rate = options["rate"]
-    return f"{rate:g} per second, however slow the hub" if rate else f"{options['batch_size']} at a time"
+    rate = rate_of(options["rate"]) if isinstance(options["rate"], str) else options["rate"]
+    return f"{rate_text(rate)}, however slow the hub" if rate else f"{options['batch_size']} at a time"
 
 
 def stress(run: Run) -> None:
@@ -4675,7 +4710,7 @@ def activity_interval(servers: int, reports_per_s: float) -> ActivityInterval:
 
 def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
     """Search for the highest rate that the hub sustains; `record` gets the events of that step."""
-    first_rate_per_s = load.rate_per_s or CAPACITY_FIRST_RATE_PER_S
+    first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
     steps: list[CapacityStep] = []
     best = Recorder()
     while (rate := next_rate(steps, first_rate_per_s)) and not session.stopping.is_set() and not session.hub_is_gone:
@@ -4709,7 +4744,7 @@ def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu
     if not held and unsent > 0:
         held = f"{unsent:,} of {load.planned:,} requests could not be sent in time"
     return CapacityStep(
-        rate_per_s=load.rate_per_s or 0.0,
+        rate_per_s=fastest(load.rate_per_s),
         sent_per_s=count / (load.duration_s or math.nan),
         p95_s=metric_value(found, next(iter(load.mix)) + ".p95"),
         failed=failed,
@@ -6239,7 +6274,7 @@ def start_servers(
     *,
     timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
     fail_fast: int = 0,
-    rate_per_s: float | None = None,
+    rate_per_s: float | Schedule | None = None,
 ) -> dict[str, Event]:
     """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
 
@@ -6414,13 +6449,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             words[at : at + 2] = [following, word]
             break
     lists = [name for name, row in OPTIONS.items() if row.repeatable]
-    args = build_parser().parse_args(words, argparse.Namespace(**vars(Plan()) | {name: [] for name in lists}))
+    given = vars(build_parser().parse_args(words, argparse.Namespace(**{name: [] for name in lists})))
     for name in lists:
-        setattr(args, name, (*getattr(args, name), *vars(args).pop(f"{name}_too", ())))
+        given[name] = (*given[name], *given.pop(f"{name}_too", ()))
+    args = argparse.Namespace(**vars(Plan()) | given | _by_stages(given))
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
+
+
+def _by_stages(given: Json) -> Json:
+    """What the stages of a rate decide: for how long requests are sent, or how many people come."""
+    stages = given.get("rate_per_s")
+    if not isinstance(stages, Schedule):
+        return {}
+    name, value = ("count", stages.count) if given["command"] == STRESS else ("duration_s", stages.lasts_s)
+    if name in given:
+        raise UsageError(f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}")
+    return {name: value}
 
 
 def endpoint_from_environment() -> str | None:

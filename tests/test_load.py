@@ -27,6 +27,22 @@ def test_the_schedule_does_not_move() -> None:
     assert [hst.Schedule(((5, math.inf),)).due_s(n) for n in (0, 1, 5, 50)] == [0, 0.2, 1, 10]
 
 
+@pytest.mark.parametrize(
+    ("stages", "due_s"),
+    [
+        (((2, 1.0), (4, 0.5), (1, 2.0)), [0, 0.5, 1, 1.25, 1.5, 2.5]),
+        (((0.1, 30.0), (10, 0.1)), [0, 10, 20, 30]),  # 0.1 * 30 is a little more than 3
+        (((0.3, 5.0), (1, 1.0)), [0, 10 / 3, 5]),  # who is due before the end of a stage
+    ],
+)
+def test_the_stages_of_a_schedule_follow_each_other(
+    stages: tuple[tuple[float, float], ...], due_s: list[float]
+) -> None:
+    schedule = hst.Schedule(stages)
+    assert schedule.count == len(due_s) and schedule.lasts_s == sum(for_s for _, for_s in stages)
+    assert [schedule.due_s(n) for n in range(schedule.count)] == pytest.approx(due_s)
+
+
 def test_operations_are_chosen_by_weight_and_spread_evenly() -> None:
     mix = {"activity": 8.0, "read": 1.0, "list": 1.0}
     chosen = [hst.choose(mix, n) for n in range(1000)]
@@ -47,6 +63,10 @@ def load_of(**settings: Any) -> hst.Load:
         (load_of(), "sending"),
         (load_of(duration_s=9.0), "sending for 9 s"),
         (load_of(rate_per_s=2.5), "sending 2.5 per second"),
+        (
+            load_of(rate_per_s=hst.Schedule(((2.5, 9.0), (5, 120.0)))),
+            "sending 2.5 per second for 9.00 s, then 5 per second for 2 min 0 s",
+        ),
     ],
 )
 def test_a_load_says_what_goes_on(load: hst.Load, title: str) -> None:
@@ -60,6 +80,7 @@ def test_a_load_says_what_goes_on(load: hst.Load, title: str) -> None:
         (load_of(rate_per_s=50, duration_s=3.0), 150, 150),
         (load_of(rate_per_s=500, duration_s=3.0), 1500, 200),
         (load_of(rate_per_s=180, duration_s=1.0, processes=4), 180, 135),
+        (load_of(rate_per_s=hst.Schedule(((10, 2.0), (50, 1.0))), duration_s=3.0), 70, 150),
     ],
 )
 def test_an_open_load_knows_how_much_it_sends_and_with_how_many_threads(

@@ -586,12 +586,25 @@ def test_a_hub_that_is_gone_ends_the_driver() -> None:
 # ==== Starts at a rate ===============================================================================================
 
 
-def test_starts_at_a_rate_count_from_when_each_was_due(new_hub: LocalHub, tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "12", "--rate", "6", "--profile", '{"spawn_s": 0.5}')
-    done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
-    assert done.code == 0 and "12 requested, 6 per second, however slow the hub; 12 ready" in done.summary
-    line = found["timeline"]["servers"]
-    assert [due_s - line["due_s"][0] for due_s in line["due_s"]] == pytest.approx([n / 6 for n in range(12)], abs=1e-3)
+@pytest.mark.parametrize(
+    ("words", "pace", "due_s"),
+    [
+        (["-c", "12", "--rate", "6"], "6 per second", [n / 6 for n in range(12)]),
+        (
+            ["--rate", "4:1s,8:1s"],
+            "4 per second for 1.00 s, then 8 per second for 1.00 s",
+            [n / 4 for n in range(4)] + [1 + n / 8 for n in range(8)],
+        ),
+    ],
+)
+def test_starts_at_a_rate_count_from_when_each_was_due(
+    words: list[str], pace: str, due_s: list[float], new_hub: LocalHub, tmp_path: Path
+) -> None:
+    words += ["--profile", '{"spawn_s": 0.5}']
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=new_hub)
+    assert done.code == 0 and f"12 requested, {pace}, however slow the hub; 12 ready" in done.summary
+    first_s, *_ = moments = found["timeline"]["servers"]["due_s"]
+    assert [at_s - first_s for at_s in moments] == pytest.approx(due_s, abs=1e-3)
     assert found["operations"]["server_ready"]["latency_s"]["min"] >= 0.5
     assert not tool_users(new_hub)
 

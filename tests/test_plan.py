@@ -173,6 +173,8 @@ GOOD_VALUES = [
     (hst.positive_number, "0.5", 0.5),
     (hst.positive_number, ".5", 0.5),
     (hst.positive_number, "20", 20.0),
+    (hst.rate_of, "2.5", 2.5),
+    (hst.rate_of, "1:2m, .5:90", hst.Schedule(((1.0, 120.0), (0.5, 90.0)))),
     (hst.duration, "90", 90.0),
     (hst.duration, "90s", 90.0),
     (hst.duration, "1.5m", 90.0),
@@ -190,6 +192,7 @@ BAD_VALUES = {
     hst.watched: ["", "proxy", "proxy=", "proxy=127.0.0.1:8002", "=http://x/", "hub=http://x/metrics", "a b=http://x/"],
     hst.whole_number: ["", "0", "-1", "1.5", "1e3", "x", "١"],
     hst.positive_number: ["", "0", "0.0", "-1", "1e3", "nan", "inf", "x"],
+    hst.rate_of: ["", "0", "1:", ":2m", "1:2m,", "1:2m,5", "1:2m:5", "1;2m"],
     hst.duration: ["", "0", "0s", "5 minutes", "-1s", "1d", "s", "1m30s"],
     hst.samples_file: ["", "s", "s.json", "s.csv.bz2", "csv", "/nowhere/s.csv"],
     hst.run_name: ["", "Big", "-a", "a-", "a_b", "a b", "a" * 41, "a\n"],
@@ -350,6 +353,13 @@ def test_the_results_options_are_those_of_the_command_without_token_and_baseline
     assert json.loads(json.dumps(options)) == options
 
 
+def test_the_stages_of_a_rate_set_how_many_people_come_and_for_how_long_requests_are_sent() -> None:
+    people, requests = (plan_for(command, *HUB, "--rate", "1:2m,5:1m") for command in hst.LOADS)
+    assert (people.count, people.duration_s) == (420, None)
+    assert (requests.count, requests.duration_s) == (100, 180.0)
+    assert people.options()["rate"] == "1:120s,5:60s" and hst.rate_of("1:120s,5:60s") == people.rate_per_s
+
+
 def test_global_options_stand_before_and_after_the_command_and_the_later_wins() -> None:
     assert plan_for("--run", "x", "stress-test", *HUB) == plan_for(*HUB, "stress-test", "--run", "x")
     assert plan_for("--run", "x", "-v", "stress-test", *HUB, "--run", "y").run == "y"
@@ -423,6 +433,12 @@ BAD_USAGE = {
     "a mix of the unknown": (["activity-stress-test", "--mix", "dance=1"], NOWHERE, "no operation 'dance'"),
     "the capacity of nothing": (["--dry-run", "activity-stress-test", "--find-capacity"], {}, "give one of them"),
     "a rate of 0": (["activity-stress-test", "--rate", "0"], NOWHERE, "a number above 0"),
+    "stages and a count": (["stress-test", "--rate", "1:2m,5:1m", "-c", "9"], NOWHERE, "leave out --count"),
+    "stages and a duration": (
+        ["activity-stress-test", "--rate", "1:2m,5:1m", "--duration", "9s"],
+        NOWHERE,
+        "leave out --duration",
+    ),
     "more processes than workers": (["activity-stress-test", "--processes", "200"], NOWHERE, "more than --workers 100"),
     "no such operations file": (
         ["activity-stress-test", "--operations", "/nowhere.py"],
