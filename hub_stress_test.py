@@ -60,6 +60,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import difflib
 import enum
 import functools
 import gzip
@@ -694,6 +695,30 @@ def _cells_of_script(content: str) -> Iterator[Code]:
             yield Code(source, "raises-exception" in title)
 
 
+@dataclasses.dataclass(frozen=True)
+class EventFile:
+    """Who comes to an event, when, and what they do: a file's TOML."""
+
+    path: str
+    text: str
+
+
+def event_file(text: str) -> EventFile:
+    """The text of an event's file, which nobody has looked at yet."""
+    try:
+        with open(text, encoding="utf-8") as file:
+            return EventFile(text, file.read())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read ({_in_words(error)})") from None
+
+
+def group_name(text: str) -> str:
+    """What a group is called, as in server_ready[students]."""
+    if not re.fullmatch(r"[\w-]+", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits and hyphens, not {text!r}")
+    return text
+
+
 def condition(text: str) -> Condition:
     """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
     number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
@@ -706,7 +731,7 @@ def condition(text: str) -> Condition:
 
 FAILED, LEAKING, PROXY_LEAKING = map(condition, ("failed > 0", "aftermath.leaking > 0", "proxy_check.leaking > 0"))
 STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
-LOADS, LOCUST_ALONE = (STRESS, ACTIVITY), ()
+LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 TABS = ("lab-4.2", "lab-4.6")  # the first goes on asking for ever
 Parse = Callable[[str], Any]
@@ -729,6 +754,8 @@ METAVARS: dict[Parse, str] = {
     tab_name: "|".join(TABS),
     recording: "FILE.har",
     notebook: "FILE",
+    event_file: "FILE.toml",
+    group_name: "NAME",
     str: "FILE",
 }
 
@@ -793,7 +820,7 @@ def option(
 for_people = functools.partial(option, on=(STRESS,))
 for_requests = functools.partial(option, on=(ACTIVITY,))
 for_loads = functools.partial(option, on=LOADS)
-for_locust = functools.partial(option, on=LOCUST_ALONE)
+for_locust = for_groups = functools.partial(option, on=NO_COMMAND)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -859,6 +886,11 @@ class Plan:
     within_s: float | None = for_people(
         "--within", "people come at random moments within this time, however slow the hub", duration
     )
+    event: tuple[Plan, ...] = for_people(
+        "--event", "who comes, when, and what they do, in groups: see README", event_file, ()
+    )
+    group: str = for_groups("--name", "of a group", group_name, "")
+    after_s: float = for_groups("--after", "a group begins to come so long after the run", duration, 0.0)
     seed: int | None = for_people("--seed", "draw the moments of --within as this seed did", whole_number)
     visit: bool = for_people(
         "--visit", "each person opens the start page of their server", locust="", locust_name="open"
@@ -946,9 +978,14 @@ class Plan:
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
     @property
+    def groups(self) -> tuple[Plan, ...]:
+        """The groups of an event; without one, all people are of one."""
+        return self.event or (self,)
+
+    @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return self.visit or self.page is not None or self.work or self.leave_open > 0 or self.check_proxy
+        return any(one.visit or one.page or one.work or one.leave_open or one.check_proxy for one in self.groups)
 
     @property
     def leaves(self) -> bool:
@@ -958,25 +995,36 @@ class Plan:
     @property
     def goal(self) -> str:
         """The step with which a person has what they came for."""
-        return "at_work" if self.opens else "server_ready"
+        return "at_work" if self.rehearses else "server_ready"
+
+    @property
+    def leaves_tabs(self) -> bool:
+        """Whether some people do not log out."""
+        return any(group.leave_open for group in self.groups)
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether people are followed until they can work; those of an event always, if only to a ready server."""
+        return self.opens or bool(self.event or self.group)
 
     @property
     def is_open(self) -> bool:
         """Whether people come when they are due, however slow the hub: the open model."""
-        return bool(self.rate_per_s or self.within_s)
+        return any(group.rate_per_s or group.within_s for group in self.groups)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What decides whether the run has failed; a search for capacity also minds how long requests take."""
         slow = [condition(f"{name}.p95 > 500ms") for name in self.mix or DEFAULT_MIX] if self.find_capacity else []
-        leaks = [LEAKING] if self.leave_open else []
+        leaks = [LEAKING] if self.leaves_tabs else []
         leaks += [PROXY_LEAKING] if self.check_proxy else []
         return self.fail_if or (FAILED, *slow, *leaks)
 
     def options(self) -> Json:
-        """Every option of the command with its value, for the results; the token and the baseline are left out."""
-        rows = [(name, row) for name, row in OPTIONS.items() if self.command in row.on]
-        return {row.key: told(getattr(self, name)) for name, row in rows if name not in ("token", "baseline")}
+        """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
+        of_command = [name for name, row in OPTIONS.items() if self.command in row.on]
+        names = [*GROUP_OPTIONS.values()] if self.group else of_command
+        return {OPTIONS[name].key: told(getattr(self, name)) for name in names if name not in ("token", "baseline")}
 
 
 def told(value: Any) -> Any:
@@ -987,12 +1035,19 @@ def told(value: Any) -> Any:
         return str(value)
     if isinstance(value, Condition):
         return value.text
+    if isinstance(value, Plan):  # of a group
+        return value.options()
     return [told(one) for one in value] if isinstance(value, tuple) else value
 
 
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
 }
+GROUP_KEYS = (
+    *("name", "count", "within", "rate", "after", "profile", "visit", "page", "work", "notebook", "think", "stay"),
+    *("leave-open", "server-timeout"),
+)
+GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
 LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
 
 
@@ -1042,6 +1097,7 @@ class Event:
     throttled_s: float | None = None  # the first 429
     asked_s: float | None = None  # when the last try was sent
     message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
+    group: str = ""  # of people to which the person belongs
 
     @property
     def outcome(self) -> str:
@@ -1241,7 +1297,8 @@ class Fold:
 class Recorder:
     """Takes events from any thread: folds them, keeps those of each person's way, hands each on to whoever listens.
 
-    `people` has a row for each person, in the order in which their first event came: the step's name to its event.
+    Those of a group are folded for the group too, as server_ready[students]. `people` has a row for each person, in
+    the order in which their first event came: the step's name to its event.
     """
 
     def __init__(self, *listeners: Callable[[Event], None], people_steps: Collection[str] = ()) -> None:
@@ -1252,7 +1309,8 @@ class Recorder:
 
     def add(self, event: Event) -> None:
         with self._lock:
-            self._folds.setdefault(event.step, Fold()).add(event)
+            for name in (event.step, f"{event.step}[{event.group}]")[: 2 if event.group else 1]:
+                self._folds.setdefault(name, Fold()).add(event)
             if event.step in self._people_steps:
                 self.people.setdefault(event.user, {})[event.step] = event
         for listener in self.listeners:
@@ -3124,8 +3182,8 @@ class Visitor:
     name: str
     due_s: float
     plan: Plan
+    number: int = 0  # in their group, from 0
     wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
-    number: int = 0  # among all, from 0
     since_s: float = 0.0  # when their last step ended
     works_s: float = 0.0  # when they got to work
     url: str = ""  # of their server
@@ -3665,7 +3723,7 @@ STEPS = {
         Step("visit", "visit", (), visit, lambda plan: plan.opens),
         Step("page", "page", (), load_page, lambda plan: plan.page is not None),
         Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work),
-        Step("at_work", "at work", (), get_to_work, lambda plan: plan.opens),
+        Step("at_work", "at work", (), get_to_work, lambda plan: plan.rehearses),
         Step("cell", "cell", (), work, lambda plan: plan.work),
         Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s) or plan.leaves),
         Step("tab_websocket", "tab's websocket", (), leave_tab_open, lambda plan: plan.leave_open > 0, judged=False),
@@ -3700,8 +3758,9 @@ def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
 
 
 def title_of(name: str, own_servers: bool = False) -> str:
-    """An operation's title; one of the operator's own is its name."""
-    title = STEPS[name].title if name in STEPS else name
+    """An operation's title, with the group, if it is that of a group; one of the operator's own is its name."""
+    step, bracket, group = name.partition("[")
+    title = STEPS[step].title + f" {bracket}{group}".rstrip() if step in STEPS else name
     return title.replace("user", "server") if own_servers else title
 
 
@@ -3722,7 +3781,7 @@ def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) ->
                 if not isinstance(news, Event):
                     yield news
                     continue
-                site.record.add(news)
+                site.record.add(dataclasses.replace(news, group=person.plan.group))
                 if news.step == step.name:
                     person.since_s = news.ended_s
                     failed |= news.reason is not None
@@ -3767,14 +3826,14 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     site.record.listen(streak)
 
     def begin(n: int, due_s: float) -> Walk:
-        person = Visitor(names[n], due_s, people[n][1], number=n)
+        person = Visitor(names[n], due_s, *people[n][1:])
         walk = journey(person, site)
         person.wake = functools.partial(driver.wake, walk)
         return walk
 
     site.gathering.hold_s = plan.hold_s
     gatherings = [site.gathering]
-    if plan.leave_open:
+    if plan.leaves_tabs:
         site.leaving = Gathering(plan.settle_s, "Everybody has left; tabs stay open")
         gatherings.append(site.leaving)
     driver = Driver(
@@ -3788,19 +3847,23 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     driver.run(begin, range(len(names)), on_tick)
 
 
-def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
-    """When each person comes, in seconds since the beginning (0 in the closed model), and the plan by which they act.
+def arrivals(plan: Plan) -> list[tuple[float, Plan, int]]:
+    """Who comes: when, in seconds since the beginning (0 in the closed model), by which plan, and as which of a group.
 
     The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows how many
     came.
     """
+    numbered = [(group, enumerate(_moments(group, plan.seed))) for group in plan.groups]
+    people = [(group.after_s + at_s, group, n) for group, moments in numbered for n, at_s in moments]
+    return sorted(people, key=lambda person: person[0])
+
+
+def _moments(plan: Plan, seed: int | None) -> list[float]:
     if plan.within_s:
-        draw = random.Random(plan.seed)
-        moments = sorted(plan.within_s * draw.random() for _ in range(plan.count))
-    else:
-        schedule = Schedule.of(plan.rate_per_s)
-        moments = [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
-    return [(at_s, plan) for at_s in moments]
+        draw = random.Random(f"{seed} {plan.group}" if plan.group else seed)  # each group at moments of its own
+        return sorted(plan.within_s * draw.random() for _ in range(plan.count))
+    schedule = Schedule.of(plan.rate_per_s)
+    return [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
 
 
 # ==== Cleaning up ====================================================================================================
@@ -4407,6 +4470,14 @@ LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port"
 # ==== A run, and the three commands ==================================================================================
 
 
+def without_waiting(plan: Plan) -> Plan:
+    """The plan of a dry run, which takes no real time, and has no servers to visit."""
+    never: Json = dict.fromkeys(("rate_per_s", "within_s", "stay_s", "duration_s", "page"))
+    groups = tuple(map(without_waiting, plan.event))
+    never |= dict.fromkeys(("hold_s", "after_s", "leave_open"), 0.0)
+    return dataclasses.replace(plan, visit=False, work=False, check_proxy=False, event=groups, **never)
+
+
 class Run:
     """One run of a plan: the hub it talks to, what it has made, what it has seen, what went wrong.
 
@@ -4415,12 +4486,9 @@ class Run:
     """
 
     def __init__(self, plan: Plan, closing: contextlib.ExitStack) -> None:
-        if plan.dry_run:  # which takes no real time, and has no servers to visit
-            plan = dataclasses.replace(
-                plan, rate_per_s=None, within_s=None, hold_s=0.0, stay_s=None, duration_s=None, visit=False, page=None
-            )
-            plan = dataclasses.replace(plan, work=False, leave_open=0.0, check_proxy=False)
-        if plan.within_s and plan.seed is None:
+        if plan.dry_run:
+            plan = without_waiting(plan)
+        if plan.seed is None and any(group.within_s for group in plan.groups):
             plan = dataclasses.replace(plan, seed=random.randrange(1, 1 << 32))
         self.plan = plan
         self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
@@ -4499,7 +4567,7 @@ class Run:
     def start_servers(self, names: Sequence[str]) -> None:
         """Take the people through their journeys. Raises `CutShort`."""
         goal, record = self.plan.goal, self.record
-        title = "people at work" if self.plan.opens else "starting servers"
+        title = "people at work" if self.plan.rehearses else "starting servers"
         with Progress(title, len(names)) as progress:
             take_through(names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL)))
 
@@ -4569,17 +4637,20 @@ def leave_at_once(number: int, remain: str, remedy: str) -> None:
 
 
 def pace_text(options: Json) -> str:
-    """How people arrive, from a run's options."""
+    """How people arrive, from the options of a run or a group."""
+    if groups := len(options.get("event") or ()):
+        return f"in {groups} group{'s' * (groups > 1)}"
+    later = f", from {duration_text(options['after'])} on" if options.get("after") else ""
     if options.get("within"):
-        return f"at random moments within {duration_text(options['within'])}"
+        return f"at random moments within {duration_text(options['within'])}{later}"
     rate = rate_of(options["rate"]) if isinstance(options["rate"], str) else options["rate"]
-    return f"{rate_text(rate)}, however slow the hub" if rate else f"{options['batch_size']} at a time"
+    return f"{rate_text(rate)}{later}, however slow the hub" if rate else f"{options['batch_size']} at a time"
 
 
 def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
-    run.announce(f"{plan.count} {'people' if plan.opens else 'servers'}, {pace_text(plan.options())}")
+    run.announce(f"{plan.count} {'people' if plan.rehearses else 'servers'}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
@@ -4634,7 +4705,7 @@ def carry_out(plan: Plan) -> Results:
         finally:
             run.clean_up()
         run.session.close()  # so that what is still open on the hub is not ours
-        if plan.leave_open and run.interrupted_by is None:
+        if plan.leaves_tabs and run.interrupted_by is None:
             run.session.for_cleaning_up().pause(AFTERMATH_S)
         run.look()
         closing.close()
@@ -4960,6 +5031,7 @@ class Results:
     warnings: list[str]
     advice: list[str]  # what to look at next, when the run has failed
     timeline: RunTimeline
+    groups: dict[str, Rehearsed] = dataclasses.field(default_factory=dict)  # of an event
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     exit_code: int = 0
 
@@ -5005,8 +5077,6 @@ def instead_of(metric: str, paths: bool = True) -> str:
     of_all = re.sub(r"\[[^]]*\]", "", metric)  # server_ready.p95 for the server_ready[students].p95 of a group
     if any(re.fullmatch(re.escape(one).replace("NAME", "[^.]+"), of_all) for one in known):
         return ""
-    import difflib
-
     return difflib.get_close_matches(metric, known, 1, 0.0)[0]
 
 
@@ -5049,7 +5119,7 @@ def results_of(run: Run) -> Results:
         )
     snapshots = run.monitor.snapshots
     restarts = sum(map(restarted, snapshots, snapshots[1:]))
-    people = people_of(run.record.people, plan.count, cut_short) if plan.opens else None
+    people = people_of(run.record.people, plan.count, cut_short) if plan.rehearses else None
     if people:
         failed, tried = people.failed, plan.count
     elif plan.command == PURGE:
@@ -5089,7 +5159,7 @@ def results_of(run: Run) -> Results:
             bool(run.cleaned.kept),
             leaking=run.site.tabs.proof is not None,
         ),
-        tabs=tabs_of(run.site.tabs) if plan.leave_open else None,
+        tabs=tabs_of(run.site.tabs) if plan.leaves_tabs else None,
         proxy_check=run.proxy_check,
         warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
         advice=[],
@@ -5104,6 +5174,7 @@ def results_of(run: Run) -> Results:
             },
             load_ended_s=rounded(run.load_ended_s - run.began_s),
         ),
+        groups={one.group: people_of(_only(one, run.record.people), one.count, cut_short) for one in plan.event},
     )
     data = as_json(found)
     conditions = [one for one in plan.conditions if found.aftermath or one is not LEAKING]  # the default: it is told
@@ -5122,6 +5193,10 @@ def _restart_warning(times: int) -> Iterator[str]:
 
 
 People = Mapping[str, Mapping[str, Event]]
+
+
+def _only(group: Plan, rows: People) -> People:
+    return {user: row for user, row in rows.items() if any(event.group == group.group for event in row.values())}
 
 
 def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
@@ -5144,8 +5219,8 @@ def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
 
 def _until_work_s(rows: Sequence[Mapping[str, Event]]) -> dict[str, float]:
     before = PERSONAL[: PERSONAL.index("at_work")]
-    steps = [name for name in ("at_work", *before) if rows and name in rows[0]]
-    return {name: sum(row[name].latency_s for row in rows) / len(rows) for name in steps}
+    steps = [name for name in ("at_work", *before) if any(name in row for row in rows)]
+    return {name: sum(row[name].latency_s for row in rows if name in row) / len(rows) for name in steps}
 
 
 def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
@@ -5634,6 +5709,12 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "given up", given_up
     if people := results.people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
+    for group in options.get("event") or ():
+        came = results.groups[group["name"]]
+        waited = _waited(results.operations.get(f"at_work[{group['name']}]"))
+        pace = pace_text(options | group | {"event": None})
+        came_to = f"{came.expected} expected, {pace}; {came.at_work} at work, {came.failed} failed{waited}"
+        yield "people", f"{group['name']}: {came_to}"
     told = people or servers
     for reason, number in list(told.reasons.items())[:REASONS_SHOWN]:
         yield "failed", f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}"
@@ -5674,7 +5755,7 @@ def _why_slow(server: Slow, servers: Servers) -> str:
 
 def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[tuple[str, str]]:
     for name in in_order(operations):
-        if name not in (*PERSONAL, *OF_TABS):  # which are told of the people, the servers and the tabs
+        if name not in (*PERSONAL, *OF_TABS) and "[" not in name:  # which are told of people, servers, tabs and all
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
                 yield "errors", f"{title_of(name, own_servers)}: {number} × {reason}"
 
@@ -5767,8 +5848,15 @@ def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
 
 
 def in_order(operations: Collection[str]) -> list[str]:
-    """Operations in the order of the table of steps, one's own behind."""
-    return [name for name in [*STEPS, *sorted(set(operations) - set(STEPS))] if name in operations]
+    """Operations in the order of the table of steps, those of groups behind that of all, one's own at the end."""
+    places = {name: place for place, name in enumerate(STEPS)}
+    return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
+
+
+def _label(name: str, own_servers: bool) -> str:
+    """What a row of a table is about: an operation, or, below that, one of its groups."""
+    _, bracket, group = name.partition("[")
+    return f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{group[:-1]}" if bracket else title_of(name, own_servers)
 
 
 def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
@@ -5776,7 +5864,7 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
     columns = ("mean", "p50", "p95", "p99", "max")
     rows = [
         (
-            title_of(name, own_servers),
+            _label(name, own_servers),
             str(operations[name].count),
             str(operations[name].failed),
             *(duration_text(operations[name].enough(column)) for column in columns),
@@ -5822,7 +5910,7 @@ def comparison_section(baseline: Json, results: Results) -> Section:
         if name in baseline.get("operations", {}):
             old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, now))
             cells = (comparison(baseline, now, f"{name}.{column}") for column in columns)
-            rows.append((title_of(name, results.own_servers), *cells, f"{old:g}→{new:g}"))
+            rows.append((_label(name, results.own_servers), *cells, f"{old:g}→{new:g}"))
     before = (baseline.get("capacity") or {}).get("rate_per_s")
     after = results.capacity and results.capacity.rate_per_s
     if before and after:
@@ -5912,7 +6000,7 @@ p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 .words td:first-child { white-space: nowrap }
 .pair { display: grid; grid-template-columns: 3fr 2fr; gap: 0 1rem }
 @media (max-width: 700px) { .pair { display: block } .words td:first-child { white-space: normal }
-  .scroll { font-size: .75rem } .scroll td, .scroll th { padding-right: .35rem } }
+  .scroll { font-size: .7rem } .scroll td, .scroll th { padding-right: .25rem } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 .left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
@@ -6029,7 +6117,8 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
         page.section(latency_section(results.operations, results.own_servers))
     for name in in_order(results.operations):
         old = ((baseline or {}).get("timeline") or {}).get("operations", {}).get(name)
-        if sum(timeline.operations[name].often) >= ENOUGH_TO_PLOT:
+        alone = "[" in name and results.operations[name].count == results.operations[name.partition("[")[0]].count
+        if sum(timeline.operations[name].often) >= ENOUGH_TO_PLOT and not alone:  # which the plot above has shown
             _plot_operation(page, name, results, timeline.operations[name], old)
     for section in _appendix(results, baseline):
         page.section(section)
@@ -6050,6 +6139,9 @@ def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
         ]
         yield Section("Conditions", judged, ("the run fails if", "", "it is"))
     given = {name.replace("_", "-"): value for name, value in results.options.items()}
+    for group in given.pop("event", None) or ():
+        words = ((key.replace("_", "-"), value) for key, value in group.items() if value and key != "name")
+        given[f"group {group['name']}"] = [key if value is True else f"{key} {value}" for key, value in words]
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
     texts = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()}
     shown = [(name, texts[name]) for name, value in given.items() if value not in (None, False, [])]
@@ -6404,6 +6496,127 @@ def _results_as_json(plan: Plan) -> Json:
     return found
 
 
+# ==== An event as a file =============================================================================================
+#
+# Its keys are the command line's options: those of a group below [[people]], all others above.
+
+
+WHO_COMES = ("count", "within_s", "rate_per_s")  # which the groups say
+IN_GROUP = GROUP_OPTIONS | {"stages": "rate_per_s"}
+ABOVE_GROUPS = {
+    row.flag[2:]: name
+    for name, row in OPTIONS.items()
+    if STRESS in row.on and name not in (*WHO_COMES, "event", "token")  # which has no place in a file
+}
+
+
+def event_of(file: EventFile, given: Json) -> Json:
+    """The fields of the plan that an event's file sets, groups included; what is `given` wins. Raises `UsageError`."""
+    for name in given.keys() & WHO_COMES:
+        raise UsageError(f"the groups of --event say who comes and when: leave out {OPTIONS[name].flag}")
+    above = _toml(file)
+    tables = above.pop("people", None)
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"--event {file.path}: expected groups of people, each below a line [[people]]")
+    fields = _fields_in(above, file, 0) | given
+    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(tables, 1))
+    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
+    if times > 1:
+        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
+    return fields | {"event": groups, "count": sum(group.count for group in groups)}
+
+
+def _toml(file: EventFile) -> Json:
+    parser = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
+    if not parser:
+        raise UsageError("--event needs tomli, which is not installed: pip install tomli")
+    try:
+        found: Json = parser.loads(file.text)
+    except ValueError as error:
+        raise UsageError(f"--event {file.path}: this is not valid TOML: {error}") from None
+    return found
+
+
+def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:
+    """The plan of the n-th group, whose keys go before those of all."""
+    fields = _fields_in(table, file, n)
+    try:
+        fields |= _by_stages(fields | {"command": STRESS})
+    except UsageError as error:
+        raise _refused(file, n, "count", str(error)) from None
+    needed = {"a name": {"group"}, "a count": {"count"}, "within, rate or stages": {"within_s", "rate_per_s"}}
+    for what in (what for what, names in needed.items() if not names & fields.keys()):
+        raise _refused(file, n, "", f"a group needs {what}")
+    return dataclasses.replace(base, **fields)
+
+
+def _fields_in(table: Json, file: EventFile, n: int) -> Json:
+    """The fields of the plan that a table sets: that of the n-th group, or (0) what is above all."""
+    fields: Json = {}
+    for key, value in table.items():
+        try:
+            name = _field_of(key, in_group=n > 0)
+            if name in fields:
+                raise argparse.ArgumentTypeError("rate and stages both say when people come: give one of them")
+            fields[name] = value_in_toml(_stages(value) if key == "stages" else value, OPTIONS[name], file.path)
+        except argparse.ArgumentTypeError as error:
+            raise _refused(file, n, key, f"{key}: {error}") from None
+    return fields
+
+
+def _field_of(key: str, in_group: bool) -> str:
+    """The field of the plan that a key sets; raises `argparse.ArgumentTypeError`."""
+    known, elsewhere = (IN_GROUP, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, IN_GROUP)
+    if key in known:
+        return known[key]
+    if key in elsewhere:
+        raise argparse.ArgumentTypeError(f"this key stands {'above the groups' if in_group else 'in a group'}")
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
+
+
+def _stages(value: Any) -> str:
+    """The stages of a group as --rate takes them."""
+    stages = value if isinstance(value, list) else [{}]
+    if not all(isinstance(stage, dict) and stage.keys() == {"rate", "for"} for stage in stages):
+        raise argparse.ArgumentTypeError('expected stages like [{rate = 1, for = "2m"}, {rate = 5, for = "1m"}]')
+    return ",".join(f"{stage['rate']}:{stage['for']}" for stage in stages)
+
+
+NUMBERS = (whole_number, positive_number, rate_of, duration, share_of_people)
+
+
+def value_in_toml(value: Any, row: Option, file: str) -> Any:
+    """The value of an option, from a file; raises `argparse.ArgumentTypeError`. Paths begin where the file is."""
+    if row.repeatable:
+        once = dataclasses.replace(row, repeatable=False)
+        return tuple(value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value]))
+    if not row.kind or (row.const and isinstance(value, bool)):
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"expected true or false, not {value!r}")
+        return value
+    if type(value) in (int, float) and row.kind in NUMBERS:
+        value = str(value)
+    if isinstance(value, dict) and row.kind is profile_value:
+        value = json.dumps(value)
+    if not isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"expected {METAVARS[row.kind]}, not {value!r}")
+    is_path = "FILE" in METAVARS[row.kind]
+    return row.kind(os.path.join(os.path.dirname(file), value) if is_path else value)
+
+
+def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
+    """What is said of a key of the n-th group (0: above all), or of the whole group, with its line."""
+    seen = 0
+    for number, line in enumerate(file.text.splitlines(), 1):
+        header = re.match(r"\s*\[\[\s*people\s*\]\]", line)
+        seen += bool(header)
+        if seen == n and (re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header):
+            return UsageError(f"--event {file.path}, line {number}: {sentence}")
+    return UsageError(f"--event {file.path}: {sentence}")
+
+
 # ==== Command line ===================================================================================================
 
 COMMAND_HELP = {
@@ -6452,7 +6665,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = vars(build_parser().parse_args(words, argparse.Namespace(**{name: [] for name in lists})))
     for name in lists:
         given[name] = (*given[name], *given.pop(f"{name}_too", ()))
-    args = argparse.Namespace(**vars(Plan()) | given | _by_stages(given))
+    given = {name: value for name, value in given.items() if value != ()}
+    given |= event_of(given.pop("event"), given) if "event" in given else _by_stages(given)
+    args = argparse.Namespace(**vars(Plan()) | given)
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
@@ -6504,7 +6719,12 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         if plan.find_capacity:
             raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
         args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("no-token-is-sent")
-    _validate_rehearsal(plan)
+    _validate_rehearsal(plan, Plan())
+    for group in plan.event:
+        try:
+            _validate_rehearsal(group, dataclasses.replace(plan, group=group.group))
+        except UsageError as error:
+            raise UsageError(f"--event, group {group.group}: {error}") from None
     if plan.processes > plan.workers:
         raise UsageError(f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread")
     load_operations(plan.operations)
@@ -6515,13 +6735,15 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         if nearest := instead_of(one.metric, paths):
             of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
             raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
+        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
+            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
         if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
             raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
         if one.unit == "x" and not plan.baseline:
             raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
     for flag, given, module, package in (
         ("--report", plan.report, "plotly", "plotly"),
-        ("--work", plan.work, "websocket", "websocket-client"),
+        ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
         ("--metrics-port", plan.metrics_port, "prometheus_client", "prometheus-client"),
     ):
         if given and not optional(module):
@@ -6534,8 +6756,8 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
-def _validate_rehearsal(plan: Plan) -> None:
-    usual = Plan()
+def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
+    """Nothing, if what differs from what is usual can be used together; else raises `UsageError`."""
     given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
     for one, other, why_not in (
         ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
@@ -6547,10 +6769,10 @@ def _validate_rehearsal(plan: Plan) -> None:
         if {one, other} <= {*given}:
             raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
     for names, there, others in (
-        (("notebook", "think_s", "cell_timeout_s"), plan.work, "--work"),
+        (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
         (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
-        (("tab", "settle_s"), plan.leave_open, "--leave-open"),
-        (("seed",), plan.within_s, "--within"),
+        (("tab", "settle_s"), plan.leaves_tabs, "--leave-open"),
+        (("seed",), any(group.within_s for group in plan.groups), "--within"),
     ):
         for name in names:
             if name in given and not there:
@@ -6893,7 +7115,7 @@ if locust_is_loading():
                 return
             self._visits += 1
             name, clock, awake = self.new_user(), time.monotonic, threading.Event()
-            person = Visitor(name, clock(), self.plan, awake.set, next(self.shared.numbers))
+            person = Visitor(name, clock(), self.plan, next(self.shared.numbers), awake.set)
             try:
                 for at_s in journey(person, self.site):
                     awake.wait(min(3600.0, max(0.0, at_s - clock())))

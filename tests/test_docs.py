@@ -187,6 +187,23 @@ def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, mo
     assert hst.plan_of(args).command in hst.COMMANDS
 
 
+def test_the_event_in_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = readme_blocks("toml")
+    (tmp_path / "class.toml").write_text(text)
+    (tmp_path / "class.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "6*7"}]}')
+    words = ["stress-test", "--event", str(tmp_path / "class.toml"), "-e", "http://x/hub/api", "-t", "x"]
+    args = hst.parse_args(words)
+    hst.validate(args)
+    assert args.count == 300 and [(group.group, group.count) for group in args.event] == [
+        ("students", 200),
+        ("project", 90),
+        ("assistants", 10),
+    ]
+    used = {key for line in text.splitlines() for key in re.findall(r"^([a-z-]+) =", line)} - {"hold", "fail-if"}
+    named = README.partition("A group has a `name`;")[2].partition("Results,\nsummary")[0]
+    assert used | set(hst.IN_GROUP) == {"name", *re.findall(r"`([a-z-]+)`", named)}
+
+
 def test_every_name_of_the_module_in_the_readmes_python_is_there() -> None:
     code = "\n".join(readme_blocks("python"))
     used = {name for line in re.findall(r"from hub_stress_test import (.*)", code) for name in re.findall(r"\w+", line)}

@@ -329,7 +329,7 @@ def test_without_options_a_command_has_the_plans_defaults(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "field"), [(command, field) for field, row in hst.OPTIONS.items() for command in row.on]
+    ("command", "field"), [(command, field) for field in GIVEN for command in hst.OPTIONS[field].on]
 )
 def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_other(
     command: str, field: str, files: Path
@@ -341,6 +341,10 @@ def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_oth
         plan = plan_for(*words, flag, *([value] if value else []))
         assert getattr(plan, field) == meaning != default[field]
         assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*words), **default)
+
+
+def test_every_option_is_tried_but_those_of_an_events_file() -> None:
+    assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "group", "after_s", "scale", "visits"}  # or of Locust
 
 
 @pytest.mark.parametrize("command", hst.COMMANDS)

@@ -863,7 +863,7 @@ def test_people_arrive_at_a_rate_at_random_moments_or_when_there_is_a_place(
     options: dict[str, Any], due_s: list[float]
 ) -> None:
     plan = hst.Plan(count=3, **options)
-    assert [at_s for at_s, _ in hst.arrivals(plan)] == pytest.approx(due_s, abs=0.01)
+    assert [at_s for at_s, _, _ in hst.arrivals(plan)] == pytest.approx(due_s, abs=0.01)
     assert plan.is_open == bool(options)
 
 
@@ -1076,9 +1076,31 @@ def has_arrived_as_drawn(found: dict[str, Any]) -> bool:
     """Whether people were due at the moments that the seed in the results draws."""
     options, due_s = found["options"], found["timeline"]["servers"]["due_s"]
     plan = hst.Plan(count=options["count"], within_s=options["within"], seed=options["seed"])
-    moments = [at_s for at_s, _ in hst.arrivals(plan)]
+    moments = [at_s for at_s, _, _ in hst.arrivals(plan)]
     drawn = [at_s - moments[0] for at_s in moments]
     return [at_s - due_s[0] for at_s in due_s] == pytest.approx(drawn, abs=2e-3)
+
+
+def test_groups_of_an_event_work_or_just_have_a_server(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
+    students = "[[people]]\nname = 'students'\ncount = 4\nwithin = '1s'\nwork = true\nthink = 0.2\n"
+    guests = "[[people]]\nname = 'guests'\nstages = [{rate = 3, for = '1s'}]\nafter = 1\nstay = 1\n"
+    (tmp_path / "event.toml").write_text(f"hold = '2s'\n{students}notebook = 'class.py'\n{guests}")
+    script(tmp_path, *FIVE_CELLS)
+    words = ("stress-test", "--event", str(tmp_path / "event.toml"))
+    done, found = run_for_results(tmp_path / "r", *words, hub=labs)
+    assert done.code == 0, done
+    counts = {name: one["count"] for name, one in found["operations"].items()}
+    expected = {"server_ready": 7, "visit": 4, "kernel_ready": 4, "cell": 16, "at_work": 7, "stay": 7}
+    assert {name: counts[name] for name in expected} == expected
+    of_guests = {name: number for name, number in counts.items() if "guests" in name}
+    steps = ("start_server", "server_ready", "at_work", "stay", "stop_server", "delete_user")
+    assert of_guests == {f"{step}[guests]": 3 for step in steps}
+    left_s = [at_s for at_s in found["timeline"]["servers"]["left_s"] if at_s is not None]
+    assert len(left_s) == 3  # the guests, while the students stayed
+    means = found["people"]["until_work_s"]
+    assert means["at_work"] == pytest.approx(sum(means.values()) - means["at_work"], abs=0.2)
+    assert sorted(collections.Counter(cell["kernel"] for cell in witness.truth["cells"]).values()) == [5] * 4
+    assert witness.left_nothing()
 
 
 def test_twelve_people_run_a_notebook_and_every_cell_is_counted_as_the_servers_count_it(

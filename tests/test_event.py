@@ -1,0 +1,176 @@
+"""An event as a file: groups of people who come and act differently; what is wrong with such a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from localhub import LocalHub
+from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
+
+import hub_stress_test as hst
+
+CLASS = """
+hold = "5m"
+think = 5
+fail-if = ["failed > 0", "server_ready[students].p95 > 30s"]
+watch = "proxy=http://proxy:8002/metrics"
+
+[[people]]
+name = "students"
+count = 250
+within = "5m"
+profile = "small"
+work = true
+notebook = "class.py"
+
+[[people]]
+name = "assistants"
+after = "1m"
+stages = [{rate = 1, for = 3}, {rate = 0.5, for = "4s"}]
+profile = {image = "a:b"}
+visit = true
+stay = "20m"
+server-timeout = 90
+"""
+GROUP = '[[people]]\nname = "a"\ncount = 3\nwithin = "2s"\n'
+
+
+def plan_for(file: Path, *words: str) -> hst.Plan:
+    args = hst.parse_args(["stress-test", "--event", str(file), "-e", "http://x/hub/api", "-t", "x", *words])
+    hst.validate(args)
+    return hst.plan_of(args)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of an event beside what it names."""
+    (tmp_path / "class.py").write_text("# %%\n1+1\n")
+    (tmp_path / "class.toml").write_text(CLASS)
+    return tmp_path / "class.toml"
+
+
+def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> None:
+    plan = plan_for(file)
+    assert (plan.count, plan.hold_s, plan.opens, plan.is_open, plan.work) == (255, 300.0, True, True, False)
+    assert [one.text for one in plan.fail_if] == ["failed > 0", "server_ready[students].p95 > 30s"]
+    assert plan.watch == (hst.Watched("proxy", "http://proxy:8002/metrics"),)
+    students, assistants = plan.event
+    base = hst.Plan(hold_s=300.0, think_s=5.0, fail_if=plan.fail_if, watch=plan.watch)
+    where = {"endpoint": "http://x/hub/api", "token": "x"}
+    cells = hst.Notebook(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
+    assert students == dataclasses.replace(
+        base, group="students", count=250, within_s=300.0, profile="small", work=True, notebook=cells, **where
+    )
+    assert assistants == dataclasses.replace(
+        *(base,),
+        group="assistants",
+        count=5,
+        after_s=60.0,
+        rate_per_s=hst.Schedule(((1.0, 3.0), (0.5, 4.0))),
+        profile={"image": "a:b"},
+        visit=True,
+        stay_s=1200.0,
+        server_timeout_s=90.0,
+        **where,
+    )
+
+
+def test_the_command_line_wins_over_what_stands_above_the_groups(file: Path) -> None:
+    plan = plan_for(file, "--hold", "9s", "--fail-if", "failed > 7", "--think", "2s")
+    assert (plan.hold_s, [one.text for one in plan.fail_if]) == (9.0, ["failed > 7"])
+    assert [group.think_s for group in plan.event] == [2.0, 2.0]
+
+
+def test_the_groups_come_in_one_order_each_at_its_own_moments_and_the_same_with_the_same_seed(file: Path) -> None:
+    first, again, other = (hst.arrivals(plan_for(file, "--seed", seed)) for seed in "778")
+    assert first == again and first != other and first == sorted(first, key=lambda person: person[0])
+    moments = {name: [at_s for at_s, plan, _ in first if plan.group == name] for name in ("students", "assistants")}
+    assert len(moments["students"]) == 250 and moments["students"][0] >= 0 and moments["students"][-1] <= 300
+    assert moments["assistants"] == [60, 61, 62, 63, 65]
+
+
+WRONG = {
+    # what is in the file: (the line that is named, what is said)
+    "hold = \n": (None, "not valid TOML: Invalid value (at line 1"),
+    "hold = 3\n": (None, "expected groups of people, each below a line [[people]]"),
+    "[people]\nname = 'a'\n": (None, "expected groups of people"),
+    GROUP + GROUP: (None, "there are 2 groups called a"),
+    '\n[[people]]\ncount = 3\nwithin = "2s"\n': (2, "a group needs a name"),
+    GROUP + '[[people]]\nname = "b"\nrate = 3\n': (5, "a group needs a count"),
+    '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within, rate or stages"),
+    GROUP + 'wihtin = "3s"\n': (5, "wihtin: there is no such key here: did you mean within?"),
+    GROUP + GROUP.replace('"a"', '"b"') + "serevr-timeout = 3\n": (9, "did you mean server-timeout?"),
+    GROUP + "x = 1\n": (5, "x: there is no such key here: there are count, "),
+    'token = "5ecret"\n' + GROUP: (1, "token: there is no such key here"),
+    GROUP + "hold = 3\n": (5, "hold: this key stands above the groups"),
+    "count = 3\n" + GROUP: (1, "count: this key stands in a group"),
+    GROUP.replace("= 3", "= [3]"): (3, "count: expected N, not [3]"),
+    GROUP.replace("= 3", "= -3"): (3, "count: expected a whole number of at least 1, not '-3'"),
+    GROUP.replace("= 3", "= true"): (3, "count: expected N, not True"),
+    GROUP.replace('"a"', "7"): (2, "name: expected NAME, not 7"),
+    GROUP.replace('"a"', '"a b"'): (2, "name: expected letters, digits and hyphens"),
+    GROUP + 'visit = "yes"\n': (5, "visit: expected true or false, not 'yes'"),
+    GROUP + "work = true\nnotebook = 'nope.py'\n": (6, "nope.py cannot be read as a notebook"),
+    GROUP + "rate = 2\n": (None, "group a: --within and --rate both say when people come"),
+    GROUP + "rate = 2\nstages = [{rate = 1, for = 2}]\n": (6, "rate and stages both say when people come"),
+    GROUP + "stages = [{rate = 1, for = 2}]\n": (3, "the stages of --rate decide the count"),
+    '[[people]]\nname = "a"\nstages = [{rate = 1, fro = 2}]\n': (3, "expected stages like [{rate = 1, for"),
+    '[[people]]\nname = "a"\nstages = []\n': (3, "stages: expected"),
+    GROUP + "think = 5\n": (None, "group a: --think has a meaning only with --work"),
+    "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
+    'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
+    'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_file_that_means_nothing_is_refused_with_the_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, expected = WRONG[text]
+    (tmp_path / "class.toml").write_text(text)
+    said = refused_usage(["stress-test", "--event", str(tmp_path / "class.toml")], NOWHERE, capsys)
+    assert expected in said and "5ecret" not in said
+    found = re.search(r"class\.toml, line (\d+): ", said)
+    assert (int(found[1]) if found else None) == line
+
+
+@pytest.mark.parametrize("words", [["--count", "9"], ["--within", "9s"], ["--rate", "9"], ["--rate", "9:1m"]])
+def test_what_the_groups_say_is_refused_beside_them(
+    words: list[str], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused_usage(["stress-test", "--event", str(file), *words], NOWHERE, capsys)
+    assert f"leave out {words[0]}" in said
+
+
+def test_each_group_acts_by_its_own_and_is_told_apart(new_hub: LocalHub, tmp_path: Path) -> None:
+    big, small = (f"[[people]]\nname = {name!r}\ncount = {count}\n" for name, count in (("big", 4), ("small", 6)))
+    big += "within = '1s'\nprofile = {spawn_s = 1, size = 'big'}\n"
+    small += "rate = 6\nafter = 1\nprofile = {size = 'small', fail_rate = 0.5}\nserver-timeout = '20s'\n"
+    file = tmp_path / "event.toml"
+    file.write_text(f"keep = true\nfail-if = ['failed > 3', 'server_ready[big].min < 1s']\nrun = 'e'\n{big}{small}")
+    done, found = run_for_results(tmp_path / "r", "stress-test", "--event", str(file), hub=new_hub)
+    servers = [user["servers"].get("") for name, user in new_hub.users().items() if hst.is_test_user(name, "e")]
+    assert run_tool("purge", "--run", "e", hub=new_hub).code == 0 and not tool_users(new_hub)
+    sizes = [server["user_options"]["size"] for server in servers if server]
+    assert len(servers) == 10 and sizes.count("big") == 4  # as the hub has them
+    assert done.code == 0, done
+    operations, groups = found["operations"], found["groups"]
+    counts = {name: (one["count"], one["failed"]) for name, one in operations.items() if "server_ready" in name}
+    failed = counts["server_ready"][1]
+    assert failed in (2, 3, 4) and sizes.count("small") == 6 - failed
+    assert counts == {"server_ready": (10, failed), "server_ready[big]": (4, 0), "server_ready[small]": (6, failed)}
+    whole, *both = (operations[f"server_ready{group}"]["latency_s"] for group in ("", "[big]", "[small]"))
+    assert both[0]["min"] >= 1 and whole["min"] == min(one["min"] for one in both)
+    assert {name: (one["expected"], one["at_work"], one["failed"]) for name, one in groups.items()} == {
+        "big": (4, 4, 0),
+        "small": (6, 6 - failed, failed),
+    }
+    assert f"{10 - failed} of 10 people got to work" in done.summary.splitlines()[0]
+    assert "big: 4 expected, at random moments within 1.00 s; 4 at work, 0 failed; half waited " in done.summary
+    told = f"small: 6 expected, 6 per second, from 1.00 s on, however slow the hub; {6 - failed} at work"
+    assert told in done.summary and "server_ready[big].min < 1s: not met, it is " in done.summary
+    assert [one["name"] for one in found["options"]["event"]] == ["big", "small"] and found["options"]["count"] == 10
