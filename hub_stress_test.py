@@ -13,6 +13,7 @@ Three commands answer, from a shell or a CI job:
   What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
   Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
   Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
+  How many people a minute does it take?           stress-test --find-capacity --max-servers 200     10 to 20 min
   Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m                15 min
   Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
   How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
@@ -129,6 +130,8 @@ OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 CAPACITY_FIRST_RATE_PER_S = 16.0
 CAPACITY_STEP_S = 10.0
+CAPACITY_FIRST_PEOPLE_PER_S = 0.1
+CAPACITY_PEOPLE_STEP_S = 60.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 SERVER_REPORTS_LEAST_S = 1800  # rarer, and an idle culler with its usual hour may take a server at work for an idle one
@@ -942,7 +945,9 @@ class Plan:
     workers: int = for_requests(
         "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
     )
-    duration_s: float | None = for_requests("--duration", "send for so long; without it, once for each user", duration)
+    duration_s: float | None = for_loads(
+        "--duration", "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration
+    )
     processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
     mix: Mapping[str, float] | None = for_requests(
         "--mix", "operations by weight (activity=1); read and list are there too", mix_of, locust="activity=1"
@@ -950,8 +955,12 @@ class Plan:
     operations: str | None = for_requests(
         "--operations", "a file that registers operations of your own", str, locust=""
     )
-    find_capacity: bool = for_requests(
-        "--find-capacity", "raise the rate until a condition is met: what does the hub sustain?"
+    find_capacity: bool = for_loads(
+        "--find-capacity",
+        "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
+    )
+    max_servers: int | None = for_people(
+        "--max-servers", "with --find-capacity: no more than N servers at one time", whole_number
     )
     cleanup_timeout_s: float = option(
         "--cleanup-timeout", "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S
@@ -1015,7 +1024,9 @@ class Plan:
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What decides whether the run has failed; a search for capacity also minds how long requests take."""
-        slow = [condition(f"{name}.p95 > 500ms") for name in self.mix or DEFAULT_MIX] if self.find_capacity else []
+        limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
+        limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
+        slow = [condition(limit) for limit in limits] if self.find_capacity else []
         leaks = [LEAKING] if self.leaves_tabs else []
         leaks += [PROXY_LEAKING] if self.check_proxy else []
         return self.fail_if or (FAILED, *slow, *leaks)
@@ -3522,7 +3533,7 @@ def work(person: Visitor, site: Site) -> Iterator[Event | float]:
     clock, plan, kernel, cells = site.hub.session.clock, person.plan, person.kernel, cells_of(person.plan)
     if not kernel:
         return
-    if not plan.notebook:
+    if not plan.notebook or plan.find_capacity:
         site.gathering.settle(person.name)
     for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
         yield from think(person, kernel, site, clock() + plan.think_s)
@@ -4566,10 +4577,26 @@ class Run:
     @timeit
     def start_servers(self, names: Sequence[str]) -> None:
         """Take the people through their journeys. Raises `CutShort`."""
-        goal, record = self.plan.goal, self.record
+        goal, record = self.plan.goal, self.site.record
         title = "people at work" if self.plan.rehearses else "starting servers"
         with Progress(title, len(names)) as progress:
             take_through(names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL)))
+
+    def begin_anew(self, plan: Plan, record: Recorder) -> None:
+        """Have other people come, by this plan, and apart from those before them."""
+        before = self.site
+        before.public.wires.end()
+        self.site = Site(self.hub, plan, record, states=before.states, claims=before.claims)
+        self.site.public.traffic = before.public.traffic
+
+    def let_leave(self, names: Sequence[str]) -> None:
+        """Remove these users now. Raises `CutShort` when some stay."""
+        states = self.site.states
+        thought = {name: states.get(name, ServerState.STOPPED) for name in names}
+        self.remove(thought, thought.__contains__, self.session)
+        states |= dict.fromkeys(set(names) - set(self.cleaned.left), ServerState.GONE)
+        if self.cleaned.left and not self.session.stopping.is_set():
+            raise CutShort(f"{len(self.cleaned.left)} users could not be removed before others come")
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
@@ -4650,6 +4677,9 @@ def pace_text(options: Json) -> str:
 def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
+    if plan.find_capacity:
+        measure_people(run)
+        return
     run.announce(f"{plan.count} {'people' if plan.rehearses else 'servers'}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
@@ -4725,6 +4755,7 @@ class CapacityStep:
     failed: int
     held: str | None  # the condition that was met, or that the generator could not send so much
     generator_bound: bool
+    limited_by: str | None = None  # of people: why no more of them got through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4745,6 +4776,19 @@ class Capacity:
     steps: list[CapacityStep]
     finished: bool = True  # whether the search came to its end
     activity_intervals: list[ActivityInterval] = dataclasses.field(default_factory=list)
+    people_per_minute: float | None = None
+    limited_by: str | None = None
+
+
+class Limit(enum.Enum):
+    """What keeps a hub from taking more people."""
+
+    PROCESSOR = "the hub's one thread was busy: give its process a faster processor, or less to do"
+    THROTTLING = "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to start"
+    SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
+    PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
+    GENERATOR = "this machine could not send more"
+    MAX_SERVERS = "--max-servers allows no step with more people"
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -4752,21 +4796,27 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
     return max((step.rate_per_s for step in steps if not step.held), default=None)
 
 
-def next_rate(steps: Sequence[CapacityStep], first_rate_per_s: float) -> float | None:
+def next_rate(steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_s: float = 0.0) -> float | None:
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
     None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
-    hub, and so nothing is known of higher ones.
+    hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
     """
     sustained = sustained_rate(steps)
     broken = min((step.rate_per_s for step in steps if step.held), default=None)
+    rate: float | None = None
     if any(step.generator_bound for step in steps):
         return None
     if broken is None:
-        return sustained * 2 if sustained else first_rate_per_s
-    if sustained is None:
-        return broken / 2 if broken > 1 else None
-    return (sustained + broken) / 2 if broken > sustained * 1.05 else None
+        rate = sustained * 2 if sustained else first_rate_per_s
+    elif sustained is None:
+        rate = broken / 2 if broken > 1 or grain_per_s else None
+    elif broken > sustained * 1.05:
+        rate = (sustained + broken) / 2
+    if rate is None or not grain_per_s:
+        return rate
+    rate = max(1, round(rate / grain_per_s)) * grain_per_s
+    return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
 def activity_interval(servers: int, reports_per_s: float) -> ActivityInterval:
@@ -4806,7 +4856,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
 
 def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
     """Judge one rate by its own requests alone."""
-    count, failed = seen.count(load.mix), seen.failures(load.mix)
+    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
     found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
     found["failed_rate"] = failed / count if count else None
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
@@ -4822,6 +4872,102 @@ def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu
         held="the generator could not send this rate" if bound else held,
         generator_bound=bound,
     )
+
+
+def measure_people(run: Run) -> None:
+    """Search for how many people the hub takes who come at a rate; `run` has the answer, however the search ends."""
+    plan, session, for_s = run.plan, run.session, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    steps: list[CapacityStep] = []
+    best, most = Recorder(), plan.max_servers or math.inf
+    rate: float | None = None
+    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+    try:
+        while rate := next_rate(steps, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s):
+            if (people := round(rate * for_s)) > most:
+                break
+            names = run.make_users(people, plan.batch_size)
+            step, seen = _people_step(run, names, for_s)
+            if session.stopping.is_set() or session.hub_is_gone:
+                break
+            steps.append(step)
+            LOG.info("At %.4g people a minute: %s", 60 * rate, step.held or "they got through")
+            best = best if step.held else seen
+            run.let_leave(names)
+            _drain_hub(run.hub, names[0])
+    finally:
+        run.record.take_over(best)
+        limit = Limit.MAX_SERVERS.value if rate and rate * for_s > most else None
+        run.capacity = _people_capacity(steps, finished=rate is None and bool(steps), limit=limit)
+
+
+def _people_capacity(steps: list[CapacityStep], finished: bool, limit: str | None) -> Capacity:
+    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
+    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
+    limit = limit or (lowest.limited_by if lowest else None)
+    people = sustained and 60 * sustained
+    return Capacity(sustained, None, bound, steps, finished, people_per_minute=people, limited_by=limit)
+
+
+def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
+    """What people show who come at a fixed rate for so long, and what was seen of them."""
+    session, monitor, seen, rate_per_s = (
+        run.session,
+        run.monitor,
+        new_recorder(*run.record.listeners),
+        len(names) / for_s,
+    )
+    run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
+    looks, counted = len(monitor.snapshots), session.traffic.counts.copy()
+    cpu_s, began_s = time.process_time(), session.clock()
+    monitor.look()
+    with pinging(names[0], run.hub.endpoint, session, seen):
+        run.start_servers(names)
+    monitor.look()
+    cpu_share, traffic = (time.process_time() - cpu_s) / (session.clock() - began_s), Traffic()
+    traffic.add(session.traffic.counts - counted)
+    load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
+    step = _capacity_step(load, seen, traffic, run.plan, cpu_share)
+    if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
+        step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
+    if step.held:
+        limit = limit_of(seen.summarise(), hub_figures(monitor.snapshots[looks:], math.inf, 0), step.generator_bound)
+        step = dataclasses.replace(step, limited_by=limit and limit.value)
+    return step, seen
+
+
+def waits_of(people: People, goal: str) -> list[float]:
+    """How long each person waited who reached the goal, in the order in which they were due."""
+    reached = sorted((row[goal] for row in people.values() if goal in row), key=lambda end: end.due_s)
+    return [end.latency_s for end in reached if end.reason is None]
+
+
+def falls_behind(waits_s: Sequence[float]) -> bool:
+    """Whether those who came last waited longer than those who came first: by half, and by more than a second.
+
+    By the medians of the last and the first quarter. If people kept coming, they would wait ever longer.
+    """
+    quarter = max(1, len(waits_s) // 4)
+    first_s, last_s = (sorted(part)[len(part) // 2] for part in (waits_s[:quarter] or [0], waits_s[-quarter:] or [0]))
+    return last_s > max(1.5 * first_s, first_s + 1.0)
+
+
+def limit_of(seen: Mapping[str, Operation], own: HubFigures | None, generator_bound: bool) -> Limit | None:
+    """What kept people from getting through, by the hub's own figures; None where it does not tell."""
+    means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
+    asked, ready_s = seen.get("start_server"), means.get("server_ready", 0.0)
+    late = own is not None and own.cpu_share_max > BUSY / 2 and (own.event_loop_lag_p95_s or 0.0) > LATE_LOOP_S
+    if generator_bound:
+        return Limit.GENERATOR
+    if own and (late or own.cpu_share_max > BUSY):
+        return Limit.PROCESSOR
+    if asked and asked.backoff_s / asked.count > NEGLIGIBLE_S:
+        return Limit.THROTTLING
+    if not own or not ready_s:
+        return None
+    spawn_s = own.spawns["success"].mean_s if "success" in own.spawns else 0.0
+    beyond_s = means.get("at_work", ready_s) - ready_s
+    waited = {Limit.SPAWN: spawn_s, Limit.PROCESSOR: ready_s - spawn_s, Limit.PROXY: beyond_s}
+    return max(waited, key=waited.__getitem__)
 
 
 def _drain_hub(hub: Hub, user: str) -> None:
@@ -5111,7 +5257,8 @@ def results_of(run: Run) -> Results:
     """What a run found; the conditions are judged by all the rest."""
     plan, left = run.plan, list(run.cleaned.left)
     cut_short = bool(run.troubles) or run.interrupted_by is not None
-    servers = servers_of(run.record.people, plan.count, cut_short) if plan.command == STRESS else None
+    comes = plan.command == STRESS and not plan.find_capacity
+    servers = servers_of(run.record.people, plan.count, cut_short) if comes else None
     if plan.own_servers:
         servers = servers or servers_of({}, 0, cut_short)
         servers = dataclasses.replace(
@@ -5119,7 +5266,7 @@ def results_of(run: Run) -> Results:
         )
     snapshots = run.monitor.snapshots
     restarts = sum(map(restarted, snapshots, snapshots[1:]))
-    people = people_of(run.record.people, plan.count, cut_short) if plan.rehearses else None
+    people = people_of(run.record.people, plan.count, cut_short) if comes and plan.rehearses else None
     if people:
         failed, tried = people.failed, plan.count
     elif plan.command == PURGE:
@@ -5127,7 +5274,7 @@ def results_of(run: Run) -> Results:
     elif servers:
         failed, tried = servers.failed + servers.lost, plan.count
     else:
-        mix = plan.mix or DEFAULT_MIX
+        mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
         failed, tried = run.record.failures(mix), run.record.count(mix)
     made = max(len(run.claims.confirmed), run.cleaned.deleted + len(left))
     figures = hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0)
@@ -5474,7 +5621,8 @@ def time_spent(results: Results) -> Iterator[str]:
     if not own:
         return
     ready, started = operations.get("server_ready"), own.spawns.get("success")
-    if ready and ready.latency_s.mean and started:
+    # a capacity's operations are those of one step, the hub's figures those of all
+    if ready and ready.latency_s.mean and started and not results.capacity:
         wait_s = ready.latency_s.mean
         asked = operations.get("start_server")  # the mean of all, whose servers became ready or not
         throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, max(0.0, wait_s - started.mean_s))
@@ -5488,7 +5636,6 @@ def time_spent(results: Results) -> Iterator[str]:
         if results.hub.restarts:  # whoever waited for a hub that was away waited in front of nothing
             continue
         if seen and seen.latency_s.mean and inside and (name == "ping" or not results.capacity):
-            # a capacity's operations are those of one step, the hub's figures those of all
             whole_s = seen.latency_s.mean
             text = f"a mean {title_of(name)} of {duration_text(whole_s)}"
             where = where_time_went(whole_s, inside.mean_s, own)
@@ -5577,6 +5724,8 @@ def verdict_of(results: Results) -> tuple[str, str]:
         )
     if results.command == PURGE:
         return word, f"{results.cleaned.deleted} {things(results.own_servers)} removed"
+    if capacity:
+        return word, _capacity_sentence(capacity)
     if people := results.people:
         later = people.failed + people.at_work - people.expected
         afterwards = f"; {later} failed afterwards" if later else ""
@@ -5587,8 +5736,6 @@ def verdict_of(results: Results) -> tuple[str, str]:
         lost = f"; {servers.lost} {'was' if servers.lost == 1 else 'were'} lost while held" if servers.lost else ""
         waited = _waited(results.operations.get("server_ready"))
         return word, f"{servers.ready} of {servers.requested} servers became ready{lost}{waited}"
-    if capacity:
-        return word, _capacity_sentence(capacity)
     load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
     count, failed = (sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed"))
     what = "activity reports" if load == ["activity"] or not load else "requests"
@@ -5610,6 +5757,9 @@ def _capacity_sentence(capacity: Capacity) -> str:
         why_not = "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
         return f"the capacity was not found: {why_not if capacity.finished else 'the search did not finish'}"
     least = "at least " if capacity.generator_bound or not capacity.finished else ""
+    if capacity.people_per_minute:
+        of_300 = f"a class of 300 in {duration_text(300 * 60 / capacity.people_per_minute)}"
+        return f"this hub takes {least}{capacity.people_per_minute:.4g} people a minute: {of_300}"
     servers = capacity.servers_reporting_every_300_s
     meaning = f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
     return f"this hub sustains {least}{capacity.rate_per_s:.0f} requests per second{meaning}"
@@ -5667,12 +5817,17 @@ def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
 
 
 def _tested(results: Results) -> Iterator[tuple[str, str]]:
-    if results.capacity:
+    capacity, latencies = results.capacity, "The latencies below are of the rate sustained"
+    if not capacity:
+        return
+    if results.command == STRESS:
+        lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
+        yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"
+    else:
         sent = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
-        yield (
-            "tested",
-            f"{sent} only: starting servers, memory and nodes were not. The latencies below are of the rate sustained",
-        )
+        yield "tested", f"{sent} only: starting servers, memory and nodes were not. {latencies}"
+    if capacity.limited_by:
+        yield "limit", capacity.limited_by
 
 
 def _told(results: Results, held: bool) -> list[Judgement]:
@@ -5874,19 +6029,21 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
     return Section("Latency", rows, ("operation", "count", "failed", *columns))
 
 
-def capacity_section(capacity: Capacity) -> Section:
+def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
+    unit, factor, goal = ("a minute", 60, "server ready p95") if of_people else ("per s", 1, "p95")
     rows = [
         (
-            f"{step.rate_per_s:.4g}",
-            f"{step.sent_per_s:.4g}",
+            f"{factor * step.rate_per_s:.4g}",
+            f"{factor * step.sent_per_s:.4g}",
             duration_text(step.p95_s),
             str(step.failed),
             step.held or "none: sustained",
         )
         for step in capacity.steps
     ]
-    return Section("Capacity", rows, ("tried per s", "sent per s", "p95", "failed", "condition met"), left=(4,))
+    header = (f"tried {unit}", f"{'came' if of_people else 'sent'} {unit}", goal, "failed", "condition met")
+    return Section("Capacity", rows, header, left=(4,))
 
 
 def interval_section(capacity: Capacity) -> Section:
@@ -5936,7 +6093,7 @@ def render_summary(results: Results, baseline: Json | None = None, *, colour: bo
     word, sentence = verdict_of(results)
     sections = [facts(results, baseline)]
     if results.capacity:
-        sections.append(capacity_section(results.capacity))
+        sections.append(capacity_section(results.capacity, results.command == STRESS))
         sections += [interval_section(results.capacity)] if results.capacity.activity_intervals else []
     if not results.options["dry_run"] and results.operations:
         sections.append(latency_section(results.operations, results.own_servers))
@@ -6107,7 +6264,7 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
     page.section(facts(results, baseline))
     if results.capacity:
-        page.section(capacity_section(results.capacity))
+        page.section(capacity_section(results.capacity, results.command == STRESS))
         if results.capacity.activity_intervals:
             page.section(interval_section(results.capacity))
     if timeline.servers and timeline.servers.user:
@@ -6666,12 +6823,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in lists:
         given[name] = (*given[name], *given.pop(f"{name}_too", ()))
     given = {name: value for name, value in given.items() if value != ()}
+    _check_search(given)
     given |= event_of(given.pop("event"), given) if "event" in given else _by_stages(given)
     args = argparse.Namespace(**vars(Plan()) | given)
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
+
+
+NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "leave_open", "check_proxy")
+
+
+def _check_search(given: Json) -> None:
+    """Nothing, if a search for capacity is not told what it finds out or decides; else raises `UsageError`."""
+    if "find_capacity" not in given:
+        return
+    if isinstance(given.get("rate_per_s"), Schedule):
+        raise UsageError("--find-capacity begins with one rate: --rate R, without stages")
+    for name in NOT_IN_A_SEARCH if given["command"] == STRESS else ():
+        if name in given:
+            raise UsageError(f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}")
 
 
 def _by_stages(given: Json) -> Json:
@@ -6772,11 +6944,15 @@ def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
         (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
         (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
         (("tab", "settle_s"), plan.leaves_tabs, "--leave-open"),
+        (("max_servers", "duration_s"), plan.find_capacity or plan.command == ACTIVITY, "--find-capacity"),
         (("seed",), any(group.within_s for group in plan.groups), "--within"),
     ):
         for name in names:
             if name in given and not there:
                 raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
+    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)
+    if plan.max_servers and round(first) > plan.max_servers:
+        raise UsageError(f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate")
 
 
 class _Redacting(logging.Formatter):

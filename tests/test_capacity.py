@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_proxy import Answer, FaultProxy, every, first, matching
 from known_server import KnownServer
-from tool import run_for_results
+from localhub import LocalHub
+from tool import results_in, run_for_results, start_tool, tool_users, wait_until
 
 import hub_stress_test as hst
+from hub_stress_test import Limit
 
 REPORTS = matching("POST", "/activity$")
 
@@ -121,6 +127,14 @@ def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
         (hst.Capacity(None, None, False, [], finished=False), "the search did not finish"),
         (hst.Capacity(64.0, None, False, [], finished=False), "sustains at least 64 requests"),
         (hst.Capacity(64.0, None, False, []), "sustains 64 requests"),
+        (
+            hst.Capacity(0.7, None, False, [], people_per_minute=42.0),
+            "this hub takes 42 people a minute: a class of 300 in 7 min 9 s",
+        ),
+        (
+            hst.Capacity(20.0, None, False, [], finished=False, people_per_minute=1200.0),
+            "takes at least 1200 people a minute: a class of 300 in 15.0 s",
+        ),
     ],
 )
 def test_a_search_that_did_not_finish_knows_only_what_it_has_seen(capacity: hst.Capacity, sentence: str) -> None:
@@ -134,3 +148,112 @@ def test_a_rate_of_which_the_hub_let_only_a_part_be_sent_is_not_sustained() -> N
         seen.add(hst.Event("activity", "a", n / 10, n / 10, n / 10 + 0.01))
     step = hst._capacity_step(load, seen, hst.Traffic(), plan, cpu_share=0.1)
     assert (step.held, step.generator_bound) == ("10 of 40 requests could not be sent in time", False)
+
+
+# ==== People a minute ================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("truth", "tried", "sustained"),
+    [
+        (0, [6, 3, 2, 1], None),  # people of a step: they are whole
+        (1, [6, 3, 2, 1], 1),
+        (2.5, [6, 3, 2], 2),
+        (7, [6, 12, 9, 8, 7], 7),
+        (199, [6, 12, 24, 48, 96, 192, 384, 288, 240, 216, 204, 198], 198),
+    ],
+)
+def test_people_are_whole_in_each_step_and_none_is_tried_twice(
+    truth: float, tried: list[int], sustained: int | None
+) -> None:
+    steps: list[hst.CapacityStep] = []
+    grain = 1 / 7  # of steps of 7 s
+    while (rate := hst.next_rate(steps, 6.2 * grain, grain)) and len(steps) < 40:
+        held = "failed > 0" if rate > (truth + 0.01) * grain else None
+        steps.append(hst.CapacityStep(rate, rate, 0.01, 0, held, generator_bound=False))
+    assert [step.rate_per_s / grain for step in steps] == pytest.approx(tried)
+    found = hst.sustained_rate(steps)
+    assert (None if found is None else round(found / grain)) == sustained
+
+
+@pytest.mark.parametrize(
+    ("waits_s", "behind"),
+    [
+        ([], False),
+        ([9.0], False),
+        ([1.0, 2.1], True),
+        ([1.0, 2.0], False),  # not by more than a second
+        ([4.0] * 4 + [5.9] * 4, False),  # not by half
+        ([4.0] * 4 + [6.1] * 4, True),
+        ([1.0, 9.0, 1.0, 1.0] * 10, False),  # some wait long, but not ever longer
+        ([1.0] * 30 + [3.0] * 10, True),
+        ([3.0] * 10 + [1.0] * 30, False),
+    ],
+)
+def test_a_hub_falls_behind_when_the_last_wait_longer_than_the_first(waits_s: list[float], behind: bool) -> None:
+    assert hst.falls_behind(waits_s) is behind
+
+
+IDLE_HUB = hst.HubFigures(1, 0.2, 0.2, 0, 0, 0, None, 0.05, 0.1, 0.01, 99, 9, {}, {"success": hst.OwnDurations(9, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("ready_s", "at_work_s", "throttled_s", "more", "limit"),
+    [
+        (5.0, 5.0, 0.0, {"cpu_share_max": 0.9}, Limit.PROCESSOR),
+        (5.0, 5.0, 3.0, {"cpu_share_max": 0.9}, Limit.PROCESSOR),  # which makes it throttle, too
+        (5.0, 5.0, 3.0, {"cpu_share_max": 0.6, "event_loop_lag_p95_s": 0.5}, Limit.PROCESSOR),  # on a busy machine
+        (5.0, 5.0, 3.0, {}, Limit.THROTTLING),
+        (5.0, 5.0, 0.0, {}, Limit.PROCESSOR),  # 4 s that were not the hub's own
+        (1.2, 1.5, 0.0, {}, Limit.SPAWN),
+        (1.2, 9.0, 0.0, {}, Limit.PROXY),
+        (5.0, 5.0, 3.0, None, Limit.THROTTLING),
+        (5.0, 5.0, 0.0, None, None),  # nobody knows
+    ],
+)
+def test_what_kept_a_hub_from_taking_more_people(
+    ready_s: float, at_work_s: float, throttled_s: float, more: dict[str, Any] | None, limit: Limit | None
+) -> None:
+    seen = hst.Recorder()
+    seen.add(hst.Event("start_server", "x", 0.0, 0.0, 5.0, backoff_s=throttled_s))
+    seen.add(hst.Event("server_ready", "x", 0.0, 0.0, ready_s))
+    seen.add(hst.Event("at_work", "x", 0.0, 0.0, at_work_s))
+    own = None if more is None else dataclasses.replace(IDLE_HUB, **more)
+    assert hst.limit_of(seen.summarise(), own, False) is limit
+    assert hst.limit_of(seen.summarise(), own, True) is Limit.GENERATOR
+
+
+def test_a_hub_that_starts_two_servers_a_second_takes_120_people_a_minute(
+    make_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    hub = make_hub(concurrent_spawn_limit=2, spawn_s=1.0, slow_spawn_timeout_s=0)
+    words = ("stress-test", "--find-capacity", "--duration", "5s", "--rate", "1.6")
+    done, found = run_for_results(tmp_path / "r", *words, hub=hub)
+    assert not tool_users(hub)
+    capacity = found["capacity"]
+    assert done.code == 0 and 72 <= capacity["people_per_minute"] <= 150, done
+    assert done.summary.startswith(f"PASSED: this hub takes {capacity['people_per_minute']:.4g} people a minute: ")
+    assert capacity["people_per_minute"] == pytest.approx(60 * capacity["rate_per_s"])
+    people = sum(round(5 * step["rate_per_s"]) for step in capacity["steps"])
+    assert found["users"] == {"created": people, "deleted": people, "kept": 0, "left_behind": []}
+    assert found["operations"]["server_ready"]["count"] == round(5 * capacity["rate_per_s"])
+    assert (found["servers"], found["people"], found["conditions"], found["failed"]) == (None, None, [], 0)
+    held = [step for step in capacity["steps"] if step["held"]]
+    assert all(step["held"].startswith("the hub fell behind") for step in held)
+    assert {step["limited_by"] for step in held} == {Limit.THROTTLING.value} == {capacity["limited_by"]}
+    assert capacity["limited_by"] in done.summary
+
+
+def test_an_interrupted_search_for_people_leaves_nobody_and_says_what_it_knows(
+    new_hub: LocalHub, tmp_path: Path
+) -> None:
+    words = ("--duration", "2s", "--rate", "2", "--profile", '{"spawn_s": 0.3}', "--results", str(tmp_path / "r"))
+    with start_tool("stress-test", "--find-capacity", *words, hub=new_hub) as run:
+        wait_until(lambda: "hub-stress-test-5" in tool_users(new_hub))  # the second step has begun
+        wait_until(lambda: any(new_hub.users()[name]["servers"] for name in tool_users(new_hub)))
+        run.send_signal(signal.SIGINT)
+        done = run.outcome()
+    found = results_in(tmp_path / "r", done)
+    assert done.code == 130 and not tool_users(new_hub)
+    assert [step["rate_per_s"] for step in found["capacity"]["steps"]] == [2.0]
+    assert not found["capacity"]["finished"] and done.summary.startswith("INTERRUPTED: ")

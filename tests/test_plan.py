@@ -159,6 +159,8 @@ def test_a_search_for_capacity_minds_failures_and_how_long_the_requests_of_its_m
     assert [one.text for one in hst.Plan().conditions] == ["failed > 0"]
     search = hst.Plan(hst.ACTIVITY, find_capacity=True)
     assert [one.text for one in search.conditions] == ["failed > 0", "activity.p95 > 500ms"]
+    of_people = hst.Plan(hst.STRESS, find_capacity=True)
+    assert [one.text for one in of_people.conditions] == ["failed > 0", "server_ready.p95 > 30s"]
     mixed = dataclasses.replace(search, mix={"read": 1.0, "list": 2.0})
     assert [one.text for one in mixed.conditions] == ["failed > 0", "read.p95 > 500ms", "list.p95 > 500ms"]
     asked = hst.condition("throttled > 9")
@@ -290,12 +292,14 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "find_capacity": (None, True),
     "samples": ("s.csv.gz", "s.csv.gz"),
     "metrics_port": ("9101", 9101),
+    "max_servers": ("7", 7),
     "cleanup_timeout_s": ("1m", 60.0),
 }
 
 
 COMPANIONS = {  # options without which these say nothing
     "seed": ["--within", "5m"],
+    **dict.fromkeys(("max_servers", "duration_s"), ["--find-capacity"]),
     **dict.fromkeys(("notebook", "think_s", "cell_timeout_s"), ["--work"]),
     **dict.fromkeys(("visit_timeout_s", "public_url"), ["--visit"]),
     **dict.fromkeys(("tab", "settle_s"), ["--leave-open", "0.5"]),
@@ -435,6 +439,17 @@ BAD_USAGE = {
     "a unit that does not fit": (["purge", "--fail-if", "failed > 2s"], NOWHERE, "the unit 's' does not fit failed"),
     "a mix of nothing": (["activity-stress-test", "--mix", "activity"], NOWHERE, "NAME=WEIGHT"),
     "a mix of the unknown": (["activity-stress-test", "--mix", "dance=1"], NOWHERE, "no operation 'dance'"),
+    **{
+        f"a search with {words[0]}": (["stress-test", "--find-capacity", *words], NOWHERE, f"leave out {words[0]}")
+        for words in (["--count", "100"], ["--within", "5m"], ["--hold", "5m"], ["--stay", "5m"], ["--keep"])
+    },
+    "a search with stages": (["activity-stress-test", "--find-capacity", "--rate", "1:2m"], NOWHERE, "without stages"),
+    "too few servers for the first step": (
+        ["stress-test", "--find-capacity", "--max-servers", "5"],
+        NOWHERE,
+        "the first step has 6 people",
+    ),
+    "a bound without a search": (["stress-test", "--max-servers", "5"], NOWHERE, "a meaning only with --find-capacity"),
     "the capacity of nothing": (["--dry-run", "activity-stress-test", "--find-capacity"], {}, "give one of them"),
     "a rate of 0": (["activity-stress-test", "--rate", "0"], NOWHERE, "a number above 0"),
     "stages and a count": (["stress-test", "--rate", "1:2m,5:1m", "-c", "9"], NOWHERE, "leave out --count"),

@@ -1103,6 +1103,22 @@ def test_groups_of_an_event_work_or_just_have_a_server(labs: LocalHub, witness: 
     assert witness.left_nothing()
 
 
+def test_a_search_for_people_follows_them_to_work_and_keeps_to_so_many_servers(
+    labs: LocalHub, witness: Witness, tmp_path: Path
+) -> None:
+    words = ("--find-capacity", "--duration", "2s", "--rate", "1", "--max-servers", "5", "--work", "--think", "0.2s")
+    cells = ("--notebook", script(tmp_path, *FIVE_CELLS))  # nobody waits for more than the first
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, *cells, hub=labs)
+    assert done.code == 0, done
+    assert done.summary.startswith("PASSED: this hub takes at least 120 people a minute: a class of 300 in 2 min 30 s")
+    assert [round(2 * step["rate_per_s"]) for step in found["capacity"]["steps"]] == [2, 4]
+    assert found["capacity"]["limited_by"] == hst.Limit.MAX_SERVERS.value
+    assert found["operations"]["at_work"]["count"] == 4
+    truth = witness.truth
+    assert truth["requests"]["POST /api/kernels"] == {201: 6}
+    assert witness.saw(found["http"]["servers"]) and witness.left_nothing()
+
+
 def test_twelve_people_run_a_notebook_and_every_cell_is_counted_as_the_servers_count_it(
     labs: LocalHub, witness: Witness, tmp_path: Path
 ) -> None:
