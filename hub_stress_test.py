@@ -700,19 +700,29 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """Who comes to an event, when, and what they do: a file's TOML."""
+    """Who comes to an event, when, and what they do: a file's text, and what it says as TOML."""
 
     path: str
     text: str
+    above: Json
+    people: list[Json]
 
 
 def event_file(text: str) -> EventFile:
-    """The text of an event's file, which nobody has looked at yet."""
+    """An event's file, whose keys nobody has looked at yet."""
+    toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
+    if not toml:
+        raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
     try:
         with open(text, encoding="utf-8") as file:
-            return EventFile(text, file.read())
+            content = file.read()
+        above = toml.loads(content)
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read ({_in_words(error)})") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as TOML ({_in_words(error)})") from None
+    people = above.pop("people", None)
+    if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
+        raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
+    return EventFile(text, content, above, people)
 
 
 def group_name(text: str) -> str:
@@ -4879,10 +4889,10 @@ def measure_people(run: Run) -> None:
     plan, session, for_s = run.plan, run.session, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
     steps: list[CapacityStep] = []
     best, most = Recorder(), plan.max_servers or math.inf
-    rate: float | None = None
+    rate: float | None = (first_rate_per_s := fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S)
     run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
     try:
-        while rate := next_rate(steps, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s):
+        while rate := next_rate(steps, first_rate_per_s, 1 / for_s):
             if (people := round(rate * for_s)) > most:
                 break
             names = run.make_users(people, plan.batch_size)
@@ -4896,16 +4906,12 @@ def measure_people(run: Run) -> None:
             _drain_hub(run.hub, names[0])
     finally:
         run.record.take_over(best)
-        limit = Limit.MAX_SERVERS.value if rate and rate * for_s > most else None
-        run.capacity = _people_capacity(steps, finished=rate is None and bool(steps), limit=limit)
-
-
-def _people_capacity(steps: list[CapacityStep], finished: bool, limit: str | None) -> Capacity:
-    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
-    limit = limit or (lowest.limited_by if lowest else None)
-    people = sustained and 60 * sustained
-    return Capacity(sustained, None, bound, steps, finished, people_per_minute=people, limited_by=limit)
+        sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
+        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+        limit = Limit.MAX_SERVERS.value if rate and rate * for_s > most else broken[0].limited_by if broken else None
+        people = sustained and 60 * sustained
+        finished = rate is None
+        run.capacity = Capacity(sustained, None, bound, steps, finished, people_per_minute=people, limited_by=limit)
 
 
 def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
@@ -6671,27 +6677,12 @@ def event_of(file: EventFile, given: Json) -> Json:
     """The fields of the plan that an event's file sets, groups included; what is `given` wins. Raises `UsageError`."""
     for name in given.keys() & WHO_COMES:
         raise UsageError(f"the groups of --event say who comes and when: leave out {OPTIONS[name].flag}")
-    above = _toml(file)
-    tables = above.pop("people", None)
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"--event {file.path}: expected groups of people, each below a line [[people]]")
-    fields = _fields_in(above, file, 0) | given
-    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(tables, 1))
+    fields = _fields_in(file.above, file, 0) | given
+    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(file.people, 1))
     (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
     if times > 1:
         raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
     return fields | {"event": groups, "count": sum(group.count for group in groups)}
-
-
-def _toml(file: EventFile) -> Json:
-    parser = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
-    if not parser:
-        raise UsageError("--event needs tomli, which is not installed: pip install tomli")
-    try:
-        found: Json = parser.loads(file.text)
-    except ValueError as error:
-        raise UsageError(f"--event {file.path}: this is not valid TOML: {error}") from None
-    return found
 
 
 def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:

@@ -94,7 +94,7 @@ def test_the_groups_come_in_one_order_each_at_its_own_moments_and_the_same_with_
 
 WRONG = {
     # what is in the file: (the line that is named, what is said)
-    "hold = \n": (None, "not valid TOML: Invalid value (at line 1"),
+    "hold = \n": (None, "cannot be read as TOML (Invalid value (at line 1"),
     "hold = 3\n": (None, "expected groups of people, each below a line [[people]]"),
     "[people]\nname = 'a'\n": (None, "expected groups of people"),
     GROUP + GROUP: (None, "there are 2 groups called a"),
