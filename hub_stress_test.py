@@ -4966,7 +4966,7 @@ def limit_of(seen: Mapping[str, Operation], own: HubFigures | None, generator_bo
         return Limit.GENERATOR
     if own and (late or own.cpu_share_max > BUSY):
         return Limit.PROCESSOR
-    if asked and asked.backoff_s / asked.count > NEGLIGIBLE_S:
+    if asked and asked.backoff_s / asked.count > ready_s / 10:
         return Limit.THROTTLING
     if not own or not ready_s:
         return None

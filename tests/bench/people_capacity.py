@@ -3,11 +3,13 @@
     python tests/bench/people_capacity.py
 
 One hub starts at most 10 servers at the same time, of 3 s each: 200 people a minute. The other is bound by its
-processor, and takes what a bare client (bare_client.py) gets from it, measured before and after. Twenty minutes.
+processor, and takes what a bare client (bare_client.py) gets from it, measured before and after. It takes some twenty
+minutes, and a machine that does nothing else: what others do makes people wait longer, and that ends a search.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -49,6 +51,7 @@ def show(hub: str, truth: float, capacity: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with LocalHub(concurrent_spawn_limit=10, spawn_s=3.0, slow_spawn_timeout_s=0.0) as hub:
         show("10 at a time, 3 s each", 200.0, found(hub, "--rate", "1"))
     with LocalHub(concurrent_spawn_limit=0) as hub:
