@@ -4909,19 +4909,14 @@ def measure_people(run: Run) -> None:
         sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
         broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
         limit = Limit.MAX_SERVERS.value if rate and rate * for_s > most else broken[0].limited_by if broken else None
-        people = sustained and 60 * sustained
-        finished = rate is None
-        run.capacity = Capacity(sustained, None, bound, steps, finished, people_per_minute=people, limited_by=limit)
+        answer: Json = {"people_per_minute": sustained and 60 * sustained, "limited_by": limit}
+        run.capacity = Capacity(sustained, None, bound, steps, finished=rate is None, **answer)
 
 
 def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
     """What people show who come at a fixed rate for so long, and what was seen of them."""
-    session, monitor, seen, rate_per_s = (
-        run.session,
-        run.monitor,
-        new_recorder(*run.record.listeners),
-        len(names) / for_s,
-    )
+    session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
+    seen = new_recorder(*run.record.listeners)
     run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
     looks, counted = len(monitor.snapshots), session.traffic.counts.copy()
     cpu_s, began_s = time.process_time(), session.clock()
