@@ -284,9 +284,9 @@ def test_a_report_opens_without_a_complaint_and_draws_every_plot(
             "return [...document.querySelectorAll('.plot')].map(p => ({traces: p._fullData.length, "
             "drawn: p.querySelectorAll('.scatterlayer .trace').length, width: p.getBoundingClientRect().width}))"
         )
-        # two of servers, one of pings, and two for each operation of which there is enough
+        # two of servers, one of pings, one of open files, and two for each operation of which there is enough
         enough = sum(sum(one["often"]) >= hst.ENOUGH_TO_PLOT for one in found["timeline"]["operations"].values())
-        assert len(shown) == 3 + 2 * enough
+        assert len(shown) == 4 + 2 * enough
         for plot in shown:
             assert plot["drawn"] == plot["traces"] > 0
             assert 250 < plot["width"] <= width
