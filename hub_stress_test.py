@@ -4380,7 +4380,7 @@ def sample_of(event: Event, run: Run) -> Json:
     taken_s = {name: getattr(event, name) for name in ("latency_s", "backoff_s")}
     return {
         "utc": utc(run.started + timedelta(seconds=since_s["ended_s"]), "milliseconds"),
-        **{name: getattr(event, name) for name in ("step", "user", "outcome", "tries", "throttled")},
+        **{name: getattr(event, name) for name in ("step", "user", "group", "outcome", "tries", "throttled")},
         **{name: rounded(seconds) for name, seconds in (since_s | taken_s).items()},
         "reason": " ".join(event.reason.text.split()) if event.reason else "",
         "message": " ".join(event.message.split()),
@@ -5855,7 +5855,7 @@ def _value_text(judged: Judgement, results: Results | None = None) -> str:
 
 def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
     servers, options = results.servers, results.options
-    if not servers or results.command == PURGE:
+    if not servers or results.command == PURGE or results.capacity:
         return
     throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
     since = f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""

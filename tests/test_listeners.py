@@ -33,7 +33,7 @@ import hub_stress_test as hst
 
 HALF_FAIL = ("--profile", '{"fail_rate": 0.5, "spawn_s": 0.3}')
 COLUMNS = [  # as README has them
-    *("utc", "step", "user", "outcome", "tries", "throttled"),
+    *("utc", "step", "user", "group", "outcome", "tries", "throttled"),
     *("due_s", "sent_s", "ended_s", "latency_s", "backoff_s", "reason", "message"),
 ]
 
