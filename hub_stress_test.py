@@ -5256,29 +5256,16 @@ def exit_code(left: Collection[str], interrupted_by: int | None, cut_short: bool
 
 def results_of(run: Run) -> Results:
     """What a run found; the conditions are judged by all the rest."""
-    plan, left = run.plan, list(run.cleaned.left)
+    plan, rows, snapshots = run.plan, run.record.people, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     comes = plan.command == STRESS and not plan.find_capacity
-    servers = servers_of(run.record.people, plan.count, cut_short) if comes else None
-    if plan.own_servers:
-        servers = servers or servers_of({}, 0, cut_short)
-        servers = dataclasses.replace(
-            servers, removed=run.cleaned.deleted, kept=run.cleaned.kept, left_behind=run.cleaned.left
-        )
-    snapshots = run.monitor.snapshots
+    servers = _servers_in(run, comes, cut_short)
+    people = people_of(rows, plan.count, cut_short) if comes and plan.rehearses else None
+    failed, tried = _failed_of(run, servers, people)
     restarts = sum(map(restarted, snapshots, snapshots[1:]))
-    people = people_of(run.record.people, plan.count, cut_short) if comes and plan.rehearses else None
-    if people:
-        failed, tried = people.failed, plan.count
-    elif plan.command == PURGE:
-        failed, tried = len(left), len(run.existing)
-    elif servers:
-        failed, tried = servers.failed + servers.lost, plan.count
-    else:
-        mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-        failed, tried = run.record.failures(mix), run.record.count(mix)
-    made = max(len(run.claims.confirmed), run.cleaned.deleted + len(left))
     figures = hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0)
+    on_the_way = run.site.public.traffic.summarise() if plan.opens else None
+    looks = {name: one.snapshots for name, one in run.monitors.items()}
     found = Results(
         schema=1,
         tool={"name": "hub-stress-test", "version": __version__},
@@ -5290,49 +5277,77 @@ def results_of(run: Run) -> Results:
         finished=utc(datetime.now(timezone.utc)),
         duration_s=run.session.clock() - run.began_s,
         options=plan.options(),
-        users=Users(0, 0, 0, [])
-        if plan.own_servers
-        else Users(0 if plan.command == PURGE else made, run.cleaned.deleted, run.cleaned.kept, left),
+        users=_users_in(run),
         failed=failed,
         failed_rate=failed / tried if tried else None,
         servers=servers,
         people=people,
         operations=run.record.summarise(),
-        http=dataclasses.replace(
-            run.session.traffic.summarise(), servers=run.site.public.traffic.summarise() if plan.opens else None
-        ),
+        http=dataclasses.replace(run.session.traffic.summarise(), servers=on_the_way),
         capacity=run.capacity,
-        aftermath=aftermath_of(
-            {name: one.snapshots for name, one in run.monitors.items()},
-            bool(run.cleaned.kept),
-            leaking=run.site.tabs.proof is not None,
-        ),
+        aftermath=aftermath_of(looks, bool(run.cleaned.kept), leaking=run.site.tabs.proof is not None),
         tabs=tabs_of(run.site.tabs) if plan.leaves_tabs else None,
         proxy_check=run.proxy_check,
         warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
         advice=[],
-        timeline=RunTimeline(
-            operations=run.record.timeline(run.began_s),
-            servers=servers_timeline(run.record.people, run.began_s, run.load_ended_s) if servers else None,
-            hub=hub_timeline(snapshots, run.began_s),
-            watched={
-                name: line
-                for name, one in run.monitors.items()
-                if name != "hub" and (line := hub_timeline(one.snapshots, run.began_s))
-            },
-            load_ended_s=rounded(run.load_ended_s - run.began_s),
-        ),
-        groups={one.group: people_of(_only(one, run.record.people), one.count, cut_short) for one in plan.event},
+        timeline=_timeline_in(run, bool(servers)),
+        groups={one.group: people_of(_only(one, rows), one.count, cut_short) for one in plan.event},
     )
-    data = as_json(found)
+    return _judged(found, run)
+
+
+def _judged(found: Results, run: Run) -> Results:
+    """The same with its conditions, its exit code, and what to look at next."""
+    plan, data = run.plan, as_json(found)
     conditions = [one for one in plan.conditions if found.aftermath or one is not LEAKING]  # the default: it is told
     judged = [] if run.capacity else [one.judge(data, plan.baseline) for one in conditions]
     unfound = run.capacity is not None and run.capacity.rate_per_s is None
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
     bad = unfound or any(one.held for one in judged)
-    code = exit_code([] if not_ours else left, run.interrupted_by, bool(run.troubles), bad)
+    code = exit_code([] if not_ours else run.cleaned.left, run.interrupted_by, bool(run.troubles), bad)
     next_steps = list(advice(found, run.record.kinds())) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
     return dataclasses.replace(found, conditions=judged, exit_code=int(code), advice=next_steps)
+
+
+def _servers_in(run: Run, comes: bool, cut_short: bool) -> Servers | None:
+    """What became of the servers; with --own-servers also what became of them at the end."""
+    servers = servers_of(run.record.people, run.plan.count, cut_short) if comes else None
+    if not run.plan.own_servers:
+        return servers
+    cleaned, none = run.cleaned, servers_of({}, 0, cut_short)
+    return dataclasses.replace(servers or none, removed=cleaned.deleted, kept=cleaned.kept, left_behind=cleaned.left)
+
+
+def _users_in(run: Run) -> Users:
+    if run.plan.own_servers:
+        return Users(0, 0, 0, [])
+    left, cleaned = list(run.cleaned.left), run.cleaned
+    made = max(len(run.claims.confirmed), cleaned.deleted + len(left))
+    return Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, left)
+
+
+def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
+    """How many failed, of how many, of what the run is about: people, servers, requests, or what was to be removed."""
+    plan = run.plan
+    if people:
+        return people.failed, plan.count
+    if plan.command == PURGE:
+        return len(run.cleaned.left), len(run.existing)
+    if servers and not plan.find_capacity:
+        return servers.failed + servers.lost, plan.count
+    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
+    return run.record.failures(mix), run.record.count(mix)
+
+
+def _timeline_in(run: Run, of_servers: bool) -> RunTimeline:
+    lines = {name: hub_timeline(one.snapshots, run.began_s) for name, one in run.monitors.items()}
+    return RunTimeline(
+        operations=run.record.timeline(run.began_s),
+        servers=servers_timeline(run.record.people, run.began_s, run.load_ended_s) if of_servers else None,
+        hub=lines.pop("hub"),
+        watched={name: line for name, line in lines.items() if line},
+        load_ended_s=rounded(run.load_ended_s - run.began_s),
+    )
 
 
 def _restart_warning(times: int) -> Iterator[str]:
@@ -6888,17 +6903,7 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
         raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
-    paths &= not plan.find_capacity
-    for one in plan.fail_if:
-        if nearest := instead_of(one.metric, paths):
-            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
-            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
-        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
-            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
-        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
-            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
-        if one.unit == "x" and not plan.baseline:
-            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
+    _validate_conditions(plan, paths and not plan.find_capacity)
     for flag, given, module, package in (
         ("--report", plan.report, "plotly", "plotly"),
         ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
@@ -6912,6 +6917,20 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     }
     if None in missing.values():
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
+
+
+def _validate_conditions(plan: Plan, paths: bool) -> None:
+    """Nothing, if each condition can be judged; else raises `UsageError`."""
+    for one in plan.fail_if:
+        if nearest := instead_of(one.metric, paths):
+            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
+            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
+        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
+            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
+        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
+            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
+        if one.unit == "x" and not plan.baseline:
+            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
 
 
 def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
