@@ -83,9 +83,9 @@ def test_tabs_stop_asking_when_a_proxy_seems_affected_and_in_any_case(reply: Rep
 def test_the_hub_is_looked_at_before_the_first_tab_alone() -> None:
     looked: list[int] = []
     tabs = hst.Tabs((), lambda: looked.append(1))
-    for way in (WayOut.BY_ITSELF, WayOut.STOPPED, WayOut.BY_ITSELF):
-        tabs.open(way)
-    assert looked == [1] and tabs.ways == {WayOut.BY_ITSELF: 2, WayOut.STOPPED: 1}
+    for _ in range(3):
+        tabs.look_first()
+    assert looked == [1]
 
 
 # ==== What proves a leak =============================================================================================
@@ -157,6 +157,15 @@ def after(files: float, pages: float) -> list[Snapshot]:
         (503, [answered(503)] * 100, [answered(302)] * 20, after(130, 1), "undecided", "other people's traffic"),
         (503, [answered(503)] * 100, [answered(302)] * 20, after(60, 50), "undecided", "by 40, its error pages by 50"),
         (503, [answered(503)] * 100, [NOBODY] * 3, after(17, 1), "leaking", "never answers websockets"),
+        (503, [], [NOBODY] * 3, after(17, 1), "undecided", "noticed after 0 websockets"),
+        (
+            503,
+            [answered(403)] * 100,
+            [answered(403)] * 20,
+            after(17, 1),
+            "undecided",
+            "answered: 403. Do websockets pass?",
+        ),
         (503, [CLOSED] * 19, [answered(302)] * 20, after(39, 19), "undecided", "noticed after 19 websockets"),
         (
             502,
@@ -244,4 +253,13 @@ def test_people_leave_by_themselves_when_some_leave_tabs_open() -> None:
 
 def test_error_pages_that_plain_requests_drew_prove_nothing() -> None:
     rows = seen((9, 20, 0), (15, 30, 10), (30, 30, 10))
-    assert hst.leak_at(TEN, rows, own_pages=2) and not hst.leak_at(TEN, rows, own_pages=3)
+    assert hst.leak_at(TEN, rows, [11.0] * 2) and not hst.leak_at(TEN, rows, [11.0] * 3)
+
+
+def test_a_proof_stands_whatever_comes_later() -> None:
+    tabs = hst.Tabs(rows := seen((9, 20, 0), (15, 30, 10), (30, 30, 10)))
+    tabs.replies += [dataclasses.replace(CLOSED, answered_s=at_s) for at_s in TEN]
+    assert tabs.proven() and tabs.proof == rows[-1]
+    for _ in range(9):
+        tabs.drew(answered(503))
+    assert tabs.proven()
