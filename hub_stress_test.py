@@ -5205,7 +5205,7 @@ class Results:
     warnings: list[str]
     advice: list[str]  # what to look at next, when the run has failed
     timeline: RunTimeline
-    groups: dict[str, Rehearsed] = dataclasses.field(default_factory=dict)  # of an event
+    groups: dict[str, Rehearsed] | None = None  # of an event
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     exit_code: int = 0
 
@@ -5318,7 +5318,7 @@ def results_of(run: Run) -> Results:
         warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
         advice=[],
         timeline=_timeline_in(run, bool(servers)),
-        groups={one.group: people_of(_only(one, rows), one.count, cut_short) for one in plan.event},
+        groups={one.group: people_of(_only(one, rows), one.count, cut_short) for one in plan.event} or None,
     )
     return _judged(found, run)
 
@@ -5909,8 +5909,7 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "given up", given_up
     if people := results.people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
-    for group in options.get("event") or ():
-        came = results.groups[group["name"]]
+    for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
         waited = _waited(results.operations.get(f"at_work[{group['name']}]"))
         pace = pace_text(options | group | {"event": None})
         came_to = f"{came.expected} expected, {pace}; {came.at_work} at work, {came.failed} failed{waited}"
@@ -6967,7 +6966,7 @@ def _validate_conditions(plan: Plan, paths: bool) -> None:
 def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
     """Nothing, if what differs from what is usual can be used together; else raises `UsageError`."""
     given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
-    together = {name for name in OPTIONS if getattr(plan, name) != getattr(Plan(), name)}  # also what all have
+    together = {*given, *["keep"] * plan.keep}  # which holds for all groups
     for one, other, why_not in (
         ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
         ("stay_s", "keep", "lets each leave, and --keep nobody"),
