@@ -4772,7 +4772,7 @@ def carry_out(plan: Plan) -> Results:
         finally:
             run.clean_up()
         run.session.close()  # so that what is still open on the hub is not ours
-        if plan.leaves_tabs and run.interrupted_by is None:
+        if run.site.tabs.ways and run.interrupted_by is None:
             run.session.for_cleaning_up().pause(AFTERMATH_S)
         run.look()
         closing.close()
