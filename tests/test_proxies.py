@@ -39,7 +39,6 @@ def error_pages(hub: LocalHub) -> float:
     ("version", "verdict", "said"),
     [
         ("4.6.3", "leaking", "connections to the hub for them"),
-        ("5.0.1", "leaking", "connections to the hub for them"),
         ("5.3.0", "clean", "the proxy kept no connection for them"),
     ],
 )
@@ -80,16 +79,17 @@ def test_without_the_hubs_figures_an_affected_proxy_is_known_by_its_answers_behi
 def test_people_who_leave_their_tabs_open_fail_the_run_before_a_proxy_that_loses_connections_alone(
     version: str, leaks: bool, tmp_path: Path
 ) -> None:
-    words = ["-c", "20", "--within", "20s", "--leave-open", "0.5", "--server-timeout", "5m"]
-    with LocalHub(real_proxy=True, proxy_version=version, real_servers=True) as hub:
+    words = ["-c", "12", "-b", "3", "--leave-open", "0.834", "--server-timeout", "5m"]  # ten of them
+    kind = "real_servers" if leaks else "stub_labs"
+    with LocalHub(real_proxy=True, proxy_version=version, **{kind: True}) as hub:
         done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=hub)
         pages = error_pages(hub)
         assert not tool_users(hub)
     assert (done.code, found["aftermath"]["leaking"], found["failed"]) == (leaks, leaks, 0), done
-    assert found["people"]["at_work"] == 20 and found["users"]["deleted"] == 20
+    assert found["people"]["at_work"] == 12 and found["users"]["deleted"] == 12
     assert (found["tabs"]["ended_by_themselves"], found["tabs"]["stopped"]) == (5, 5)
     answers = found["operations"]["tab_websocket"]["errors"]
-    assert answers["302"] >= 5 * 7  # of the five that were stopped, within a minute
+    assert answers["302"] >= 5 * 5  # of the five that were stopped
     closed = answers.get(hst.CLOSED_UNANSWERED, 0)
     assert (closed >= 10 and pages == closed + 5) if leaks else (not closed and answers["503"] >= 10 and pages == 5)
     assert ("nobody uses" in done.summary) == ("once the leak was proven" in done.summary) == leaks
