@@ -3135,9 +3135,17 @@ class Tabs:
 
     def proven(self) -> bool:
         """Whether the hub's figures have shown by now that connections were lost."""
-        asked_s = [one.answered_s for one in self.replies if of_ended_server(one)]
-        self.proof = self.proof or leak_at(asked_s, self._looks, self._pages_s)
+        self.proof = self.proof or leak_at(self._asked_s(), self._looks, self._pages_s)
         return self.proof is not None
+
+    def lost(self) -> int:
+        """How many connections the proxy has lost by the last look."""
+        before = [one for one in self._looks if one.at_s < min(self._asked_s(), default=-math.inf)]
+        return max(0, round(lost_by(before, self._looks[-1], len(self._pages_s)))) if before else 0
+
+    def _asked_s(self) -> list[float]:
+        """When tabs were answered as an ended server is."""
+        return [one.answered_s for one in self.replies if of_ended_server(one)]
 
 
 # ==== Steps of a person, each a function =============================================================================
@@ -5165,6 +5173,7 @@ class OpenTabs:
 
     ended_by_themselves: int
     stopped: int
+    lost_connections: int  # that the proxy still held at the end, as far as the hub's figures tell
     stopped_asking: str  # why they opened no more websockets, before they were closed; "" when they went on
 
 
@@ -5494,7 +5503,7 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool, leaking: b
 
 def tabs_of(tabs: Tabs) -> OpenTabs:
     """The tabs that were left open."""
-    return OpenTabs(tabs.ways[WayOut.BY_ITSELF], tabs.ways[WayOut.STOPPED], tabs.ended)
+    return OpenTabs(tabs.ways[WayOut.BY_ITSELF], tabs.ways[WayOut.STOPPED], tabs.lost(), tabs.ended)
 
 
 def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
@@ -5845,7 +5854,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *_tab_facts(results),
         *_cleanup_facts(results),
         *_proxy_facts(results.proxy_check),
-        *_aftermath_facts(results.aftermath or {}),
+        *_aftermath_facts(results.aftermath or {}, results.tabs),
         *(
             ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
             for one in _told(results, False)
@@ -6028,7 +6037,7 @@ def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
 
 
-def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
+def _aftermath_facts(aftermath: Aftermath, tabs: OpenTabs | None = None) -> Iterator[tuple[str, str]]:
     """Open files that have not come back, and why they may not have."""
     for name, changes in aftermath.items():
         if isinstance(changes, int):
@@ -6036,7 +6045,7 @@ def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
         files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
         number, as_many = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
         if name == "hub" and aftermath["leaking"]:
-            lost = f"{min(number, as_many):.0f} " if min(number, as_many) > 0 else ""  # none after a restart of the hub
+            lost = f"{tabs.lost_connections} " if tabs and tabs.lost_connections else ""  # none after a restart
             held = f"after everybody had left, the proxy still held {lost}connections to the hub"
             yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
         elif files and number > FILES_TO_MENTION:

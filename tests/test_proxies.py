@@ -92,6 +92,7 @@ def test_people_who_leave_their_tabs_open_fail_the_run_before_a_proxy_that_loses
     assert answers["302"] >= 5 * 5  # of the five that were stopped
     closed = answers.get(hst.CLOSED_UNANSWERED, 0)
     assert (closed >= 10 and pages == closed + 5) if leaks else (not closed and answers["503"] >= 10 and pages == 5)
+    assert found["tabs"]["lost_connections"] in range(closed - 2, closed + 1) if leaks else closed == 0
     assert ("nobody uses" in done.summary) == ("once the leak was proven" in done.summary) == leaks
 
 

@@ -195,7 +195,7 @@ def test_a_proxy_is_judged_by_what_it_answers_and_what_the_hub_is_left_with(
 
 def leaking(**more: Any) -> hst.Results:
     changes = {"open_files": Change(14.0, 120.0, 114.0, 100.0), "proxy_error_pages": Change(0.0, 97.0, 97.0, 97.0)}
-    return results_of([], aftermath={"leaking": 1, "hub": changes}, **more)
+    return results_of([], aftermath={"leaking": 1, "hub": changes}, tabs=hst.OpenTabs(5, 5, 97, ""), **more)
 
 
 def test_a_leak_is_told_to_people_who_do_not_know_what_a_file_descriptor_is() -> None:
@@ -212,7 +212,7 @@ def test_a_leak_is_told_to_people_who_do_not_know_what_a_file_descriptor_is() ->
 def test_what_tabs_were_answered_is_told_with_them_and_fails_nobody() -> None:
     answers = [*["302"] * 2, "503"]
     events = [Event("tab_websocket", "a", 0.0, 0.0, 0.1, Reason(Kind.TAB, text)) for text in answers]
-    found = results_of([*events, Event("tab_poll", "a", 0.0, 0.0, 0.1)], tabs=hst.OpenTabs(1, 1, "after 1,000"))
+    found = results_of([*events, Event("tab_poll", "a", 0.0, 0.0, 0.1)], tabs=hst.OpenTabs(1, 1, 0, "after 1,000"))
     assert told(found, "tabs")[:3] == [
         "2 left open: 1 servers ended by themselves, 1 were stopped",
         "they tried to open 3 websockets, and no more after 1,000: 2 × 302, 1 × 503",
@@ -259,7 +259,7 @@ def test_error_pages_that_plain_requests_drew_prove_nothing() -> None:
 def test_a_proof_stands_whatever_comes_later() -> None:
     tabs = hst.Tabs(rows := seen((9, 20, 0), (15, 30, 10), (30, 30, 10)))
     tabs.replies += [dataclasses.replace(CLOSED, answered_s=at_s) for at_s in TEN]
-    assert tabs.proven() and tabs.proof == rows[-1]
+    assert tabs.proven() and tabs.proof == rows[-1] and tabs.lost() == 10
     for _ in range(9):
         tabs.drew(answered(503))
-    assert tabs.proven()
+    assert tabs.proven() and tabs.lost() == 1
