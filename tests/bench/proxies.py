@@ -76,7 +76,7 @@ def check_cases() -> list[Case]:
 
 
 def tabs_cases() -> list[Case]:
-    words = ("--count", "20", "--within", "20s", "--leave-open", "0.5", "--server-timeout", "3m")
+    words = ("--count", "20", "--within", "60s", "--leave-open", "0.5", "--server-timeout", "3m")
     return [Case("4.6.3", words, ("leaking",)), Case("5.3.0", words, ("not leaking",))]
 
 
