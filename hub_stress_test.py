@@ -3145,7 +3145,7 @@ class Tabs:
 
     def _asked_s(self) -> list[float]:
         """When tabs were answered as an ended server is."""
-        return [one.answered_s for one in self.replies if of_ended_server(one)]
+        return sorted(one.answered_s for one in self.replies if of_ended_server(one))
 
 
 # ==== Steps of a person, each a function =============================================================================
