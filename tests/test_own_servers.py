@@ -291,7 +291,7 @@ def test_a_hub_that_is_away_for_a_while_has_nothing_left(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
 def test_signals_at_twenty_random_moments_leave_nothing(
     version: str | None, make_carol: Callable[..., Carol], record_property: Record
 ) -> None:
