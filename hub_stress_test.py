@@ -3038,12 +3038,13 @@ def way_out(number: int, share_open: float) -> WayOut:
 def tab_requests(tab: str) -> Iterator[tuple[float, str]]:
     """When, in seconds after its server is gone, a visible tab of this JupyterLab asks for what, as was measured.
 
-    Lab 4.2 goes on opening websockets; Lab 4.6 soon only asks whether the kernel is back.
+    Lab 4.2 opens six websockets within 30 s, backing off, and then one every 30 s; Lab 4.6 soon only asks whether the
+    kernel is back.
     """
     yield 0.0, CHANNELS
     if tab == "lab-4.2":
-        yield from ((5.0 * n, EVENTS) for n in range(6))
-        yield from ((25.0 + 30.0 * n, EVENTS) for n in itertools.count(1))
+        yield from ((after_s, EVENTS) for after_s in (0.0, 1.0, 3.0, 7.0, 14.0, 26.0))
+        yield from ((26.0 + 30.0 * n, EVENTS) for n in itertools.count(1))
     else:
         yield from ((2.0 * n, EVENTS) for n in range(3))
         yield from ((4.0 + 20.0 * n, KERNEL) for n in itertools.count(1))
