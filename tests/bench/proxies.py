@@ -166,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=CASES)
     parser.add_argument("--runs", type=int, default=1, help="(1)")
-    parser.add_argument("--at-once", type=int, default=2, help="(2)")
+    parser.add_argument("--at-once", type=int, default=1, help="(1; real servers take a processor each to start)")
     args = parser.parse_args()
     cases = [case for case in CASES[args.what]() for _ in range(args.runs)]
     as_expected = True
