@@ -66,6 +66,9 @@ class HubOptions:
     spawn_jitter_s: float = option(
         "--jitter", 0.0, "a server takes at most so many seconds longer to start, at random (0)", "SECONDS"
     )
+    busy_s: float = option(
+        "--busy", 0.0, "the hub's one thread does nothing else for so many seconds when a server starts (0)", "SECONDS"
+    )
     stop_s: float = option("--stop", 0.0, "a server takes so many seconds to stop (0)", "SECONDS")
     fail_rate: float = option("--fail", 0.0, "this share of the spawns, 0 to 1, fails with a reason (0)", "SHARE")
     hang_rate: float = option("--hang", 0.0, "this share of the spawns, 0 to 1, never ends (0)", "SHARE")

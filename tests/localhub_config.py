@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
 from typing import Any
@@ -68,6 +69,9 @@ class StubSpawner(Spawner):
         self.running = True
         wish = OPTIONS | self.user_options  # a profile may ask for a slower server, or one that fails
         self.takes_s = wish["spawn_s"] + random.uniform(0, wish["spawn_jitter_s"])
+        until_s = time.monotonic() + wish["busy_s"]
+        while time.monotonic() < until_s:
+            pass
         await asyncio.sleep(self.takes_s)
         if _is_chosen(number, wish["hang_rate"]):
             await asyncio.Event().wait()
