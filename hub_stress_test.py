@@ -3605,8 +3605,8 @@ def leave_tab_open(person: Visitor, site: Site) -> Iterator[Event | float]:
 
     They close `settle_s` after everybody has left. What the tab is answered is no failure of the person.
     """
-    clock, settle_s, plan = site.hub.session.clock, person.plan.settle_s, person.plan
-    way = way_out(person.number, plan.leave_open)
+    clock, settle_s = site.hub.session.clock, person.plan.settle_s
+    way = way_out(person.number, person.plan.leave_open)
     if way is WayOut.LOGS_OUT or not person.browser:
         return
     left_s = clock()
@@ -3667,12 +3667,11 @@ def keep_asking(person: Visitor, site: Site, closes_s: Callable[[], float]) -> I
             target = urllib.parse.urljoin(kernel_url, reply.location or "")
             if reply.location and target.startswith(site.public.url):
                 reply = browser.ask("GET", target, call=once())
-                site.tabs.drew(reply)
+            site.tabs.drew(reply)
             yield of_tab(reply, "tab_poll", person)
         else:
-            yield from reconnect(
-                f"{kernel_url}/channels" if what == CHANNELS else f"{person.url}{EVENTS}", person, site, closes_s
-            )
+            url = f"{kernel_url}/channels" if what == CHANNELS else f"{person.url}{EVENTS}"
+            yield from reconnect(url, person, site, closes_s)
 
 
 def reconnect(url: str, person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
@@ -4350,12 +4349,12 @@ def check_proxy(person: Visitor, site: Site, monitor: Monitor) -> Generator[floa
         site.states[person.name] = ServerState.STOPPED
         if len(ended) >= CHECK_LEAST:
             break
-    after = [monitor.look()]
+    soon = monitor.look()
     yield from wait_until(clock() + (CHECK_AGAIN_S if before else 0.0), clock)
-    after.append(monitor.look())
+    later = monitor.look()
     site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
     stopped = yield from knock_often(person, site, CHECK_STOPPED, unanswered)
-    return judge_proxy(page, ended, stopped, before, [look for look in after if look])
+    return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
 
 def noticed(reply: Reply) -> bool:
@@ -4597,13 +4596,14 @@ class Run:
     def look_at_the_end(self) -> None:
         """Look once more; again for a while where the hub has many files open, which a proxy may yet give back."""
         session, looks = self.session.for_cleaning_up(), self.monitor.snapshots
-        until_s, done = session.clock() + COME_BACK_S, self.interrupted_by is not None or self.site.tabs.proven()
+        leaks = self.site.tabs.proven() or bool(self.proxy_check and self.proxy_check.leaking)
+        until_s, done = session.clock() + COME_BACK_S, leaks or self.plan.keep or self.interrupted_by is not None
         if self.site.tabs.ways and self.interrupted_by is None:
             session.pause(AFTERMATH_S)
         self.look()
         while not done and looks and session.clock() < until_s:
             files = [one.get(*AFTERMATH["open_files"]) for one in (looks[0], looks[-1])]
-            done = bool(self.plan.keep) or files[1] - files[0] <= FILES_TO_MENTION
+            done = files[1] - files[0] <= FILES_TO_MENTION
             if not done:
                 session.pause(METRICS_EVERY_S)
                 self.look()

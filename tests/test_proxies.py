@@ -119,6 +119,7 @@ def test_a_tab_of_lab_4_6_soon_asks_for_its_kernel_alone(tmp_path: Path) -> None
         assert done.code == 0 and not tool_users(hub), done
     operations = found["operations"]
     assert operations["tab_websocket"]["count"] >= 8 and operations["tab_poll"]["count"] >= 2
+    assert found["tabs"]["lost_connections"] == 0  # though each poll of an ended server drew an error page
     assert set(operations["tab_poll"]["errors"]) <= {"424", "503"}  # through a redirect to the hub, and of its route
 
 
