@@ -513,6 +513,9 @@ def share_of_people(text: str) -> float:
     return float(text)
 
 
+TABS = ("lab-4.2", "lab-4.6")  # the first goes on asking for ever
+
+
 def tab_name(text: str) -> str:
     """The version of JupyterLab whose tabs are left open."""
     if text not in TABS:
@@ -747,7 +750,6 @@ FAILED, LEAKING, PROXY_LEAKING = map(condition, ("failed > 0", "aftermath.leakin
 STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
 LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
-TABS = ("lab-4.2", "lab-4.6")  # the first goes on asking for ever
 Parse = Callable[[str], Any]
 METAVARS: dict[Parse, str] = {
     whole_number: "N",
