@@ -100,7 +100,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 from urllib3.util.retry import Retry
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
 RETRY_WINDOW_S = 60.0  # no retry so long after the first try
 RETRY_AFTER_MAX_S = 120.0
 HUB_GONE_S = 120.0  # the load ends when the hub has not answered for so long
+TOKEN_CHECK_EVERY_S = 30.0  # at most so often is the hub asked whether it still accepts the token
 LATE_ACT_S = 2.0  # how long a hub may take to act on a request whose answer was lost
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub names no time
 HEAD_START_S = 0.02  # of throttled starts before new ones
@@ -204,14 +205,12 @@ class CutShort(HubStressError):
 
 
 class HubRefused(CutShort):
-    """The hub refused what the run needs to go on."""
+    """The hub refused what the run needs to go on, or did not answer; see `Hub.denial`."""
 
-    def __init__(self, task: str, reply: Reply) -> None:
-        self.token_refused = reply.status in (401, 403)
-        hint = " (has the token expired?)" if self.token_refused else ""
-        its_own = reply.status not in (0, 502, 503, 504) or not reply.lost
-        refused = "refused" if its_own else "did not answer when asked"
-        super().__init__(f"the hub {refused} to {task}: {reply}{hint}")
+    def __init__(self, task: str, reply: Reply, denial: str = "") -> None:
+        self.denied = bool(denial)
+        refused = "refused" if reply.status else "did not answer when asked"
+        super().__init__(f"the hub {refused} to {task}: {f'it {denial}' if denial else reply}")
 
 
 class Stopped(Exception):
@@ -1082,6 +1081,7 @@ class Kind(enum.Enum):
     """Kinds of failure, by what an operator does next."""
 
     AWAY = "no answer"
+    FRONT = "answered by something in front of the hub"
     REFUSED = "refused"
     SPAWN = "the spawn failed"
     LATE = "not ready in time"
@@ -1388,17 +1388,19 @@ class Http:
 
     requests: int
     retries: int
-    throttled: int
+    throttled: int  # by the hub itself
     statuses: dict[str, int]
     observer_requests: int
     observer_share: float | None
     servers: Http | None = None
+    in_front: dict[str, int] = dataclasses.field(default_factory=dict)  # of the statuses, those not given by the hub
 
 
 class Traffic:
     """Every request that went to the hub, counted where it is sent; `observer` ones only to watch.
 
-    `counts` has them by what they were ("requests", "retries", "observer_requests") and by the status of their answer.
+    `counts` has them by what they were ("requests", "retries", "observer_requests"), by the status of their answer, and
+    by its negative where something in front of the hub gave that answer.
     """
 
     def __init__(self) -> None:
@@ -1412,17 +1414,24 @@ class Traffic:
     def sent(self, observer: bool, again: bool = False) -> None:
         self.add({"requests": 1, "retries": int(again), "observer_requests": int(observer)})
 
-    def answered(self, status: int) -> None:
-        self.add({status: 1})
+    def answered(self, status: int, in_front: bool = False) -> None:
+        self.add({status: 1, -status: int(in_front)})
+
+    @property
+    def throttled(self) -> int:
+        """How often the hub itself answered 429."""
+        return self.counts[429] - self.counts[-429]
 
     def summarise(self) -> Http:
         with self._lock:
-            counts = self.counts.copy()
+            counts, throttled = self.counts.copy(), self.throttled
+        statuses = sorted(status for status in counts if isinstance(status, int) and status > 0)
         return Http(
             requests=counts["requests"],
             retries=counts["retries"],
-            throttled=counts[429],
-            statuses={str(status): counts[status] for status in sorted(s for s in counts if isinstance(s, int))},
+            throttled=throttled,
+            statuses={str(status): counts[status] for status in statuses},
+            in_front={str(status): counts[-status] for status in statuses if counts[-status]},
             observer_requests=counts["observer_requests"],
             observer_share=counts["observer_requests"] / counts["requests"] if counts["requests"] else None,
         )
@@ -1467,13 +1476,7 @@ def state_after_delete(status: int) -> ServerState:
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
-def is_lost(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether a proxy answered for a hub that was away: the hub may have acted, and its answer is lost.
-
-    A proxy answers 502, 503 or 504 when the hub dies in the middle of a request. The hub's own answers carry its
-    version in a header.
-    """
-    return status in (502, 503, 504) and "X-JupyterHub-Version" not in headers
+VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server has it
 
 
 def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
@@ -1536,7 +1539,7 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
 # ==== The hub: session and transport =================================================================================
 
 RETRIED = frozenset({429, 503, 504})
-NEVER_SENT = (NewConnectionError, ConnectTimeoutError, SSLError)  # the hub has not seen a request that ended so
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)  # and so the hub has not acted
 
 
 @dataclasses.dataclass
@@ -1566,7 +1569,7 @@ def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call
 class Reply:
     """The final answer to a request, or why there was none."""
 
-    status: int  # 0 when no answer came
+    status: int  # 0 when no answer came, or none of the hub's
     sent_s: float
     answered_s: float
     data: Any = None  # the body, where it is JSON
@@ -1576,11 +1579,17 @@ class Reply:
     backoff_s: float = 0.0
     retry_after_s: float | None = None
     location: str | None = None  # where a redirect, which is not followed, points
+    front: int = 0  # the status that something in front of the hub answered with
 
     @property
     def hub_status(self) -> int:
         """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
         return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
+
+    @property
+    def seen_status(self) -> int:
+        """The status, whoever gave it; 0 when no answer came."""
+        return self.status or self.front
 
     def __str__(self) -> str:
         if not self.status:
@@ -1589,8 +1598,8 @@ class Reply:
 
     def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
-        reason = Reason(Kind.REFUSED, str(self.status)) if self.status else Reason(Kind.AWAY, self.message)
-        failure = None if self.status in ok else reason
+        kind = Kind.REFUSED if self.status else Kind.FRONT if self.front else Kind.AWAY
+        failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
         return Event(step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s)
 
 
@@ -1625,8 +1634,10 @@ class Transport(BaseAdapter):
                 session.back_off(call, None)
                 continue
             session.answered(response)
-            call.lost |= is_lost(response.status_code, response.headers)
-            if response.status_code not in RETRIED - call.seen or not self._may_retry(call):
+            hubs = session.is_hubs(response)
+            call.lost |= not hubs
+            retried = RETRIED - call.seen if hubs else RETRIED
+            if response.status_code not in retried or not self._may_retry(call):
                 return response
             session.back_off(call, _retry_after_s(response))
             response.close()
@@ -1660,6 +1671,8 @@ class HubSession(requests.Session):
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
+        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
+        self._asked_for_token_s, self._token_refused = -math.inf, False
         self._silent = False  # whether that the hub is away was said
         self.traffic = Traffic()
         self.stopping = threading.Event()
@@ -1687,7 +1700,8 @@ class HubSession(requests.Session):
         if self.stopping.is_set():
             return Reply(0, sent_s, sent_s, message="the run was stopped before this was sent")
         try:
-            return _read_reply(self.exchange(method, url, call, **parts), call, sent_s, self.clock())
+            response = self.exchange(method, url, call, **parts)
+            return _read_reply(response, call, sent_s, self.clock(), self.is_hubs(response))
         except Stopped:
             return Reply(0, sent_s, self.clock(), message="the run was stopped", lost=call.lost)
         except OSError as error:  # which requests' own errors are too
@@ -1701,7 +1715,7 @@ class HubSession(requests.Session):
             with self.exchange("GET", url, call, stream=True, timeout=max(0.05, timeout_s)) as response:
                 self._streams[response] = until_s
                 try:
-                    for line in response.iter_lines() if response.status_code == 200 else ():
+                    for line in response.iter_lines() if response.status_code == 200 and self.is_hubs(response) else ():
                         self.answered_s = self.clock()  # a keep-alive, too, shows that the hub is there
                         if line.startswith(b"data:"):
                             yield json.loads(line.removeprefix(b"data:"))
@@ -1719,12 +1733,31 @@ class HubSession(requests.Session):
 
     def answered(self, response: requests.Response) -> None:
         """Count an answer, and note the moment if it is the hub's."""
-        self.traffic.answered(response.status_code)
-        if not is_lost(response.status_code, response.headers):
+        hubs = self.is_hubs(response)
+        self.traffic.answered(response.status_code, in_front=not hubs)
+        if hubs:
             self.answered_s = self.clock()
             if self._silent:
                 self._silent = False
                 LOG.warning("The hub answers again")
+
+    def is_hubs(self, response: requests.Response) -> bool:
+        """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
+
+        Where something strips the header by which one can tell, only 502, 503 and 504 are taken for a proxy's: that is
+        what proxies answer for a hub that is away.
+        """
+        if VERSION_HEADER in response.headers:
+            self.marked = True if self.marked is None else self.marked
+            return True
+        return not self.marked and response.status_code not in (502, 503, 504)
+
+    def token_is_refused(self, endpoint: str) -> bool:
+        """Whether the hub refuses the token even where nothing more is asked of it: `GET /user`, at most every 30 s."""
+        if self.clock() > self._asked_for_token_s + TOKEN_CHECK_EVERY_S:
+            self._asked_for_token_s = self.clock()
+            self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
+        return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
         """Say it, once, when the hub has not answered for some seconds."""
@@ -1763,7 +1796,7 @@ class HubSession(requests.Session):
         how = {"pool_maxsize": self._pool_maxsize} | how | ({"wire": self._simulated} if self._simulated else {})
         other = HubSession(token or self.token, **how)
         other.traffic = traffic or self.traffic
-        for setting in ("verify", "cert", "proxies", "hooks", "trust_env"):
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
             setattr(other, setting, getattr(self, setting))
         return other
 
@@ -1785,7 +1818,17 @@ def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedReques
     return request
 
 
-def _read_reply(response: requests.Response, call: Call, sent_s: float, answered_s: float) -> Reply:
+def in_front(response: requests.Response) -> str:
+    """That something in front of the hub gave an answer, and what it calls itself."""
+    name = response.headers.get("Server", "")[:40]
+    return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
+
+
+def _read_reply(response: requests.Response, call: Call, sent_s: float, answered_s: float, hubs: bool) -> Reply:
+    if not hubs:
+        location, status = response.headers.get("Location"), response.status_code
+        lost: Json = {"lost": True, "tries": call.tries, "backoff_s": call.backoff_s}
+        return Reply(0, sent_s, answered_s, message=in_front(response), location=location, front=status, **lost)
     try:
         data = response.json() if response.content else None
     except ValueError:
@@ -1800,7 +1843,7 @@ def _read_reply(response: requests.Response, call: Call, sent_s: float, answered
         answered_s,
         data,
         message or "",
-        call.lost or is_lost(response.status_code, response.headers),
+        call.lost,
         call.tries,
         call.backoff_s,
         _retry_after_s(response),
@@ -1839,8 +1882,10 @@ def why(error: BaseException) -> str:
             return "connection refused"
         if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
             return TIMED_OUT
-        if isinstance(cause, requests.exceptions.SSLError):
-            return f"{NOT_ACCEPTED} ({cause.args[0].reason if cause.args else cause})"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"{NOT_ACCEPTED} ({cause})"
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS failed ({(cause.reason or str(cause)).lower().replace('_', ' ')})"
         if isinstance(cause, ConnectionError):
             return "connection reset"
         if isinstance(cause, requests.exceptions.ChunkedEncodingError):
@@ -1991,6 +2036,14 @@ class Hub:
         """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
         return self.session.ask("DELETE", self.server_url(name))
 
+    def denial(self, reply: Reply) -> str:
+        """What the hub does with a 401 or 403, the token blamed only if `GET /user` is refused too; "" for others."""
+        if reply.status not in (401, 403):
+            return ""
+        if self.session.token_is_refused(self.endpoint):
+            return f"no longer accepts the token ({reply.status})"
+        return f"denies this: {reply.message or 'it gives no reason'} ({reply.status})"
+
     def make_token(self, name: str) -> Reply:
         """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
         return self.session.ask("POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX})
@@ -2087,6 +2140,7 @@ def check_hub(endpoint: str, session: HubSession, command: str, own_servers: boo
     `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
     """
     version = _hub_version(endpoint, session)
+    session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
     reply = session.ask("GET", f"{endpoint}/user", call=once())
     if reply.status in (401, 403):
         right = _own_token(endpoint) if own_servers else "the token of the hub-stress-test service"
@@ -2095,7 +2149,7 @@ def check_hub(endpoint: str, session: HubSession, command: str, own_servers: boo
             f"or belongs to another hub. Put {right} into JUPYTERHUB_API_TOKEN."
         )
     if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user answered {reply}.")
+        raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user: {reply}.")
     if own_servers:
         _check_rights_to_own_servers(reply.data, endpoint, command)
         return OwnServers(endpoint, session, version, reply.data["name"])
@@ -2107,7 +2161,7 @@ def _hub_version(endpoint: str, session: HubSession) -> str:
     reply = _probe(endpoint, session)
     if version := _version_in(reply):
         return version
-    if not reply.status:
+    if not reply.seen_status:
         answers = reply.message.startswith(NOT_ACCEPTED)
         what = "The server does not prove who it is" if answers else "Nothing answers"
         raise SetupError(f"{what} at {endpoint}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
@@ -2144,7 +2198,9 @@ def _version_in(reply: Reply) -> str | None:
 
 def _what_came(reply: Reply) -> str:
     if reply.location:
-        return f"it answers {reply.status} and redirects to {without_credentials(reply.location)}"
+        return f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
+    if reply.front:
+        return reply.message
     return f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
 
 
@@ -2205,7 +2261,7 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     if reply.status in (401, 403):
         raise SetupError(f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}.")
     if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {hub.endpoint} could not say whose token visits use: GET /user answered {reply}.")
+        raise SetupError(f"The hub at {hub.endpoint} could not say whose token visits use: GET /user: {reply}.")
     owner = hub.owner_of("")
     if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}, owner):
         if owner:
@@ -2529,7 +2585,7 @@ class Monitor(Regularly):
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
-        self._url, self._headers = url, {} if is_hub else {"Authorization": None}
+        self._url, self._is_hub, self._headers = url, is_hub, {} if is_hub else {"Authorization": None}
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
         self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
@@ -2552,19 +2608,21 @@ class Monitor(Regularly):
                 response = self._session.exchange(
                     "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
                 )
-                page = response.text if response.status_code == 200 else ""
+                hubs = not self._is_hub or self._session.is_hubs(response)
+                page = response.text if response.status_code == 200 and hubs else ""
                 families = list(self._parser.text_string_to_metric_families(page))
             except (requests.RequestException, ValueError) as error:
                 LOG.debug("The hub's metrics could not be read: %s", why(error))
                 return None
-            if response.status_code == 200:
+            if response.status_code == 200 and hubs:
                 samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
                 self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
                 return self.snapshots[-1]
-            if response.status_code == 403:
+            if response.status_code == 403 and hubs:
                 self.missing = NO_METRICS_SCOPE
             elif not self.snapshots:
-                self.missing = f"GET {urllib.parse.urlsplit(self._url).path} was answered {response.status_code}"
+                answered = f"answered {response.status_code}" if hubs else in_front(response)
+                self.missing = f"GET {urllib.parse.urlsplit(self._url).path}: {answered}"
             return None
 
 
@@ -2584,7 +2642,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused(f"list its {things(isinstance(hub, OwnServers))}", reply)
+            raise HubRefused(f"list its {things(isinstance(hub, OwnServers))}", reply, hub.denial(reply))
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
@@ -2597,24 +2655,30 @@ def _end_if_stopped(hub: Hub, reply: Reply) -> None:
 
 def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
     """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    found = [user for user in list_users(hub, record) if is_test_user(user["name"], run) and not user.get("admin")]
-    LOG.debug("Found %d test users", len(found))
-    return found
+    return test_users(list_users(hub, record), run)
+
+
+def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
+    """Of these users, those that this tool's naming made (of one run, if named), but admins."""
+    return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
 class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
-    A name is claimed before it is asked for, and given up when the hub says that it was taken. If the answer is lost,
-    the claim stands, even when the name is not there yet, since the hub may act late: the name was free when this run
-    looked, just before. Only a run with the same --run name at the same time could make it too, and such a run betrays
-    itself by taking other names of ours: once `rivals` is set, a name whose making was not confirmed is not deleted.
+    A name is claimed before it is asked for, and given up when the hub says that it was taken, or is not there. If the
+    answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name was free
+    when this run looked, just before. Only a run with the same --run name at the same time could make it too, and such
+    a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose making was not
+    confirmed is not deleted.
     """
 
     def __init__(self) -> None:
         self.confirmed: dict[str, None] = {}  # in order
         self.unconfirmed: dict[str, None] = {}
         self.rivals = False
+        self.in_vain = 0  # creates in a row that made nobody
+        self.known: set[str] | None = None  # names that the hub listed before the first create
 
     def ask(self, names: Iterable[str]) -> None:
         self.unconfirmed.update(dict.fromkeys(names))
@@ -2647,10 +2711,18 @@ def make_users(
             progress.tell(made)
 
 
-def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
-    """Those of the wanted users that this call made. Raises `HubRefused`, or `Stopped`.
+def _strange(listed: Iterable[str], claims: Claims) -> str:
+    """The names that look like this tool's, nobody asked for, and were not there before the run."""
+    if claims.known is None:
+        return ""
+    return names_text(name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name))
 
-    After a lost answer, and after a 500, since the hub may have made part of the batch, one has to look: see Claims.
+
+def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
+    """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
+
+    All names in a 201 were made by this call, whatever they are called. After anything but that or a 409 the hub is
+    listed, since part of the batch may have been made: after a lost answer, but also after a 400 or 500.
     """
     if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
         return wanted
@@ -2658,17 +2730,25 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     reply = hub.create(wanted)
     _end_if_stopped(hub, reply)
     record.add(reply.event("create_users", ok=(201, 409)))
-    unreadable = reply.status == 201 and not isinstance(reply.data, list)
-    done, unsure = reply.status in (201, 409), reply.lost or reply.status >= 500 or unreadable
-    if unsure:
-        there = {user["name"] for user in list_users(hub, record)}
-    else:
-        there = {user["name"] for user in reply.data} if reply.status == 201 else set()
-        claims.rivals |= done and not there.issuperset(wanted)
-    made = [name for name in wanted if name in there]
-    claims.settle(made if unsure else wanted, made)
-    if not made and not done:
-        raise HubRefused("make users", reply)
+    models = reply.data if reply.status == 201 and isinstance(reply.data, list) else []
+    renamed = [user["name"] for user in models if user["name"] not in wanted and not user.get("admin")]
+    claims.settle([], renamed)
+    never_sent = not reply.status and not reply.lost
+    unsure = reply.lost or not (models or reply.status == 409 or never_sent)
+    listed = [user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")]
+    made = [name for name in wanted if name in listed]
+    claims.rivals |= not (unsure or never_sent or renamed or len(made) == len(wanted))
+    claims.settle(made if reply.lost else wanted, made)
+    claims.in_vain = 0 if made else claims.in_vain + 1
+    if renamed:
+        asked = next(name for name in wanted if name not in made)
+        raise CutShort(f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers")
+    if unsure and (strange := _strange(listed, claims)):
+        raise CutShort(f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's")
+    if not made and reply.status not in (201, 409):
+        raise HubRefused("make users", reply, hub.denial(reply))
+    if claims.in_vain > 1:
+        raise CutShort(f"two requests in a row made no user ({reply}): does another run with this --run name go on?")
     return made
 
 
@@ -3351,8 +3431,8 @@ def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
     if reply.hub_status == 404:
         text = "the hub no longer knows the user: it may have restarted"
         return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
-    if reply.status in (401, 403):
-        return Readiness(reason=Reason(Kind.REFUSED, f"the hub no longer accepts the token: {reply}"), running=False)
+    if denial := site.hub.denial(reply):
+        return Readiness(reason=Reason(Kind.REFUSED, f"the hub {denial}"), running=False)
     end = await_ready(person.name, site.hub, person.due_s + person.plan.server_timeout_s)
     if end.ready_at_s is not None or end.reason:
         return end
@@ -3363,7 +3443,7 @@ def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
     elif reply.status:
         reason = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
     else:
-        reason = Reason(Kind.AWAY, f"no answer to the start: {reply}")
+        reason = Reason(Kind.FRONT if reply.front else Kind.AWAY, f"no answer to the start: {reply}")
     return dataclasses.replace(end, reason=reason)
 
 
@@ -3594,7 +3674,8 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     look_until_s = session.clock() + RETRY_WINDOW_S
     while (state := state_in(reply := site.hub.read(person.name))) is ServerState.UNKNOWN:
         if session.clock() > look_until_s or reply.status in (401, 403):
-            raise HubRefused("say whether the servers that were held are still there", reply)
+            task = "say whether the servers that were held are still there"
+            raise HubRefused(task, reply, site.hub.denial(reply))
         yield session.clock() + 1.0
     lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
     if not lost and person.browser:
@@ -3943,8 +4024,9 @@ def remove_users(
             before = len(left)
             let_go(to_do, hub, record, concurrency, gone, lambda: progress.tell(len(gone)))
             try:
-                found = find_users(hub, record, None)
-                left = {user["name"]: server_state(user) for user in found if ours(user["name"])}
+                found = [user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")]
+                left = {user["name"]: server_state(user) for user in found}
+                left |= _unlisted(thought.keys() - left.keys() - gone, hub)
                 to_do = dict(left)
                 existing |= left.keys()
                 gone.difference_update(left)
@@ -3953,13 +4035,19 @@ def remove_users(
                 left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
                 if isinstance(error, HubRefused):
                     LOG.warning("Cleaning up: %s", error)
-                    refusals += error.token_refused or not left
+                    refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
                 return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)))
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
+
+
+def _unlisted(names: Iterable[str], hub: Hub) -> dict[str, ServerState]:
+    """Of users whose names are not this tool's, so that no list of it has them, those that are still there."""
+    states = {name: hub.state(name) for name in names if f"{USERNAME_PREFIX}-" not in name}
+    return {name: state for name, state in states.items() if state is not ServerState.GONE}
 
 
 def let_go(
@@ -4052,14 +4140,16 @@ def perform(
 ) -> Reason | None:
     """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now.
 
-    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine` from the hub itself.
+    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine`; so is every answer that
+    something in front of the hub gave.
     """
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
         call = call_of(response.request)
-        fine_here = response.status_code in fine and "X-JupyterHub-Version" in response.headers  # said by the hub
-        if not response.ok and not fine_here:
+        if str(response.url).startswith(endpoint) and not session.is_hubs(response):
+            reason = Reason(Kind.FRONT, in_front(response))
+        elif not response.ok and response.status_code not in fine:
             reason = Reason(Kind.REFUSED, str(response.status_code))
     except Stopped:
         return None
@@ -4498,7 +4588,7 @@ class LivePage:
 
     def collect(self) -> Iterator[Any]:
         """What Prometheus asks of a collector: figures that are read when it looks."""
-        throttled = self._run.session.traffic.counts[429]
+        throttled = self._run.session.traffic.throttled
         yield self._prometheus.CounterMetricFamily("hub_stress_test_throttled", "429 answers", value=throttled)
         states = collections.Counter(list(self._people.values()))
         if self._run.plan.command == STRESS:
@@ -4545,13 +4635,15 @@ class Run:
             self.record.listen(listener)
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
         check_visits(self.hub, plan)
-        self.existing = self._look()
+        listed = self._look()
+        self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
         watched = plan.command != PURGE and not plan.dry_run
         self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
         self.site = Site(self.hub, plan, self.record, tabs=Tabs(self.monitor.snapshots, self.monitor.look))
         self.monitors = {"hub": self.monitor}
         self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
         self.claims = self.site.claims
+        self.claims.known = {user["name"] for user in listed}
         self.gone: set[str] = set()
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
@@ -4583,10 +4675,9 @@ class Run:
         self.session.stop()
 
     def _look(self) -> list[Json]:
-        """The users of this run's naming; raises `SetupError`, since nothing has been changed yet."""
-        run = self.plan.run if self.plan.command == PURGE else self.plan.run or ""
+        """The users whose names look like this tool's; raises `SetupError`, since nothing has been changed yet."""
         try:
-            return find_users(self.hub, self.record, run)
+            return list(list_users(self.hub, self.record))
         except HubRefused as error:
             raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
 
@@ -5726,7 +5817,7 @@ def _until_work(means: Mapping[str, float]) -> Iterator[str]:
 
 def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
     """What to look at next, when a run has failed in such ways."""
-    servers, own, statuses = results.servers, results.hub.metrics, results.http.statuses
+    servers, own, in_front = results.servers, results.hub.metrics, results.http.in_front
     if Kind.AWAY in kinds and not results.hub.restarts:
         yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
     if Kind.FULL in kinds:
@@ -5755,10 +5846,15 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         )
     if results.hub.restarts:
         yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
-    if statuses.get("403", 0) > (results.hub.metrics_missing == NO_METRICS_SCOPE):
-        yield "the hub answered 403: the token's role may lack a scope for what was asked"
-    if statuses.keys() & {"502", "503", "504"}:
-        yield "502, 503 and 504 come from what stands in front of the hub: look at the proxy's and the ingress's logs"
+    denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
+    if denied > (results.hub.metrics_missing == NO_METRICS_SCOPE):
+        yield "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says which"
+    if in_front.keys() & {"429"}:
+        yield "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
+    if in_front.keys() & {"401", "403"}:
+        yield "something in front of the hub denies requests: let this machine, and POST and DELETE, through to the hub"
+    if any(status >= "500" for status in in_front):
+        yield "errors from 500 on came from what stands in front of the hub: look at the proxy's and the ingress's logs"
 
 
 # ==== Sections, and the summary as text ==============================================================================
@@ -6564,13 +6660,13 @@ def create_users(
 ) -> list[list[str]]:
     """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`; those made by then are deleted first.
+    Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
     """
     claims = Claims()
     taken = [user if isinstance(user, str) else user["name"] for user in existing_users]
     try:
         return list(make_users(count, batch_size, Hub(endpoint, session), Recorder(), claims, taken, run))
-    except HubRefused:
+    except CutShort:
         delete_users(claims.ours, endpoint, session, batch_size)
         raise
 
@@ -7183,10 +7279,12 @@ if locust_is_loading():
             check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self.site = Site(hub, plan, Recorder(self._report))
-            taken = [user["name"] for user in find_users(hub, Recorder(), self.run)]
+            listed = list(list_users(hub, Recorder()))
+            taken = [user["name"] for user in test_users(listed, self.run)]
             self.indexes = itertools.count(first_free_index(taken, self.run))
             self.numbers = itertools.count()  # of people
             self.claims, self.throttled, self.cut_short = self.site.claims, 0, False
+            self.claims.known = {user["name"] for user in listed}
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
@@ -7302,7 +7400,7 @@ if locust_is_loading():
         def new_user(self) -> str:
             try:
                 return self.shared.new_user(self.batch)
-            except HubRefused as error:
+            except CutShort as error:
                 SAY.error("%s", error)
                 self.shared.cut_short = True
                 raise StopUser from None

@@ -77,6 +77,11 @@ class Answer(Fault):
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+def hub_answer(status: int, body: bytes = b"", **headers: str) -> Answer:
+    """An answer that shows itself to be the hub's."""
+    return Answer(status, body, {"X-JupyterHub-Version": "6.1.1", **headers})
+
+
 @dataclass(frozen=True)
 class AnswerAfter(Answer):
     """The upstream acts and answers in full; the client gets this answer instead, as from a gateway's 504."""
@@ -278,7 +283,8 @@ class Handler(BaseHTTPRequestHandler):
         elif response.length is None:
             framing["Connection"] = "close"
             self.close_connection = True
-        self.send_head(response.status, response.reason, response.getheaders(), **framing)
+        headers = [(name, value) for name, value in response.getheaders() if name != self.server.proxy.strips]
+        self.send_head(response.status, response.reason, headers, **framing)
         for piece in pieces:
             self.send(b"%x\r\n%b\r\n" % (len(piece), piece) if response.chunked else piece)
 
@@ -384,6 +390,7 @@ class FaultProxy:
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname or HOST, parts.port or 80)
         self.rule: Rule | None = None
+        self.strips = ""  # a header of the upstream's answers
         self._lock = threading.Lock()
         self._log: list[Entry] = []
         self._held: set[socket.socket] = set()

@@ -116,6 +116,7 @@ class HubOptions:
         "--database", "memory", "users are kept in this sqlite file, and outlive a restart (memory)", "FILE"
     )
     base_url: str = option("--base-url", "/", "the hub is at this path, which ends in a slash (/)", "PATH")
+    config: str = option("--config", "", "more of the hub's configuration, read last (none)", "PYTHON")
     scopes: tuple[str, ...] = option(
         "--scope", ROLE_SCOPES, f"the token has this scope; repeatable ({', '.join(ROLE_SCOPES)})", "SCOPE"
     )

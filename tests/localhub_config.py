@@ -208,3 +208,4 @@ if OPTIONS["real_proxy"]:
     SCOPES["hub-stress-test-visits"] = ["access:servers"]
 if version_info[0] >= 2:
     c.JupyterHub.load_roles = [{"name": name, "scopes": scopes, "services": [name]} for name, scopes in SCOPES.items()]
+exec(OPTIONS["config"])

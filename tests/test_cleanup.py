@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, first, matching
+from fault_proxy import AnswerAfter, Delay, FaultProxy, first, hub_answer, matching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from localhub import LocalHub
@@ -246,7 +246,7 @@ def test_users_that_cannot_be_deleted_are_named_with_the_command_that_removes_th
     stubborn = {"hub-stress-test-ci-2", "hub-stress-test-ci-3"}
     refuse = {f"/hub/api/users/{name}" for name in stubborn}
     with FaultProxy(new_hub.endpoint) as proxy:
-        locked = Answer(500, b'{"message": "database is locked"}')
+        locked = hub_answer(500, b'{"message": "database is locked"}')
         proxy.rule = lambda request: locked if request.method == "DELETE" and request.path in refuse else None
         env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
         done = run_tool(*command, "--run", "ci", "--cleanup-timeout", "3s", hub=new_hub, env=env)

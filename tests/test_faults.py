@@ -26,6 +26,7 @@ from fault_proxy import (
     ResetBefore,
     ResetStream,
     first,
+    hub_answer,
     matching,
 )
 from localhub import LocalHub
@@ -43,9 +44,9 @@ HTML = {"Content-Type": "text/html"}
 BAD_GATEWAY = Answer(502, b"<html><h1>502 Bad Gateway</h1></html>", HTML)
 UNAVAILABLE = Answer(503, b"<html><h1>503 Service Unavailable</h1></html>", HTML)
 NO_BACKEND = Answer(404, b"<html>default backend", HTML)
-LIMIT = Answer(429, b'{"status": 429, "message": "Active user limit exceeded. Try again in a few minutes."}')
-LOCKED = Answer(500, b'{"status": 500, "message": "database is locked"}')
-REVOKED = Answer(403, b'{"status": 403, "message": "Missing or invalid credentials."}')
+LIMIT = hub_answer(429, b'{"status": 429, "message": "Active user limit exceeded. Try again in a few minutes."}')
+LOCKED = hub_answer(500, b'{"status": 500, "message": "database is locked"}')
+REVOKED = hub_answer(403, b'{"status": 403, "message": "Missing or invalid credentials."}')
 
 Match = Callable[[Request], bool]
 Record = Callable[[str, object], None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from fault_proxy import Answer, FaultProxy, matching
+from fault_proxy import FaultProxy, hub_answer, matching
 from localhub import LocalHub
 from tool import SCHEMA, tool_users
 
@@ -101,7 +101,7 @@ def test_start_servers_at_a_rate_does_not_wait_for_slow_ones(new_hub: LocalHub) 
 def test_a_refused_batch_deletes_what_was_made_before_it(new_hub: LocalHub) -> None:
     session = hst.get_session(new_hub.token)
     is_create = matching("POST", "/users$")
-    answers = iter([None, Answer(500, b'{"status": 500, "message": "database is locked"}')])
+    answers = iter([None, hub_answer(500, b'{"status": 500, "message": "database is locked"}')])
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = lambda request: next(answers, None) if is_create(request) else None
         with pytest.raises(hst.HubRefused, match=r"the hub refused to make users: 500 \(database is locked\)"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from authority import certificate_for_loopback
-from fault_proxy import Answer, FaultProxy, every, matching
+from fault_proxy import Answer, FaultProxy, every, hub_answer, matching
 from localhub import LocalHub
 from tool import run_tool, start_tool, tool_users
 
@@ -59,7 +59,7 @@ def test_an_html_page_is_no_hub_and_is_asked_without_the_token(new_hub: LocalHub
 
 def test_json_without_a_version_is_no_hub(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
-        proxy.rule = every(EVERYTHING, Answer(200, b"{}", {"Content-Type": "application/json"}))
+        proxy.rule = every(EVERYTHING, hub_answer(200, b"{}", {"Content-Type": "application/json"}))
         said = refused(new_hub, proxy.url + "/hub/api")
         assert "it answers JSON without a version" in said and "An endpoint ends in /hub/api" in said
 
@@ -141,7 +141,7 @@ def test_the_scopes_that_a_command_asks_for_are_enough(command: str, scopes: tup
 @pytest.mark.parametrize("command", hst.COMMANDS)
 def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(command: str, new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
-        locked = Answer(500, b'{"status": 500, "message": "database is locked"}')
+        locked = hub_answer(500, b'{"status": 500, "message": "database is locked"}')
         proxy.rule = every(matching("GET", r"/users\?"), locked)
         said = refused(new_hub, proxy.url + "/hub/api", new_hub.token, command)
         assert "The hub refused to list its users: 500 (database is locked). Nothing was changed." in said

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Answer, AnswerAfter, Fault, FaultProxy, ResetAfter, ResetBefore, first, matching
+from fault_proxy import AnswerAfter, Fault, FaultProxy, ResetAfter, ResetBefore, first, hub_answer, matching
 from localhub import LocalHub
 from test_faults import (
     BAD_GATEWAY,
@@ -171,7 +171,7 @@ def test_servers_that_cannot_be_removed_are_named_with_the_command_that_removes_
 ) -> None:
     carol = make_carol(version="2.3.1")  # which does not list them
     with FaultProxy(carol.hub.endpoint) as proxy:
-        locked = Answer(500, b'{"message": "database is locked"}')
+        locked = hub_answer(500, b'{"message": "database is locked"}')
         proxy.rule = lambda one: locked if one.body == b'{"remove": true}' and one.path.endswith(("-2", "-3")) else None
         env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
         words = ("--run", "ci", "--cleanup-timeout", "3s")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import requests
-from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, every, first, matching
+from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, every, first, hub_answer, matching
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
 from tool import THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
@@ -82,7 +82,7 @@ def test_a_batch_whose_answer_was_lost_is_found_by_looking(hub: LocalHub) -> Non
 
 def test_a_hub_that_refuses_to_make_users_is_quoted(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
-        proxy.rule = every(matching("POST", "/users$"), Answer(500, b'{"message": "database is locked"}'))
+        proxy.rule = every(matching("POST", "/users$"), hub_answer(500, b'{"message": "database is locked"}'))
         env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
         done = run_tool("stress-test", "-c", "3", hub=new_hub, env=env)
     assert done.code == 1 and done.summary.startswith("FAILED: 0 of 3 servers became ready")

@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 from bench.whole_run import hub_counts
-from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, matching
+from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from localhub import LocalHub
 from tool import SCHEMA, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
@@ -205,7 +205,7 @@ def test_a_run_that_was_cut_short_has_failed_whatever_fail_if_says(new_hub: Loca
             return AnswerAfter(502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html"})
         if lists(request) and len(lost) == 1:
             lost.append(request)
-            return Answer(500, b'{"status": 500, "message": "database is locked"}')
+            return hub_answer(500, b'{"status": 500, "message": "database is locked"}')
         return None
 
     with FaultProxy(new_hub.endpoint) as proxy:

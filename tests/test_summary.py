@@ -438,7 +438,12 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
         (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise its concurrent_spawn_limit"]),
         (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93 % of a processor"]),
         (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
-        (set(), [ready(1)], {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0)}, ["502, 503 and 504 come from"]),
+        (
+            set(),
+            [ready(1)],
+            {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0, None, {"502": 1})},
+            ["errors from 500 on came from"],
+        ),
         (set(), [ready(1)], {}, []),
     ],
 )

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_proxy import Answer, Delay, FaultProxy, Silence, every, matching
+from fault_proxy import Answer, Delay, FaultProxy, Silence, every, hub_answer, matching
 from known_server import KnownServer
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers
@@ -250,11 +250,11 @@ def test_without_the_scope_the_summary_says_once_what_it_would_add(make_hub: Mak
 @pytest.mark.parametrize(
     ("answer", "missing", "looks"),
     [
-        (Answer(403, b"{}"), "the token lacks the scope read:metrics", 1),
-        (Answer(404, b"<html>"), "GET /hub/metrics was answered 404", 1),
-        (Answer(200, b"<html><body>a login page</body></html>"), "", 3),
+        (hub_answer(403, b"{}"), "the token lacks the scope read:metrics", 1),
+        (Answer(404, b"<html>"), "GET /hub/metrics: something in front of the hub answered 404", 1),
+        (Answer(200, b"<html>Sign in"), "GET /hub/metrics: something in front of the hub answered 200", 1),
         (Silence(), "", 3),
-        (Answer(503, b""), "GET /hub/metrics was answered 503", 1),
+        (Answer(503, b""), "GET /hub/metrics: something in front of the hub answered 503", 1),
     ],
     ids=str,
 )
@@ -264,7 +264,9 @@ def test_a_metrics_page_that_cannot_be_read_is_no_trouble(
     monkeypatch.setattr(hst, "METRICS_TIMEOUT_S", 0.3 if isinstance(answer, Silence) else 30.0)
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(matching("GET", "/hub/metrics"), answer)
-        monitor = hst.Monitor(proxy.url + "/hub/metrics", hst.get_session(new_hub.token), wanted=True)
+        session = hst.get_session(new_hub.token)
+        session.marked = True
+        monitor = hst.Monitor(proxy.url + "/hub/metrics", session, wanted=True)
         with monitor:
             monitor.look()
         monitor.look()
