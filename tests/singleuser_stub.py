@@ -28,6 +28,7 @@ import uuid
 from collections import Counter
 from collections.abc import Coroutine
 from datetime import datetime, timezone
+from socket import socket as BoundSocket
 from typing import Any
 from urllib.parse import unquote, urlencode
 
@@ -343,9 +344,11 @@ class Server:
 
     # ---- Life -------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, bound: BoundSocket | None = None) -> None:
+        """Listen at a port of its own, or with this socket."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._http, "127.0.0.1", 0, backlog=1024)
+        where: Json = {"sock": bound} if bound else {"host": "127.0.0.1", "port": 0}
+        self._listener = await loop.create_server(self._http, backlog=1024, **where)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def announce(self) -> None:
@@ -668,11 +671,11 @@ async def serve(behaviour: Behaviour) -> None:
         control = web.Server(Stub(behaviour, hub).control, access_log=None)
         listener = await loop.create_server(control, "127.0.0.1", 0, backlog=1024)
         print(listener.sockets[0].getsockname()[1], flush=True)
-        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        threading.Thread(target=end_with_launcher, daemon=True).start()
         await listener.serve_forever()
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     os.read(0, 1)
     os._exit(0)
 
