@@ -46,6 +46,26 @@ def hub(request: pytest.FixtureRequest) -> Iterator[LocalHub]:
     assert not left
 
 
+@pytest.fixture(scope="session")
+def shared_kube_hub() -> Iterator[LocalHub]:
+    with LocalHub(kube=True, nodes=1, pods_per_node=30, node_s=1.0, image_s=0.5) as hub:
+        yield hub
+
+
+@pytest.fixture
+def kube_hub(shared_kube_hub: LocalHub) -> Iterator[LocalHub]:
+    """A hub with KubeSpawner, shared; faults, pods, users and failed starts of a test do not outlive it."""
+    hub = shared_kube_hub
+    hub.exits, logged = 0, len(hub.log())
+    yield hub
+    hub.cluster.clean()
+    if not hub.running or "consecutive spawns failed" in hub.log()[logged:]:  # it would count on
+        hub.stop()
+        hub.start()
+    for name in hub.users().keys() - THEIRS:
+        hub.call("DELETE", f"/users/{name}")
+
+
 @pytest.fixture
 def make_hub() -> Iterator[Callable[..., LocalHub]]:
     """Boots hubs with options of the test's own."""

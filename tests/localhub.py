@@ -6,8 +6,9 @@ As a library: `with LocalHub(spawn_s=1.0) as hub: ...`. As a command it wraps an
 
 which finds the hub in JUPYTERHUB_ENDPOINT and JUPYTERHUB_API_TOKEN. There is no proxy and no container, and servers are
 stubs, so that hundreds start on two cores. `--real-proxy` puts a configurable-http-proxy in front, through which people
-reach their servers; `--real-servers` starts real ones, and `--stub-labs` starts stubs with pages and kernels. The hub
-ends with its launcher, and all that belongs to it.
+reach their servers; `--real-servers` starts real ones, and `--stub-labs` starts stubs with pages and kernels. `--kube`
+starts such stubs as pods of the real KubeSpawner, on a stub of Kubernetes, with the hub set up as Zero to JupyterHub
+does. The hub ends with its launcher, and all that belongs to it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +35,7 @@ from cache import installed
 from processes import clean_environment, end_now, free_port, kill_all, processes_in, start_process
 
 if TYPE_CHECKING:
+    from kube_cluster import Cluster
     from real_proxy import RealProxy
 
 ROLE_SCOPES = ("admin:users", "servers", "read:metrics")  # the role that the README tells operators to paste
@@ -43,6 +46,13 @@ SERVER_PINS = {  # which servers go with these versions, in place of the newest
         *("jupyter-client<8", "pyzmq<25", "six"),
     ),
     "2": ("jupyterlab==3.6.8", "notebook==6.5.*", "jupyter-server==1.24.*", "ipykernel==6.29.*", "tornado==6.4.*"),
+}
+CHART = {  # the defaults with --kube: the values of Zero to JupyterHub, with named servers allowed
+    "start_timeout_s": 300.0,
+    "slow_spawn_timeout_s": 0.0,
+    "concurrent_spawn_limit": 64,
+    "consecutive_failure_limit": 5,
+    "named_servers": 5,
 }
 START_TIMEOUT_S = 30.0
 KERNELS_END_WITHIN_S = 10.0  # after their servers
@@ -107,6 +117,13 @@ class HubOptions:
         "--kernel-start", 0.33, "a kernel of a stub lab takes so many seconds to start (0.33)", "SECONDS"
     )
     cell_s: float = option("--cell", 0.01, "a cell of a stub lab takes so many seconds at least (0.01)", "SECONDS")
+    kube: bool = option("--kube", False, "servers are pods of the real KubeSpawner, on a stub of Kubernetes")
+    nodes: int = option("--nodes", 2, "the stub of Kubernetes has so many nodes at first (2)", "NODES")
+    pods_per_node: int = option("--pods-per-node", 50, "so many pods fit on a node (50)", "PODS")
+    node_s: float = option(
+        "--node", 5.0, "a node that is needed comes after so many seconds (5; 0: none ever comes)", "SECONDS"
+    )
+    image_s: float = option("--image", 2.0, "a node pulls an image that it lacks for so many seconds (2)", "SECONDS")
     any_token: bool = option("--any-token", False, "stub labs let any token in, without a request to the hub")
     real_proxy: bool = option("--real-proxy", False, "people come through configurable-http-proxy, a real one")
     proxy_version: str = option(
@@ -122,7 +139,7 @@ class HubOptions:
     )
 
 
-def hub_python(version: str | None, with_servers: bool = False) -> str:
+def hub_python(version: str | None, with_servers: bool = False, with_kube: bool = False) -> str:
     """The interpreter that has this JupyterHub: this one, or that of an environment made for it on first use."""
     if version is None:
         return sys.executable
@@ -130,6 +147,8 @@ def hub_python(version: str | None, with_servers: bool = False) -> str:
     packages = [f"jupyterhub=={version}", *PINS.get(major, [])]
     if with_servers:
         packages += SERVER_PINS.get(major, ("jupyterlab>=4", "ipykernel"))
+    if with_kube:
+        packages.append("jupyterhub-kubespawner>=7")
 
     def install(home: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
@@ -137,18 +156,19 @@ def hub_python(version: str | None, with_servers: bool = False) -> str:
         subprocess.run(pip, check=True, stdout=sys.stderr)
 
     python = f"py{sys.version_info[0]}.{sys.version_info[1]}"
-    home = installed(f"jupyterhub-{version}-{python}" + "-servers" * with_servers, install)
+    home = installed(f"jupyterhub-{version}-{python}" + "-servers" * with_servers + "-kube" * with_kube, install)
     return str(home / "bin/python")
 
 
 class LocalHub:
     """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
 
-    A real proxy and the stub labs are processes beside the hub: they outlive its crashes, and end with the block.
+    A real proxy, the stub labs and the stub of Kubernetes are processes beside the hub: they outlive its crashes, and
+    end with the block. With `kube` a hub that exits by itself is started again, as a deployment does.
     """
 
     def __init__(self, **options: Any) -> None:
-        self.options = HubOptions(**options)
+        self.options = HubOptions(**((CHART if options.get("kube") else {}) | options))
         self.token, self._oracle_token = secrets.token_hex(16), secrets.token_hex(16)
         self.visit_token = secrets.token_hex(16)  # of a service that may enter servers and nothing else
         self.owner_token = secrets.token_hex(16)
@@ -163,6 +183,9 @@ class LocalHub:
         self._process: subprocess.Popen[bytes] | None = None
         self._labs: subprocess.Popen[bytes] | None = None
         self._labs_url = ""
+        self._cluster: Cluster | None = None
+        self.exits = 0  # how often the hub exited by itself, and was started again
+        self._starting = threading.Lock()
 
     def _proxy_to(self, hub_url: str) -> RealProxy:
         from real_proxy import RealProxy  # which needs a package that a plain hub does without
@@ -175,6 +198,8 @@ class LocalHub:
                 self._proxy.start()
             if self.options.stub_labs:
                 self._start_labs()
+            if self.options.kube:
+                self._start_cluster()
             self.start()
         except BaseException:
             self.__exit__()
@@ -187,6 +212,8 @@ class LocalHub:
             self._proxy.stop()
         if self._labs:
             end_now(self._labs)
+        if self._cluster:
+            self._cluster.stop()
         if self.options.real_servers:
             self._end_kernels()
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -219,6 +246,15 @@ class LocalHub:
 
     def start(self) -> None:
         """Boot, and return when the hub answers. Raises `RuntimeError` with the end of its log."""
+        with self._starting:
+            self._boot()
+        until_s = time.monotonic() + START_TIMEOUT_S
+        while not self.answers():
+            if not self.running or time.monotonic() > until_s:
+                raise RuntimeError(f"the hub did not start:\n{self.log()[-3000:]}")
+            time.sleep(0.05)
+
+    def _boot(self) -> None:
         given = {
             "port": self.port,
             "token": self.token,
@@ -229,24 +265,35 @@ class LocalHub:
             "proxy_api_url": self._proxy.api_url if self._proxy else "",
             "proxy_token": self._proxy.token if self._proxy else "",
             "labs_url": self._labs_url,
+            "kubernetes_url": self._cluster.url if self._cluster else "",
+            "database": self._database(),
         }
-        database = (
-            self.options.database if self.options.database == "memory" else str(Path(self.options.database).absolute())
-        )
-        options = json.dumps(dataclasses.asdict(self.options) | given | {"database": database})
-        python = hub_python(self.options.version, with_servers=self.options.real_servers)
+        options = json.dumps(dataclasses.asdict(self.options) | given)
+        python = hub_python(self.options.version, self.options.real_servers, self.options.kube)
         self._process = start_process(
             [python, "-W", "ignore", "-c", BOOT, "-f", Path(__file__).with_name("localhub_config.py")],
             clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
             self.log_path,
         )
-        until_s = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if not self.running or time.monotonic() > until_s:
-                raise RuntimeError(f"the hub did not start:\n{self.log()[-3000:]}")
-            time.sleep(0.05)
+        if self.options.kube:
+            threading.Thread(target=self._start_again, args=(self._process,), daemon=True).start()
 
-    def _answers(self) -> bool:
+    def _database(self) -> str:
+        if self.options.database != "memory":
+            return str(Path(self.options.database).absolute())
+        return str(self._directory / "hub.sqlite") if self.options.kube else "memory"
+
+    def _start_again(self, process: subprocess.Popen[bytes]) -> None:
+        """Boot again when it exits by itself."""
+        process.wait()
+        with self._starting:
+            if process is self._process:
+                end_now(process)
+                self.exits += 1
+                self._boot()
+
+    def answers(self) -> bool:
+        """Whether the hub is up."""
         try:
             return self.call("GET", "/user")[0] == 200  # with its token, so that it is no other hub
         except OSError:
@@ -254,17 +301,21 @@ class LocalHub:
 
     def stop(self) -> None:
         """End the hub and its servers: politely, then not."""
-        if self._process is None:
+        with self._starting:
+            process, self._process = self._process, None
+        if process is None:
             return
-        self._process.terminate()
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        self.kill()
+            process.wait(10)
+        end_now(process)
 
     def kill(self) -> None:
         """End the hub as a crash would."""
-        assert self._process
-        end_now(self._process)
+        with self._starting:
+            process, self._process = self._process, None
+        assert process
+        end_now(process)
 
     def restart(self) -> None:
         """Crash and boot again, at the same port with the same tokens."""
@@ -312,6 +363,21 @@ class LocalHub:
             raise RuntimeError(f"the stub labs did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
         self._labs_url = f"http://127.0.0.1:{port}"
 
+    # ---- The stub of Kubernetes -------------------------------------------------------------------------------------
+
+    @property
+    def cluster(self) -> Cluster:
+        assert self._cluster, "there is one with kube=True"
+        return self._cluster
+
+    def _start_cluster(self) -> None:
+        from kube_cluster import Cluster
+
+        setting = ("nodes", "pods_per_node", "node_s", "image_s", "spawn_s", "spawn_jitter_s", "stop_s")
+        labs = ("kernel_start_s", "cell_s", "any_token")
+        chosen = ({name: getattr(self.options, name) for name in names} for names in (setting, labs))
+        self._cluster = Cluster(*chosen, self._directory / "kubernetes.log")
+
     # ---- The oracle -------------------------------------------------------------------------------------------------
 
     def call(self, method: str, path: str, body: Any = None, accept: str = "application/json") -> tuple[int, Any]:
@@ -357,7 +423,10 @@ def run_beside(hub: LocalHub, command: list[str]) -> int:
 
 def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     for field in dataclasses.fields(HubOptions):
         flag, text, metavar = (field.metadata[key] for key in ("flag", "help", "metavar"))
@@ -367,7 +436,7 @@ def _parse_args() -> argparse.Namespace:
             parser.add_argument(flag, dest=field.name, action="append", help=text, metavar=metavar)
         else:
             kind = str if field.default is None else type(field.default)
-            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, help=text, metavar=metavar)
+            parser.add_argument(flag, dest=field.name, type=kind, help=text, metavar=metavar)
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, help="what to run beside the hub; without one it just stays up"
     )
@@ -379,9 +448,7 @@ def main() -> int:
     command = options.pop("command")
     command = command[1:] if command[:1] == ["--"] else command
     began_s = time.monotonic()
-    with LocalHub(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if v is not None}
-    ) as hub:
+    with LocalHub(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}) as hub:
         version = hub.call("GET", "/")[1]["version"]
         took_s = time.monotonic() - began_s
         print(f"JupyterHub {version} at {hub.endpoint}, up after {took_s:.1f} s", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from jupyterhub import __version__, version_info
@@ -142,6 +143,44 @@ class StubLabSpawner(StubSpawner):
         self.lab_port = state.get("lab_port", 0)
 
 
+# What a profile does is known by its image's name: see kube_stub.py.
+PROFILES = ("plain", "large-image", "quota", "webhook", "no-image", "unschedulable", "crash", "mute")
+PROFILES += ("oom", "evicted", "node-lost")
+
+
+def image(name: str) -> str:
+    """An image with this hub's JupyterHub."""
+    return f"quay.io/jupyterhub/{name}:{__version__}"
+
+
+def set_up_kubespawner(kube: Any, url: str) -> None:
+    """As Zero to JupyterHub does, on a cluster at this URL."""
+    context = {"name": "stub", "context": {"cluster": "stub", "user": "hub"}}
+    access = {"clusters": [{"name": "stub", "cluster": {"server": url}}], "users": [{"name": "hub", "user": {}}]}
+    path = Path(tempfile.gettempdir(), "kubeconfig")
+    path.write_text(json.dumps(access | {"contexts": [context], "current-context": "stub"}))
+    os.environ["KUBECONFIG"] = str(path)
+    os.environ.pop("KUBERNETES_SERVICE_HOST", None)  # of a cluster in which the tests run
+    kube.namespace = "jhub"
+    kube.image = image("plain")
+    kube.mem_guarantee = "1G"
+    kube.storage_pvc_ensure = True
+    kube.storage_capacity = "10Gi"
+    kube.storage_access_modes = ["ReadWriteOnce"]
+    kube.pvc_name_template = "claim-{user_server}"
+    kube.volumes = {"home": {"name": "home", "persistentVolumeClaim": {"claimName": "{pvc_name}"}}}
+    kube.volume_mounts = {"home": {"name": "home", "mountPath": "/home/jovyan"}}
+    blocker = {"name": "block-cloud-metadata", "image": "quay.io/jupyterhub/k8s-network-tools:4.3.5"}
+    kube.init_containers = {"block-cloud-metadata": blocker}
+    choices = {name: {"display_name": name, "kubespawner_override": {"image": image(name)}} for name in ("python", "r")}
+    unlisted = {"enabled": True, "display_name": "Another", "kubespawner_override": {"image": "{value}"}}
+    options = {"image": {"display_name": "Image", "choices": choices, "unlisted_choice": unlisted}}
+    kube.profile_list = [
+        *({"display_name": slug, "slug": slug, "kubespawner_override": {"image": image(slug)}} for slug in PROFILES),
+        {"display_name": "A course", "slug": "course", "profile_options": options},
+    ]
+
+
 class RealSpawner(SimpleLocalProcessSpawner):
     """Real notebook servers, in a temporary home, that end with the hub."""
 
@@ -192,6 +231,9 @@ c.JupyterHub.named_server_limit_per_user = OPTIONS["named_servers"]
 c.Authenticator.admin_users = set(OPTIONS["admins"])
 stub_class = StubLabSpawner if OPTIONS["stub_labs"] else StubSpawner
 c.JupyterHub.spawner_class = RealSpawner if OPTIONS["real_servers"] else stub_class
+if OPTIONS["kube"]:
+    c.JupyterHub.spawner_class = "kubespawner.KubeSpawner"
+    set_up_kubespawner(c.KubeSpawner, OPTIONS["kubernetes_url"])
 c.Spawner.start_timeout = OPTIONS["start_timeout_s"]
 c.Spawner.consecutive_failure_limit = OPTIONS["consecutive_failure_limit"]
 c.SimpleLocalProcessSpawner.home_dir_template = tempfile.gettempdir() + "/{username}"
