@@ -4937,6 +4937,7 @@ class Limit(enum.Enum):
 
     PROCESSOR = "the hub's one thread was busy: give its process a faster processor, or less to do"
     THROTTLING = "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to start"
+    FRONT = "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
     SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
     PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
     GENERATOR = "this machine could not send more"
@@ -5073,7 +5074,8 @@ def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[Capacity
     if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
         step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
     if step.held:
-        limit = limit_of(seen.summarise(), hub_figures(monitor.snapshots[looks:], math.inf, 0), step.generator_bound)
+        own, in_front = hub_figures(monitor.snapshots[looks:], math.inf, 0), traffic.counts[-429] > traffic.throttled
+        limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
         step = dataclasses.replace(step, limited_by=limit and limit.value)
     return step, seen
 
@@ -5094,7 +5096,9 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
-def limit_of(seen: Mapping[str, Operation], own: HubFigures | None, generator_bound: bool) -> Limit | None:
+def limit_of(
+    seen: Mapping[str, Operation], own: HubFigures | None, generator_bound: bool, limited_in_front: bool = False
+) -> Limit | None:
     """What kept people from getting through, by the hub's own figures; None where it does not tell."""
     means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
     asked, ready_s = seen.get("start_server"), means.get("server_ready", 0.0)
@@ -5104,7 +5108,7 @@ def limit_of(seen: Mapping[str, Operation], own: HubFigures | None, generator_bo
     if own and (late or own.cpu_share_max > BUSY):
         return Limit.PROCESSOR
     if asked and asked.backoff_s / asked.count > ready_s / 10:
-        return Limit.THROTTLING
+        return Limit.FRONT if limited_in_front else Limit.THROTTLING
     if not own or not ready_s:
         return None
     spawn_s = own.spawns["success"].mean_s if "success" in own.spawns else 0.0

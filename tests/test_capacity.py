@@ -220,6 +220,8 @@ def test_what_kept_a_hub_from_taking_more_people(
     seen.add(hst.Event("at_work", "x", 0.0, 0.0, at_work_s))
     own = None if more is None else dataclasses.replace(IDLE_HUB, **more)
     assert hst.limit_of(seen.summarise(), own, False) is limit
+    in_front = Limit.FRONT if limit is Limit.THROTTLING else limit
+    assert hst.limit_of(seen.summarise(), own, False, limited_in_front=True) is in_front
     assert hst.limit_of(seen.summarise(), own, True) is Limit.GENERATOR
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
+import ssl
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from authority import certificate_for_loopback
 from fault_proxy import Answer, FaultProxy, Request, every, hub_answer, matching
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +135,49 @@ def test_whatever_a_create_answers_nobody_is_left_unnamed(does: list[tuple[int, 
     assert not honest or all(name in said or "to -" in said for name in left), (left, said)
 
 
+class BrokenTls(ssl.SSLContext):
+    """A load balancer that ends TLS, whose first answer to a create comes in plain text."""
+
+    broken = False
+
+    def __new__(cls, *_: object) -> BrokenTls:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(self, proxy: FaultProxy, certificate: Path, key: Path) -> None:
+        self.load_cert_chain(certificate, key)
+        self._upstream = proxy.url.removeprefix("http://").split(":")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+
+    def __enter__(self) -> int:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return int(self._listener.getsockname()[1])
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        plain = socket.socket(fileno=os.dup(client.fileno()))
+        with contextlib.suppress(OSError), plain, self.wrap_socket(client, server_side=True) as secure:
+            if request := secure.recv(65536):
+                creates = request.startswith(b"POST /hub/api/users ")
+                while creates and not request.endswith(b"}"):
+                    request += secure.recv(65536)
+                with socket.create_connection((self._upstream[0], int(self._upstream[1]))) as upstream:
+                    upstream.sendall(request.replace(b"Connection: keep-alive", b"Connection: close"))
+                    answer = b"".join(iter(lambda: upstream.recv(65536), b""))
+                if creates and not self.broken:
+                    self.broken = True
+                    plain.sendall(b"HTTP/1.1 504 Gateway Time-out\r\n\r\n")
+                else:
+                    secure.sendall(answer)
+
+
 # ==== Who said it ====================================================================================================
 
 
@@ -202,3 +251,13 @@ def test_a_hub_behind_a_gateway_with_its_own_errors_is_missed(make_hub: Make) ->
     assert "The hub has not answered since" in done.stderr and "The hub answers again" in done.stderr
     assert "something in front of the hub (nginx/1.22.1) answered 521" in done.summary
     assert hub.users().keys() == THEIRS
+
+
+def test_users_behind_a_balancer_that_breaks_tls_are_deleted(new_hub: LocalHub, tmp_path: Path) -> None:
+    """It hands each create on, and answers in plain text, as one whose time-out has passed: the users are there."""
+    authority, key = certificate_for_loopback(tmp_path)
+    with FaultProxy(new_hub.endpoint) as proxy, BrokenTls(proxy, authority, key) as port:
+        where = {"JUPYTERHUB_ENDPOINT": f"https://127.0.0.1:{port}/hub/api", "REQUESTS_CA_BUNDLE": str(authority)}
+        done = run_tool("stress-test", "-c", "3", hub=new_hub, env=where)
+    assert done.code == 0 and not tool_users(new_hub)
+    assert any(one.path == "/hub/api/users" for one in proxy.requests)
