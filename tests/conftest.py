@@ -59,7 +59,8 @@ def kube_hub(shared_kube_hub: LocalHub) -> Iterator[LocalHub]:
     hub.exits, logged = 0, len(hub.log())
     yield hub
     hub.cluster.clean()
-    if not hub.running or "consecutive spawns failed" in hub.log()[logged:]:  # it would count on
+    log_since_boot = hub.log()[logged:].rpartition("JupyterHub is now running")[2]
+    if not hub.running or "consecutive spawns failed" in log_since_boot:  # which the hub counts on and on
         hub.stop()
         hub.start()
     for name in hub.users().keys() - THEIRS:

@@ -11,7 +11,7 @@ answers by request (`asked`), the `most_pods` at a time, and what the `labs` saw
     {"fault": {"method": "DELETE", "kind": "pods", "status": 500, "times": 3}}    see `Fault`
     {"calm": true}                                      no more faults
     {"clean": true}                                     as at first: no faults, pods and claims, and nothing seen
-    {"happen": "evicted", "pods": ["jupyter-zoe"]}      see `Kubelet.befall`; without `pods` to all that run
+    {"happen": "evicted", "pods": ["jupyter-zoe"]}      one of the `FATES`; without `pods` to all that run
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -45,8 +45,10 @@ TRIGGER_S = 0.2  # until the autoscaler has looked at a pod without a node
 FATE_S = 2.0  # until a pod meets the fate of its image, once it listens
 LOST_S = 1.0  # from the loss of a node to the end of its pods
 GOES_WITHIN_S = (1.0, 2.0)
+ACTS_AFTER_S = 1.0  # from a wrong answer until what was asked for is done
 EVENTS_STAY_S = 120.0  # after their pod
-PRESENT = "already present on machine"
+INIT_IMAGE = "k8s-network-tools"  # a small one
+FATES = ("oom", "crash", "evicted", "node-lost", "mute")
 DEATHS = {"oom": ("OOMKilled", 137), "crash": ("Error", 1)}
 _QUOTA = "requested: requests.memory=1G, used: requests.memory=20G, limited: requests.memory=20G"
 REFUSED = {  # how the API refuses pods with an image of this name
@@ -76,6 +78,7 @@ class Refusal(Exception):
             {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
             | {"message": message, "reason": reason, "code": code},
             status=code,
+            headers={"Audit-Id": str(uuid.uuid4())},
         )
 
 
@@ -83,8 +86,8 @@ class Refusal(Exception):
 class Fault:
     """A wrong or late answer of the API to requests of this method for this kind, any if it is None.
 
-    It is given `times` times, or for some seconds. With `acts` the request is done all the same, and then answered
-    wrongly; without `status` it is only late.
+    It is given `times` times, or for some seconds. With `acts` the request is done a little later all the same;
+    without `status` the answer is right, and late.
     """
 
     method: str | None = None
@@ -117,14 +120,18 @@ def stamp(digits: str = "seconds") -> str:
     return datetime.now(timezone.utc).isoformat(timespec=digits).replace("+00:00", "Z")
 
 
+def name_of(image: str) -> str:
+    """The image's name, without registry and tag."""
+    return image.rpartition("/")[2].partition(":")[0]
+
+
 # ==== Objects ========================================================================================================
 
 
 class Store:
     """The objects of one kind, and all changes of them, which watches send on."""
 
-    versions: Iterator[int] = itertools.count(1)
-    version = 0
+    version = 0  # of the newest object of any kind
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -142,7 +149,7 @@ class Store:
         self._tell("DELETED", self.objects.pop(name))
 
     def _tell(self, kind: str, item: Json) -> Json:
-        Store.version = next(Store.versions)
+        Store.version += 1
         item["metadata"]["resourceVersion"] = str(Store.version)
         self._history.append((Store.version, json.dumps({"type": kind, "object": item}).encode() + b"\n"))
         self._news.set()
@@ -191,7 +198,7 @@ class Pod:
         self.uid: str = meta["uid"]
         self.spec = manifest["spec"]
         self.image: str = self.spec["containers"][0]["image"]
-        self.behaviour = self.image.rpartition("/")[2].partition(":")[0]
+        self.behaviour = name_of(self.image)
         self.claims = {
             volume["persistentVolumeClaim"]["claimName"]
             for volume in self.spec.get("volumes") or []
@@ -297,6 +304,8 @@ class Cluster:
         """Forget what happened, and begin again."""
         for name in list(self.claims.objects):
             self.claims.drop(name)
+        for name in list(self.events.objects):
+            self.events.drop(name)
         self.every_pod: list[Pod] = []
         self.most_pods = 0
         self.claims_made: dict[str, list[Json]] = defaultdict(list)
@@ -304,7 +313,7 @@ class Cluster:
         self._coming = 0
         self._waiting: list[tuple[Pod, asyncio.Future[Node]]] = []
         for _ in range(self.setting.nodes):
-            self._add_node().images["plain"] = asyncio.create_task(asyncio.sleep(0))
+            self._add_node().images |= {name: asyncio.create_task(asyncio.sleep(0)) for name in ("plain", INIT_IMAGE)}
 
     # ---- Objects ----------------------------------------------------------------------------------------------------
 
@@ -415,7 +424,7 @@ class Cluster:
         if pod.behaviour == "unschedulable" or not self.setting.node_s:
             self.tell(pod, "NotTriggerScaleUp", "pod didn't trigger scale-up: 1 max node group size reached")
             return
-        wanted = math.ceil(sum(not found.done() for _, found in self._waiting) / self.setting.pods_per_node)
+        wanted = math.ceil(len(self._unplaced()) / self.setting.pods_per_node)
         for _ in range(wanted - self._coming):
             self._coming += 1
             asyncio.get_running_loop().call_later(self.setting.node_s, self._arrive)
@@ -433,10 +442,13 @@ class Cluster:
         self.nodes.append(Node(len(self.nodes) + 1))
         return self.nodes[-1]
 
+    def _unplaced(self) -> list[tuple[Pod, asyncio.Future[Node]]]:
+        self._waiting = [each for each in self._waiting if not each[1].done() and "deleted" not in each[0].moments]
+        return self._waiting
+
     def _fill(self) -> None:
         """Give room to those that have waited longest."""
-        self._waiting = [(pod, found) for pod, found in self._waiting if not found.done()]
-        for pod, found in self._waiting:
+        for pod, found in self._unplaced():
             node = next((node for node in self.nodes if len(node.pods) < self.setting.pods_per_node), None)
             if node is None:
                 return
@@ -449,7 +461,7 @@ class Cluster:
 
 
 class Kubelet:
-    """Runs pods. `no-image`, `crash`, `mute`, `oom`, `evicted` and `node-lost` are names of images that fail so."""
+    """Runs pods. Images that are called `no-image` or by one of the `FATES` fail so."""
 
     def __init__(self, cluster: Cluster, behaviour: labs.Behaviour, hub: ClientSession) -> None:
         self.labs_truth = labs.Truth()
@@ -462,9 +474,13 @@ class Kubelet:
     async def live(self, pod: Pod) -> None:
         """From its creation to a server that listens, and to its fate."""
         node = await self._cluster.place(pod)
-        await self._prepare(pod)
-        await self._pull(pod, node)
-        await self._start_container(pod, pod.spec["containers"][0], pod.path)
+        await self._attach(pod)
+        for container in pod.spec.get("initContainers") or []:
+            await self._start_container(pod, node, container, f"spec.initContainers{{{container['name']}}}")
+        pod.initialized = True
+        pod.reached("initialized")
+        self._cluster.publish(pod)
+        await self._start_container(pod, node, pod.spec["containers"][0], pod.path)
         pod.reached("started")
         if pod.behaviour == "crash":
             self._die(pod, "Error", 1)
@@ -474,12 +490,12 @@ class Kubelet:
         if pod.behaviour == "mute":
             return
         await self._listen(pod)
-        if pod.behaviour in ("oom", "evicted", "node-lost"):
+        if pod.behaviour in FATES:
             await asyncio.sleep(FATE_S)
             await self.befall(pod, pod.behaviour)
 
-    async def _prepare(self, pod: Pod) -> None:
-        """Volumes, an address, and the init containers."""
+    async def _attach(self, pod: Pod) -> None:
+        """Give it its volumes and its address."""
         await asyncio.sleep(STEP_S)
         for name in sorted(pod.claims):
             volume = self._cluster.claims.get(name)["metadata"]["uid"]
@@ -487,13 +503,6 @@ class Kubelet:
             self._cluster.tell(pod, "SuccessfulAttachVolume", message)
         pod.reached("attached")
         self._give_address(pod)
-        for container in pod.spec.get("initContainers") or []:
-            path = f"spec.initContainers{{{container['name']}}}"
-            self._cluster.tell(pod, "Pulled", f'Container image "{container["image"]}" {PRESENT}', path=path)
-            await self._start_container(pod, container, path)
-        pod.initialized = True
-        pod.reached("initialized")
-        self._cluster.publish(pod)
 
     def _give_address(self, pod: Pod) -> None:
         port = pod.spec["containers"][0]["ports"][0]["containerPort"]
@@ -501,28 +510,40 @@ class Kubelet:
             pod.socket = socket.socket()
             number = next(self._addresses) % (1 << 24)
             address = f"127.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-            with contextlib.suppress(OSError):  # another stub's pod has it, or it is 127.0.0.0
+            try:
                 pod.socket.bind((address, port))
                 pod.ip = address
+            except OSError:  # another stub's pod has it, or it is 127.0.0.0
+                pod.socket.close()
 
-    async def _pull(self, pod: Pod, node: Node) -> None:
-        tell = functools.partial(self._cluster.tell, pod, path=pod.path)
-        pull = node.images.get(pod.behaviour)
+    async def _start_container(self, pod: Pod, node: Node, container: Json, path: str) -> None:
+        tell = functools.partial(self._cluster.tell, pod, path=path)
+        await self._pull(pod, node, container["image"], tell)
+        tell("Created", f"Created container: {container['name']}")
+        await asyncio.sleep(STEP_S)
+        tell("Started", f"Started container {container['name']}")
+
+    async def _pull(self, pod: Pod, node: Node, image: str, tell: Callable[..., None]) -> None:
+        name = name_of(image)
+        pull = node.images.get(name)
         if pull and pull.done():
-            tell("Pulled", f'Container image "{pod.image}" {PRESENT}')
+            tell("Pulled", f'Container image "{image}" already present on machine')
             return
-        pod.reached("pulling")
-        tell("Pulling", f'Pulling image "{pod.image}"')
-        if pod.behaviour == "no-image":
-            await self._fail_to_pull(pod)
         began_s = time.monotonic()
+        if image == pod.image:
+            pod.reached("pulling")
+        tell("Pulling", f'Pulling image "{image}"')
+        if name == "no-image":
+            await self._fail_to_pull(pod)
         if not pull:
-            pull = node.images[pod.behaviour] = asyncio.create_task(asyncio.sleep(self._setting.image_s))
+            seconds = self._setting.image_s * {"large-image": 10, INIT_IMAGE: 0.1}.get(name, 1)
+            pull = node.images[name] = asyncio.create_task(asyncio.sleep(seconds))
         await asyncio.shield(pull)
         took = f"{time.monotonic() - began_s:.3f}s"
         size = "Image size: 912345678 bytes."
-        tell("Pulled", f'Successfully pulled image "{pod.image}" in {took} ({took} including waiting). {size}')
-        pod.reached("pulled")
+        tell("Pulled", f'Successfully pulled image "{image}" in {took} ({took} including waiting). {size}')
+        if image == pod.image:
+            pod.reached("pulled")
 
     async def _fail_to_pull(self, pod: Pod) -> None:
         tell = functools.partial(self._cluster.tell, pod, kind="Warning", path=pod.path)
@@ -536,11 +557,6 @@ class Kubelet:
             pod.state = {"waiting": {"reason": reason}}
             self._cluster.publish(pod)
         await asyncio.Event().wait()
-
-    async def _start_container(self, pod: Pod, container: Json, path: str) -> None:
-        self._cluster.tell(pod, "Created", f"Created container: {container['name']}", path=path)
-        await asyncio.sleep(STEP_S)
-        self._cluster.tell(pod, "Started", f"Started container {container['name']}", path=path)
 
     async def _listen(self, pod: Pod) -> None:
         await asyncio.sleep(self._setting.spawn_s + random.uniform(0, self._setting.spawn_jitter_s))
@@ -570,7 +586,7 @@ class Kubelet:
         self._cluster.remove(pod)
 
     async def befall(self, pod: Pod, fate: str) -> None:
-        """Let one of these happen: oom, crash (it never listens again), evicted, node-lost, mute."""
+        """Let one of the `FATES` happen; none of these pods ever listens again."""
         await self._silence(pod)
         if fate in DEATHS:
             self._die(pod, *DEATHS[fate])
@@ -638,15 +654,20 @@ class Api:
         try:
             if fault:
                 await asyncio.sleep(fault.delay_s)
-            if fault and fault.status and not fault.acts:
-                raise fault.refusal()
-            response = await self._act(request, self._store(kind), body)
+            if fault and fault.acts:
+                labs.in_background(self._act_later(request, body))
             if fault and fault.status:
                 raise fault.refusal()
+            response = await self._act(request, self._store(kind), body)
         except Refusal as refusal:
             response = refusal.response
         self._asked[f"{'WATCH' if 'watch' in request.query else method} {kind}"][response.status] += 1
         return response
+
+    async def _act_later(self, request: web.Request, body: Json) -> None:
+        await asyncio.sleep(ACTS_AFTER_S)
+        with contextlib.suppress(Refusal):
+            await self._act(request, self._store(request.match_info["kind"]), body)
 
     def _store(self, kind: str) -> Store:
         if kind not in self._stores:
@@ -717,7 +738,7 @@ class Api:
                     await self._kubelet.kill(pod, at_once=True)
                 self._cluster.clean()
                 self._asked.clear()
-            case {"happen": fate, **rest}:
+            case {"happen": fate, **rest} if fate in FATES:
                 pods = [pod for pod in self._cluster.living().values() if pod.ready]
                 hit = [pod for pod in pods if pod.name in rest.get("pods", [pod.name])]
                 await asyncio.gather(*(self._kubelet.befall(pod, fate) for pod in hit))
