@@ -32,7 +32,7 @@ stops their servers, and deletes them. It writes to users that it made; purge an
 earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
 named, with exit code 4. With --leave-open and --check-proxy, a proxy that loses connections keeps those it lost for an
-hour, which no cleaning up can take back: that is said, and by default fails the run. With --own-servers it makes no
+hour, which no cleaning up can take back: that is said, and fails the run. With --own-servers it makes no
 users, but named servers of the token's owner, of which all this is true; the owner's other servers are left alone.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
@@ -344,6 +344,7 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": oper
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
 KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
+COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings of the results in which an absent name counts 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,15 +382,14 @@ class Condition:
 def metric_value(found: Json, metric: str) -> float | None:
     """The value of a condition's metric in results, by its path or a short form; None when nothing was measured.
 
-    Where counts are kept by name, as in `http.statuses`, a name that never came counts 0.
+    Where counts are kept by name, as in `http.statuses`, an absent name counts 0.
     """
     name, _, statistic = metric.rpartition(".")
     of_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
     for path in (["http", metric] if metric == "throttled" else metric.split("."), of_operation):
         value: Any = found
-        for key in path:
-            counts = isinstance(value, Mapping) and all(isinstance(number, int) for number in value.values())
-            value = value.get(key, 0 if counts else None) if isinstance(value, Mapping) else None
+        for above, key in zip(("", *path), path):
+            value = value.get(key, 0 if above in COUNTS else None) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
             return float(value)
     return None
@@ -1035,13 +1035,16 @@ class Plan:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What decides whether the run has failed; a search for capacity also minds how long requests take."""
+        """What decides whether the run has failed: what was asked for, and always a leak that was proven.
+
+        A search for capacity also minds how long requests take.
+        """
         limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
         limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
         slow = [condition(limit) for limit in limits] if self.find_capacity else []
         leaks = [LEAKING] if self.leaves_tabs else []
         leaks += [PROXY_LEAKING] if self.check_proxy else []
-        return self.fail_if or (FAILED, *slow, *leaks)
+        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *slow)), *leaks)))
 
     def options(self) -> Json:
         """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
@@ -5275,7 +5278,8 @@ class Change:
     grown: float | None
 
 
-Aftermath = Mapping[str, int | Mapping[str, Change]]  # `leaking`: 1 when a leak was proven; of each process: Change
+# `leaking`: 1 when a leak was proven, None when the hub's figures were not read; of each process: Change
+Aftermath = Mapping[str, int | None | Mapping[str, Change]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5446,9 +5450,9 @@ def results_of(run: Run) -> Results:
 def _judged(found: Results, run: Run) -> Results:
     """The same with its conditions, its exit code, and what to look at next."""
     plan, data = run.plan, as_json(found)
-    conditions = [
-        one for one in plan.conditions if "hub" in (found.aftermath or ()) or one is not LEAKING
-    ]  # the default: it is told
+    conditions = [  # those that nobody asked for mind only what is known
+        one for one in plan.conditions if one in plan.fail_if or metric_value(data, one.metric) is not None
+    ]
     judged = [] if run.capacity else [one.judge(data, plan.baseline) for one in conditions]
     unfound = run.capacity is not None and run.capacity.rate_per_s is None
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
@@ -5609,7 +5613,7 @@ FILES_TO_MENTION = 20  # open files that have not come back
 def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool, leaking: bool = False) -> Aftermath | None:
     """What a run left in the processes that were watched; None without two looks at any."""
     seen = {name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1}
-    return {"leaking": int(leaking), **seen} if seen else None
+    return {"leaking": int(leaking) if "hub" in seen else None, **seen} if seen else None
 
 
 def tabs_of(tabs: Tabs) -> OpenTabs:
@@ -6156,7 +6160,7 @@ def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
 def _aftermath_facts(aftermath: Aftermath, tabs: OpenTabs | None = None) -> Iterator[tuple[str, str]]:
     """Open files that have not come back, and why they may not have."""
     for name, changes in aftermath.items():
-        if isinstance(changes, int):
+        if not isinstance(changes, Mapping):
             continue
         files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
         number, as_many = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
@@ -7569,7 +7573,7 @@ if locust_is_loading():
         throttled = sum(told["throttled"] for told in reports)
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         found = locust_results(runner.stats.entries.values(), load, throttled)
-        judged = [one.judge(found, None) for one in plan.conditions]
+        judged = [one.judge(found, None) for one in plan.fail_if]
         for one in judged:
             SAY.info("%s: %s, it is %s", one.condition, "MET" if one.held else "not met", _value_text(one))
         cut_short = any(told["cut_short"] for told in reports)

@@ -26,7 +26,8 @@ RESULTS: dict[str, Any] = {
     "failed_rate": 0.03,
     "http": {"throttled": 7, "statuses": {"200": 40, "429": 7}, "servers": None},
     "hub": {"metrics": {"cpu_share_max": 0.91, "event_loop_lag_max_s": 0.25}},
-    "people": None,
+    "people": {"at_work": 0, "failed": 3, "reasons": {}, "until_work_s": {}},  # nobody got to work
+    "groups": None,
     "servers": {"lost": 1, "reasons": {}},
     "aftermath": {"leaking": 0, "hub": {"rss_bytes": {"grown": 7.2e6}, "open_files": {"grown": 60}}},
     "operations": {
@@ -37,7 +38,13 @@ RESULTS: dict[str, Any] = {
             "rate_per_s": 5.0,
             "latency_s": {"min": 1, "mean": 2, "p50": 2, "p90": 3, "p95": 4, "p99": 5, "max": 6},
         },
-        "ping": {"count": 4, "failed": 4, "rate_per_s": None, "latency_s": dict.fromkeys(hst.LATENCY_STATISTICS)},
+        "ping": {
+            "count": 4,
+            "failed": 4,
+            "rate_per_s": None,
+            "latency_s": dict.fromkeys(hst.LATENCY_STATISTICS),
+            "errors": {},
+        },
     },
 }
 VALUES = {
@@ -59,6 +66,8 @@ VALUES = {
     "http.statuses.429": 7,
     "http.statuses.503": 0,  # which never came
     "servers.reasons.it was lost": 0,
+    "people.reasons.no page": 0,
+    "operations.ping.errors.502": 0,
     "servers.lost": 1,
     "hub.metrics.cpu_share_max": 0.91,
     "aftermath.leaking": 0,
@@ -93,7 +102,9 @@ def test_every_metric_with_every_operator_is_met_or_not(metric: str, comparison:
         ("hub.metrics.event_loop_lag_max_s > 249ms", True),
         ("aftermath.hub.rss_bytes.grown > 7199kB", True),
         ("aftermath.hub.rss_bytes.grown>0.008GB", False),
-        ("people.failed > 3", True),  # nobody came
+        ("people.failed > 3", False),
+        ("people.until_work_s.at_work > 10s", True),
+        ("groups.students.failed > 3", True),  # there are no groups
         ("http.servers.requests < 1", True),
         ("hub.metrics.cpu_s > 1m", True),
     ],
@@ -165,6 +176,12 @@ def test_a_search_for_capacity_minds_failures_and_how_long_the_requests_of_its_m
     assert [one.text for one in mixed.conditions] == ["failed > 0", "read.p95 > 500ms", "list.p95 > 500ms"]
     asked = hst.condition("throttled > 9")
     assert dataclasses.replace(search, fail_if=(asked,)).conditions == (asked,)
+
+
+def test_names_count_nothing_only_in_mappings_of_counts() -> None:
+    records = [kind for kind in vars(hst).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    declared = {field.name for kind in records for field in dataclasses.fields(kind) if field.type == "dict[str, int]"}
+    assert {"statuses", "reasons", "errors"} <= declared <= set(hst.COUNTS)
 
 
 # ==== What a value may be ============================================================================================

@@ -18,6 +18,7 @@ from tool import results_in, run_for_results, start_tool, tool_users, wait_until
 import hub_stress_test as hst
 
 CHECK = ("-c", "1", "--check-proxy", "--server-timeout", "3m")  # a real server takes long on a busy machine
+CHECK += ("--fail-if", "failed > 0")  # a leak fails the run whatever else does
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(400)]
 

@@ -227,6 +227,8 @@ def test_a_run_with_open_tabs_or_a_check_fails_by_default_when_the_proxy_leaks()
     assert hst.condition("aftermath.leaking > 0").judge({"aftermath": {"leaking": 1}}, None).held
     assert not hst.condition("proxy_check.leaking > 0").judge({"proxy_check": {"leaking": 0}}, None).held
     assert hst.condition("proxy_check.leaking > 0").judge({"proxy_check": None}, None).held
+    asked = dataclasses.replace(plan, fail_if=(hst.condition("proxy_check.leaking > 0"),))
+    assert [one.text for one in asked.conditions] == ["proxy_check.leaking > 0", "aftermath.leaking > 0"]
 
 
 @pytest.mark.parametrize(
