@@ -596,7 +596,7 @@ def results_file(text: str) -> Json:
 
 def writable_file(text: str) -> str:
     """The path of a file that can be written; nothing is written yet."""
-    folder = os.path.dirname(os.path.abspath(text))
+    folder = os.path.dirname(os.path.realpath(text))
     if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written")
     return text
@@ -6622,30 +6622,54 @@ def _plot_operation(page: Page, name: str, results: Results, seen: OperationTime
 # ==== Files ==========================================================================================================
 
 
-def write_results(path: str, results: Results) -> None:
-    """Write the results as JSON, whole or not at all; the timeline, which nobody reads by eye, on one line."""
+def render_results(results: Results, baseline: Json | None = None) -> str:
+    """The results as JSON; the timeline, which nobody reads by eye, on one line."""
     data = as_json(results)
     timeline = json.dumps(data.pop("timeline"))
-    write_whole(path, f'{json.dumps(data, indent=2)[:-2]},\n  "timeline": {timeline}\n}}\n')
+    return f'{json.dumps(data, indent=2)[:-2]},\n  "timeline": {timeline}\n}}\n'
 
 
-def write_files(plan: Plan, results: Results) -> None:
-    """Write what was asked for. Raises `CutShort` where a file cannot be written (any more)."""
-    try:
-        if plan.results:
-            write_results(plan.results, results)
-        if plan.report:
-            write_whole(plan.report, render_report(results, plan.baseline))
-    except OSError as error:
-        raise CutShort(f"a file could not be written: {error}") from None
+def write_files(plan: Plan, results: Results) -> Results:
+    """Write the files that were asked for; the results, which have failed when one could not be written (any more)."""
+    files = (("--report", plan.report, render_report), ("--results", plan.results, render_results))
+    for flag, path, render in files:
+        try:
+            if path:
+                write_whole(path, render(results, plan.baseline))
+        except OSError as error:
+            sentence = f"{flag} {path} could not be written: {_in_words(error)}"
+            LOG.error(sentence)
+            code = results.exit_code or int(ExitCode.FAILED)
+            results = dataclasses.replace(results, warnings=[*results.warnings, sentence], exit_code=code)
+    return results
 
 
 def write_whole(path: str, text: str) -> None:
-    """Write a file, whole or not at all."""
-    beside = f"{path}.{os.getpid()}.tmp"
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(beside, path)
+    """Write a file, or the one that a link points to, whole or not at all.
+
+    Standard output, pipes and devices are written to as they are.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) or _is_standard_output(path):
+        with open(os.dup(1) if _is_standard_output(path) else path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    target = os.path.realpath(path)
+    beside = f"{target}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def _is_standard_output(path: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
 
 
 # ==== The seeds' functions: thin wrappers, for use as a library ======================================================
@@ -7189,10 +7213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(args)
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
-        results = carry_out(plan)
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        print(render_summary(results, plan.baseline, colour=colour))
-        write_files(plan, results)
+        results = write_files(plan, carry_out(plan))
+        show_summary(results, plan.baseline)
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")
         return int(error.exit_code)
@@ -7201,10 +7223,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return results.exit_code
 
 
+def show_summary(results: Results, baseline: Json | None) -> None:
+    """Print the summary, as far as somebody reads it: `head` closes standard output early."""
+    if not sys.stdout:  # it was closed from the start
+        return
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    try:
+        print(render_summary(results, baseline, colour=colour), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+
+
 def program() -> None:
     """The command line as a program, which ends when `main` does, whatever its threads still wait for."""
     code = main()
-    sys.stdout.flush()
     logging.shutdown()
     os._exit(code)  # leaving Python would wait for threads, and so for a request that nobody answers
 

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 from bench.whole_run import hub_counts
 from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from localhub import LocalHub
-from tool import SCHEMA, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
+from tool import MODULE, SCHEMA, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 import hub_stress_test as hst
 from hub_stress_test import ExitCode
@@ -300,6 +302,43 @@ def test_a_file_that_cannot_be_written_any_more_does_not_cost_the_summary(new_hu
         wait_until(lambda: len(tool_users(new_hub)) == 2)
         folder.rmdir()
         done = run.outcome(60)
-    assert done.code == 1 and done.stdout.startswith("PASSED: 2 of 2")
-    assert "a file could not be written" in done.stderr
+    assert done.code == 1 and done.stdout.startswith("FAILED: 2 of 2")
+    said = f"--results {folder}/r could not be written: No such file or directory"
+    assert f"because {said}" in re.sub(" +", " ", done.summary) and said in done.stderr
     assert not tool_users(new_hub)
+
+
+@pytest.mark.parametrize("code", [0, 4, 130, 143])
+def test_a_file_that_cannot_be_written_keeps_the_worse_code(code: int, tmp_path: Path) -> None:
+    plan = hst.Plan(report=str(tmp_path / "gone" / "r.html"), results=str(tmp_path / "r.json"))
+    found = hst.write_files(plan, dataclasses.replace(simulated(count=1), exit_code=code))
+    written = json.loads((tmp_path / "r.json").read_text())  # the other file
+    assert written["exit_code"] == found.exit_code == (code or 1)
+    assert written["warnings"] == [f"--report {plan.report} could not be written: No such file or directory"]
+
+
+def test_links_stay_links_and_pipes_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    hst.write_whole(str(tmp_path / "link"), "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        hst.write_whole(str(tmp_path / "pipe"), "new")
+        assert reader.communicate(timeout=30)[0] == b"new" and (tmp_path / "pipe").is_fifo()
+
+
+def test_results_on_standard_output_stand_before_the_summary(tmp_path: Path) -> None:
+    command = [sys.executable, str(MODULE), "--dry-run", "stress-test", "-c", "1", "--results", "/dev/stdout"]
+    with open(tmp_path / "both", "w+") as both:
+        subprocess.run(command, stdout=both, check=True, timeout=60)
+        both.seek(0)
+        found, end = json.JSONDecoder().raw_decode(text := both.read())
+    assert found["exit_code"] == 0 and text[end:].lstrip().startswith("DRY RUN: ")
+
+
+@pytest.mark.parametrize("closing", ["| head -1", ">&-", "| true"])
+def test_a_closed_standard_output_is_no_bug(closing: str) -> None:
+    words = f"{sys.executable} {MODULE} --dry-run stress-test -c 1"
+    script = f"set -o pipefail; {words} {closing}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Error" not in done.stderr
