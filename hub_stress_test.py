@@ -1803,6 +1803,16 @@ class HubSession(requests.Session):
             setattr(other, setting, getattr(self, setting))
         return other
 
+    def proxy_to(self, url: str) -> str:
+        """This machine's own proxy on the way to a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
+        settings = self.merge_environment_settings(url, {}, None, None, None)
+        proxy, scheme = requests.utils.select_proxy(url, settings["proxies"]), urllib.parse.urlsplit(url).scheme
+        if not proxy:
+            return ""
+        variables = [name for kind in (scheme, "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+        named = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
+        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{named}"
+
     def for_cleaning_up(self) -> HubSession:
         """A session on the same hub, which the stop of this one does not reach.
 
@@ -1815,6 +1825,12 @@ class HubSession(requests.Session):
         other = self.sibling(traffic or Traffic(), token, **how)
         other.stopping = self.stopping
         return other
+
+
+def without_proxy(url: str) -> str:
+    """How to reach a URL without this machine's own proxy."""
+    host = urllib.parse.urlsplit(url).hostname
+    return f"If it reaches {host} without that proxy too, set no_proxy={host}."
 
 
 def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -2273,6 +2289,24 @@ def check_visits(hub: Hub, plan: Plan) -> None:
             f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
             "second service this scope alone, restart the hub, and put that service's token into "
             f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
+        )
+
+
+def public_url(hub: Hub, plan: Plan) -> str:
+    """Where people reach the hub."""
+    return f"{plan.public_url or hub.endpoint.removesuffix('/hub/api')}/"
+
+
+def check_way(hub: Hub, plan: Plan) -> None:
+    """Nothing, if --check-proxy can be done from this machine; else raises `SetupError`.
+
+    Its websockets bypass a proxy that this machine has of its own.
+    """
+    url = public_url(hub, plan)
+    if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
+        raise SetupError(
+            f"--check-proxy cannot be done from here: this machine reaches {url} through {proxy}. {without_proxy(url)} "
+            "Nothing was changed."
         )
 
 
@@ -2800,7 +2834,7 @@ class PublicSide:
     """The way that people take to their servers: where it begins, what was sent there, and their open kernels."""
 
     def __init__(self, hub: Hub, plan: Plan) -> None:
-        self.url = f"{plan.public_url or hub.endpoint.removesuffix('/hub/api')}/"
+        self.url = public_url(hub, plan)
         self.traffic, self.wires = Traffic(), Wires()
         self.reached = False  # whether any visit has come through
         self._hub, self._token = hub, plan.visit_token
@@ -4370,7 +4404,7 @@ class ProxyCheck:
     """Whether the proxy loses connections when servers end: `verdict` is clean, leaking or undecided."""
 
     verdict: str
-    leaking: int  # 1 when it does
+    leaking: int | None  # 1 when it does, None when that is undecided
     reason: str
     handshakes: int = 0
     open_files: float | None = None  # by how many the hub's have grown; None when its figures were not read
@@ -4394,7 +4428,8 @@ def judge_proxy(
 
     def found(verdict: str, reason: str) -> ProxyCheck:
         sent = number + len(stopped)
-        return ProxyCheck(verdict, int(verdict == LEAKS_NOW), reason, sent, grown_by[0] if grown_by else None)
+        leaking = None if verdict == UNDECIDED else int(verdict == LEAKS_NOW)
+        return ProxyCheck(verdict, leaking, reason, sent, grown_by[0] if grown_by else None)
 
     if lost is not None and number >= CHECK_LEAST and lost >= PROOF_SHARE * number:
         return found(
@@ -4427,17 +4462,15 @@ def check_proxy(person: Visitor, site: Site, monitor: Monitor) -> Generator[floa
     The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
     """
     ended, page, clock, before = list[Reply](), 0, site.hub.session.clock, list[Snapshot]()
-    if site.hub.session.merge_environment_settings(site.public.url, {}, None, None, None)["proxies"]:
-        return ProxyCheck(UNDECIDED, 0, "this machine reaches the hub through a proxy of its own, which they bypass")
     for _ in range(2):
         if not (yield from reach_server(person, site)):
-            return ProxyCheck(UNDECIDED, 0, "no server became ready to try it with")
+            return ProxyCheck(UNDECIDED, None, "no server became ready to try it with")
         yield from wait_until(clock() + CHECK_CALM_S, clock)
         monitor.look()
         before = [*monitor.snapshots]
         page = yield from shut_down(person, site)
         if page in (0, 200):
-            return ProxyCheck(UNDECIDED, 0, "the server did not end by itself when it was asked to")
+            return ProxyCheck(UNDECIDED, None, "the server did not end by itself when it was asked to")
         replies = yield from knock_often(person, site, CHECK_ENDED - len(ended), lambda seen: noticed(seen[-1]))
         ended = [one for one in replies if not noticed(one)]
         site.hub.state(person.name, observer=True)  # which shows that the hub is there
@@ -4637,6 +4670,7 @@ class Run:
             closing.enter_context(listener)
             self.record.listen(listener)
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
+        check_way(self.hub, plan)
         check_visits(self.hub, plan)
         listed = self._look()
         self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
@@ -5447,19 +5481,22 @@ def results_of(run: Run) -> Results:
     return _judged(found, run)
 
 
+def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
+    """Each condition of a plan, judged by results; those that nobody asked for mind only what was measured."""
+    values = ((one, one.judge(found, plan.baseline)) for one in plan.conditions)
+    return [judgement for one, judgement in values if one in plan.fail_if or judgement.value is not None]
+
+
 def _judged(found: Results, run: Run) -> Results:
     """The same with its conditions, its exit code, and what to look at next."""
     plan, data = run.plan, as_json(found)
-    conditions = [  # those that nobody asked for mind only what is known
-        one for one in plan.conditions if one in plan.fail_if or metric_value(data, one.metric) is not None
-    ]
-    judged = [] if run.capacity else [one.judge(data, plan.baseline) for one in conditions]
+    conditions = [] if run.capacity else judgements_of(plan, data)
     unfound = run.capacity is not None and run.capacity.rate_per_s is None
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
-    bad = unfound or any(one.held for one in judged)
+    bad = unfound or any(one.held for one in conditions)
     code = exit_code([] if not_ours else run.cleaned.left, run.interrupted_by, bool(run.troubles), bad)
     next_steps = list(advice(found, run.record.kinds())) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
-    return dataclasses.replace(found, conditions=judged, exit_code=int(code), advice=next_steps)
+    return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
 def _servers_in(run: Run, comes: bool, cut_short: bool) -> Servers | None:

@@ -224,8 +224,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(411)
             return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        # Not self.path, in which the standard library merges leading slashes.
-        request, self.entry = self.server.proxy.arrived(self.command, self.requestline.split()[1], body)
+        # Not self.path, in which the standard library merges leading slashes; a forward proxy is asked for a whole URL.
+        path = re.sub("^http://[^/]*", "", self.requestline.split()[1])
+        request, self.entry = self.server.proxy.arrived(self.command, path, body)
         try:
             self.hold_if_silent()
             self.act(request, self.server.proxy.decide(request, self.entry))

@@ -185,7 +185,8 @@ def test_a_proxy_is_judged_by_what_it_answers_and_what_the_hub_is_left_with(
     page: int, ended: list[Reply], stopped: list[Reply], figures: list[Snapshot], verdict: str, reason: str
 ) -> None:
     found = hst.judge_proxy(page, ended, stopped, BEFORE if figures else [], figures)
-    assert (found.verdict, found.leaking) == (verdict, int(verdict == "leaking"))
+    leaking = {"clean": 0, "leaking": 1, "undecided": None}
+    assert (found.verdict, found.leaking) == (verdict, leaking[verdict])
     assert reason in found.reason and found.handshakes == len(ended) + len(stopped)
     assert (found.open_files is None) == (not figures)
 
@@ -219,6 +220,17 @@ def test_what_tabs_were_answered_is_told_with_them_and_fails_nobody() -> None:
         "they asked 1 times for their kernels: 1 × fine",
     ]
     assert not told(found, "errors") and not hst.people_of({"a": {"tab_websocket": events[0]}}, 0, False).failed
+
+
+def test_an_undecided_check_meets_only_the_condition_that_asks() -> None:
+    undecided = {"proxy_check": {"verdict": "undecided", "leaking": None}}
+    assert hst.condition("proxy_check.leaking > 0").judge(undecided, None).held
+    for words in ((), ("failed > 0",), ("proxy_check.leaking > 0",)):
+        plan = hst.Plan(check_proxy=True, fail_if=tuple(map(hst.condition, words)))
+        judged = hst.judgements_of(plan, {"failed": 0} | undecided)
+        assert [(one.condition, one.value, one.held) for one in judged if one.held] == (
+            [("proxy_check.leaking > 0", None, True)] if "proxy_check.leaking > 0" in words else []
+        )
 
 
 def test_a_run_with_open_tabs_or_a_check_fails_by_default_when_the_proxy_leaks() -> None:
