@@ -6854,7 +6854,7 @@ def run_stress_test(
 ) -> Json:
     """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
 
-    `options` are further fields of `Plan`. Raises `SetupError`; nothing has been changed then.
+    `options` are further fields of `Plan`. Raises `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
     where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
@@ -6867,7 +6867,7 @@ def notebook_activity_test(
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    `options` are further fields of `Plan`. Raises `SetupError`; nothing has been changed then.
+    `options` are further fields of `Plan`. Raises `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
     where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
@@ -6877,14 +6877,18 @@ def notebook_activity_test(
 def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
     """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
 
-    Finding nothing is success. `options` are further fields of `Plan`. Raises `SetupError`.
+    Finding nothing is success. `options` are further fields of `Plan`. Raises `UsageError` or `SetupError`.
     """
     token = Secret(token)
     return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
 
 
 def _results_as_json(plan: Plan) -> Json:
-    found: Json = as_json(carry_out(plan))
+    """Do as the command line does. Raises `UsageError` for what it refuses."""
+    args = argparse.Namespace(**vars(plan))
+    validate(args)
+    plan = plan_of(args)
+    found: Json = as_json(write_files(plan, carry_out(plan)))
     return found
 
 
@@ -7124,6 +7128,7 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
         raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
     _validate_conditions(plan, paths and not plan.find_capacity)
+    _validate_files(plan)
     for flag, given, module, package in (
         ("--report", plan.report, "plotly", "plotly"),
         ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
@@ -7137,6 +7142,16 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     }
     if None in missing.values():
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
+
+
+def _validate_files(plan: Plan) -> None:
+    """Nothing, if the files that are asked for can be written; else raises `UsageError`."""
+    for name, can_be_written in (("results", writable_file), ("report", writable_file), ("samples", samples_file)):
+        try:
+            if path := getattr(plan, name):
+                can_be_written(path)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{OPTIONS[name].flag}: {error}") from None
 
 
 def _validate_conditions(plan: Plan, paths: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -160,6 +162,24 @@ def test_a_run_takes_all_that_a_plan_holds(new_hub: LocalHub) -> None:
     assert hst.purge_users(new_hub.token, new_hub.endpoint, run="another")["users"]["deleted"] == 0
     assert hst.purge_users(new_hub.token, new_hub.endpoint, run=RUN)["users"]["deleted"] == 2
     assert not tool_users(new_hub)
+
+
+@pytest.mark.parametrize("broken", [{"results": "/nowhere/r"}, {"samples": "s.txt"}, {"stay_s": 1.0, "keep": True}])
+def test_the_functions_refuse_what_the_command_line_refuses(broken: dict[str, Any]) -> None:
+    with pytest.raises(hst.UsageError):
+        hst.run_stress_test(1, 1, "x", "http://hub.invalid/hub/api", **broken)
+    for nothing in (functools.partial(hst.run_stress_test, 0, 1), functools.partial(hst.run_stress_test, 1, 0)):
+        with pytest.raises(hst.UsageError, match="expected a whole number of at least 1"):
+            nothing("x", "http://hub.invalid/hub/api")
+    with pytest.raises(hst.UsageError, match="--count 0"):
+        hst.notebook_activity_test(0, "x", "http://hub.invalid/hub/api", 1)
+
+
+def test_the_functions_write_the_files_that_they_are_asked_for(tmp_path: Path) -> None:
+    files = {name: str(tmp_path / name) for name in ("results", "report")}
+    found = hst.run_stress_test(1, 1, "x", "http://hub.invalid/hub/api", dry_run=True, **files)
+    assert json.loads(Path(files["results"]).read_text()) == found
+    assert "<title>hub-stress-test: DRY RUN" in Path(files["report"]).read_text()
 
 
 def test_a_dry_run_needs_no_hub() -> None:
