@@ -267,6 +267,12 @@ def without_credentials(url: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """A number with its noun: 1 user, 3,000 users, 2 people, 1.5 people."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"
+
+
 def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
     """Phase, done, failed, rate, and how long the rest takes at that rate."""
     of, left = (f" of {total:,}", "") if total else ("", "")
@@ -4895,6 +4901,7 @@ def activity(run: Run) -> None:
     with run.pinging(users[0]):
         if plan.find_capacity:
             run.capacity = measure_capacity(load, plan, session, run.record)
+            say_if_unfound(run, mix)
             return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
@@ -5020,7 +5027,7 @@ def activity_interval(servers: int, reports_per_s: float) -> ActivityInterval:
 
 
 def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
-    """Search for the highest rate that the hub sustains; `record` gets the events of that step."""
+    """Search for the highest rate that the hub sustains; `record` gets the events of that step, else of the last."""
     first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
     steps: list[CapacityStep] = []
     best = Recorder()
@@ -5033,7 +5040,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
             break
         steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))
         LOG.info("At %.4g per second: %s", rate, steps[-1].held or "sustained")
-        best = best if steps[-1].held else seen
+        best = seen if not steps[-1].held or sustained_rate(steps) is None else best
         _drain_hub(Hub(load.endpoint, session), load.users[0])
     record.take_over(best)
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
@@ -5050,10 +5057,11 @@ def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu
     found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
     found["failed_rate"] = failed / count if count else None
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent = load.planned - count
-    bound = (seen.late_share(load.mix) > 0.01 or unsent > 0) and cpu_share > BUSY
+    unsent, of_people = load.planned - count, plan.command == STRESS  # who come late, but come, up to --fail-fast
+    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
     if not held and unsent > 0:
-        held = f"{unsent:,} of {load.planned:,} requests could not be sent in time"
+        why_not = "people never came, after failures in a row" if of_people else "requests could not be sent in time"
+        held = f"{unsent:,} of {load.planned:,} {why_not}"
     return CapacityStep(
         rate_per_s=fastest(load.rate_per_s),
         sent_per_s=count / (load.duration_s or math.nan),
@@ -5081,7 +5089,7 @@ def measure_people(run: Run) -> None:
                 break
             steps.append(step)
             LOG.info("At %.4g people a minute: %s", 60 * rate, step.held or "they got through")
-            best = best if step.held else seen
+            best = seen if not step.held or sustained_rate(steps) is None else best
             run.let_leave(names)
             _drain_hub(run.hub, names[0])
     finally:
@@ -5091,6 +5099,20 @@ def measure_people(run: Run) -> None:
         limit = Limit.MAX_SERVERS.value if rate and rate * for_s > most else broken[0].limited_by if broken else None
         answer: Json = {"people_per_minute": sustained and 60 * sustained, "limited_by": limit}
         run.capacity = Capacity(sustained, None, bound, steps, finished=rate is None, **answer)
+        say_if_unfound(run, PERSONAL)
+
+
+def say_if_unfound(run: Run, names: Collection[str]) -> None:
+    """Say, where no rate was sustained, what the lowest one met, and the most usual failure of these operations."""
+    if not run.capacity or run.capacity.rate_per_s or not run.capacity.steps:
+        return
+    lowest, failures = min(run.capacity.steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
+    for name, seen in run.record.summarise().items():
+        failures.update(seen.errors if name in names else {})
+    of_people = f"{counted(60 * lowest.rate_per_s, 'person', 'people')} a minute"
+    rate = of_people if run.plan.command == STRESS else f"{counted(lowest.rate_per_s, 'request')} per second"
+    most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
+    run.warnings.append(f"no rate was sustained, not even {rate}: {lowest.held}{most}")
 
 
 def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
@@ -6028,9 +6050,10 @@ def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
 
 
 def _tested(results: Results) -> Iterator[tuple[str, str]]:
-    capacity, latencies = results.capacity, "The latencies below are of the rate sustained"
+    capacity = results.capacity
     if not capacity:
         return
+    latencies = f"The latencies below are of the {'rate sustained' if capacity.rate_per_s else 'last rate tried'}"
     if results.command == STRESS:
         lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
         yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"

@@ -114,6 +114,8 @@ def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
         assert server.users() == set()
     assert done.code == 1
     assert done.summary.startswith("FAILED: the capacity was not found: no rate was sustained")
+    assert found["warnings"] == ["no rate was sustained, not even 1 request per second: failed > 0 (1 × 500)"]
+    assert "are of the last rate tried" in done.summary and found["operations"]["activity"]["failed"] == 1
     assert [step["rate_per_s"] for step in found["capacity"]["steps"]] == [4, 2, 1]
     assert {step["held"] for step in found["capacity"]["steps"]} == {"failed > 0"}
     assert found["capacity"]["rate_per_s"] is None is found["capacity"]["servers_reporting_every_300_s"]
@@ -244,6 +246,21 @@ def test_a_hub_that_starts_two_servers_a_second_takes_120_people_a_minute(
     assert all(step["held"].startswith("the hub fell behind") for step in held)
     assert {step["limited_by"] for step in held} == {Limit.THROTTLING.value} == {capacity["limited_by"]}
     assert capacity["limited_by"] in done.summary
+
+
+def test_people_who_never_came_after_failures_in_a_row_are_not_late(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("--find-capacity", "--duration", "2s", "--rate", "2", "--fail-fast", "--fail-if", "failed > 9")
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, "--profile", '{"fail_rate": 1}', hub=new_hub)
+    assert found["capacity"]["steps"][0]["held"] == "3 of 4 people never came, after failures in a row"
+    assert "3 of 4 people never came" in done.stdout and not tool_users(new_hub)
+
+
+def test_a_search_for_people_in_which_all_fail_says_why(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("--find-capacity", "--duration", "1s", "--rate", "1", "--profile", '{"fail_rate": 1}')
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=new_hub)
+    why = "failed > 0 (1 × no node has 4 GB of memory free)"
+    assert found["warnings"] == [f"no rate was sustained, not even 60 people a minute: {why}"]
+    assert done.code == 1 and not tool_users(new_hub)
 
 
 def test_an_interrupted_search_for_people_leaves_nobody_and_says_what_it_knows(
