@@ -5999,16 +5999,35 @@ def _capacity_sentence(capacity: Capacity) -> str:
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
-    """What makes a comparison pointless: another command, hub or amount of load."""
+    """What makes a comparison pointless: another command or hub, other people, or something else that they do."""
     if not baseline:
         return []
-    then: Json = baseline.get("options", {}) | {"command": baseline.get("command"), "hub": baseline.get("hub", {})}
-    now: Json = results.options | {"command": results.command, "hub": as_json(results.hub)}
-    pairs = {
-        key: (then.get(key), now.get(key)) for key in ("command", "count", "batch_size", "rate", "duration", "mix")
-    }
-    pairs |= {f"hub's {key}": (then["hub"].get(key), now["hub"][key]) for key in ("endpoint", "version")}
-    return [f"the {what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
+    hubs, options = (baseline.get("hub", {}), as_json(results.hub)), (baseline.get("options", {}), results.options)
+    pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
+    pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
+    if baseline.get("command") == results.command:
+        keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
+        pairs |= {f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys}
+    return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
+
+
+COMPARED = (
+    *("count", "batch_size", "rate_per_s", "within_s", "event", "profile", "visit", "page", "work", "notebook"),
+    *("hold_s", "stay_s", "own_servers", "duration_s", "mix"),
+)
+
+
+DURATIONS = tuple(row.key for row in OPTIONS.values() if row.kind is duration)
+
+
+def _option_text(key: str, value: Any) -> str:
+    """An option's value in a comparison; of an event the groups with what was given for each."""
+    if not value or value is True:
+        return "given" if value else "not given"
+    if key == "event":
+        groups = ([f"{name} {_option_text(name, one)}" for name, one in group.items() if one] for group in value)
+        return "; ".join(map(", ".join, groups))
+    return f"{value:g}s" if key in DURATIONS else str(value)
 
 
 def facts(results: Results, baseline: Json | None = None) -> Section:

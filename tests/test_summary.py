@@ -478,10 +478,18 @@ def test_the_verdict_has_the_colour_of_its_word(code: int, colour: int) -> None:
 def test_what_makes_a_comparison_pointless_is_named_before_it() -> None:
     then = hst.as_json(results_of([ready(1)]))
     assert hst.differences_to(then, results_of([ready(1)])) == []
-    then["options"]["count"], then["command"] = 300, "purge"
-    now = results_of([ready(1)])
-    assert f"the count was 300, and is {now.options['count']} now" in hst.differences_to(then, now)
-    assert "the command was purge, and is stress-test now" in told(now, "baseline", then)
+    then["options"] |= {"count": 300, "hold": 90.0, "page": "lab.har"}
+    groups = ({"name": "staff", "count": 2, "work": True, "within": 60.0, "page": None},)
+    now = results_of([ready(1)], options=hst.Plan().options() | {"work": True, "event": groups})
+    assert hst.differences_to(then, now) == [
+        "--count was 300, and is 100 now",
+        "--event was not given, and is name staff, count 2, work given, within 60s now",
+        "--page was lab.har, and is not given now",
+        "--work was not given, and is given now",
+        "--hold was 90s, and is not given now",
+    ]
+    then["command"] = "purge"
+    assert told(now, "baseline", then) == ["the command was purge, and is stress-test now"]  # with other options
 
 
 def test_a_relative_condition_tells_ratio_and_limit() -> None:
