@@ -332,9 +332,14 @@ def names_text(names: Iterable[str]) -> str:
     return " ".join(name for group in shown for name in group)
 
 
+def thing(own_servers: bool) -> str:
+    """What a run makes and removes, one of them."""
+    return "server" if own_servers else "user"
+
+
 def things(own_servers: bool) -> str:
     """What a run makes and removes."""
-    return "servers" if own_servers else "users"
+    return f"{thing(own_servers)}s"
 
 
 def purge_command(run: str | None, own_servers: bool = False) -> str:
@@ -3425,8 +3430,8 @@ def too_many(limit: int, count: int) -> str:
         return "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
     wanted = f", and this run is to start {count}" if count else ""
     return (
-        f"the hub allows each user {limit} named servers, your others included{wanted}: start fewer, remove some of "
-        "yours, or have an admin raise named_server_limit_per_user"
+        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, remove "
+        "some of yours, or have an admin raise named_server_limit_per_user"
     )
 
 
@@ -4430,7 +4435,7 @@ def judge_proxy(
     number, figures = len(ended), (AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"])
     grown_by = [max(look.get(*one) - before[-1].get(*one) for look in after) for one in figures if before and after]
     lost = min((lost_by(before, look) for look in after), default=0.0) if grown_by else None
-    asked = f"{number} websockets asked for a server that had ended"
+    asked = f"{counted(number, 'websocket')} asked for a server that had ended"
 
     def found(verdict: str, reason: str) -> ProxyCheck:
         sent = number + len(stopped)
@@ -4438,15 +4443,15 @@ def judge_proxy(
         return ProxyCheck(verdict, leaking, reason, sent, grown_by[0] if grown_by else None)
 
     if lost is not None and number >= CHECK_LEAST and lost >= PROOF_SHARE * number:
-        return found(
-            LEAKS_NOW, f"{asked}; a minute later the proxy still held {lost:.0f} connections to the hub for them"
-        )
+        held = counted(round(lost), "connection")
+        return found(LEAKS_NOW, f"{asked}; a minute later the proxy still held {held} to the hub for them")
     if unanswered(stopped) and any(map(of_ended_server, ended)):  # so that websockets pass at all
         return found(
             LEAKS_NOW, "it never answers websockets that ask for a stopped server, and keeps their connections"
         )
     if number < CHECK_LEAST:
-        return found(UNDECIDED, f"the hub noticed after {number} websockets that the server had ended, too few to tell")
+        sent = counted(number, "websocket")
+        return found(UNDECIDED, f"the hub noticed after {sent} that the server had ended, too few to tell")
     if page != 503:
         return found(UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended")
     if lost is None and sum(map(is_telling, ended)) >= PROOF_SHARE * number:
@@ -4711,7 +4716,7 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted_by is not None:
-            remain = f"{len(set(self.claims.ours) - self.gone)} {things(self.plan.own_servers)}"
+            remain = counted(len(set(self.claims.ours) - self.gone), thing(self.plan.own_servers))
             leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
         self.interrupted_by = number
         LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
@@ -4779,8 +4784,8 @@ class Run:
         self.remove(thought, thought.__contains__, self.session)
         states |= dict.fromkeys(set(names) - set(self.cleaned.left), ServerState.GONE)
         if self.cleaned.left and not self.session.stopping.is_set():
-            what = things(self.plan.own_servers)
-            raise CutShort(f"{len(self.cleaned.left)} {what} could not be removed before others come")
+            left = counted(len(self.cleaned.left), thing(self.plan.own_servers))
+            raise CutShort(f"{left} could not be removed before others come")
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
@@ -4845,7 +4850,7 @@ class Run:
         if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
-            LOG.info("Cleaning up %d %s", len(ours), things(self.plan.own_servers))
+            LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
             session, unsure = self.session.for_cleaning_up(), self.claims.unconfirmed.copy()
             states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
@@ -4855,7 +4860,7 @@ class Run:
 
 def leave_at_once(number: int, remain: str, remedy: str) -> None:
     """End the program, saying what remains and how to remove it."""
-    sys.stderr.write(f"\nLeft at once: up to {remain} remain on the hub. Remove them with: {remedy}\n")
+    sys.stderr.write(f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n")
     sys.stderr.flush()
     os._exit(128 + number)
 
@@ -4863,7 +4868,7 @@ def leave_at_once(number: int, remain: str, remedy: str) -> None:
 def pace_text(options: Json) -> str:
     """How people arrive, from the options of a run or a group."""
     if groups := len(options.get("event") or ()):
-        return f"in {groups} group{'s' * (groups > 1)}"
+        return f"in {counted(groups, 'group')}"
     later = f", from {duration_text(options['after'])} on" if options.get("after") else ""
     if options.get("within"):
         return f"at random moments within {duration_text(options['within'])}{later}"
@@ -4877,7 +4882,8 @@ def stress(run: Run) -> None:
     if plan.find_capacity:
         measure_people(run)
         return
-    run.announce(f"{plan.count} {'people' if plan.rehearses else 'servers'}, {pace_text(plan.options())}")
+    who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
+    run.announce(f"{who}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
@@ -4890,7 +4896,7 @@ def stress(run: Run) -> None:
 def activity(run: Run) -> None:
     """Report activity for users without servers; those of this run's name that are there already come first."""
     plan, session = run.plan, run.session
-    run.announce(f"{plan.count} users without servers")
+    run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
     users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
     mix, processes = plan.mix or DEFAULT_MIX, 1 if plan.dry_run else plan.processes
@@ -4913,7 +4919,7 @@ def activity(run: Run) -> None:
 
 def purge(run: Run) -> None:
     """Remove the users that earlier runs left behind."""
-    LOG.info("Found %d %s to remove", len(run.existing), things(run.plan.own_servers))
+    LOG.info("Found %s to remove", counted(len(run.existing), thing(run.plan.own_servers)))
     if run.plan.own_servers and run.hub.version.startswith(("1.", "2.")):
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     states = {user["name"]: server_state(user) for user in run.existing}
@@ -5060,8 +5066,9 @@ def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu
     unsent, of_people = load.planned - count, plan.command == STRESS  # who come late, but come, up to --fail-fast
     bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
     if not held and unsent > 0:
-        why_not = "people never came, after failures in a row" if of_people else "requests could not be sent in time"
-        held = f"{unsent:,} of {load.planned:,} {why_not}"
+        planned = counted(load.planned, "person", "people") if of_people else counted(load.planned, "request")
+        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
+        held = f"{unsent:,} of {planned} {why_not}"
     return CapacityStep(
         rate_per_s=fastest(load.rate_per_s),
         sent_per_s=count / (load.duration_s or math.nan),
@@ -5957,7 +5964,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
             "no request was sent; this is what would be done, on a hub where every server is ready at once",
         )
     if results.command == PURGE:
-        return word, f"{results.cleaned.deleted} {things(results.own_servers)} removed"
+        return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if capacity:
         return word, _capacity_sentence(capacity)
     if people := results.people:
@@ -5965,15 +5972,16 @@ def verdict_of(results: Results) -> tuple[str, str]:
         afterwards = f"; {later} failed afterwards" if later else ""
         waited = _waited(results.operations.get("at_work"))
         leaks = "; the proxy lost connections afterwards" if results.leaking else ""
-        return word, f"{people.at_work} of {people.expected} people got to work{afterwards}{waited}{leaks}"
+        expected = counted(people.expected, "person", "people")
+        return word, f"{people.at_work:,} of {expected} got to work{afterwards}{waited}{leaks}"
     if servers:
-        lost = f"; {servers.lost} {'was' if servers.lost == 1 else 'were'} lost while held" if servers.lost else ""
+        lost = f"; {counted(servers.lost, 'was', 'were')} lost while held" if servers.lost else ""
         waited = _waited(results.operations.get("server_ready"))
-        return word, f"{servers.ready} of {servers.requested} servers became ready{lost}{waited}"
+        return word, f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready{lost}{waited}"
     load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
     count, failed = (sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed"))
-    what = "activity reports" if load == ["activity"] or not load else "requests"
-    return word, f"{count - failed} of {count} {what} were accepted"
+    what = "activity report" if load == ["activity"] or not load else "request"
+    return word, f"{count - failed:,} of {counted(count, what)} {'was' if count == 1 else 'were'} accepted"
 
 
 def _waited(ready: Operation | None) -> str:
@@ -5993,10 +6001,11 @@ def _capacity_sentence(capacity: Capacity) -> str:
     least = "at least " if capacity.generator_bound or not capacity.finished else ""
     if capacity.people_per_minute:
         of_300 = f"a class of 300 in {duration_text(300 * 60 / capacity.people_per_minute)}"
-        return f"this hub takes {least}{capacity.people_per_minute:.4g} people a minute: {of_300}"
+        people = counted(capacity.people_per_minute, "person", "people")
+        return f"this hub takes {least}{people} a minute: {of_300}"
     servers = capacity.servers_reporting_every_300_s
     meaning = f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
-    return f"this hub sustains {least}{capacity.rate_per_s:.0f} requests per second{meaning}"
+    return f"this hub sustains {least}{counted(round(capacity.rate_per_s), 'request')} per second{meaning}"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
@@ -6035,8 +6044,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
     differences = differences_to(baseline, results)
     http = results.http
-    retries = f"{http.retries} {'retry' if http.retries == 1 else 'retries'}"
-    monitoring = f"{share_text(http.observer_share or 0)} monitoring, {retries}"
+    monitoring = f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
     rows = [
         *_tested(results),
         *(("because", reason) for reason in results.warnings),
@@ -6066,7 +6074,8 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
 def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
     if http:
         answers = ", ".join(f"{number:,} × {status}" for status, number in http.statuses.items())
-        yield "requests", f"{http.requests:,} to servers, of which {http.retries:,} retries: {answers}"
+        retries = counted(http.retries, "retry", "retries")
+        yield "requests", f"{http.requests:,} to servers, of which {retries}: {answers}"
 
 
 def _tested(results: Results) -> Iterator[tuple[str, str]]:
@@ -6099,7 +6108,7 @@ def _value_text(judged: Judgement, results: Results | None = None) -> str:
     seen = results.operations.get(name) if results else None
     few = ""
     if seen and statistic in ENOUGH and (samples := seen.count - seen.failed) < ENOUGH[statistic]:
-        few = f" (of {samples} sample{'s' * (samples > 1)})"
+        few = f" (of {counted(samples, 'sample')})"
     if not judged.baseline or judged.limit is None:
         return f"{text(judged.value)}{few}"
     ratio = f"{judged.value / judged.baseline:.3g}x of {text(judged.baseline)}"
@@ -6141,9 +6150,11 @@ def _given_up(results: Results) -> str:
     came = own.spawns.get("success") if own else None
     if not servers or servers.ready or not servers.given_up or not came:
         return ""
-    after = f"{servers.given_up} were given up after {duration_text(results.options['server_timeout'])}"
+    after = (
+        f"{counted(servers.given_up, 'was', 'were')} given up after {duration_text(results.options['server_timeout'])}"
+    )
     if came.count > servers.given_up:  # others start servers too
-        return f"{after}; the hub counted {came.count:.0f} successful starts"
+        return f"{after}; the hub counted {counted(round(came.count), 'successful start')}"
     mean = duration_text(came.mean_s)
     return f"{after}; by the hub's own clock {came.count:.0f} of them became ready, after {mean} on average"
 
@@ -6192,11 +6203,12 @@ def _lag_text(seconds: float) -> str:
 
 def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
     cleaned, remedy = results.cleaned, purge_command(results.options["run"], results.own_servers)
-    done = f"{cleaned.deleted} {'servers removed' if results.own_servers else 'users deleted'}"
+    what = thing(results.own_servers)
+    done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
     if cleaned.kept:
-        yield "cleanup", f"{cleaned.kept} {things(results.own_servers)} kept, as asked; remove them with: {remedy}"
+        yield "cleanup", f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"
     elif cleaned.left:
-        yield "cleanup", f"{done}; {len(cleaned.left)} ARE STILL THERE:"
+        yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
         yield "cleanup", names_text(cleaned.left)
         yield "cleanup", f"remove them with: {remedy}"
     else:
@@ -6219,14 +6231,16 @@ PROJECTION = (
 def _tab_facts(results: Results) -> Iterator[tuple[str, str]]:
     """The tabs that people have left open, and what they did."""
     if tabs := results.tabs:
-        ended = f"{tabs.ended_by_themselves} servers ended by themselves, {tabs.stopped} were stopped"
-        yield "tabs", f"{tabs.ended_by_themselves + tabs.stopped} left open: {ended}"
+        ended = counted(tabs.ended_by_themselves, "server ended by itself", "servers ended by themselves")
+        stopped = counted(tabs.stopped, "was", "were")
+        yield "tabs", f"{tabs.ended_by_themselves + tabs.stopped} left open: {ended}, {stopped} stopped"
         no_more = f", and no more {tabs.stopped_asking}" if tabs.stopped_asking else ""
-        for name, did in zip(OF_TABS, (f"tried to open {{}} websockets{no_more}", "asked {} times for their kernels")):
+        nouns = (("websocket", f"tried to open {{}}{no_more}"), ("time", "asked {} for their kernels"))
+        for name, (noun, did) in zip(OF_TABS, nouns):
             if seen := results.operations.get(name):
                 answers = [f"{number} × {answer}" for answer, number in seen.errors.items()]
                 answers += [f"{seen.count - seen.failed} × fine"] if seen.count > seen.failed else []
-                yield "tabs", f"they {did.format(seen.count)}: {', '.join(answers)}"
+                yield "tabs", f"they {did.format(counted(seen.count, noun))}: {', '.join(answers)}"
         if "hub" not in (results.aftermath or ()):
             yield "tabs", "without the hub's own figures, nothing proves that the proxy lost connections, or did not"
 
@@ -6245,8 +6259,8 @@ def _aftermath_facts(aftermath: Aftermath, tabs: OpenTabs | None = None) -> Iter
         files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
         number, as_many = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
         if name == "hub" and aftermath["leaking"]:
-            lost = f"{tabs.lost_connections} " if tabs and tabs.lost_connections else ""  # none after a restart
-            held = f"after everybody had left, the proxy still held {lost}connections to the hub"
+            lost = counted(tabs.lost_connections, "connection") if tabs and tabs.lost_connections else "connections"
+            held = f"after everybody had left, the proxy still held {lost} to the hub"  # no number after a restart
             yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
         elif files and number > FILES_TO_MENTION:
             whose, now = _whose(name), f"({files.before:.0f}, now {files.after:.0f})"
@@ -7473,7 +7487,7 @@ if locust_is_loading():
 
         def leave(number: int, _: FrameType | None) -> None:
             own = shared.site.plan.own_servers
-            leave_at_once(number, f"{len(shared.claims.ours)} {things(own)}", purge_command(shared.run, own))
+            leave_at_once(number, counted(len(shared.claims.ours), thing(own)), purge_command(shared.run, own))
 
         before = {number: signal.signal(number, leave) for number in SIGNALS}
         try:
@@ -7695,8 +7709,8 @@ if locust_is_loading():
             run = f"{plan.run}-{runner.get_worker_index(client)}"
             remedy = purge_command(run, plan.own_servers)
             SAY.error("A worker is gone, and what it made may still be there: %s", remedy)
-        done, what = sum(told["deleted"] for told in reports), things(plan.own_servers)
-        SAY.info("%d %s %s, %s left", done, what, "removed" if plan.own_servers else "deleted", len(left) or "none")
+        done = counted(sum(told["deleted"] for told in reports), thing(plan.own_servers))
+        SAY.info("%s %s, %s left", done, "removed" if plan.own_servers else "deleted", len(left) or "none")
         throttled = sum(told["throttled"] for told in reports)
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         found = locust_results(runner.stats.entries.values(), load, throttled)

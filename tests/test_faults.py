@@ -528,7 +528,7 @@ def test_the_second_signal_leaves_at_once_and_says_how_to_purge(record_property:
             done = run.outcome(30)
             took_s = time.monotonic() - began_s
         left = len(tool_users(hub))
-        said = "8 users remain on the hub" in done.stderr and "hub-stress-test purge --run x" in done.stderr
+        said = "8 users may remain on the hub" in done.stderr and "hub-stress-test purge --run x" in done.stderr
         record_property(
             "fault", ("SIGINT twice", "stopping", done.code, left, f"{took_s:.1f}", "yes" if said else "NO")
         )

@@ -707,9 +707,9 @@ def test_of_a_run_that_was_cut_short_people_may_never_have_come() -> None:
 @pytest.mark.parametrize(
     ("who", "expected", "verdict"),
     [
-        (["works"], 1, "1 of 1 people got to work; half waited 4.00 s, the last 4.00 s"),
+        (["works"], 1, "1 of 1 person got to work; half waited 4.00 s, the last 4.00 s"),
         (["works", "works and stays"], 2, "2 of 2 people got to work; half waited 4.01 s, the last 6.00 s"),
-        (["never ready"], 1, "0 of 1 people got to work"),
+        (["never ready"], 1, "0 of 1 person got to work"),
         (["works", "no page"], 3, "1 of 3 people got to work; half waited 4.00 s, the last 4.00 s"),
         (["works", "lost"], 2, "2 of 2 people got to work; 1 failed afterwards; half waited 4.00 s, the last 4.00 s"),
         (["works", "cut short"], 9, "1 of 9 people got to work; half waited 4.00 s, the last 4.00 s"),

@@ -254,6 +254,13 @@ def test_results_made_without_a_command_line_say_how_many_servers_started_at_a_t
     jsonschema.validate(found, SCHEMA)
 
 
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_one_of_anything_is_singular(command: str) -> None:
+    found = simulated(command=command, count=1, keep=command == hst.ACTIVITY)
+    page = hst.render_summary(dataclasses.replace(found, options=found.options | {"dry_run": False}))
+    assert not re.findall(r"\b1 (?:users|servers|people|activity reports|requests|retries|were|ARE)\b", page)
+
+
 def slow_results() -> hst.Results:
     """Results with an operation of an awkward name that took 1,234 s."""
     record = hst.Recorder()

@@ -89,7 +89,7 @@ def told(results: hst.Results, label: str, baseline: hst.Json | None = None) -> 
 def test_the_first_word_is_how_the_run_ended(code: ExitCode, word: str) -> None:
     results = results_of([ready(1)], exit_code=int(code))
     assert hst.verdict_of(results)[0] == word
-    assert hst.render_summary(results).startswith(f"{word}: 1 of 1 servers became ready; ")
+    assert hst.render_summary(results).startswith(f"{word}: 1 of 1 server became ready; ")
 
 
 def test_a_dry_run_says_that_nothing_was_sent() -> None:
@@ -103,7 +103,7 @@ def test_a_dry_run_says_that_nothing_was_sent() -> None:
     ("events", "requested", "verdict"),
     [
         ([], 3, "0 of 3 servers became ready"),
-        ([failed(1)], 1, "0 of 1 servers became ready"),
+        ([failed(1)], 1, "0 of 1 server became ready"),
         ([ready(1, 0.5), failed(2)], 3, "1 of 3 servers became ready; half waited 500 ms, the last 500 ms"),
         (
             [ready(1), ready(2), held(1, lost=True), held(2, lost=False)],

@@ -215,9 +215,9 @@ def test_what_tabs_were_answered_is_told_with_them_and_fails_nobody() -> None:
     events = [Event("tab_websocket", "a", 0.0, 0.0, 0.1, Reason(Kind.TAB, text)) for text in answers]
     found = results_of([*events, Event("tab_poll", "a", 0.0, 0.0, 0.1)], tabs=hst.OpenTabs(1, 1, 0, "after 1,000"))
     assert told(found, "tabs")[:3] == [
-        "2 left open: 1 servers ended by themselves, 1 were stopped",
+        "2 left open: 1 server ended by itself, 1 was stopped",
         "they tried to open 3 websockets, and no more after 1,000: 2 × 302, 1 × 503",
-        "they asked 1 times for their kernels: 1 × fine",
+        "they asked 1 time for their kernels: 1 × fine",
     ]
     assert not told(found, "errors") and not hst.people_of({"a": {"tab_websocket": events[0]}}, 0, False).failed
 

@@ -31,6 +31,11 @@ DURATIONS = [
 ]
 
 
+def test_a_number_has_the_noun_that_fits() -> None:
+    assert [hst.counted(number, "user") for number in (0, 1, 3000)] == ["0 users", "1 user", "3,000 users"]
+    assert [hst.counted(number, "person", "people") for number in (1.0, 1.5)] == ["1 person", "1.5 people"]
+
+
 @pytest.mark.parametrize(("seconds", "text"), DURATIONS)
 def test_durations_read_with_three_digits_and_a_unit_and_from_100_seconds_on_in_minutes(
     seconds: float | None, text: str
