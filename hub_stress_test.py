@@ -1841,7 +1841,7 @@ class HubSession(requests.Session):
 def without_proxy(url: str) -> str:
     """How to reach a URL without this machine's own proxy."""
     host = urllib.parse.urlsplit(url).hostname
-    return f"If it reaches {host} without that proxy too, set no_proxy={host}."
+    return f"if this machine reaches {host} without that proxy too, set no_proxy={host}"
 
 
 def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -1916,6 +1916,8 @@ def why(error: BaseException) -> str:
             return f"{NOT_ACCEPTED} ({cause})"
         if isinstance(cause, ssl.SSLError):
             return f"TLS failed ({(cause.reason or str(cause)).lower().replace('_', ' ')})"
+        if str(cause).startswith("Tunnel connection failed: "):
+            return f"this machine's proxy refused ({str(cause).partition(': ')[2]})"
         if isinstance(cause, ConnectionError):
             return "connection reset"
         if isinstance(cause, requests.exceptions.ChunkedEncodingError):
@@ -2188,20 +2190,36 @@ def check_hub(endpoint: str, session: HubSession, command: str, own_servers: boo
 
 
 def _hub_version(endpoint: str, session: HubSession) -> str:
-    reply = _probe(endpoint, session)
+    reply, proxy = _probe(endpoint, session), session.proxy_to(endpoint)
     if version := _version_in(reply):
         return version
+    where = f"{endpoint}, through {proxy}" if proxy else endpoint
     if not reply.seen_status:
-        answers = reply.message.startswith(NOT_ACCEPTED)
-        what = "The server does not prove who it is" if answers else "Nothing answers"
-        raise SetupError(f"{what} at {endpoint}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
-    raise SetupError(f"No hub API at {endpoint}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}")
+        what = "The server does not prove who it is" if reply.message.startswith(NOT_ACCEPTED) else "Nothing answers"
+        raise SetupError(f"{what} at {where}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
+    remedy = f"; {without_proxy(endpoint)}" if proxy else ""
+    raise SetupError(f"No hub API at {where}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}{remedy}")
+
+
+def _wants_certificate(reply: Reply) -> bool:
+    """Whether a server ended the handshake as one does that lets in nobody without a certificate.
+
+    TLS 1.3 and 1.2 have an alert for that, which may get lost when the server closes the connection at once.
+    """
+    return any(end in reply.message for end in ("certificate required", "handshake failure", "eof occurred"))
 
 
 def _why_nothing(endpoint: str, reply: Reply, session: HubSession) -> str:
     url = urllib.parse.urlsplit(endpoint)
     if reply.message.startswith(NOT_ACCEPTED):
-        return "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE."
+        return (
+            "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE. Of a "
+            "hub with internal_ssl use the public URL."
+        )
+    if _wants_certificate(reply):
+        return "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL."
+    if session.proxy_to(endpoint):
+        return f"Is the proxy right? Else {without_proxy(endpoint)}."
     if reply.message == NO_SUCH_HOST and "." not in (url.hostname or ""):
         return "This name exists only inside the cluster: from outside, use the hub's public URL."
     if _speaks_tls(endpoint, session):
@@ -2316,7 +2334,7 @@ def check_way(hub: Hub, plan: Plan) -> None:
     url = public_url(hub, plan)
     if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
         raise SetupError(
-            f"--check-proxy cannot be done from here: this machine reaches {url} through {proxy}. {without_proxy(url)} "
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: {without_proxy(url)}. "
             "Nothing was changed."
         )
 
@@ -4753,7 +4771,9 @@ class Run:
         """Say what begins."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
         owner = f" of {self.hub.owner_of('')}" if self.plan.own_servers else ""
-        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, self.hub.endpoint, names, owner)
+        proxy = self.session.proxy_to(self.hub.endpoint)
+        where = f"{self.hub.endpoint}, through {proxy}" if proxy else self.hub.endpoint
+        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, where, names, owner)
 
     @timeit
     def make_users(self, count: int, batch_size: int) -> list[str]:
@@ -5237,6 +5257,7 @@ class HubSide:
     restarts: int | None
     metrics: HubFigures | None
     metrics_missing: str | None
+    proxy: str | None = None  # this machine's own, on the way to the hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5485,7 +5506,12 @@ def results_of(run: Run) -> Results:
         tool={"name": "hub-stress-test", "version": __version__},
         command=plan.command,
         hub=HubSide(
-            run.hub.endpoint, run.hub.version, restarts if snapshots else None, figures, run.monitor.missing or None
+            run.hub.endpoint,
+            run.hub.version,
+            restarts if snapshots else None,
+            figures,
+            run.monitor.missing or None,
+            run.session.proxy_to(run.hub.endpoint) or None,
         ),
         started=utc(run.started),
         finished=utc(datetime.now(timezone.utc)),
@@ -5893,7 +5919,9 @@ def _until_work(means: Mapping[str, float]) -> Iterator[str]:
 def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
     """What to look at next, when a run has failed in such ways."""
     servers, own, in_front = results.servers, results.hub.metrics, results.http.in_front
-    if Kind.AWAY in kinds and not results.hub.restarts:
+    if Kind.AWAY in kinds and results.hub.proxy:
+        yield f"some requests through {results.hub.proxy} got no answer: {without_proxy(results.hub.endpoint)}"
+    elif Kind.AWAY in kinds and not results.hub.restarts:
         yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
     if Kind.FULL in kinds:
         yield "the hub allows no more servers: raise its active_server_limit"
@@ -6043,6 +6071,7 @@ def _option_text(key: str, value: Any) -> str:
 def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
     differences = differences_to(baseline, results)
+    through = f", through {results.hub.proxy}" if results.hub.proxy else ""
     http = results.http
     monitoring = f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
     rows = [
@@ -6050,7 +6079,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *(("because", reason) for reason in results.warnings),
         *(("because", f"{one.condition}: it is {_value_text(one, results)}") for one in _told(results, True)),
         *(("baseline", difference) for difference in differences),
-        ("hub", f"{results.hub.version} at {results.hub.endpoint}"),
+        ("hub", f"{results.hub.version} at {results.hub.endpoint}" + through),
         *_server_facts(results),
         *_errors(results.operations, results.own_servers),
         ("requests", f"{http.requests:,}{' to the hub' if http.servers else ''}, of which {monitoring}"),

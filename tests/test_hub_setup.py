@@ -152,11 +152,17 @@ def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(comm
 
 
 @pytest.fixture
-def tls_hub(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """The port of a server that shows a hub's version over TLS, and the certificate of the authority that signed it."""
+def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """The port of a server that shows a hub's version over TLS, and the certificate of the authority that signed it.
+
+    With a TLS version as parameter it wants certificates of its clients, as a hub's own port with internal_ssl.
+    """
     pem, key_pem = certificate_for_loopback(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem, key_pem)
+    if version := getattr(request, "param", None):
+        context.verify_mode, context.maximum_version = ssl.CERT_REQUIRED, version
+        context.load_verify_locations(pem)
 
     class Versions(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -190,6 +196,15 @@ def test_a_certificate_of_ones_own_authority_names_the_variable_that_makes_it_kn
     assert refused.code == 3 and "name the file with its certificate in REQUESTS_CA_BUNDLE" in refused.stderr
     known = run_tool("purge", env=env | {"REQUESTS_CA_BUNDLE": str(pem)})
     assert known.code == 3 and "is not an admin of this hub" in known.stderr  # it has got as far as the token's owner
+
+
+@pytest.mark.parametrize("tls_hub", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], indirect=True)
+def test_a_server_that_wants_a_client_certificate_is_said_to(tls_hub: tuple[int, Path]) -> None:
+    port, pem = tls_hub
+    env = {"JUPYTERHUB_ENDPOINT": f"https://127.0.0.1:{port}/hub/api", "JUPYTERHUB_API_TOKEN": "0123456789"}
+    done = run_tool("purge", env=env | {"REQUESTS_CA_BUNDLE": str(pem)})
+    assert done.code == 3 and "TLS failed (" in done.stderr
+    assert "At its own port, a hub with internal_ssl lets in only those with a certificate: use its" in done.stderr
 
 
 def test_plain_http_to_a_port_that_speaks_tls_is_told_to_use_https(tls_hub: tuple[int, Path]) -> None:
