@@ -159,6 +159,8 @@ AFTERMATH_S = 10.0  # from the end of all tabs to the last look at what is left
 SEND_TIMEOUT_S = 5.0  # of a cell, during which no other websocket is read if this one takes nothing
 METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
+SERVER_NAME_MAX = 30  # characters that hubs from 6.0 take
+MANY = 9999  # named servers of one's own, where nobody knows how many it will be
 DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
 LOG_HEADER = "hub-stress-test log"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -2176,6 +2178,11 @@ def check_hub(endpoint: str, session: HubSession, command: str, own_servers: boo
     reply = session.ask("GET", f"{endpoint}/user", call=once())
     if reply.status in (401, 403):
         right = _own_token(endpoint) if own_servers else "the token of the hub-stress-test service"
+        if len(session.token) == 64 and version in ("5.5.3", "6.1.0"):
+            raise SetupError(
+                f"The hub at {endpoint} refuses the token: JupyterHub {version} takes none of 64 characters. Make a "
+                "shorter one, or upgrade the hub."
+            )
         raise SetupError(
             f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
             f"or belongs to another hub. Put {right} into JUPYTERHUB_API_TOKEN."
@@ -2324,6 +2331,24 @@ def check_visits(hub: Hub, plan: Plan) -> None:
 def public_url(hub: Hub, plan: Plan) -> str:
     """Where people reach the hub."""
     return f"{plan.public_url or hub.endpoint.removesuffix('/hub/api')}/"
+
+
+def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
+    """Nothing, if the hub takes the names of all servers of one's own that a run will start; else raises `SetupError`.
+
+    Hubs from 6.0 take up to 30 characters, without two hyphens in a row.
+    """
+    major, run = hub.version.partition(".")[0], plan.run or ""
+    if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
+        return
+    count = MANY if plan.find_capacity else plan.count + plan.check_proxy
+    longest = username(first_free_index(taken, run) + count - 1, run)
+    if len(longest) > SERVER_NAME_MAX or "--" in longest:
+        left = SERVER_NAME_MAX - len(longest) + len(run)
+        raise SetupError(
+            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double hyphens, "
+            f"unlike {longest}: --run NAME may have at most {left} characters here. Nothing was changed."
+        )
 
 
 def check_way(hub: Hub, plan: Plan) -> None:
@@ -4703,6 +4728,7 @@ class Run:
         check_visits(self.hub, plan)
         listed = self._look()
         self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
+        check_server_names(self.hub, plan, [user["name"] for user in self.existing])
         watched = plan.command != PURGE and not plan.dry_run
         self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
         self.site = Site(self.hub, plan, self.record, tabs=Tabs(self.monitor.snapshots, self.monitor.look))
@@ -7459,6 +7485,7 @@ if locust_is_loading():
             self.site = Site(hub, plan, Recorder(self._report))
             listed = list(list_users(hub, Recorder()))
             taken = [user["name"] for user in test_users(listed, self.run)]
+            check_server_names(hub, dataclasses.replace(plan, run=self.run, count=MANY), taken)
             self.indexes = itertools.count(first_free_index(taken, self.run))
             self.numbers = itertools.count()  # of people
             self.claims, self.throttled, self.cut_short = self.site.claims, 0, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import ssl
 import threading
@@ -98,6 +99,14 @@ def test_a_host_that_does_not_exist_is_said(new_hub: LocalHub) -> None:
 def test_a_refused_token_is_said(command: str, hub: LocalHub) -> None:
     said = refused(hub, hub.endpoint, token="0123456789abcdef", command=command)
     assert "refuses the token" in said and "JUPYTERHUB_API_TOKEN" in said
+
+
+def test_a_token_of_64_characters_is_named_where_the_hub_takes_none() -> None:
+    hub = LocalHub(version="6.1.0")
+    hub.token = secrets.token_hex(32)
+    with hub:
+        said = refused(hub, hub.endpoint)
+    assert "refuses the token: JupyterHub 6.1.0 takes none of 64 characters" in said
 
 
 def test_a_token_is_sent_to_nobody_who_has_not_shown_to_be_a_hub(new_hub: LocalHub) -> None:

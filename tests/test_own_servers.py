@@ -133,6 +133,16 @@ def test_a_hub_without_named_servers_is_told_at_the_first_refusal(version: str |
     assert not hub.users()["carol"]["servers"]
 
 
+@pytest.mark.parametrize(("run", "count", "left"), [("ci-123456789", 10, 11), ("a--b", 2, 12)])
+def test_a_new_hub_is_not_asked_for_names_that_it_refuses(run: str, count: int, left: int, make_hub: Make) -> None:
+    hub, words = make_hub(owner="carol", named_servers=ALLOWED), ("stress-test", "--own-servers", "--count", str(count))
+    assert hub.call("POST", f"/users/carol/servers/hub-stress-test-{run}-{count}")[0] == 400
+    done = run_tool(*words, "--run", run, hub=hub)
+    assert done.code == 3 and f"--run NAME may have at most {left} characters here" in done.stderr
+    assert not hub.users()["carol"]["servers"]
+    assert run_tool(*words, "--run", "x" * left, hub=hub).code == 0
+
+
 @pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
 def test_people_work_behind_a_real_proxy_with_their_owners_token_and_leave(
     version: str | None, make_carol: Callable[..., Carol], tmp_path: Path
