@@ -31,9 +31,10 @@ What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAM
 stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
 earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4. With --leave-open and --check-proxy, a proxy that loses connections keeps those it lost for an
-hour, which no cleaning up can take back: that is said, and fails the run. With --own-servers it makes no
-users, but named servers of the token's owner, of which all this is true; the owner's other servers are left alone.
+named, with exit code 4. What a hub keeps of users that it deletes (unix accounts, home directories, volumes) stays.
+With --leave-open and --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleaning
+up can take back: that is said, and fails the run. With --own-servers it makes no users, but named servers of the
+token's owner, of which all this is true; the owner's other servers are left alone.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
 that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.

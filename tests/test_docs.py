@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -143,9 +144,21 @@ def test_the_role_in_the_readme_is_the_one_that_is_printed_and_the_one_that_is_t
 
 def test_a_job_in_ci_purges_what_it_has_left() -> None:
     (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
-    run, purge = (step["run"] for step in job["stress"]["steps"] if "hub-stress-test" in step.get("run", ""))
-    (name,) = re.findall(r"--run (\S+ \S+ \S+)", run)
-    assert f"purge --run {name}" in purge
+    stress, purge = (step for step in job["stress"]["steps"] if "hub-stress-test" in step.get("run", ""))
+    (name,) = re.findall(r"--run (\S+ \S+ \S+)", stress["run"])
+    assert f"purge --run {name}" in purge["run"] and purge["timeout-minutes"]
+    assert len(hst.username(50, "12345678901")) <= hst.SERVER_NAME_MAX  # and so no longer than a unix account
+
+
+def test_a_job_in_ci_purges_until_a_purge_succeeds(tmp_path: Path) -> None:
+    (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
+    (purge,) = (step["run"] for step in job["stress"]["steps"] if "purge" in step.get("run", ""))
+    script = purge.replace("${{ github.run_id }}", "7").replace("sleep 60", "sleep 0")
+    (tmp_path / "hub-stress-test").write_text("#!/bin/sh\necho tried >> tries; [ $(wc -l < tries) = 3 ]\n")
+    (tmp_path / "hub-stress-test").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, env={"PATH": path}, check=True, timeout=60)
+    assert (tmp_path / "tries").read_text().count("tried") == 3
 
 
 @pytest.mark.parametrize("name", SEEDS)
