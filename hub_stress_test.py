@@ -335,6 +335,12 @@ def names_text(names: Iterable[str]) -> str:
     return " ".join(name for group in shown for name in group)
 
 
+def with_few_names(text: str) -> str:
+    """A text in which a list of our names, as a hub gives those that it refuses, is written as `names_text` does."""
+    name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
+    return re.sub(rf"{name}(?:, {name})+", lambda found: names_text(found[0].split(", ")), text)
+
+
 def thing(own_servers: bool) -> str:
     """What a run makes and removes, one of them."""
     return "server" if own_servers else "user"
@@ -1611,7 +1617,7 @@ class Reply:
     def __str__(self) -> str:
         if not self.status:
             return self.message
-        return f"{self.status} ({self.message})" if self.message else str(self.status)
+        return f"{self.status} ({with_few_names(self.message)})" if self.message else str(self.status)
 
     def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
@@ -5954,6 +5960,7 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "the hub allows no more servers: raise its active_server_limit"
     elif servers and servers.throttled:
         yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
+    yield from _without_servers(results, kinds)
     if Kind.LATE in kinds:
         yield "some servers were still starting: see the hub's log and the spawner's events, or raise --server-timeout"
     elif servers and servers.failures:
@@ -5985,6 +5992,20 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "something in front of the hub denies requests: let this machine, and POST and DELETE, through to the hub"
     if any(status >= "500" for status in in_front):
         yield "errors from 500 on came from what stands in front of the hub: look at the proxy's and the ingress's logs"
+
+
+def _without_servers(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
+    """What to do on a hub where fake users as they are cannot have servers."""
+    servers, options = results.servers, results.options
+    reasons = {one.reason for one in servers.failures} if servers else set()
+    said = " ".join([*results.warnings, *reasons])
+    chosen = any(group.get("profile") for group in options.get("event") or [options])
+    if re.search("getpwnam|does not exist on the system", said):
+        yield "the hub's users need unix accounts: make some with these names, or test with --own-servers"
+    elif "Invalid username" in said:
+        yield "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers"
+    elif Kind.SPAWN in kinds and servers and not servers.ready and len(reasons) == 1 and not chosen:
+        yield "all starts failed alike: if people choose options before a start, choose them with --profile"
 
 
 # ==== Sections, and the summary as text ==============================================================================

@@ -72,6 +72,41 @@ def test_what_a_half_refused_batch_made_is_deleted(make_hub: Make) -> None:
     assert "the hub refused to make users: 400 (Failed to create user hub-stress-test-11" in done.summary
 
 
+CANNOT_HAVE_SERVERS = {
+    "local processes": (
+        "from jupyterhub.spawner import LocalProcessSpawner; c.JupyterHub.spawner_class = LocalProcessSpawner",
+        "getpwnam(): name not found: '<user>'",
+        "the hub's users need unix accounts: make some with these names, or test with --own-servers",
+    ),
+    "unix accounts": (
+        "from jupyterhub.auth import LocalAuthenticator\nc.Authenticator.allowed_users = set()\n"
+        "c.JupyterHub.authenticator_class = type('Mine', (LocalAuthenticator, DummyAuthenticator), {})",
+        "User hub-stress-test-1 does not exist on the system",
+        "the hub's users need unix accounts: make some with these names, or test with --own-servers",
+    ),
+    "a pattern": (
+        "c.Authenticator.username_pattern = '[a-z-]+$'",
+        "the hub refused to make users: 400 (Invalid usernames: hub-stress-test-1 to -12)",
+        "username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers",
+    ),
+    "options to choose": (
+        "class Mine(StubSpawner):\n    async def start(self):\n        return self.user_options['profile']\n"
+        "c.JupyterHub.spawner_class = Mine",
+        "× 'profile'",
+        "all starts failed alike: if people choose options before a start, choose them with --profile",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT_HAVE_SERVERS)
+def test_a_hub_where_fake_users_cannot_have_servers_is_recognised(what: str, make_hub: Make) -> None:
+    config, why, way_out = CANNOT_HAVE_SERVERS[what]
+    hub = make_hub(config=config)
+    done = run_tool("stress-test", "-c", "12", "-b", "12", hub=hub)
+    assert done.code == 1 and why in done.summary and way_out in done.summary, done
+    assert not tool_users(hub)
+
+
 def test_names_that_are_taken_again_and_again_end_the_run(new_hub: LocalHub) -> None:
     """Another run with the same name takes each name a moment earlier."""
     theirs: list[str] = []
