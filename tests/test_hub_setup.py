@@ -60,7 +60,7 @@ def test_an_html_page_is_no_hub_and_is_asked_without_the_token(new_hub: LocalHub
 
 def test_json_without_a_version_is_no_hub(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
-        proxy.rule = every(EVERYTHING, hub_answer(200, b"{}", {"Content-Type": "application/json"}))
+        proxy.rule = every(EVERYTHING, Answer(200, b"{}", {"Content-Type": "application/json"}))
         said = refused(new_hub, proxy.url + "/hub/api")
         assert "it answers JSON without a version" in said and "An endpoint ends in /hub/api" in said
 

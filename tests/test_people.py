@@ -76,7 +76,7 @@ def test_a_batch_whose_answer_was_lost_is_found_by_looking(hub: LocalHub) -> Non
         session, record, claims = hst.get_session(hub.token), hst.Recorder(), hst.Claims()
         made = hst.make_batch(wanted, hst.Hub(proxy.url + "/hub/api", session), record, claims)
     assert made == wanted == claims.ours
-    assert record.summarise()["create_users"].errors == {"502": 1}
+    assert record.summarise()["create_users"].errors == {"something in front of the hub answered 502": 1}
     assert hst.delete_users(made, hub.endpoint, session)
 
 
