@@ -155,7 +155,6 @@ BROWSER_PATIENCE_S = 240.0  # with a handshake that nobody answers
 UNANSWERED_S = 10.0
 SETTLE_S = 60.0
 SHUTDOWN_S = 15.0  # that a server may take to end by itself
-COME_BACK_S = 30.0  # for connections that a proxy keeps ready for reuse
 AFTERMATH_S = 10.0  # from the end of all tabs to the last look at what is left
 SEND_TIMEOUT_S = 5.0  # of a cell, during which no other websocket is read if this one takes nothing
 METRICS_TIMEOUT_S = 5.0
@@ -4786,19 +4785,10 @@ class Run:
             monitor.look()
 
     def look_at_the_end(self) -> None:
-        """Look once more; again for a while where the hub has many files open, which a proxy may yet give back."""
-        session, looks = self.session.for_cleaning_up(), self.monitor.snapshots
-        leaks = self.site.tabs.proven() or bool(self.proxy_check and self.proxy_check.leaking)
-        until_s, done = session.clock() + COME_BACK_S, leaks or self.plan.keep or self.interrupted_by is not None
+        """Look once more, at once; but where tabs were left open, when their last connections have ended."""
         if self.site.tabs.ways and self.interrupted_by is None:
-            session.pause(AFTERMATH_S)
+            self.session.for_cleaning_up().pause(AFTERMATH_S)
         self.look()
-        while not done and looks and session.clock() < until_s:
-            files = [one.get(*AFTERMATH["open_files"]) for one in (looks[0], looks[-1])]
-            done = files[1] - files[0] <= FILES_TO_MENTION
-            if not done:
-                session.pause(METRICS_EVERY_S)
-                self.look()
 
     def announce(self, what: str) -> None:
         """Say what begins."""
@@ -5732,7 +5722,7 @@ def _is_lost(end: Event) -> bool:
 
 # ---- the hub's own figures ----
 
-FILES_TO_MENTION = 20  # open files that have not come back
+FILES_TO_MENTION = 20  # open files more than before
 
 
 def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool, leaking: bool = False) -> Aftermath | None:
@@ -6329,22 +6319,19 @@ def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
 
 
 def _aftermath_facts(aftermath: Aftermath, tabs: OpenTabs | None = None) -> Iterator[tuple[str, str]]:
-    """Open files that have not come back, and why they may not have."""
-    for name, changes in aftermath.items():
-        if not isinstance(changes, Mapping):
-            continue
-        files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
-        number, as_many = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
-        if name == "hub" and aftermath["leaking"]:
-            lost = counted(tabs.lost_connections, "connection") if tabs and tabs.lost_connections else "connections"
-            held = f"after everybody had left, the proxy still held {lost} to the hub"  # no number after a restart
-            yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
-        elif files and number > FILES_TO_MENTION:
-            whose, now = _whose(name), f"({files.before:.0f}, now {files.after:.0f})"
-            keeps = ", and drew as many error pages for the proxy, which keeps these connections open"
-            ready = ": possibly connections that the proxy keeps ready for reuse; other people's traffic counts too"
-            why_not = keeps if as_many >= PROOF_SHARE * number else ready
-            yield "aftermath", f"{whose} has {number:.0f} open files more than before {now}{why_not}"
+    """Connections to the hub that its proxy keeps: as many as the error pages that it fetched."""
+    changes = aftermath.get("hub")
+    if not isinstance(changes, Mapping):
+        return
+    files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
+    number, fetched = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
+    if aftermath["leaking"]:
+        lost = counted(tabs.lost_connections, "connection") if tabs and tabs.lost_connections else "connections"
+        held = f"after everybody had left, the proxy still held {lost} to the hub"  # no number after a restart
+        yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
+    elif files and number > FILES_TO_MENTION and fetched >= PROOF_SHARE * number:
+        more = f"the hub has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        yield "aftermath", f"{more}: its proxy fetched as many error pages, and keeps these connections open"
 
 
 def in_order(operations: Collection[str]) -> list[str]:
