@@ -82,6 +82,7 @@ import random
 import re
 import selectors
 import signal
+import socket
 import ssl
 import sys
 import textwrap
@@ -1750,8 +1751,8 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                with contextlib.suppress(RuntimeError, ValueError, OSError):  # it has just ended by itself
-                    getattr(response.raw, "shutdown", response.close)()
+                with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # it has just ended
+                    _end_reading(response.raw)
 
     def answered(self, response: requests.Response) -> None:
         """Count an answer, and note the moment if it is the hub's."""
@@ -1854,6 +1855,14 @@ def without_proxy(url: str) -> str:
 
 def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
+
+
+def _end_reading(raw: Any) -> None:
+    """Let whoever reads this body go on at once, as at its end; closing it would wait for them."""
+    if hasattr(raw, "shutdown"):
+        raw.shutdown()
+    else:  # urllib3 before 2.3
+        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
 
 
 def in_front(response: requests.Response) -> str:
