@@ -1819,6 +1819,8 @@ class HubSession(requests.Session):
         how = {"pool_maxsize": self._pool_maxsize} | how | ({"wire": self._simulated} if self._simulated else {})
         other = HubSession(token or self.token, **how)
         other.traffic = traffic or self.traffic
+        other.headers.update(self.headers)
+        other.headers["Authorization"] = Secret(f"token {other.token}")
         for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
             setattr(other, setting, getattr(self, setting))
         return other
@@ -2684,14 +2686,15 @@ class Monitor(Regularly):
     """While the `with` block runs, reads a process's own metrics every 5 seconds, and once before and after.
 
     `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
-    page of another process is read without the token.
+    page of another process is read without the token, and without other headers that are meant for the hub.
     """
 
     def __init__(self, url: str, session: HubSession, wanted: bool, is_hub: bool = True) -> None:
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
-        self._url, self._is_hub, self._headers = url, is_hub, {} if is_hub else {"Authorization": None}
+        self._url, self._is_hub = url, is_hub
+        self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
         self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
