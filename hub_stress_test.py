@@ -7499,7 +7499,6 @@ if locust_is_loading():
             plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
             self.run = f"{plan.run}-{worker}"
             self.session = get_session(plan.token or "", pool_maxsize=1000)
-            self._cutting = gevent.spawn(self._cut_streams)
             hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
             check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
@@ -7514,6 +7513,7 @@ if locust_is_loading():
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
+            self._cutting = gevent.spawn(self._cut_streams)  # last, since what is above may fail
 
         def _report(self, event: Event) -> None:
             """Hand an event to Locust, in its milliseconds."""
