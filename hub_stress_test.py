@@ -4721,14 +4721,63 @@ def without_waiting(plan: Plan) -> Plan:
     return dataclasses.replace(plan, visit=False, work=False, check_proxy=False, event=groups, **never)
 
 
+class Interruption:
+    """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second leaves the program at once.
+
+    A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a thread sees
+    the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the first signal raises
+    `KeyboardInterrupt`.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # of the first signal since `begin`
+        self._leave: Callable[[int], None] | None = None
+        self._handlers: dict[int, Any] = {}
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def begin(self, stop: Callable[[], None], leave: Callable[[int], None]) -> None:
+        """From now on, `stop` follows the first signal, and `leave` the second."""
+
+        def watch() -> None:
+            while self.number is None and not self._ended.wait(0.1):
+                pass
+            if not self._ended.is_set():
+                stop()
+
+        self._leave = leave
+        threading.Thread(target=watch, name="interruption", daemon=True).start()
+
+    def end(self) -> int | None:
+        """The signal that came, if any; one that comes later changes nothing, since all is done."""
+        self._ended.set()
+        return self.number
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._leave is None:
+            raise KeyboardInterrupt(number)
+        if self.number is not None:
+            self._leave(number)
+        self.number = number
+
+
 class Run:
     """One run of a plan: the hub it talks to, what it has made, what it has seen, what went wrong.
 
-    As a context it answers SIGINT and SIGTERM: the first ends the load, so that cleaning up begins; the second leaves.
+    Once it is entered, the first signal ends the load, so that cleaning up begins.
     Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
     """
 
-    def __init__(self, plan: Plan, closing: contextlib.ExitStack) -> None:
+    def __init__(self, plan: Plan, closing: contextlib.ExitStack, interruption: Interruption) -> None:
         if plan.dry_run:
             plan = without_waiting(plan)
         if plan.seed is None and any(group.within_s for group in plan.groups):
@@ -4759,13 +4808,12 @@ class Run:
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
         self.warnings: list[str] = []
-        self.interrupted_by: int | None = None
+        self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
         self.load_ended_s = self.began_s
-        self._handlers: dict[int, Any] = {}
+        self._interruption = interruption
 
     def __enter__(self) -> Run:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._interruption.begin(self._stop, self._leave)
         for monitor in self.monitors.values():
             monitor.__enter__()
         return self
@@ -4773,16 +4821,14 @@ class Run:
     def __exit__(self, *_: object) -> None:
         for monitor in self.monitors.values():
             monitor.__exit__()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted_by is not None:
-            remain = counted(len(set(self.claims.ours) - self.gone), thing(self.plan.own_servers))
-            leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
-        self.interrupted_by = number
+    def _stop(self) -> None:
         LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
         self.session.stop()
+
+    def _leave(self, number: int) -> None:
+        remain = counted(len(set(self.claims.ours) - self.gone), thing(self.plan.own_servers))
+        leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
 
     def _look(self) -> list[Json]:
         """The users whose names look like this tool's; raises `SetupError`, since nothing has been changed yet."""
@@ -4895,12 +4941,12 @@ class Run:
     def clean_up(self) -> None:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
-        self.look()
         if self.session.hub_is_gone:
             self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
         self.site.public.wires.end()
+        self.look()
         ours = self.claims.ours
         if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
@@ -4911,12 +4957,12 @@ class Run:
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
             session.pause(LATE_ACT_S if unsure else 0)
             self.remove(states, set(ours).__contains__, session)
+        self.interrupted_by = self._interruption.end()
 
 
 def leave_at_once(number: int, remain: str, remedy: str) -> None:
-    """End the program, saying what remains and how to remove it."""
-    sys.stderr.write(f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n")
-    sys.stderr.flush()
+    """End the program, saying what remains and how to remove it. A signal's handler may call this."""
+    os.write(2, f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n".encode())
     os._exit(128 + number)
 
 
@@ -4984,7 +5030,7 @@ def purge(run: Run) -> None:
 
 def carry_out(plan: Plan) -> Results:
     """What a plan's run found, also when something failed. Raises `SetupError`; nothing has been changed then."""
-    with contextlib.ExitStack() as closing, Run(plan, closing) as run:
+    with Interruption() as interruption, contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
         try:
             {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
         except CutShort as error:
@@ -7393,6 +7439,7 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: Tr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`, whose summary is on standard output."""
+    results: Results | None = None
     try:
         args = parse_args(argv)
         validate(args)
@@ -7403,8 +7450,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")
         return int(error.exit_code)
-    except KeyboardInterrupt:
-        return int(ExitCode.SIGINT)
+    except KeyboardInterrupt as interrupt:
+        if results is None:  # else everything has been removed
+            sys.stderr.write("hub-stress-test: Interrupted; nothing was changed.\n")
+            return 128 + next(iter(interrupt.args), signal.SIGINT)
     return results.exit_code
 
 

@@ -1,0 +1,83 @@
+"""What a signal does, wherever the program is: load ends at once, what was made is removed, and the end says so."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from fault_proxy import Fault, FaultProxy, Request, Silence, matching
+from localhub import LocalHub
+from tool import Outcome, row, start_tool, tool_users
+
+Match = Callable[[Request], bool]
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def interrupt(
+    hub: LocalHub, words: str, match: Match, number: int = signal.SIGINT, fault: Fault | None = None
+) -> tuple[Outcome, float, list[str]]:
+    """A run that is sent a signal at the first matching request, to which the fault is done.
+
+    With the seconds from then to its end, and what was written to the hub from half a second later on.
+    """
+    struck_s: list[float] = []
+    lock = threading.Lock()
+    with FaultProxy(hub.endpoint) as proxy:
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        with start_tool(*words.split(), hub=hub, env=env) as run:
+
+            def rule(request: Request) -> Fault | None:
+                with lock:
+                    if struck_s or not match(request):
+                        return None
+                    struck_s.append(time.monotonic())
+                    run.send_signal(number)
+                    return fault
+
+            proxy.rule = rule
+            done = run.outcome(60)
+        posts = [f"{one.method} {one.path}" for one in proxy.requests if one.time > struck_s[0] + 0.5]
+        return done, time.monotonic() - struck_s[0], [one for one in posts if one.startswith("POST")]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("path", ["/user$", r"/users\?"])
+def test_a_signal_before_anything_was_made_ends_the_program(path: str, number: int, new_hub: LocalHub) -> None:
+    done, took_s, _ = interrupt(new_hub, "stress-test -c 3", matching("GET", path), number, Silence())
+    assert (done.code, done.stdout) == (SIGNALS[number], "") and took_s < 3
+    assert done.stderr.endswith("hub-stress-test: Interrupted; nothing was changed.\n")
+
+
+LOADS = {
+    "creating users": ("stress-test -c 40 -b 1", "/users$"),
+    "starting servers": ('stress-test -c 6 -b 3 -p {"spawn_s":30}', "/server$"),
+    "holding servers": ("stress-test -c 2 --hold 1m", "/users/hub-stress-test-[0-9]+$"),
+    "one process": ("activity-stress-test -c 5 --rate 20 --duration 1m", "/activity"),
+    "two processes": ("activity-stress-test -c 5 --rate 20 --duration 1m --processes 2", "/activity"),
+    "a search": ("activity-stress-test -c 5 --find-capacity", "/activity"),
+    "a search with people": ("stress-test --find-capacity --max-servers 20 --rate 0.2", "/server$"),
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_signal_ends_every_load_at_once(load: str, new_hub: LocalHub) -> None:
+    words, path = LOADS[load]
+    done, took_s, later = interrupt(new_hub, words, matching(None, path))
+    assert done.code == 130 and done.stdout.startswith("INTERRUPTED: ") and "none left" in done.summary, done
+    assert not later and took_s < 10
+    assert not tool_users(new_hub)
+
+
+def test_a_signal_after_everything_was_removed_changes_nothing(new_hub: LocalHub) -> None:
+    deleted: list[Request] = []
+
+    def last_look(request: Request) -> bool:
+        deleted.extend([request] * (request.method == "DELETE" and not request.path.endswith("/server")))
+        return len(deleted) == 2 and request.path.endswith("/metrics")
+
+    done, took_s, _ = interrupt(new_hub, "stress-test -c 2", last_look)
+    assert done.code == 0 and done.stdout.startswith("PASSED: ") and "Interrupted" not in done.stderr
+    assert row(done.stdout, "delete user") == ["2", "0"] and took_s < 5  # it waits for nothing that may come back
