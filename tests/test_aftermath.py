@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -94,12 +96,14 @@ def test_a_process_that_is_watched_is_named_without_the_password_in_its_url() ->
     assert plan.options()["watch"] == ["proxy=http://10.0.0.1:8002/metrics"]
 
 
-def test_the_token_is_not_sent_to_a_process_that_is_watched(hub: LocalHub, tmp_path: Path) -> None:
-    heard: list[str] = []
+@contextlib.contextmanager
+def other_process() -> Iterator[tuple[str, list[Message]]]:
+    """The URL of a page of figures, and the headers of all requests for it."""
+    heard: list[Message] = []
 
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            heard.append(str(self.headers))
+            heard.append(self.headers)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"process_open_fds 7.0\n")
@@ -109,8 +113,24 @@ def test_the_token_is_not_sent_to_a_process_that_is_watched(hub: LocalHub, tmp_p
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
-        words = ["stress-test", "-c", "1", "--watch", f"other=http://127.0.0.1:{other.server_port}/metrics"]
-        _, found = run_for_results(tmp_path / "r", *words, hub=hub)
+        yield f"http://127.0.0.1:{other.server_port}/metrics", heard
         other.shutdown()
+
+
+def test_the_token_is_not_sent_to_a_process_that_is_watched(hub: LocalHub, tmp_path: Path) -> None:
+    with other_process() as (url, heard):
+        words = ["stress-test", "-c", "1", "--watch", f"other={url}"]
+        _, found = run_for_results(tmp_path / "r", *words, hub=hub)
     assert found["aftermath"]["other"]["open_files"] == {"before": 7.0, "peak": 7.0, "after": 7.0, "grown": 0.0}
-    assert heard and not any("authorization" in each.lower() or hub.token in each for each in heard)
+    assert heard and not any("authorization" in each or hub.token in str(each) for each in heard)
+
+
+def test_headers_of_ones_own_go_wherever_the_token_goes() -> None:
+    session = hst.get_session("mine")
+    session.headers["X-Org"] = "physics"
+    with other_process() as (url, heard):
+        for other in (session.sibling(), session.for_cleaning_up(), session.beside(token="theirs")):
+            assert other.ask("GET", url).status == 200
+        hst.Monitor(url, session, wanted=True, is_hub=False).look()
+    seen = [(each["Authorization"], each["X-Org"]) for each in heard]
+    assert seen == [("token mine", "physics")] * 2 + [("token theirs", "physics"), (None, None)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from browser import browser, complaints
 from localhub import LocalHub, free_port
 from selenium.webdriver.common.keys import Keys
@@ -206,6 +207,29 @@ def test_what_will_not_do_is_refused_before_the_first_user(case: str, locust: Lo
     code, said = locust.run("-u", "1", "-t", "5s", *words, env=new_hub.environment | env)
     assert code == expected_code and sentence in said, said
     assert "Ramping" not in said and new_hub.users() == before
+
+
+def test_a_refused_test_leaves_nothing_running(locust: Locust, new_hub: LocalHub) -> None:
+    (locust.folder / "counting.py").write_text(
+        "import gc, gevent\n\nruns = [one for one in gc.get_objects() if isinstance(one, gevent.Greenlet)]\n"
+        "print('cutting:', ['_cut_streams' in repr(one) for one in runs].count(True), flush=True)\n"
+    )
+    port, env = str(free_port()), new_hub.environment | {"JUPYTERHUB_API_TOKEN": "5ca1ab1e"}
+    words = ("--web-host", "127.0.0.1", "--web-port", port, "--hub-operations", "counting.py", "RunningServer")
+    locust.start("web", *words, env=env)
+    wait_until(lambda: "Starting web interface" in locust.said("web"))
+    form = {"user_count": "1", "spawn_rate": "1", "host": new_hub.endpoint}
+    for n in range(1, 4):
+        wait_until(lambda: _posted(f"http://127.0.0.1:{port}/swarm", form))
+        wait_until(lambda n=n: locust.said("web").count("refuses the token") == n)
+    assert set(re.findall(r"cutting: (\d+)", locust.said("web"))) == {"0"}
+
+
+def _posted(url: str, form: dict[str, str]) -> bool:
+    try:
+        return requests.post(url, form, timeout=30).ok
+    except requests.ConnectionError:
+        return False
 
 
 def test_operations_of_ones_own_work_here_too(locust: Locust, new_hub: LocalHub) -> None:
