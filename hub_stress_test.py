@@ -3089,6 +3089,7 @@ class Handshake:
 
     def __init__(self, url: str, session: HubSession, wake: Callable[[], None]) -> None:
         self.reply: Reply | None = None
+        self._heard = b""
         self._clock, self._wake, self.sent_s = session.clock, wake, session.clock()
         place = urllib.parse.urlsplit(url)
         if place.scheme == "https":
@@ -3113,13 +3114,16 @@ class Handshake:
         return self.reply is not None
 
     def read(self) -> None:
-        status, message = 0, CLOSED_UNANSWERED
+        """Take what has arrived, until the first line of an answer is there, or the connection has ended."""
         try:
-            status, message = self._connection.getresponse().status, ""
-        except ssl.SSLWantReadError:  # what came was a part of TLS
+            while b"\n" not in self._heard and (data := self._connection.sock.recv(4096)):
+                self._heard += data
+        except (BlockingIOError, ssl.SSLWantReadError):  # a part of the answer, or of TLS
             return
-        except (OSError, http.client.HTTPException, AttributeError):  # the last when it was closed meanwhile
+        except (OSError, AttributeError):  # the latter when it was closed meanwhile
             pass
+        found = re.match(rb"HTTP/1\.\d (\d{3})\b.*\n", self._heard)
+        status, message = (int(found[1]), "") if found else (0, CLOSED_UNANSWERED)
         self.reply = Reply(status, self.sent_s, self._clock(), message=message)
         self._wake()
 

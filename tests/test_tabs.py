@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import socket
+import ssl
+import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from authority import certificate_for_loopback
 from test_aftermath import FILES, PAGES, looks
 from test_summary import results_of, told
-from tool import NOWHERE, refused_usage
+from tool import NOWHERE, refused_usage, wait_until
 
 import hub_stress_test as hst
 from hub_stress_test import CLOSED_UNANSWERED, UNANSWERED, Change, Event, Kind, Reason, Reply, Snapshot, WayOut
@@ -277,3 +283,31 @@ def test_a_proof_stands_whatever_comes_later() -> None:
     for _ in range(9):
         tabs.drew(answered(503))
     assert tabs.proven() and tabs.lost() == 1
+
+
+def test_an_answer_in_two_tls_records_is_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem, key_pem = certificate_for_loopback(tmp_path)
+    context, rest = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), threading.Event()
+    context.load_cert_chain(pem, key_pem)
+    session, wires = hst.HubSession("t"), hst.Wires()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(pem))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with context.wrap_socket(listener.accept()[0], server_side=True) as client:
+                client.recv(4096)
+                client.sendall(b"HTTP/1.")
+                rest.wait(10)
+                client.sendall(b"1 503 Service Unavailable\r\n\r\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        handshake = hst.Handshake(f"https://127.0.0.1:{listener.getsockname()[1]}/", session, lambda: None)
+        wires.add(handshake)
+        time.sleep(0.2)  # so that the first part has been read
+        assert not handshake.reply
+        rest.set()
+        answering.join()
+    wait_until(lambda: handshake.reply)
+    wires.end()
+    assert handshake.reply and handshake.reply.status == 503
