@@ -1603,6 +1603,7 @@ class Reply:
     retry_after_s: float | None = None
     location: str | None = None  # where a redirect, which is not followed, points
     front: int = 0  # the status that something in front of the hub answered with
+    version: str = ""  # of the JupyterHub that answered, be it the hub or a server; "" of anything else
 
     @property
     def hub_status(self) -> int:
@@ -1695,6 +1696,7 @@ class HubSession(requests.Session):
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
         self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
+        self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
         self._asked_for_token_s, self._token_refused = -math.inf, False
         self._silent = False  # whether that the hub is away was said
         self.traffic = Traffic()
@@ -1773,7 +1775,7 @@ class HubSession(requests.Session):
         if VERSION_HEADER in response.headers:
             self.marked = True if self.marked is None else self.marked
             return True
-        return not self.marked and response.status_code not in (502, 503, 504)
+        return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even where nothing more is asked of it: `GET /user`, at most every 30 s."""
@@ -1897,6 +1899,7 @@ def _read_reply(response: requests.Response, call: Call, sent_s: float, answered
         call.backoff_s,
         _retry_after_s(response),
         response.headers.get("Location"),
+        version=response.headers.get(VERSION_HEADER, ""),
     )
 
 
@@ -2920,7 +2923,9 @@ class PublicSide:
                 return Reason(Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})")
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
-        return self._hub.session.beside(self.traffic, token, wire=wire)
+        browser = self._hub.session.beside(self.traffic, token, wire=wire)
+        browser.of_servers = True
+        return browser
 
     def server_in(self, reply: Reply) -> str | Reason:
         """The URL of the server in a user model, or why people cannot go there; the token goes to no other host."""
@@ -2935,6 +2940,7 @@ class PublicSide:
 
 ELSEWHERE = Reason(Kind.ROUTE, "the hub places the server on another host than people come to (see --public-url)")
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
+NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
 
 
 def judge_visit(reply: Reply) -> tuple[Reason | None, bool]:
@@ -3658,7 +3664,14 @@ def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple
         if not reply.location or not target.startswith(person.url):
             break
         url = target
+    if reply.status == 200 and not reply.version and _lets_in_anybody(url, person.browser):
+        return reply, NO_SERVER, True
     return reply, *judge_visit(reply)
+
+
+def _lets_in_anybody(url: str, browser: HubSession) -> bool:
+    """Whether a page comes without the token too."""
+    return browser.ask("GET", url, call=once(), headers={"Authorization": None}).status == 200
 
 
 def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:

@@ -14,6 +14,7 @@ from tool import wait_until
 PLACES = "".join(
     f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 )  # below the folder, where nginx may write
+HOST = "proxy_set_header Host $http_host;"
 UPGRADES = """
 proxy_set_header Upgrade $http_upgrade;
 proxy_set_header Connection "upgrade";
@@ -34,22 +35,29 @@ http {{
         location / {{
             proxy_pass {upstream};
             proxy_http_version 1.1;
-            proxy_set_header Host $http_host;
+            {host}
             proxy_set_header X-Forwarded-Proto https;
             proxy_buffering off;
             {upgrades}
         }}
+        {more}
     }}
 }}
 """
 
 
 @contextlib.contextmanager
-def nginx(upstream: str, folder: Path, upgrades: bool = True) -> Iterator[tuple[str, Path]]:
-    """The URL at which it stands before the upstream (a URL), and the file of the authority that makes it known."""
+def nginx(
+    upstream: str, folder: Path, upgrades: bool = True, host: bool = True, more: str = ""
+) -> Iterator[tuple[str, Path]]:
+    """The URL at which it stands before the upstream (a URL), and the file of the authority that makes it known.
+
+    It passes on upgrades and the Host header, or does not; `more` are further lines for its server.
+    """
     port = free_port()
     pem, key_pem = certificate_for_loopback(folder)
     given = {"places": PLACES, "port": port, "pem": pem, "key_pem": key_pem, "upgrades": UPGRADES if upgrades else ""}
+    given |= {"host": HOST if host else "", "more": more}
     configuration = folder / "nginx.conf"
     configuration.write_text(CONFIGURATION.format(upstream=upstream.rstrip("/"), **given))
     ends_with_us = ["setpriv", "--pdeathsig", "KILL"]

@@ -409,7 +409,8 @@ class Site(HubWithUsers):
         self.came.append(url)
         response = super().send(request, *args, **kwargs)
         response.status_code, location = self.pages[url.removeprefix("http://x")]
-        response.headers = requests.structures.CaseInsensitiveDict({"Location": location} if location else {})
+        headers = {"X-JupyterHub-Version": "6.1.1"} | ({"Location": location} if location else {})
+        response.headers = requests.structures.CaseInsensitiveDict(headers)
         return response
 
 

@@ -344,12 +344,17 @@ def test_who_comes_after_others_have_lost_their_connections_gets_to_work(labs: L
 # ==== TLS in front ===================================================================================================
 
 
+def behind(url: str, authority: Path) -> dict[str, str]:
+    """The environment of a tool that asks the hub through nginx."""
+    return {"JUPYTERHUB_ENDPOINT": f"{url}hub/api", "REQUESTS_CA_BUNDLE": str(authority)}
+
+
 @pytest.mark.parametrize("upgrades", [True, False])
 def test_behind_tls_people_work_if_the_ingress_passes_websockets_and_else_are_asked_about_it(
     upgrades: bool, labs: LocalHub, stage: Stage, tmp_path: Path
 ) -> None:
     with nginx(labs.public_url, tmp_path, upgrades) as (url, authority):
-        env = {"JUPYTERHUB_ENDPOINT": f"{url}hub/api", "REQUESTS_CA_BUNDLE": str(authority)}
+        env = behind(url, authority)
         what = "TLS by nginx" + ", no upgrades" * (not upgrades)
         end = stage.rehearse(what, "kernel", labs, "-c", "3", "--work", "--think", "1s", "--hold", "2s", env=env)
     if upgrades:
@@ -357,6 +362,15 @@ def test_behind_tls_people_work_if_the_ingress_passes_websockets_and_else_are_as
         assert "cell" in end.results["operations"], end.done.stdout + end.done.stderr
     else:
         judge(end, 0, {"the websocket was refused (400: does the proxy pass upgrades?)": 3})
+
+
+def test_a_login_page_with_200_is_no_server(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
+    login = 'location /user/ { return 200 "Sign in"; }'
+    with nginx(labs.public_url, tmp_path, more=login) as (url, authority):
+        env = behind(url, authority)
+        end = stage.rehearse("200 from a login page", "visit", labs, "-c", "3", "--visit", env=env)
+    judge(end, 0, {hst.NO_SERVER.text: 3})
+    assert end.results["operations"]["visit"]["latency_s"]["max"] is None and end.seconds < 20
 
 
 # ==== Servers and kernels, real ones =================================================================================
