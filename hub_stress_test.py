@@ -1029,6 +1029,11 @@ class Plan:
         return any(one.visit or one.page or one.work or one.leave_open or one.check_proxy for one in self.groups)
 
     @property
+    def works(self) -> bool:
+        """Whether some people run cells."""
+        return any(group.work for group in self.groups)
+
+    @property
     def leaves(self) -> bool:
         """Whether people leave by themselves, and not only when cleaning up removes them."""
         return bool(self.stay_s) or self.leave_open > 0
@@ -2912,6 +2917,8 @@ class PublicSide:
         self.url = public_url(hub, plan)
         self.traffic, self.wires = Traffic(), Wires()
         self.reached = False  # whether any visit has come through
+        self.browser_tried = threading.Lock()  # held once somebody has tried what a browser sends
+        self.warnings: list[str] = []
         self._hub, self._token = hub, plan.visit_token
 
     def browser(self, name: str) -> HubSession | Reason:
@@ -3620,6 +3627,10 @@ def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
     ended_s = reply.answered_s if reason is None else site.hub.session.clock()
     message = reply.message if isinstance(reply.data, dict) else ""
     yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=message)
+    if reason is None and person.browser and site.public.browser_tried.acquire(blocking=False):
+        if (refused := why_browsers_are_refused(person.url, person.browser)) and site.plan.works:
+            raise CutShort(refused)
+        site.public.warnings += [refused] if refused else []
 
 
 def until_open(person: Visitor, site: Site, until_s: float) -> Generator[float, None, tuple[Reply, Reason | None, int]]:
@@ -3672,6 +3683,29 @@ def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple
 def _lets_in_anybody(url: str, browser: HubSession) -> bool:
     """Whether a page comes without the token too."""
     return browser.ask("GET", url, call=once(), headers={"Authorization": None}).status == 200
+
+
+def why_browsers_are_refused(url: str, browser: HubSession) -> str:
+    """Why a server refuses what browsers send, though it takes the same with a token; "" when it does not.
+
+    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site allows that
+    origin. Of who has a token it does not ask that, so a proxy that loses the Host header is seen by browsers alone.
+    """
+    place = urllib.parse.urlsplit(url)
+    origin = f"{place.scheme}://{place.netloc.rpartition('@')[2]}".lower()
+    origin = origin.removesuffix({"http": ":80", "https": ":443"}[place.scheme])
+
+    def status(**headers: str) -> int:
+        anonymous = headers | {"Authorization": None}
+        return browser.ask("GET", f"{url}api/status", call=once(observer=True), headers=anonymous).status
+
+    if status(Origin=origin) != 404 or (otherwise := status()) not in (200, 403):
+        return ""
+    return (
+        f"no browser gets a kernel: servers refuse what a page at {origin} sends (404, and {otherwise} without its "
+        "Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header Host $http_host; or "
+        "have the servers allow that origin (allow_origin)"
+    )
 
 
 def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -5626,7 +5660,7 @@ def results_of(run: Run) -> Results:
         aftermath=aftermath_of(looks, bool(run.cleaned.kept), leaking=run.site.tabs.proven()),
         tabs=tabs_of(run.site.tabs) if plan.leaves_tabs else None,
         proxy_check=run.proxy_check,
-        warnings=[*run.troubles, *run.warnings, *_restart_warning(restarts)],
+        warnings=[*run.troubles, *run.warnings, *run.site.public.warnings, *_restart_warning(restarts)],
         advice=[],
         timeline=_timeline_in(run, bool(servers)),
         groups={one.group: people_of(_only(one, rows), one.count, cut_short) for one in plan.event} or None,

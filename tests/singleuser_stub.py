@@ -434,6 +434,8 @@ class Server:
         return response
 
     async def _route(self, request: web.BaseRequest, parts: list[str]) -> web.StreamResponse:
+        if "api" in parts and _is_foreign(request) and await self._access(request) is Access.UNKNOWN:
+            return _refused(404, "Not Found")
         match request.method, parts:
             case "GET", [""]:
                 return _redirect(self.prefix + "lab?")
@@ -598,6 +600,11 @@ async def _keep_up(socket: web.WebSocketResponse, request: web.BaseRequest) -> N
             await asyncio.wait_for(socket.ping(), PING_S)
     if request.transport:
         request.transport.abort()
+
+
+def _is_foreign(request: web.BaseRequest) -> bool:
+    """Whether a browser sent it for a page of another site, by the Host header."""
+    return request.headers.get("Origin", "//").partition("//")[2] not in ("", request.headers.get("Host"))
 
 
 def _size_of_json(path: str) -> int | None:

@@ -1169,6 +1169,7 @@ def test_people_fetch_what_a_browser_fetched_and_fail_when_a_part_of_it_does_not
     assert witness.truth["requests"] == {
         "GET /": {302: 3},
         "GET /lab": {200: 6},
+        "GET /api/status": {403: 1},  # as a browser asks, once in a run
         "GET /static": {200: 3},
         "GET /api/kernelspecs": {200: 3},
         "GET /nonsense": {404: 3},

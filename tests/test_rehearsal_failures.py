@@ -364,6 +364,18 @@ def test_behind_tls_people_work_if_the_ingress_passes_websockets_and_else_are_as
         judge(end, 0, {"the websocket was refused (400: does the proxy pass upgrades?)": 3})
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--work", "--hold", "1s"], 1), (["--visit"], 0)])
+def test_a_proxy_that_loses_the_host_header_is_found(
+    words: list[str], code: int, labs: LocalHub, stage: Stage, tmp_path: Path
+) -> None:
+    with nginx(labs.public_url, tmp_path, host=False) as (url, authority):
+        env = behind(url, authority)
+        end = stage.rehearse("no Host header", words[0].strip("-"), labs, "-c", "3", "-b", "1", *words, env=env)
+    judge(end, 0 if code else 3, {NEVER_CAME: 3} if code else {}, code)
+    refused = f"no browser gets a kernel: servers refuse what a page at {url.rstrip('/')} sends (404, and 403"
+    assert end.done.summary.count(refused) == 1 and "proxy_set_header Host $http_host;" in end.done.summary
+
+
 def test_a_login_page_with_200_is_no_server(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
     login = 'location /user/ { return 200 "Sign in"; }'
     with nginx(labs.public_url, tmp_path, more=login) as (url, authority):

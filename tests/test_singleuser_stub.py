@@ -35,7 +35,8 @@ class Person:
     def ask(self, method: str, path: str, token: str = "allowed", **more: Any) -> requests.Response:
         """A request to the server, through the proxy; redirects are not followed."""
         url = f"{self.hub.public_url}user/{self.name}/{path}"
-        return requests.request(method, url, headers=self.sign(token), allow_redirects=False, timeout=WITHIN_S, **more)
+        headers = self.sign(token) | more.pop("headers", {})
+        return requests.request(method, url, headers=headers, allow_redirects=False, timeout=WITHIN_S, **more)
 
     def sign(self, token: str) -> dict[str, str]:
         known = {"bad": "0" * 32, "forbidden": self.hub.token, "allowed": self.hub.visit_token}
@@ -113,6 +114,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "api/kernelspecs", {}),
     ("GET", "lab/api/settings", {}),
     ("GET", "nonsense", {}),
+    *(("GET", path, {"headers": {"Origin": "https://other.example.org"}}) for path in ("api", "api/status", "lab")),
 ]
 
 
