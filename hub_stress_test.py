@@ -2950,17 +2950,25 @@ NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
 NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
 
 
-def judge_visit(reply: Reply) -> tuple[Reason | None, bool]:
-    """Why an answer is not the page that was asked for (None: it is), and whether it is no use to try again."""
-    where = urllib.parse.urlsplit(reply.location or "").path
+def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Reason | None, bool]:
+    """Why an answer is not the page that was asked for at `url` (None: it is), and whether it is no use to try again.
+
+    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub.
+    """
+    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
     if reply.status == 200:
         return None, True
     if not reply.status:
         return Reason(Kind.ROUTE, f"no page: {reply.message}"), False
-    if "/hub/api/oauth2/authorize" in where:
+    if reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
+        versions = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}"
+        return Reason(Kind.REFUSED, f"{versions}: such a server lets in its own user only ({reply.status})"), True
+    if "/hub/api/oauth2/authorize" in there.path:
         return Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"), True
-    if "/hub/" in where:
+    if "/hub/" in there.path:
         return NO_ROUTE, False
+    if (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname):
+        return Reason(Kind.ROUTE, "a redirect to http: the proxy does not pass X-Forwarded-Proto"), True
     if reply.location:
         return Reason(Kind.ROUTE, f"the page redirects elsewhere ({reply.status})"), True
     if reply.status == 403:
@@ -3677,7 +3685,7 @@ def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple
         url = target
     if reply.status == 200 and not reply.version and _lets_in_anybody(url, person.browser):
         return reply, NO_SERVER, True
-    return reply, *judge_visit(reply)
+    return reply, *judge_visit(reply, url, site.hub.version)
 
 
 def _lets_in_anybody(url: str, browser: HubSession) -> bool:
@@ -3750,6 +3758,8 @@ def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
         kernel = site.public.wires.open(url, browser, max(0.1, until_s - browser.clock()), person.wake)
     elif reply.message == TIMED_OUT:
         kernel = NO_KERNEL
+    elif reply.status == 404:
+        kernel = Reason(Kind.REFUSED, "the server is no Jupyter (404 for kernels): use --visit and --page")
     else:
         kernel = Reason(Kind.REFUSED, f"the server did not start a kernel ({reply.status or reply.message})")
     if isinstance(kernel, Reason):

@@ -112,6 +112,9 @@ class HubOptions:
         "--named-servers", 0, "each user may have so many named servers (0: the hub allows none)", "SERVERS"
     )
     real_servers: bool = option("--real-servers", False, "servers are jupyterhub-singleuser instead of stubs")
+    server_version: str | None = option(
+        "--server-version", None, "with --real-servers: of this JupyterHub, as an old image is (the hub's)", "X.Y.Z"
+    )
     stub_labs: bool = option("--stub-labs", False, "servers are stubs with start pages, kernels and websockets")
     kernel_start_s: float = option(
         "--kernel-start", 0.33, "a kernel of a stub lab takes so many seconds to start (0.33)", "SECONDS"
@@ -267,6 +270,7 @@ class LocalHub:
             "labs_url": self._labs_url,
             "kubernetes_url": self._cluster.url if self._cluster else "",
             "database": self._database(),
+            "server_python": hub_python(self.options.server_version, True) if self.options.server_version else "",
         }
         options = json.dumps(dataclasses.asdict(self.options) | given)
         python = hub_python(self.options.version, self.options.real_servers, self.options.kube)

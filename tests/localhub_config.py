@@ -184,7 +184,7 @@ def set_up_kubespawner(kube: Any, url: str) -> None:
 class RealSpawner(SimpleLocalProcessSpawner):
     """Real notebook servers, in a temporary home, that end with the hub."""
 
-    cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
+    cmd = [OPTIONS["server_python"] or sys.executable, "-m", "jupyterhub.singleuser"]
 
     def make_preexec_fn(self, name: str) -> Callable[[], None]:
         prepare = super().make_preexec_fn(name)

@@ -303,6 +303,27 @@ def test_what_a_visit_was_answered_is_a_page_or_a_reason_and_final_or_tried_agai
     assert hst.judge_visit(reply) == (reason, final)
 
 
+IN_TLS = "https://hub.example.org/user/ann/"
+TO_HTTP = Reason(Kind.ROUTE, "a redirect to http: the proxy does not pass X-Forwarded-Proto")
+TO_ELSEWHERE = Reason(Kind.ROUTE, "the page redirects elsewhere (302)")
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("http://hub.example.org/user/ann/lab", TO_HTTP),
+        ("http://hub.example.org:8000/user/ann/lab", TO_HTTP),
+        ("http://hub.example.org.evil.org/user/ann/lab", TO_ELSEWHERE),
+        ("http://hub/user/ann/lab", TO_ELSEWHERE),
+        ("https://hub.example.org/", TO_ELSEWHERE),
+        ("http://hub.example.org/hub/user/ann/", hst.NO_ROUTE),
+    ],
+)
+def test_a_redirect_to_http_behind_tls_is_told_apart(location: str, reason: Reason) -> None:
+    assert hst.judge_visit(answer(302, location), IN_TLS, "6.1.1")[0] == reason
+    assert hst.judge_visit(answer(302, location), "http://hub.example.org/user/ann/")[0] != TO_HTTP
+
+
 def public_side(endpoint: str, **options: Any) -> hst.PublicSide:
     return hst.PublicSide(hst.Hub(endpoint, hst.HubSession("t", HubWithUsers())), hst.Plan(**options))
 

@@ -385,6 +385,34 @@ def test_a_login_page_with_200_is_no_server(labs: LocalHub, stage: Stage, tmp_pa
     assert end.results["operations"]["visit"]["latency_s"]["max"] is None and end.seconds < 20
 
 
+def test_a_redirect_to_http_takes_no_token_there(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
+    back = "location /user/ { return 302 http://$host:$server_port$request_uri; }"
+    with nginx(labs.public_url, tmp_path, more=back) as (url, authority):
+        end = stage.rehearse("redirect to http", "visit", labs, "-c", "2", "--visit", env=behind(url, authority))
+    judge(end, 0, {"a redirect to http: the proxy does not pass X-Forwarded-Proto": 2})
+    assert end.results["http"]["servers"]["statuses"] == {"302": 2}
+
+
+def test_a_server_without_kernels_is_no_jupyter(labs: LocalHub, stage: Stage) -> None:
+    missing = Answer(404, b"Not Found", {"X-JupyterHub-Version": "6.1.1"})
+    end = stage.rehearse(
+        "no Jupyter",
+        "kernel",
+        labs,
+        *("-c", "2", "--work"),
+        public=lambda request: missing if request.path.endswith("/api/kernels") else None,
+    )
+    judge(end, 0, {"the server is no Jupyter (404 for kernels): use --visit and --page": 2})
+
+
+def test_an_image_of_version_1_under_a_newer_hub_is_recognised(stage: Stage) -> None:
+    with LocalHub(real_proxy=True, real_servers=True, server_version="1.5.1") as hub:
+        end = stage.rehearse("image with JupyterHub 1.5.1", "visit", hub, "-c", "1", "--visit")
+        version = hub.call("GET", "/")[1]["version"]
+    versions = f"the server's image has JupyterHub 1.5.1, the hub {version}"
+    judge(end, 0, {f"{versions}: such a server lets in its own user only (403)": 1})
+
+
 # ==== Servers and kernels, real ones =================================================================================
 
 
