@@ -14,7 +14,7 @@ Three commands answer, from a shell or a CI job:
   Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
   Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
   How many people a minute does it take?           stress-test --find-capacity --max-servers 200     10 to 20 min
-  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m                15 min
+  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m --visit        15 min
   Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
   How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
   What did earlier runs leave?                     purge                                             seconds
@@ -37,13 +37,14 @@ up can take back: that is said, and fails the run. With --own-servers it makes n
 token's owner, of which all this is true; the owner's other servers are left alone.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost.
-"Visit" runs from ready to the page. Every other latency runs from sending a request (with --rate, from when it was due)
-to its final answer, without the time that the tool slept because the hub asked it to wait. "Ping" reads one user five
-times a second, and counts from when each ping was due: it is what everybody else on the hub feels. "At work" is what a
-person waits who wants to work: from the moment they were due to the page of their server, or to the result of their
-first cell. "Hub's own" comes from the hub's metrics page. Latencies are of what succeeded; failures are counted beside
-them, never averaged in. Percentiles are within 1 %.
+that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost, by
+the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready to the page. Every other latency
+runs from sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
+slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each ping was
+due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the moment
+they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
+metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
+within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
 could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
@@ -3835,7 +3836,7 @@ def think(person: Visitor, kernel: Kernel, site: Site, until_s: float) -> Iterat
 
 
 def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Keep the server, then look whether it is still there: it failed if the server was lost. Raises `HubRefused`."""
+    """Keep the server, then look whether it is there, and answers if it was visited. Raises `HubRefused`."""
     session = site.hub.session
     person.works_s = began_s = person.works_s or person.since_s
     site.gathering.settle(person.name)
@@ -3850,6 +3851,8 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
     if not lost and person.browser:
         _, lost, _ = yield from until_open(person, site, session.clock() + person.plan.visit_timeout_s)
+        if lost and lost.kind is not Kind.REFUSED:
+            lost = Reason(Kind.LOST, f"it no longer answered at the end of the hold: {lost.text}")
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
 
 
@@ -6311,6 +6314,8 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
     yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}{throttled}{since}"
     if given_up := _given_up(results):
         yield "given up", given_up
+    if options["hold"] and "stay" in results.operations and not results.people:
+        yield "hold", f"{duration_text(options['hold'])}; who stayed is the hub's word, --visit asks the servers too"
     if people := results.people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
