@@ -1132,6 +1132,7 @@ class Reason:
 
     kind: Kind
     text: str
+    open_s: float | None = dataclasses.field(default=None, compare=False)  # of a websocket: until it broke
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3007,7 +3008,7 @@ class Kernel:
         self.socket, self.number = socket, socket.sock.fileno()
         self.trouble: Reason | None = None  # why nothing more comes of this kernel
         self._wake, self._lock = wake, threading.Lock()
-        self._execution = Execution("")
+        self._execution, self._opened_s = Execution(""), time.monotonic()
 
     @property
     def ended(self) -> bool:
@@ -3026,7 +3027,7 @@ class Kernel:
                 self.socket.send(json.dumps(message))
                 self.socket.settimeout(0)
             except Exception:  # of websocket-client, ssl or the socket
-                self._fail(CONNECTION_LOST)
+                self._fail(self._lost())
         return self._execution
 
     def read(self) -> None:
@@ -3036,13 +3037,13 @@ class Kernel:
                 with self._lock:
                     opcode, data = self.socket.recv_data()
                 if opcode == CLOSED:
-                    self._fail(CONNECTION_LOST)
+                    self._fail(self._lost())
                 elif opcode == TEXT:
                     self._hear(json.loads(data))
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         except Exception:  # of websocket-client, ssl, the socket, or a message that is none
-            self._fail(CONNECTION_LOST)
+            self._fail(self._lost())
 
     def close(self) -> None:
         """Close the connection; the kernel stays."""
@@ -3063,6 +3064,9 @@ class Kernel:
             self._fail(Reason(Kind.CELL, "somebody shut the kernel down"))
         elif execution.ended_s is not None and not had_ended:
             self._wake()
+
+    def _lost(self) -> Reason:
+        return dataclasses.replace(CONNECTION_LOST, open_s=time.monotonic() - self._opened_s)
 
     def _fail(self, reason: Reason) -> None:
         self.trouble = self.trouble or reason
@@ -5695,7 +5699,8 @@ def _judged(found: Results, run: Run) -> Results:
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
     bad = unfound or any(one.held for one in conditions)
     code = exit_code([] if not_ours else run.cleaned.left, run.interrupted_by, bool(run.troubles), bad)
-    next_steps = list(advice(found, run.record.kinds())) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
+    kinds, time_out_s = run.record.kinds(), time_out_in_front(run.record.people)
+    next_steps = list(advice(found, kinds, time_out_s)) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
     return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
@@ -6061,7 +6066,19 @@ def _until_work(means: Mapping[str, float]) -> Iterator[str]:
         yield f"people waited {duration_text(means['at_work'])} on average until they could work: {took}"
 
 
-def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
+def time_out_in_front(people: People) -> float | None:
+    """How long all websockets had been open that broke; None when it differs, or they broke at the same moment."""
+    ends = [end for row in people.values() for end in row.values()]
+    broken = [(end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None]
+    if len(broken) < 3:
+        return None
+    open_s, moments_s = map(sorted, zip(*broken))
+    differ_s = open_s[-1] - open_s[0]
+    alike = differ_s < max(0.5, 0.02 * open_s[-1]) and moments_s[-1] - moments_s[0] > max(1.0, 2 * differ_s)
+    return open_s[len(open_s) // 2] if alike else None
+
+
+def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> Iterator[str]:
     """What to look at next, when a run has failed in such ways."""
     servers, own, in_front = results.servers, results.hub.metrics, results.http.in_front
     if Kind.AWAY in kinds and results.hub.proxy:
@@ -6082,7 +6099,10 @@ def advice(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
         yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
     if Kind.ROUTE in kinds:
         yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
-    if Kind.WIRE in kinds:
+    if time_out_s is not None:
+        lasted = f"{time_out_s:.0f} s"
+        yield f"all websockets that broke had been open for {lasted}: something in front has a time-out of {lasted}"
+    elif Kind.WIRE in kinds:
         yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
     if results.leaking:
         yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; upgrade it"

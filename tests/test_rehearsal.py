@@ -784,6 +784,26 @@ def timeline(*who: str, more: list[Event] | None = None) -> hst.ServersTimeline:
     return hst.servers_timeline(record.people, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("broken", "time_out_s"),  # how long each had been open, and when it broke
+    [
+        ([(60.1, 100.0), (60.0, 110.0), (60.2, 115.0)], 60.1),
+        ([(60.1, 100.0), (60.0, 110.0)], None),
+        ([(60.1, 100.0), (60.0, 110.0), (45.0, 115.0)], None),
+        ([(5.1, 100.0), (5.2, 100.1), (5.0, 100.0)], None),  # came together, and broke together
+        ([(60.1, 100.0), (60.0, 110.0), (None, 115.0)], None),
+    ],
+)
+def test_websockets_that_break_equally_old_reveal_a_time_out(
+    broken: list[tuple[float | None, float]], time_out_s: float | None
+) -> None:
+    people = {
+        str(n): {"cell": Event("cell", str(n), ended_s, ended_s, ended_s, Reason(Kind.WIRE, "x", open_s))}
+        for n, (open_s, ended_s) in enumerate(broken)
+    }
+    assert hst.time_out_in_front(people) == time_out_s
+
+
 def test_the_timeline_has_the_moments_of_each_person() -> None:
     page = [did("page", 1, 3.0), leaves(1, 11.0)]
     line = timeline("works", "no page", "a cell fails", "lost", "never ready", more=page)

@@ -376,6 +376,15 @@ def test_a_proxy_that_loses_the_host_header_is_found(
     assert end.done.summary.count(refused) == 1 and "proxy_set_header Host $http_host;" in end.done.summary
 
 
+def test_a_time_out_in_front_is_named(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
+    with nginx(labs.public_url, tmp_path, more="proxy_read_timeout 2s;") as (url, authority):
+        words = ["-c", "4", "--rate", "1", "--work", "--think", "30s", "--hold", "4s"]
+        end = stage.rehearse("websockets time out", "work", labs, *words, env=behind(url, authority))
+    judge(end, 4, {LOST: 4})
+    said = "all websockets that broke had been open for 2 s: something in front has a time-out of 2 s"
+    assert said in end.done.summary
+
+
 def test_a_login_page_with_200_is_no_server(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
     login = 'location /user/ { return 200 "Sign in"; }'
     with nginx(labs.public_url, tmp_path, more=login) as (url, authority):
