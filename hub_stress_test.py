@@ -6132,11 +6132,12 @@ def _without_servers(results: Results, kinds: Collection[Kind]) -> Iterator[str]
     reasons = {one.reason for one in servers.failures} if servers else set()
     said = " ".join([*results.warnings, *reasons])
     chosen = any(group.get("profile") for group in options.get("event") or [options])
+    alike = servers is not None and not servers.ready and len(servers.failures) > len(reasons) == 1
     if re.search("getpwnam|does not exist on the system", said):
         yield "the hub's users need unix accounts: make some with these names, or test with --own-servers"
     elif "Invalid username" in said:
         yield "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers"
-    elif Kind.SPAWN in kinds and servers and not servers.ready and len(reasons) == 1 and not chosen:
+    elif Kind.SPAWN in kinds and alike and not chosen:
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
 
 
