@@ -16,7 +16,7 @@ import pytest
 import requests
 from authority import certificate_for_loopback
 from fault_proxy import Answer, FaultProxy, Request, every, hub_answer, matching
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from localhub import LocalHub
 from test_faults import FromThenOn
@@ -146,6 +146,7 @@ class Creates(hst.SimulatedHub):
         return status, models if status == 201 else {"status": status, "message": "no"}
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["", "lms_"]), st.sampled_from([201, 400, 409, 500, None])),
