@@ -408,11 +408,13 @@ def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the
     assert browser.stopping is hub.session.stopping
 
 
-@pytest.mark.parametrize("status", [403, 500, 503])
-def test_on_1x_nobody_elses_token_enters_a_server_when_the_hub_makes_none(status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "said"), [(403, "403"), (500, "500"), (503, "something in front of the hub answered 503")]
+)
+def test_on_1x_nobody_elses_token_enters_a_server_when_the_hub_makes_none(status: int, said: str) -> None:
     hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status), retry_window_s=0.0), "1.5.1")
     public = hst.PublicSide(hub, hst.Plan(visit=True, visit_token=hst.Secret("the-second")))
-    assert public.browser("ann") == Reason(Kind.REFUSED, f"the hub made no token for the user ({status})")
+    assert public.browser("ann") == Reason(Kind.REFUSED, f"the hub made no token for the user ({said})")
 
 
 class Site(HubWithUsers):
