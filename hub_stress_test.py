@@ -2955,7 +2955,8 @@ NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, wi
 def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Reason | None, bool]:
     """Why an answer is not the page that was asked for at `url` (None: it is), and whether it is no use to try again.
 
-    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub.
+    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has just begun
+    answers 404 until the hub has given it its routes.
     """
     here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
     if reply.status == 200:
@@ -2977,7 +2978,9 @@ def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Rea
         return Reason(Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"), True
     if reply.status == 503:
         return Reason(Kind.ROUTE, "nobody listens there (503)"), False
-    return Reason(Kind.ROUTE, f"the server's page was answered {reply.status}"), reply.status == 404
+    return Reason(Kind.ROUTE, f"the server's page was answered {reply.status}"), reply.status == 404 and bool(
+        reply.version
+    )
 
 
 @dataclasses.dataclass

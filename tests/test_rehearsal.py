@@ -285,7 +285,12 @@ def answer(status: int, location: str | None = None, data: Any = None, message: 
             True,
         ),
         (answer(503, message="not JSON but text/html"), Reason(Kind.ROUTE, "nobody listens there (503)"), False),
-        (answer(404), Reason(Kind.ROUTE, "the server's page was answered 404"), True),
+        (answer(404), Reason(Kind.ROUTE, "the server's page was answered 404"), False),
+        (
+            dataclasses.replace(answer(404), version="6.1.1"),
+            Reason(Kind.ROUTE, "the server's page was answered 404"),
+            True,
+        ),
         (
             answer(500, message="Failed to connect to Hub API"),
             Reason(Kind.ROUTE, "the server's page was answered 500"),
