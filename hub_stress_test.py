@@ -48,7 +48,8 @@ within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
 could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
-4 something that this run made is still on the hub; 130 and 143 interrupted by SIGINT and SIGTERM, cleaned up.
+4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and 143 interrupted by SIGINT
+and SIGTERM, cleaned up.
 
 What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a proxy, a
 page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
@@ -127,6 +128,7 @@ TOKEN_CHECK_EVERY_S = 30.0  # at most so often is the hub asked whether it still
 LATE_ACT_S = 2.0  # how long a hub may take to act on a request whose answer was lost
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub names no time
 HEAD_START_S = 0.02  # of throttled starts before new ones
+FIRST_STARTS = 3  # at most so many fail before any server is ready: a hub may exit after five in a row
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
 OPEN_STARTS_MAX = 1000  # threads, and so servers that can be starting at one time in the open model
 LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
@@ -355,6 +357,24 @@ def things(own_servers: bool) -> str:
 def purge_command(run: str | None, own_servers: bool = False) -> str:
     """The command that removes what a run left behind."""
     return "hub-stress-test purge" + " --own-servers" * own_servers + (f" --run {run}" if run else "")
+
+
+def pods_command(run: str | None, own_servers: bool = False) -> str:
+    """The command that finds the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
+
+    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for each hyphen.
+    """
+    name = USERNAME_PREFIX if own_servers or not run else username(0, run)[:-2][:36]
+    return f"kubectl get pods,pvc -n NAMESPACE | grep -E '{name.replace('-', '-(2d)?')}'"
+
+
+def still_starting(number: int) -> str:
+    """What may be left of so many servers that were stopped while they were starting."""
+    they, their = ("it was", "its") if number == 1 else ("they were", "their")
+    return (
+        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} spawner may have "
+        "left jobs, pods or containers (squeue, kubectl, docker ps)"
+    )
 
 
 # ==== Pure rules: conditions =========================================================================================
@@ -1482,17 +1502,20 @@ class ServerState(enum.Enum):
 
 
 def server_state(model: Json) -> ServerState:
-    """What a user model means. One without `servers` comes from a token that may not read servers: not known."""
+    """What a user model means. One without `servers` comes from a token that may not read servers: not known.
+
+    A hub that has restarted checks each server that it remembers, for up to 30 s ("pending": "check"). Until it has
+    found the server or shut it down, it does not know the state either, and answers 500 to a request to stop it.
+    """
     if "servers" not in model:
         return ServerState.UNKNOWN
     server = (model["servers"] or {}).get("")
     if server is None or server.get("stopped"):
         return ServerState.STOPPED
-    if server.get("pending") == "spawn":
-        return ServerState.STARTING
-    if server.get("pending") == "stop":
-        return ServerState.STOPPING
-    return ServerState.READY
+    if server.get("pending"):
+        pending = {"spawn": ServerState.STARTING, "stop": ServerState.STOPPING}
+        return pending.get(server["pending"], ServerState.UNKNOWN)
+    return ServerState.READY if server.get("ready") else ServerState.STOPPED
 
 
 def state_after_stop(status: int) -> ServerState:
@@ -2484,8 +2507,10 @@ class Driver:
         gatherings: Sequence[Gathering] = (),
         may_begin: Callable[[], bool] = lambda: True,
         threads: int = 0,  # at most; 0: as many as the limit
+        places: Callable[[int], int] = lambda limit: limit,  # how many of them there are now
     ) -> None:
         self._session, self._limit, self._due_at, self._until_s = session, limit, due_s, until_s
+        self._places = places
         self._gatherings, self._may_begin = gatherings, may_begin
         self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
@@ -2542,7 +2567,7 @@ class Driver:
 
     def _next_due_s(self, count: int, now_s: float) -> float:
         """When the next of so many walks is to begin; infinity when none is, or no place is free."""
-        if self._all_begun(count, now_s) or self._beginning >= self._limit:
+        if self._all_begun(count, now_s) or self._beginning >= self._places(self._limit):
             return math.inf
         return self._due_at(self._begun) if self._due_at else now_s
 
@@ -2643,7 +2668,7 @@ class Regularly:
 
 _OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
     "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
-    "running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+    "server_stop_seconds_count|running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
 )
 NO_METRICS_SCOPE = "the token lacks the scope read:metrics"
 LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
@@ -3418,6 +3443,66 @@ class Turns:
                 self._waiting.remove(due_s)
 
 
+class FirstStarts:
+    """The starts of a run until one server is ready. Three failures before that end the run.
+
+    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A start
+    that merely takes long does not count, nor one that is throttled or gets no answer.
+    """
+
+    def __init__(self) -> None:
+        self._ready, self._failures = False, list[str]()
+
+    def places(self, limit: int) -> int:
+        """How many servers may be starting at the same time, of the `limit` that holds later."""
+        return limit if self._ready else min(limit, FIRST_STARTS - len(self._failures))
+
+    def check(self) -> None:
+        """Raises `CutShort` when nobody else is to start."""
+        if not self._ready and len(self._failures) >= FIRST_STARTS:
+            raise CutShort(f"nothing started: the first three starts failed: {self._failures[0]}")
+
+    def note(self, failure: Reason | None) -> None:
+        """How a start ended. Raises `CutShort` when nobody else is to start."""
+        self._ready |= failure is None
+        if failure and failure.kind in (Kind.SPAWN, Kind.REFUSED):
+            self._failures.append(failure.text)
+            self.check()
+
+
+@dataclasses.dataclass
+class Removal:
+    """How far users have been removed, and what the hub said."""
+
+    gone: set[str] = dataclasses.field(default_factory=set)
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # whose server was stopped while it was starting
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one, for each user
+    stopping_s: dict[str, float] = dataclasses.field(default_factory=dict)  # since when the hub stops their server
+
+    def note(self, name: str, reply: Reply, task: str) -> None:
+        """What the hub answered to a request to stop a server or delete a user."""
+        self.refusals.pop(name, None)
+        if reply.front:
+            self.refusals[name] = reply.message
+        elif reply.hub_status >= 400:
+            verb = "fails" if reply.status >= 500 else "refuses"
+            message = f": {without_name(reply.message, name)}" if reply.message else ""
+            self.refusals[name] = f"the hub {verb} to {task} ({reply.status}){message}"
+
+    def look(self, left: Mapping[str, ServerState], now_s: float) -> None:
+        """What the hub listed."""
+        self.gone.difference_update(left)
+        stopping = [name for name, state in left.items() if state is ServerState.STOPPING]
+        self.stopping_s = {name: self.stopping_s.get(name, now_s) for name in stopping}
+
+    def in_the_way(self, left: Iterable[str], now_s: float) -> str:
+        """Why these users are still there, as far as the hub tells."""
+        since_s = min((at_s for name, at_s in self.stopping_s.items() if name in left), default=None)
+        reasons = [] if since_s is None else [f"the hub has been stopping servers for {duration_text(now_s - since_s)}"]
+        said = [self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s]
+        return "; ".join(reasons + [text for text, _ in collections.Counter(said).most_common(2)])
+
+
 @dataclasses.dataclass
 class Site:
     """What the people of one run share."""
@@ -3426,11 +3511,13 @@ class Site:
     plan: Plan
     record: Recorder
     turns: Turns = dataclasses.field(default_factory=Turns)
+    first_starts: FirstStarts = dataclasses.field(default_factory=FirstStarts)
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
     gathering: Gathering = dataclasses.field(default_factory=Gathering)
     leaving: Gathering | None = None  # until everybody has left; None: each person goes by themselves
     tabs: Tabs = dataclasses.field(default_factory=Tabs)
     claims: Claims = dataclasses.field(default_factory=Claims)
+    removal: Removal = dataclasses.field(default_factory=Removal)
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -3484,22 +3571,24 @@ def come(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Ask for a server, as often as the hub throttles, and follow it until it is ready or has failed.
 
     Leaves `start_server`, unless no answer came, and `server_ready`. After that it goes on at once: the driver sees
-    that the start has ended.
+    that the start has ended. Raises `CutShort`.
     """
     session = site.hub.session
-    site.states[person.name] = ServerState.READY  # from now on something may be running
+    site.first_starts.check()
+    site.states[person.name] = ServerState.STARTING  # from now on something may be running
     reply, asked = _ask_for_server(person, site)
     if reply.status:
         yield asked
     end = _follow(person, reply, site)
     if reply.status != 429 and site.turns.free():
         session.pause(HEAD_START_S)
-    if not end.running:
-        site.states[person.name] = ServerState.STOPPED
+    if end.ready_at_s is not None or not end.running:
+        site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
     ended_s = session.clock() if end.ready_at_s is None else end.ready_at_s
     reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
     ready = dataclasses.replace(asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message)
     yield dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0)
+    site.first_starts.note(reason)
     yield ended_s
 
 
@@ -3596,7 +3685,7 @@ def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
     no stream can be had, from the user model, which does not know why.
     """
     session = hub.session
-    pause_s, said = 0.1, list[tuple[float, str]]()
+    pause_s, stopped, said = 0.1, False, list[tuple[float, str]]()
     while session.clock() < until_s and not session.stopping.is_set():
         moment_s, event = follow_progress(name, hub, until_s, said)
         message = said[-1][1] if said else ""
@@ -3608,8 +3697,9 @@ def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
         state = hub.state(name, observer=True, until_s=until_s)
         if state is ServerState.READY:
             return Readiness(session.clock(), message=longest_message(said, session.clock()))
-        if state in (ServerState.STOPPED, ServerState.GONE):
+        if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
             return Readiness(running=False, message=message)
+        stopped = state is ServerState.STOPPED  # the hub may tell the reason a moment later
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
     return Readiness(message=said[-1][1] if said else "")
@@ -3979,11 +4069,17 @@ def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
     """Stop the server, if there is one, and wait until it has stopped.
 
     A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
+    Where it can, the spawner may have begun what outlives it: a pod, a job in a queue.
     """
     states, session = site.states, site.hub.session
-    if states.get(person.name) in (ServerState.STARTING, ServerState.READY):
+    if states.get(person.name) is ServerState.STARTING:
+        states[person.name] = site.hub.state(person.name)  # it may be ready by now
+    if (state := states.get(person.name)) in (ServerState.STARTING, ServerState.READY):
         reply = site.hub.stop(person.name)
         states[person.name] = state_after_stop(reply.hub_status)
+        site.removal.note(person.name, reply, "stop servers")
+        if state is ServerState.STARTING and reply.hub_status in (0, 202, 204):
+            site.removal.interrupted.add(person.name)
         yield reply.event("stop_server", person.name, ok=(202, 204, 404))
     until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
     while states.get(person.name) is ServerState.STOPPING and session.clock() < until_s:
@@ -3996,6 +4092,7 @@ def delete(person: Visitor, site: Site) -> Iterator[Event | float]:
     if site.states.get(person.name) is ServerState.STOPPED:
         reply = site.hub.delete(person.name)
         site.states[person.name] = state_after_delete(reply.hub_status)
+        site.removal.note(person.name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
         yield reply.event("delete_user", person.name, ok=(202, 204, 404))  # 202: one's own server has yet to stop
 
 
@@ -4143,6 +4240,7 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
         gatherings=gatherings,
         may_begin=lambda: not streak.reached,
         threads=most if plan.opens else limit,
+        places=(lambda limit: limit) if plan.is_open else site.first_starts.places,
     )
     driver.run(begin, range(len(names)), on_tick)
 
@@ -4171,11 +4269,12 @@ def _moments(plan: Plan, seed: int | None) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class CleanUp:
-    """What cleaning up did: how many users are gone, and who is still there."""
+    """What cleaning up did: how many users are gone, who is still there, and why."""
 
     deleted: int = 0
     left: tuple[str, ...] = ()
     kept: int = 0
+    in_the_way: str = ""
 
 
 @timeit
@@ -4186,15 +4285,15 @@ def remove_users(
     record: Recorder,
     concurrency: int,
     timeout_s: float = CLEANUP_TIMEOUT_S,
-    gone: set[str] | None = None,
+    removal: Removal | None = None,
 ) -> CleanUp:
     """Remove users until the hub lists none that are `ours`, or there was no progress for `timeout_s` seconds.
 
     `thought` is what is thought of each user; after every round the hub's own list corrects that. Users thought to be
-    `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin. `gone` is
-    kept up to date while this goes on.
+    `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin. `removal`
+    is kept up to date while this goes on.
     """
-    session, gone = hub.session, set() if gone is None else gone
+    session, removal = hub.session, removal or Removal()
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
@@ -4202,23 +4301,24 @@ def remove_users(
     with Progress(f"removing {things(isinstance(hub, OwnServers))}", len(left)) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, gone, lambda: progress.tell(len(gone)))
+            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(removal.gone)))
             try:
                 found = [user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in found}
-                left |= _unlisted(thought.keys() - left.keys() - gone, hub)
+                left |= _unlisted(thought.keys() - left.keys() - removal.gone, hub)
                 to_do = dict(left)
                 existing |= left.keys()
-                gone.difference_update(left)
+                removal.look(left, session.clock())
                 done, refusals = not left, 0
             except (HubRefused, Stopped) as error:
-                left, to_do = {name: state for name, state in left.items() if name not in gone}, {}
+                left, to_do = {name: state for name, state in left.items() if name not in removal.gone}, {}
                 if isinstance(error, HubRefused):
                     LOG.warning("Cleaning up: %s", error)
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)))
+                why = removal.in_the_way(left, session.clock())
+                return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
@@ -4235,20 +4335,24 @@ def let_go(
     hub: Hub,
     record: Recorder,
     concurrency: int,
-    gone: set[str],
+    removal: Removal,
     on_tick: Callable[[], None],
 ) -> None:
-    """One round: stop and delete each user as far as that goes without waiting; `states` and `gone` tell how far."""
-    site = Site(hub, Plan(), record, states=states)
+    """One round: stop and delete each user as far as that goes without waiting; `states` and `removal` tell how far.
+
+    Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub forgets.
+    """
+    site = Site(hub, Plan(), record, states=states, removal=removal)
 
     def leave(name: str, due_s: float) -> Walk:
         was_gone = states[name] is ServerState.GONE
         next(journey(Visitor(name, due_s, site.plan), site, (STEPS["stop_server"], STEPS["delete_user"])), None)
         if states[name] is ServerState.GONE and not was_gone:
-            gone.add(name)
+            removal.gone.add(name)
         yield from ()
 
-    Driver(hub.session, concurrency).run(leave, list(states), on_tick)
+    names = sorted(states, key=lambda name: states[name] is ServerState.STARTING)
+    Driver(hub.session, concurrency).run(leave, names, on_tick)
 
 
 # ==== Load: operations, closed and open model; pings =================================================================
@@ -4867,14 +4971,13 @@ class Run:
         listed = self._look()
         self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
         check_server_names(self.hub, plan, [user["name"] for user in self.existing])
-        watched = plan.command != PURGE and not plan.dry_run
+        watched = not plan.dry_run
         self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
         self.site = Site(self.hub, plan, self.record, tabs=Tabs(self.monitor.snapshots, self.monitor.look))
         self.monitors = {"hub": self.monitor}
         self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
         self.claims = self.site.claims
         self.claims.known = {user["name"] for user in listed}
-        self.gone: set[str] = set()
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
@@ -4898,7 +5001,7 @@ class Run:
         self.session.stop()
 
     def _leave(self, number: int) -> None:
-        remain = counted(len(set(self.claims.ours) - self.gone), thing(self.plan.own_servers))
+        remain = counted(len(set(self.claims.ours) - self.site.removal.gone), thing(self.plan.own_servers))
         leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
 
     def _look(self) -> list[Json]:
@@ -4946,7 +5049,10 @@ class Run:
         """Have other people come, by this plan, and apart from those before them."""
         before = self.site
         before.public.wires.end()
-        self.site = Site(self.hub, plan, record, states=before.states, claims=before.claims)
+        self.site = Site(
+            self.hub, plan, record, states=before.states, claims=before.claims, first_starts=before.first_starts
+        )
+        self.site.removal = before.removal
         self.site.public.traffic = before.public.traffic
 
     def let_leave(self, names: Sequence[str]) -> None:
@@ -5006,8 +5112,8 @@ class Run:
 
     def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession) -> None:
         """Remove users, for whom `states` are what is thought of their servers, from the hub."""
-        hub, plan = dataclasses.replace(self.hub, session=session), self.plan
-        self.cleaned = remove_users(states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, self.gone)
+        hub, plan, removal = dataclasses.replace(self.hub, session=session), self.plan, self.site.removal
+        self.cleaned = remove_users(states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, removal)
 
     def clean_up(self) -> None:
         """Remove what this run made."""
@@ -5420,6 +5526,9 @@ class Users:
     deleted: int
     kept: int
     left_behind: list[str]
+    in_the_way: str = ""  # of removing what is left behind, like the next one also with --own-servers
+    stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
+    stops_failed: int | None = None  # servers that the hub failed to stop meanwhile, by its metrics; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5583,8 +5692,9 @@ class Results:
     def cleaned(self) -> CleanUp:
         """What became of them."""
         if self.own_servers and (servers := self.servers):
-            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept)
-        return CleanUp(self.users.deleted, tuple(self.users.left_behind), self.users.kept)
+            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, self.users.in_the_way)
+        users = self.users
+        return CleanUp(users.deleted, tuple(users.left_behind), users.kept, users.in_the_way)
 
 
 def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
@@ -5623,7 +5733,7 @@ def as_json(thing: Any) -> Any:
     return [as_json(one) for one in thing] if isinstance(thing, (list, tuple)) else thing
 
 
-def exit_code(left: Collection[str], interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
+def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
     """The one decision on how a run ends. It has failed when a condition was met, whichever were asked for.
 
     | left on the hub | interrupted | cut short | failed | code |
@@ -5701,7 +5811,8 @@ def _judged(found: Results, run: Run) -> Results:
     unfound = run.capacity is not None and run.capacity.rate_per_s is None
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
     bad = unfound or any(one.held for one in conditions)
-    code = exit_code([] if not_ours else run.cleaned.left, run.interrupted_by, bool(run.troubles), bad)
+    left = bool(found.users.stops_failed or (run.cleaned.left and not not_ours))
+    code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
     kinds, time_out_s = run.record.kinds(), time_out_in_front(run.record.people)
     next_steps = list(advice(found, kinds, time_out_s)) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
     return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
@@ -5717,11 +5828,24 @@ def _servers_in(run: Run, comes: bool, cut_short: bool) -> Servers | None:
 
 
 def _users_in(run: Run) -> Users:
-    if run.plan.own_servers:
-        return Users(0, 0, 0, [])
     left, cleaned = list(run.cleaned.left), run.cleaned
+    rest: Json = {"in_the_way": cleaned.in_the_way, "stopped_while_starting": len(run.site.removal.interrupted)}
+    rest["stops_failed"] = _stops_failed(run)
+    if run.plan.own_servers:
+        return Users(0, 0, 0, [], **rest)
     made = max(len(run.claims.confirmed), cleaned.deleted + len(left))
-    return Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, left)
+    return Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, left, **rest)
+
+
+def _stops_failed(run: Run) -> int | None:
+    """How many servers the hub failed to stop, ours or others', since this run began; None where nobody knows.
+
+    The hub answers 204 all the same, forgets the server, and deletes the user. A run that stopped none is not to blame.
+    """
+    if len(run.monitor.snapshots) < 2:
+        return None
+    stopped = run.record.count(["stop_server"])
+    return int(grown(run.monitor.snapshots, "server_stop_seconds_count", "failure")) if stopped else 0
 
 
 def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
@@ -6420,14 +6544,32 @@ def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
     cleaned, remedy = results.cleaned, purge_command(results.options["run"], results.own_servers)
     what = thing(results.own_servers)
     done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
+    traces = list(_traces(results))
     if cleaned.kept:
         yield "cleanup", f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"
     elif cleaned.left:
         yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
         yield "cleanup", names_text(cleaned.left)
-        yield "cleanup", f"remove them with: {remedy}"
+        if cleaned.in_the_way:
+            yield "cleanup", cleaned.in_the_way
+        yield "cleanup", f"{'when that is solved, ' if cleaned.in_the_way else ''}remove them with: {remedy}"
     else:
-        yield "cleanup", f"{done}, none left"
+        yield "cleanup", f"{done}, none left{' on the hub' if traces else ''}"
+    yield from (("cleanup", sentence) for sentence in traces)
+
+
+def _traces(results: Results) -> Iterator[str]:
+    """What may be left where the hub does not look."""
+    users = results.users
+    if users.stopped_while_starting:
+        yield still_starting(users.stopped_while_starting)
+    if number := users.stops_failed or 0:
+        they, their = ("it was", "its pod") if number == 1 else ("they were", "their pods")
+        yield (
+            f"the hub failed to stop {counted(number, 'server')} during this run, though it said that {they} stopped: "
+            f"{their} and volumes may still be there. "
+            f"Look with: {pods_command(results.options['run'], results.own_servers)}"
+        )
 
 
 def _whose(name: str) -> str:
@@ -7033,7 +7175,7 @@ def start_servers(
 
     As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
     however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a row,
-    where True is 1, or a stop) are absent.
+    where True is 1, a stop, or three failures before any server was ready) are absent.
     """
     names = [name for batch in users for name in batch]
     largest = max((len(batch) for batch in users), default=1)
@@ -7041,7 +7183,10 @@ def start_servers(
     site = Site(
         Hub(endpoint, session), Plan(count=len(names), batch_size=largest, profile=profile, **how), new_recorder()
     )
-    take_through(names, site, lambda: None)
+    try:
+        take_through(names, site, lambda: None)
+    except CutShort as error:
+        LOG.error("%s", error)
     return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
 
 
@@ -7692,9 +7837,12 @@ if locust_is_loading():
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
                     thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
                     thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
-                    self._cleaned = remove_users(thought, ours.__contains__, hub, Recorder(), 10)
+                    self._cleaned = remove_users(
+                        thought, ours.__contains__, hub, Recorder(), 10, removal=self.site.removal
+                    )
             deleted = self._cleaned.deleted + len(left_already)
             told: Json = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
+            told["starting"] = len(self.site.removal.interrupted)
             return told | {"run": self.run, "cut_short": self.cut_short}
 
     @contextlib.contextmanager
@@ -7810,7 +7958,7 @@ if locust_is_loading():
 
         @task
         def visit(self) -> None:
-            if self._visits == self.plan.visits:
+            if self._visits == self.plan.visits or self.shared.cut_short:
                 gevent.sleep(3600)  # has left, but stays in Locust's count, which it would otherwise fill up again
                 return
             self._visits += 1
@@ -7889,7 +8037,7 @@ if locust_is_loading():
     def _clean_up(environment: Any, **_: Any) -> None:
         runner = environment.runner
         shared: LocustSite | None = getattr(environment, "hub_site", None)
-        nothing = {"deleted": 0, "left": [], "throttled": 0, "run": None, "cut_short": True}
+        nothing = {"deleted": 0, "left": [], "throttled": 0, "starting": 0, "run": None, "cut_short": True}
         told = shared.clean_up() if shared else nothing if environment.hub_failed else {}
         if isinstance(runner, WorkerRunner):
             runner.send_message("hub-cleaned-up", told)
@@ -7927,6 +8075,8 @@ if locust_is_loading():
             SAY.error("A worker is gone, and what it made may still be there: %s", remedy)
         done = counted(sum(told["deleted"] for told in reports), thing(plan.own_servers))
         SAY.info("%s %s, %s left", done, "removed" if plan.own_servers else "deleted", len(left) or "none")
+        if starting := sum(told["starting"] for told in reports):
+            SAY.warning("%s", still_starting(starting))
         throttled = sum(told["throttled"] for told in reports)
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         found = locust_results(runner.stats.entries.values(), load, throttled)
@@ -7934,7 +8084,7 @@ if locust_is_loading():
         for one in judged:
             SAY.info("%s: %s, it is %s", one.condition, "MET" if one.held else "not met", _value_text(one))
         cut_short = any(told["cut_short"] for told in reports)
-        return int(exit_code([*left, *lost], None, cut_short, any(one.held for one in judged)))
+        return int(exit_code(bool(left or lost), None, cut_short, any(one.held for one in judged)))
 
     hooks: Any = events
     hooks.init_command_line_parser.add_listener(_add_options)

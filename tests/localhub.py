@@ -81,6 +81,14 @@ class HubOptions:
     )
     stop_s: float = option("--stop", 0.0, "a server takes so many seconds to stop (0)", "SECONDS")
     fail_rate: float = option("--fail", 0.0, "this share of the spawns, 0 to 1, fails with a reason (0)", "SHARE")
+    stop_fails: bool = option("--stop-fails", False, "the spawner fails to stop servers, which the hub does not say")
+    delete_fails: bool = option("--delete-fails", False, "the authenticator fails to delete users")
+    servers_outlive: bool = option(
+        "--servers-outlive", False, "a hub that starts again takes servers for running, and looks for them"
+    )
+    http_timeout_s: float = option(
+        "--http-timeout", 30.0, "the hub waits so many seconds for a server's first answer (30)", "SECONDS"
+    )
     hang_rate: float = option("--hang", 0.0, "this share of the spawns, 0 to 1, never ends (0)", "SHARE")
     slow_spawn_timeout_s: float = option(
         "--slow-spawn-timeout", 10.0, "the hub answers a start with 202 after so many seconds (10)", "SECONDS"

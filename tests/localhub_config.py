@@ -61,7 +61,7 @@ class StubSpawner(Spawner):
 
     port = 0
     spawned = 0
-    running = False
+    running = OPTIONS["servers_outlive"]  # in the eyes of a hub that starts again
     takes_s = 0.0
 
     async def start(self) -> tuple[str, int]:
@@ -92,7 +92,10 @@ class StubSpawner(Spawner):
         yield {"progress": 60, "message": "Pulling the image"}
 
     async def stop(self, now: bool = False) -> None:
-        await asyncio.sleep((OPTIONS | self.user_options)["stop_s"])
+        wish = OPTIONS | self.user_options
+        await asyncio.sleep(wish["stop_s"])
+        if wish["stop_fails"]:
+            raise RuntimeError("the cluster does not delete pods")
         self.running = False
 
     async def poll(self) -> int | None:
@@ -111,6 +114,15 @@ def _stub_port() -> int:
         HTTPServer(Application([(".*", AnyAnswer)], log_function=lambda handler: None)).add_sockets(sockets)
         StubSpawner.port = sockets[0].getsockname()[1]
     return StubSpawner.port
+
+
+class Authenticator(DummyAuthenticator):
+    """Anybody may log in; users can be deleted, or not."""
+
+    def delete_user(self, user: Any) -> None:
+        if OPTIONS["delete_fails"]:
+            raise RuntimeError("the directory of users does not answer")
+        super().delete_user(user)
 
 
 class StubLabSpawner(StubSpawner):
@@ -217,7 +229,7 @@ c.JupyterHub.tornado_settings = {
     "slow_spawn_timeout": OPTIONS["slow_spawn_timeout_s"],
     "slow_stop_timeout": OPTIONS["slow_stop_timeout_s"],
 }
-c.JupyterHub.authenticator_class = DummyAuthenticator
+c.JupyterHub.authenticator_class = Authenticator
 c.Authenticator.allowed_users = {
     *BYSTANDERS,
     *OPTIONS["admins"],
@@ -234,6 +246,9 @@ c.JupyterHub.spawner_class = RealSpawner if OPTIONS["real_servers"] else stub_cl
 if OPTIONS["kube"]:
     c.JupyterHub.spawner_class = "kubespawner.KubeSpawner"
     set_up_kubespawner(c.KubeSpawner, OPTIONS["kubernetes_url"])
+if OPTIONS["servers_outlive"]:
+    c.JupyterHub.init_spawners_timeout = 0
+c.Spawner.http_timeout = int(OPTIONS["http_timeout_s"])
 c.Spawner.start_timeout = OPTIONS["start_timeout_s"]
 c.Spawner.consecutive_failure_limit = OPTIONS["consecutive_failure_limit"]
 c.SimpleLocalProcessSpawner.home_dir_template = tempfile.gettempdir() + "/{username}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from localhub import LocalHub
 from made_up import ENDPOINT, MODELS, ErraticHub, TimeTraveller
-from tool import THEIR_ADMIN, THEIRS, run_tool, start_tool, tool_users
+from tool import THEIR_ADMIN, THEIRS, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 import hub_stress_test as hst
 from hub_stress_test import ServerState
@@ -211,6 +215,30 @@ def test_activity_uses_kept_users_first_and_deletes_only_those_it_made(hub: Loca
     assert run_tool("purge", hub=hub).code == 0
 
 
+def test_servers_that_a_restarted_hub_looks_for_are_not_ready(
+    make_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    local = make_hub(
+        servers_outlive=True,
+        http_timeout_s=3.0,
+        slow_spawn_timeout_s=0,
+        hang_rate=1.0,
+        database=str(tmp_path / "hub.sqlite"),
+    )
+    session = hst.get_session(local.token)
+    hub, until_s = hst.Hub(local.endpoint, session), session.clock() + 60
+    assert hub.create(OURS).status == 201
+    assert [hub.start(name, None, until_s).status for name in OURS] == [202] * 4
+    local.restart()
+    assert local.users()[OURS[0]]["servers"][""]["pending"] == "check"
+    with start_tool("purge", hub=local) as run:
+        ends = [hst.await_ready(name, hub, until_s) for name in OURS]
+        done = run.outcome()
+    assert ends == [hst.Readiness(running=False)] * 4
+    assert done.code == 0 and "4 users removed" in done.summary and not tool_users(local)
+    assert "pending check" not in local.log()  # it was not asked to stop what it looks for
+
+
 # ==== Runs at the same time ==========================================================================================
 
 
@@ -236,6 +264,64 @@ def test_two_runs_of_the_same_name_each_keep_to_what_they_made(hub: LocalHub) ->
     assert any(done.code == 0 for done in ends) and not tool_users(hub)
 
 
+# ==== What the hub does not know =====================================================================================
+
+
+@pytest.mark.parametrize("command", ["stress-test", "purge"])
+def test_servers_that_the_hub_failed_to_stop_are_counted(command: str, hub: LocalHub, tmp_path: Path) -> None:
+    words = ("stress-test", "-c", "3", "--run", "ci", "--profile", '{"stop_fails": true}')
+    if command == "purge":
+        assert run_tool(*words, "--keep", hub=hub).code == 0
+        words = ("purge",)
+    done, found = run_for_results(tmp_path / "r", *words, hub=hub)
+    assert done.code == 4 and found["users"]["stops_failed"] == 3 and not tool_users(hub)
+    assert "none left on the hub the hub failed to stop 3 servers during this run" in done.summary
+    pods = "hub-(2d)?stress-(2d)?test" + "-(2d)?ci" * (command == "stress-test")
+    assert f"kubectl get pods,pvc -n NAMESPACE | grep -E '{pods}'" in done.summary
+
+
+def test_stops_that_failed_before_a_run_are_not_its_own(hub: LocalHub, tmp_path: Path) -> None:
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "2", hub=hub)
+    assert (done.code, found["users"]["stops_failed"]) == (0, 0) and "2 users deleted, none left" in done.summary
+
+
+def test_without_the_hubs_metrics_failed_stops_are_unknown(make_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
+    hub = make_hub(scopes=("admin:users", "servers"), stop_fails=True)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "2", hub=hub)
+    assert (done.code, found["users"]["stops_failed"]) == (0, None)
+
+
+@pytest.mark.parametrize("how", ["time-out", "SIGINT", "purge"])
+def test_servers_stopped_while_starting_may_leave_traces(
+    how: str, make_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    hub = make_hub(hang_rate=1.0, slow_spawn_timeout_s=0)
+    words = ("stress-test", "-c", "3", "--server-timeout", "1s" if how == "time-out" else "60s")
+    with start_tool(*words, "--results", str(tmp_path / "r"), *["--keep"] * (how == "purge"), hub=hub) as run:
+        wait_until(lambda: sum(bool(user["servers"]) for user in hub.users().values()) == 3)
+        if how != "time-out":
+            run.send_signal(signal.SIGINT)
+        done = run.outcome()
+    if how == "purge":
+        done = run_tool("purge", "--results", str(tmp_path / "r"), hub=hub)
+    assert results_in(tmp_path / "r", done)["users"]["stopped_while_starting"] == 3 and not tool_users(hub)
+    assert "none left on the hub 3 servers were still starting when they were stopped: their spawner" in done.summary
+
+
+def test_ready_servers_are_stopped_before_starting_ones(new_hub: LocalHub) -> None:
+    session, record = hst.get_session(new_hub.token), hst.new_recorder()
+    hub, until_s = hst.Hub(new_hub.endpoint, session), session.clock() + 60
+    assert hub.create(OURS).status == 201
+    for name in OURS[:2]:
+        assert session.ask("POST", hub.server_url(name), json={"hang_rate": 1}, call=hst.once(), timeout=0.5).lost
+    assert [hub.start(name, None, until_s).status for name in OURS[2:]] == [201, 201]
+    removal = hst.Removal()
+    states = {name: hub.state(name) for name in OURS}
+    hst.remove_users(states, set(OURS).__contains__, hub, record, 1, removal=removal)
+    stops = sorted((steps["stop_server"].sent_s, name) for name, steps in record.people.items())
+    assert [name for _, name in stops] == [*OURS[2:], *OURS[:2]] and removal.interrupted == set(OURS[:2])
+
+
 # ==== What cannot be removed =========================================================================================
 
 
@@ -252,7 +338,25 @@ def test_users_that_cannot_be_deleted_are_named_with_the_command_that_removes_th
         done = run_tool(*command, "--run", "ci", "--cleanup-timeout", "3s", hub=new_hub, env=env)
     assert done.code == 4 and done.summary.startswith("LEFT SOMETHING BEHIND: ")
     assert "2 users deleted; 2 ARE STILL THERE: hub-stress-test-ci-2 hub-stress-test-ci-3" in done.summary
+    assert "the hub fails to delete users (500): database is locked when that is solved, remove" in done.summary
     assert "remove them with: hub-stress-test purge --run ci" in done.summary
     assert tool_users(new_hub) == stubborn
     assert run_tool("purge", "--run", "ci", hub=new_hub).code == 0
     assert not tool_users(new_hub)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"delete_fails": True}, r"the hub fails to delete users \(500\): Internal Server Error"),
+        ({"stop_s": 60, "slow_stop_timeout_s": 0.1}, r"the hub has been stopping servers for [2-9]\.\d+ s"),
+    ],
+    ids=["a user", "a server"],
+)
+def test_what_stands_in_the_way_of_removing_is_said(
+    options: dict[str, float], sentence: str, make_hub: Callable[..., LocalHub]
+) -> None:
+    hub = make_hub(**options)
+    done = run_tool("stress-test", "-c", "2", "--cleanup-timeout", "3s", hub=hub)
+    assert done.code == 4 and "2 ARE STILL THERE" in done.summary and len(tool_users(hub)) == 2
+    assert re.search(f"{sentence} when that is solved, remove them with: hub-stress-test purge", done.summary)

@@ -187,6 +187,46 @@ def test_a_server_that_is_not_ready_in_time_fails_with_the_hubs_last_word(make_h
     assert "or raise --server-timeout" in done.summary
 
 
+@pytest.mark.parametrize("pace", [("-b", "20"), ("--rate", "4")], ids=" ".join)
+def test_after_three_failed_starts_nobody_else_starts(pace: tuple[str, str], make_hub: Make, tmp_path: Path) -> None:
+    hub = make_hub(fail_rate=1.0, spawn_s=0.1, consecutive_failure_limit=5)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "20", *pace, hub=hub)
+    assert done.code == 1 and "20 users deleted, none left" in done.summary
+    assert "nothing started: the first three starts failed: no node has 4 GB of memory free" in done.summary
+    tried = found["operations"]["server_ready"]["failed"]
+    assert tried == 3 if pace[0] == "-b" else 3 <= tried < 10  # those who come at a rate do not wait for others
+    assert not tool_users(hub) and (hub.running or tried > 3)
+
+
+def test_at_most_three_servers_start_before_one_is_ready(make_hub: Make) -> None:
+    hub = make_hub(spawn_s=0.6, slow_spawn_timeout_s=0)
+    most, ready = 0, False
+    with start_tool("stress-test", "-c", "12", "-b", "12", "--hold", "1s", hub=hub) as run:
+        while run.poll() is None and not ready:
+            servers = [one for user in hub.users().values() for one in user["servers"].values()]
+            ready = any(one["ready"] for one in servers)
+            most = max(most, 0 if ready else len(servers))
+        done = run.outcome()
+    assert (done.code, most) == (0, 3) and "12 of 12 servers became ready" in done.summary
+
+
+def test_starts_that_merely_take_long_do_not_end_the_arrivals(make_hub: Make) -> None:
+    hub = make_hub(hang_rate=1.0, slow_spawn_timeout_s=0)
+    done = run_tool("stress-test", "-c", "5", "--server-timeout", "1s", hub=hub)
+    assert done.code == 1 and "5 × not ready after 1.00 s" in done.summary and "nothing started" not in done.summary
+
+
+def test_one_ready_server_lifts_the_limit_on_failures(make_hub: Make) -> None:
+    hub = make_hub()
+    session, plan = hst.get_session(hub.token), hst.Plan(count=6, batch_size=1, profile={"fail_rate": 5 / 6})
+    names = [hst.username(n) for n in range(1, 7)]
+    site = hst.Site(hst.Hub(hub.endpoint, session), plan, hst.new_recorder())
+    assert site.hub.create(names).status == 201
+    site.first_starts.note(None)
+    hst.take_through(names, site, lambda: None)
+    assert site.record.failures(["server_ready"]) == 5
+
+
 def test_fail_fast_starts_no_more_once_one_has_failed(hub: LocalHub) -> None:
     words = ("stress-test", "-c", "40", "-b", "2", "--fail-fast", "--profile", '{"fail_rate": 1, "spawn_s": 0.1}')
     done = run_tool(*words, hub=hub)
@@ -273,7 +313,7 @@ def test_a_step_that_raises_is_a_failure_of_that_person_and_nobody_elses() -> No
     ends = {name: steps["server_ready"].reason for name, steps in site.record.people.items()}
     broken = hst.Reason(Kind.BROKEN, "LookupError: nobody expected this")
     assert ends == dict.fromkeys(names) | {"hub-stress-test-2": broken}
-    assert site.states["hub-stress-test-2"] is ServerState.READY  # as far as anybody knows: it will be stopped
+    assert site.states["hub-stress-test-2"] is ServerState.STARTING  # as far as anybody knows: it will be stopped
 
 
 # ==== Throttling =====================================================================================================
