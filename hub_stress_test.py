@@ -3577,7 +3577,7 @@ def come(person: Visitor, site: Site) -> Iterator[Event | float]:
     site.first_starts.check()
     site.states[person.name] = ServerState.STARTING  # from now on something may be running
     reply, asked = _ask_for_server(person, site)
-    if reply.status:
+    if reply.seen_status:
         yield asked
     end = _follow(person, reply, site)
     if reply.status != 429 and site.turns.free():

@@ -207,20 +207,21 @@ def check_left(
 # ---- Faults that end ----
 
 RETRIES = r"[1-9]\d* retr"
+FRONT = "something in front of the hub answered"
 
 
 def refused(status: int) -> str:
     """How the summary says that the hub, or what stands in front of it, answered so."""
-    return rf"(×|:|with) {status}\b"
+    return rf"(×|:|with|answered) {status}\b|\({status}\)"
 
 
 # what is done once; the reason, as the summary has it; whether the tool retries by itself
 ONCE: dict[str, tuple[Fault, str, bool]] = {
     "reset before the hub saw it": (ResetBefore(), "connection reset", True),
     "reset after the hub acted": (ResetAfter(), "connection reset", True),
-    "504 after the hub acted": (AnswerAfter(504, b"<html>", HTML), "504", True),
-    "503 after the hub acted": (AnswerAfter(503, b"<html>", HTML), "503", True),
-    "502 after the hub acted": (AnswerAfter(502, b"<html>", HTML), "502", False),
+    "504 after the hub acted": (AnswerAfter(504, b"<html>", HTML), f"{FRONT} 504", True),
+    "503 after the hub acted": (AnswerAfter(503, b"<html>", HTML), f"{FRONT} 503", True),
+    "502 after the hub acted": (AnswerAfter(502, b"<html>", HTML), f"{FRONT} 502", False),
     "half an answer": (HalfBody(), "(the answer broke off|connection reset)", True),
     "a single 500": (LOCKED, "500", False),
     "a single 429": (LIMIT, "429", True),
