@@ -183,7 +183,7 @@ def check(
     assert done.code in codes, said
     assert done.stdout.startswith({0: "PASSED: ", 1: "FAILED: ", 3: ""}[done.code]), said
     assert (done.stdout == "") == (done.code == 3), said
-    assert done.code == 3 or rows_of(done, "cleanup").endswith("users deleted, none left"), said
+    assert done.code == 3 or "users deleted, none left" in rows_of(done, "cleanup"), said
 
 
 def check_left(
@@ -403,16 +403,12 @@ def test_a_hub_that_is_killed_while_it_holds_the_servers_and_does_not_come_back(
         check_left(record_property, ("the hub is killed, no proxy", "holding"), unused, ran, 4, COUNT, why)
 
 
-@pytest.mark.parametrize(("limit", "code", "left"), [(3, 4, COUNT), (5, 1, 0)])
-def test_a_hub_that_exits_after_so_many_failed_spawns(
-    limit: int, code: int, left: int, record_property: Record
-) -> None:
-    options = {"fail_rate": 1, "consecutive_failure_limit": limit, "spawn_s": 2.5}
+def test_a_hub_that_exits_after_five_failed_spawns_stays_up(record_property: Record) -> None:
+    options = {"fail_rate": 1, "consecutive_failure_limit": 5, "spawn_s": 0.5}
     with LocalHub(**options) as hub, FaultProxy(hub.endpoint) as proxy:
-        ran = run_through(proxy, hub, "--cleanup-timeout", "10s")
         why = "nothing started: the first three starts failed: no node has 4 GB of memory free"
-        check_left(record_property, (f"exit after {limit} failed spawns", "starting"), proxy, ran, code, left, why)
-        assert hub.running == (limit > 3)
+        check(record_property, ("every spawn fails", "starting"), hub, run_through(proxy, hub), {1}, why)
+        assert hub.running
 
 
 # ---- Limits, other versions, slow stops ----
@@ -472,7 +468,7 @@ def interrupt(hub: LocalHub, number: int, match: Match | None, after_s: float = 
 
 def ended_by(done: Outcome, code: int) -> bool:
     """Whether a run ended as one does that was interrupted."""
-    cleaned = rows_of(done, "cleanup").endswith("users deleted, none left")
+    cleaned = "users deleted, none left" in rows_of(done, "cleanup")  # and more, of starts that were ended
     return done.code == code and done.stdout.startswith("INTERRUPTED: ") and cleaned
 
 
