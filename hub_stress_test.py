@@ -5206,20 +5206,25 @@ def purge(run: Run) -> None:
 
 
 def carry_out(plan: Plan) -> Results:
-    """What a plan's run found, also when something failed. Raises `SetupError`; nothing has been changed then."""
-    with Interruption() as interruption, contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
-        try:
-            {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
-        except CutShort as error:
-            run.troubles.append(str(error))
-        except Stopped:
-            LOG.debug("Stopped")
-        finally:
-            run.clean_up()
-        run.session.close()  # so that what is still open on the hub is not ours
-        run.look_at_the_end()
-        closing.close()
-        return results_of(run)
+    """What a plan's run found, and wrote, also when something failed.
+
+    Raises `SetupError`; nothing has been changed then.
+    """
+    with Interruption() as interruption:
+        with contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
+            try:
+                {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
+            except CutShort as error:
+                run.troubles.append(str(error))
+            except Stopped:
+                LOG.debug("Stopped")
+            finally:
+                run.clean_up()
+            run.session.close()  # so that what is still open on the hub is not ours
+            run.look_at_the_end()
+            closing.close()
+            results = results_of(run)
+        return write_files(plan, results)
 
 
 # ==== Capacity =======================================================================================================
@@ -7302,7 +7307,7 @@ def _results_as_json(plan: Plan) -> Json:
     args = argparse.Namespace(**vars(plan))
     validate(args)
     plan = plan_of(args)
-    found: Json = as_json(write_files(plan, carry_out(plan)))
+    found: Json = as_json(carry_out(plan))
     return found
 
 
@@ -7680,7 +7685,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(args)
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
-        results = write_files(plan, carry_out(plan))
+        results = carry_out(plan)
         show_summary(results, plan.baseline)
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fault_proxy import Fault, FaultProxy, Request, Silence, matching
 from localhub import LocalHub
-from tool import Outcome, row, start_tool, tool_users
+from tool import Outcome, results_in, row, start_tool, tool_users
 
 Match = Callable[[Request], bool]
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -81,3 +83,16 @@ def test_a_signal_after_everything_was_removed_changes_nothing(new_hub: LocalHub
     done, took_s, _ = interrupt(new_hub, "stress-test -c 2", last_look)
     assert done.code == 0 and done.stdout.startswith("PASSED: ") and "Interrupted" not in done.stderr
     assert row(done.stdout, "delete user") == ["2", "0"] and took_s < 5  # it waits for nothing that may come back
+
+
+def test_a_signal_while_files_are_written_cuts_none_short(new_hub: LocalHub, tmp_path: Path) -> None:
+    report, results = tmp_path / "report", tmp_path / "results"
+    os.mkfifo(report)
+    with start_tool("stress-test", "-c", "1", "--report", str(report), "--results", str(results), hub=new_hub) as run:
+        with report.open("rb") as pipe:
+            page = pipe.read(1)
+            run.send_signal(signal.SIGINT)
+            page += pipe.read()
+        done = run.outcome(60)
+    assert done.code == 0 and page.rstrip().endswith(b"</html>")
+    assert results_in(results, done)["users"]["deleted"] == 1
