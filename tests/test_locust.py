@@ -151,6 +151,13 @@ def test_failed_starts_and_conditions_decide_the_exit_code(locust: Locust, make_
     assert hub.users().keys() == THEIRS
 
 
+def test_after_three_failed_starts_no_other_person_starts(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:
+    hub = make_hub(fail_rate=1.0)
+    code, said = locust.run("-u", "12", "-r", "2", "-t", "7s", "Person", env=hub.environment)
+    assert code == 1 and "nothing started: the first three starts failed: no node has 4 GB of memory free" in said
+    assert 3 <= rows(said)["server_ready"][0] < 8 and hub.users().keys() == THEIRS
+
+
 def test_a_server_that_is_lost_while_its_person_stays_fails_the_run(locust: Locust, slow_hub: LocalHub) -> None:
     words = ("--headless", "--only-summary", "-u", "4", "-r", "4", "-t", "12s", "--hub-stay", "5s", "Person")
     process = locust.start("run", *words, env=slow_hub.environment)
