@@ -3674,7 +3674,8 @@ def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
     elif reply.status:
         reason = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
     else:
-        reason = Reason(Kind.FRONT if reply.front else Kind.AWAY, f"no answer to the start: {reply}")
+        unanswered = Reason(Kind.AWAY, f"no answer to the start: {reply}")
+        reason = Reason(Kind.FRONT, reply.message) if reply.front else unanswered
     return dataclasses.replace(end, reason=reason)
 
 
@@ -6267,6 +6268,8 @@ def _without_servers(results: Results, kinds: Collection[Kind]) -> Iterator[str]
     alike = servers is not None and not servers.ready and len(servers.failures) > len(reasons) == 1
     if re.search("getpwnam|does not exist on the system", said):
         yield "the hub's users need unix accounts: make some with these names, or test with --own-servers"
+    elif "login again" in said:
+        yield "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with --own-servers"
     elif "Invalid username" in said:
         yield "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers"
     elif Kind.SPAWN in kinds and alike and not chosen:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import requests
 from authority import certificate_for_loopback
+from conftest import OLD_HUB
 from fault_proxy import Answer, FaultProxy, Request, every, hub_answer, matching
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -256,6 +257,17 @@ c.Spawner.pre_spawn_hook = hook
     assert done.code == 1 and not tool_users(hub)
     assert "the hub denies this: over quota (403)" in done.summary
     assert "no longer accepts" not in done.summary
+
+
+def test_a_hub_that_wants_people_to_have_logged_in_is_recognised(make_hub: Make) -> None:
+    never = AUTHENTICATOR.format("""
+    async def refresh_user(self, user, handler=None):
+        return False
+""")
+    hub = make_hub(version=OLD_HUB, config=f"{never}c.Authenticator.refresh_pre_spawn = True")
+    done = run_tool("stress-test", "-c", "2", hub=hub)
+    assert "2 × the hub denies this: auth has expired for <user>, login again (403)" in done.summary
+    assert "refresh_pre_spawn" in done.summary and not tool_users(hub)
 
 
 def test_a_token_that_expires_meanwhile_is_named(new_hub: LocalHub) -> None:
