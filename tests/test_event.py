@@ -149,7 +149,7 @@ def test_what_the_groups_say_is_refused_beside_them(
 def test_each_group_acts_by_its_own_and_is_told_apart(new_hub: LocalHub, tmp_path: Path) -> None:
     big, small = (f"[[people]]\nname = {name!r}\ncount = {count}\n" for name, count in (("big", 4), ("small", 6)))
     big += "within = '1s'\nprofile = {spawn_s = 1, size = 'big'}\n"
-    small += "rate = 6\nafter = 1\nprofile = {size = 'small', fail_rate = 0.5}\nserver-timeout = '20s'\n"
+    small += "rate = 6\nafter = 4\nprofile = {size = 'small', fail_rate = 0.5}\nserver-timeout = '20s'\n"
     file = tmp_path / "event.toml"
     file.write_text(f"keep = true\nfail-if = ['failed > 3', 'server_ready[big].min < 1s']\nrun = 'e'\n{big}{small}")
     done, found = run_for_results(tmp_path / "r", "stress-test", "--event", str(file), hub=new_hub)
@@ -171,6 +171,6 @@ def test_each_group_acts_by_its_own_and_is_told_apart(new_hub: LocalHub, tmp_pat
     }
     assert f"{10 - failed} of 10 people got to work" in done.summary.splitlines()[0]
     assert "big: 4 expected, at random moments within 1.00 s; 4 at work, 0 failed; half waited " in done.summary
-    told = f"small: 6 expected, 6 per second, from 1.00 s on, however slow the hub; {6 - failed} at work"
+    told = f"small: 6 expected, 6 per second, from 4.00 s on, however slow the hub; {6 - failed} at work"
     assert told in done.summary and "server_ready[big].min < 1s: not met, it is " in done.summary
     assert [one["name"] for one in found["options"]["event"]] == ["big", "small"] and found["options"]["count"] == 10
