@@ -212,7 +212,7 @@ class BrokenTls(ssl.SSLContext):
                     self.broken = True
                     plain.sendall(b"HTTP/1.1 504 Gateway Time-out\r\n\r\n")
                 else:
-                    secure.sendall(answer)
+                    secure.sendall(answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
 
 
 # ==== Who said it ====================================================================================================
