@@ -32,9 +32,9 @@ stops their servers, and deletes them. It writes to users that it made; purge an
 earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
 is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
 named, with exit code 4. What a hub keeps of users that it deletes (unix accounts, home directories, volumes) stays.
-With --leave-open and --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleaning
-up can take back: that is said, and fails the run. With --own-servers it makes no users, but named servers of the
-token's owner, of which all this is true; the owner's other servers are left alone.
+With --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleanup can take back: that
+is reported, and fails the run. With --own-servers it makes no users, but named servers of the token's owner, of which
+all this is true; the owner's other servers are left alone.
 
 What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
 that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost, by
@@ -93,11 +93,9 @@ import time
 import types
 import typing
 import urllib.parse
-import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
-from fractions import Fraction
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -152,14 +150,9 @@ VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
-HANDSHAKES_PER_S = 20.0  # of open tabs, all together
-HANDSHAKES_MAX = 1000
-TELLING_MAX = 100  # answers that only a proxy gives which loses connections
-BROWSER_PATIENCE_S = 240.0  # with a handshake that nobody answers
+HANDSHAKES_PER_S = 20.0  # of the check of the proxy
 UNANSWERED_S = 10.0
-SETTLE_S = 60.0
 SHUTDOWN_S = 15.0  # that a server may take to end by itself
-AFTERMATH_S = 10.0  # from the end of all tabs to the last look at what is left
 SEND_TIMEOUT_S = 5.0  # of a cell, during which no other websocket is read if this one takes nothing
 METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
@@ -546,23 +539,6 @@ def run_name(text: str) -> str:
     return text
 
 
-def share_of_people(text: str) -> float:
-    """A share, from 0 to 1."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or float(text) > 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, like 0.5, not {text!r}")
-    return float(text)
-
-
-TABS = ("lab-4.2", "lab-4.6")  # the first goes on asking for ever
-
-
-def tab_name(text: str) -> str:
-    """The version of JupyterLab whose tabs are left open."""
-    if text not in TABS:
-        raise argparse.ArgumentTypeError(f"expected {' or '.join(TABS)}, not {text!r}")
-    return text
-
-
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
     url = urllib.parse.urlsplit(text)
@@ -786,7 +762,7 @@ def condition(text: str) -> Condition:
     return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
 
-FAILED, LEAKING, PROXY_LEAKING = map(condition, ("failed > 0", "aftermath.leaking > 0", "proxy_check.leaking > 0"))
+FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
 STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
 LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
@@ -806,8 +782,6 @@ METAVARS: dict[Parse, str] = {
     writable_file: "FILE",
     samples_file: "FILE",
     watched: "NAME=URL",
-    share_of_people: "SHARE",
-    tab_name: "|".join(TABS),
     recording: "FILE.har",
     notebook: "FILE",
     event_file: "FILE.toml",
@@ -976,19 +950,6 @@ class Plan:
         duration,
         locust="60s",
     )
-    leave_open: float = for_people(
-        "--leave-open",
-        "this share of the people (0 to 1) does not log out: their servers end, and their tabs go on asking",
-        share_of_people,
-        0.0,
-        locust="0",
-    )
-    tab: str = for_people(
-        "--tab", "the JupyterLab whose tabs they are (lab-4.2, the worse one)", tab_name, TABS[0], locust=TABS[0]
-    )
-    settle_s: float = for_people(
-        "--settle", "the tabs stay open for so long after everybody has left (60s)", duration, SETTLE_S, locust="60s"
-    )
     check_proxy: bool = for_people(
         "--check-proxy", "after the load: does the proxy lose connections when servers end? Takes some three minutes"
     )
@@ -1047,7 +1008,7 @@ class Plan:
     @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return any(one.visit or one.page or one.work or one.leave_open or one.check_proxy for one in self.groups)
+        return any(one.visit or one.page or one.work or one.check_proxy for one in self.groups)
 
     @property
     def works(self) -> bool:
@@ -1055,19 +1016,9 @@ class Plan:
         return any(group.work for group in self.groups)
 
     @property
-    def leaves(self) -> bool:
-        """Whether people leave by themselves, and not only when cleaning up removes them."""
-        return bool(self.stay_s) or self.leave_open > 0
-
-    @property
     def goal(self) -> str:
         """The step with which a person has what they came for."""
         return "at_work" if self.rehearses else "server_ready"
-
-    @property
-    def leaves_tabs(self) -> bool:
-        """Whether some people do not log out."""
-        return any(group.leave_open for group in self.groups)
 
     @property
     def rehearses(self) -> bool:
@@ -1088,8 +1039,7 @@ class Plan:
         limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
         limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
         slow = [condition(limit) for limit in limits] if self.find_capacity else []
-        leaks = [LEAKING] if self.leaves_tabs else []
-        leaks += [PROXY_LEAKING] if self.check_proxy else []
+        leaks = [PROXY_LEAKING] if self.check_proxy else []
         return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *slow)), *leaks)))
 
     def options(self) -> Json:
@@ -1117,7 +1067,7 @@ OPTIONS: dict[str, Option] = {
 }
 GROUP_KEYS = (
     *("name", "count", "within", "rate", "after", "profile", "visit", "page", "work", "notebook", "think", "stay"),
-    *("leave-open", "server-timeout"),
+    "server-timeout",
 )
 GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
 LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
@@ -1142,7 +1092,6 @@ class Kind(enum.Enum):
     WIRE = "the websocket broke"
     KERNEL = "the kernel ended"
     CELL = "the cell failed"
-    TAB = "what an open tab was answered"
     BROKEN = "the operation raised"
 
 
@@ -3262,42 +3211,10 @@ class Wires:
             selector.close()
 
 
-# ==== Tabs left open: what they ask for, and what that shows of a proxy ==============================================
+# ==== What the proxy's answers show of the connections that it loses =================================================
 
-EVENTS, CHANNELS, KERNEL = "api/events/subscribe", "channels", "kernel"  # two websockets, and a page that is polled
-PROOF_LEAST, PROOF_SHARE, PROOF_AFTER_S = 10, 0.8, 15.0
-
-
-class WayOut(enum.Enum):
-    """How a person leaves."""
-
-    LOGS_OUT = "logs out"
-    BY_ITSELF = "leaves a tab open, and the server ends by itself"
-    STOPPED = "leaves a tab open, and the server is stopped through the hub, as a culler does"
-
-
-def way_out(number: int, share_open: float) -> WayOut:
-    """How the n-th person (from 0) leaves: exactly this share leaves a tab open, in turn with one end and the other."""
-    share = Fraction(share_open).limit_denominator(1000)
-    before, after = math.floor(number * share), math.floor((number + 1) * share)
-    if before == after:
-        return WayOut.LOGS_OUT
-    return WayOut.STOPPED if before % 2 else WayOut.BY_ITSELF
-
-
-def tab_requests(tab: str) -> Iterator[tuple[float, str]]:
-    """When, in seconds after its server is gone, a visible tab of this JupyterLab asks for what, as was measured.
-
-    Lab 4.2 opens six websockets within 30 s, backing off, and then one every 30 s; Lab 4.6 soon only asks whether the
-    kernel is back.
-    """
-    yield 0.0, CHANNELS
-    if tab == "lab-4.2":
-        yield from ((after_s, EVENTS) for after_s in (0.0, 1.0, 3.0, 7.0, 14.0, 26.0))
-        yield from ((26.0 + 30.0 * n, EVENTS) for n in itertools.count(1))
-    else:
-        yield from ((2.0 * n, EVENTS) for n in range(3))
-        yield from ((4.0 + 20.0 * n, KERNEL) for n in itertools.count(1))
+EVENTS = "api/events/subscribe"  # a websocket of every server
+PROOF_SHARE = 0.8
 
 
 def of_ended_server(reply: Reply) -> bool:
@@ -3310,93 +3227,15 @@ def is_telling(reply: Reply) -> bool:
     return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
 
 
-def lost_by(before: Sequence[Snapshot], look: Snapshot, own_pages: int = 0) -> float:
+def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
     """How many connections to the hub a proxy may have lost since: by how many both figures have grown at least.
 
-    These are the hub's open files and the error pages that it drew for the proxy, but those that plain requests drew.
-    A lost connection may be one that the proxy had kept ready for reuse; so files count from the lowest look before.
+    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be one that the
+    proxy had kept ready for reuse; so files count from the lowest look before.
     """
     files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
     more_files = look.get(*files) - min(one.get(*files) for one in before)
-    return min(more_files, look.get(*pages) - before[-1].get(*pages) - own_pages)
-
-
-def leak_at(asked_s: Sequence[float], looks: Sequence[Snapshot], pages_s: Sequence[float] = ()) -> Snapshot | None:
-    """The look at the hub that proves that the proxy loses a connection when a tab asks for an ended server.
-
-    At `asked_s` tabs were answered as `of_ended_server` has it. By some look there were at least 10 of them, and 80 %
-    as many connections lost; and 15 s later still. At `pages_s` plain requests drew error pages.
-    """
-    before = [one for one in looks if asked_s and one.at_s < asked_s[0]]
-    first: Snapshot | None = None
-    number = 0
-    for look in looks[len(before) :] if before else ():
-        if restarted(before[-1], look):
-            return None
-        number = number if first else bisect.bisect(asked_s, look.at_s)
-        if number < PROOF_LEAST or lost_by(before, look, bisect.bisect(pages_s, look.at_s)) < PROOF_SHARE * number:
-            first = None
-        elif first and look.at_s >= first.at_s + PROOF_AFTER_S:
-            return look
-        else:
-            first = first or look
-    return None
-
-
-class Tabs:
-    """The open tabs of a run: the handshakes that they have sent, and how many more they may."""
-
-    def __init__(self, looks: Sequence[Snapshot] = (), look: Callable[[], object] = lambda: None) -> None:
-        self.replies: list[Reply] = []  # to handshakes
-        self.ways: collections.Counter[WayOut] = collections.Counter()
-        self.ended = ""  # why no more are sent
-        self.proof: Snapshot | None = None  # the look at the hub that shows that connections were lost
-        self._pages_s: list[float] = []  # when plain requests drew error pages
-        self._looks, self._look = looks, look  # at the hub's own figures
-        self._lock, self._next_s, self._looked = threading.Lock(), 0.0, False
-
-    def look_first(self) -> None:
-        """Have the hub looked at before the first of them, once."""
-        with self._lock:
-            first, self._looked = not self._looked, True
-        if first:
-            self._look()
-
-    def place(self, now_s: float) -> float:
-        """The moment of the next handshake: there are at most 20 per second."""
-        with self._lock:
-            self._next_s = max(now_s, self._next_s + 1 / HANDSHAKES_PER_S)
-            return self._next_s
-
-    def note(self, reply: Reply) -> None:
-        """What a handshake was answered."""
-        with self._lock:
-            self.replies.append(reply)
-            if self.proven():
-                self.ended = "once the leak was proven"
-            elif sum(map(is_telling, self.replies)) >= TELLING_MAX:
-                self.ended = f"after {TELLING_MAX} answers that only an affected proxy gives"
-            elif len(self.replies) >= HANDSHAKES_MAX:
-                self.ended = f"after {HANDSHAKES_MAX:,}"
-
-    def drew(self, reply: Reply) -> None:
-        """What a plain request to an ended server was answered: any proxy draws an error page from the hub for it."""
-        with self._lock:
-            self._pages_s += [reply.answered_s] if reply.status == 503 else []
-
-    def proven(self) -> bool:
-        """Whether the hub's figures have shown by now that connections were lost."""
-        self.proof = self.proof or leak_at(self._asked_s(), self._looks, self._pages_s)
-        return self.proof is not None
-
-    def lost(self) -> int:
-        """How many connections the proxy has lost by the last look."""
-        before = [one for one in self._looks if one.at_s < min(self._asked_s(), default=-math.inf)]
-        return max(0, round(lost_by(before, self._looks[-1], len(self._pages_s)))) if before else 0
-
-    def _asked_s(self) -> list[float]:
-        """When tabs were answered as an ended server is."""
-        return sorted(one.answered_s for one in self.replies if of_ended_server(one))
+    return min(more_files, look.get(*pages) - before[-1].get(*pages))
 
 
 # ==== Steps of a person, each a function =============================================================================
@@ -3514,8 +3353,6 @@ class Site:
     first_starts: FirstStarts = dataclasses.field(default_factory=FirstStarts)
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
     gathering: Gathering = dataclasses.field(default_factory=Gathering)
-    leaving: Gathering | None = None  # until everybody has left; None: each person goes by themselves
-    tabs: Tabs = dataclasses.field(default_factory=Tabs)
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
 
@@ -3546,8 +3383,6 @@ class Visitor:
     def go_home(self, site: Site) -> None:
         """Close what they have open."""
         site.gathering.settle(self.name)
-        if site.leaving:
-            site.leaving.settle(self.name)
         if self.kernel:
             site.public.wires.close(self.kernel)
         if self.browser:
@@ -3923,7 +3758,7 @@ def work(person: Visitor, site: Site) -> Iterator[Event | float]:
     yield from think(person, kernel, site, math.inf)
     if kernel.trouble:
         yield Event("cell", person.name, clock(), clock(), clock(), kernel.trouble)
-    elif plan.stay_s and person.browser and way_out(person.number, plan.leave_open) is WayOut.LOGS_OUT:
+    elif plan.stay_s and person.browser:
         person.browser.ask("DELETE", person.kernel_url, call=once())
 
 
@@ -3954,45 +3789,10 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
 
 
-def leave_tab_open(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Not to log out: some time later the server ends, and the tab goes on asking for it until all tabs close.
-
-    They close `settle_s` after everybody has left. What the tab is answered is no failure of the person.
-    """
-    clock, settle_s = site.hub.session.clock, person.plan.settle_s
-    way = way_out(person.number, person.plan.leave_open)
-    if way is WayOut.LOGS_OUT or not person.browser:
-        return
-    left_s = clock()
-    if site.leaving:
-        site.leaving.settle(person.name)
-
-    def closes_s() -> float:
-        return site.leaving.leave_s if site.leaving else left_s + settle_s
-
-    yield from wait_until(left_s + settle_s * random.uniform(1 / 12, 1 / 4), clock)
-    site.tabs.look_first()
-    site.tabs.ways[(yield from end_server(way, person, site))] += 1
-    yield from keep_asking(person, site, closes_s)
-
-
 def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
     """Wait until then, however often one is woken."""
     while clock() < at_s:
         yield at_s
-
-
-def end_server(way: WayOut, person: Visitor, site: Site) -> Generator[Event | float, None, WayOut]:
-    """Have the server end by itself, so that the proxy's route outlives it; or have the hub stop it. How it ended."""
-    if way is WayOut.BY_ITSELF:
-        page = yield from shut_down(person, site)
-        if page not in (0, 200):
-            return way
-        LOG.warning("The server of %s does not end by itself, though it was asked to: the hub stops it", person.name)
-    reply = site.hub.stop(person.name)
-    site.states[person.name] = state_after_stop(reply.hub_status)
-    yield reply.event("stop_server", person.name, ok=(202, 204, 404))
-    return WayOut.STOPPED
 
 
 def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
@@ -4003,47 +3803,11 @@ def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
     until_s = clock() + SHUTDOWN_S
     while (page := browser.ask("GET", f"{person.url}api", call=once())).status == 200 and clock() < until_s:
         yield clock() + 0.5
-    site.tabs.drew(page)
     return page.status
 
 
-def keep_asking(person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
-    """What an open tab asks for once its server is gone, until it is closed."""
-    clock, began_s, browser = site.hub.session.clock, site.hub.session.clock(), person.browser
-    kernel_url = person.kernel_url or f"{person.url}api/kernels/{uuid.uuid4()}"
-    for after_s, what in tab_requests(person.plan.tab):
-        while clock() < (due_s := min(began_s + after_s, closes_s())):
-            yield due_s
-        if not browser or clock() >= closes_s():
-            return
-        if what == KERNEL:
-            reply = browser.ask("GET", kernel_url, call=once())
-            target = urllib.parse.urljoin(kernel_url, reply.location or "")
-            if reply.location and target.startswith(site.public.url):
-                reply = browser.ask("GET", target, call=once())
-            site.tabs.drew(reply)
-            yield of_tab(reply, "tab_poll", person)
-        else:
-            url = f"{kernel_url}/channels" if what == CHANNELS else f"{person.url}{EVENTS}"
-            yield from reconnect(url, person, site, closes_s)
-
-
-def reconnect(url: str, person: Visitor, site: Site, closes_s: Callable[[], float]) -> Iterator[Event | float]:
-    """Try to open a websocket, as a tab does that has lost its own, unless enough is known of the proxy."""
-    clock = site.hub.session.clock
-    yield from wait_until(min(site.tabs.place(clock()), closes_s()), clock)
-    if site.tabs.ended or clock() >= closes_s():
-        return
-    reply = yield from knock(url, person, site, clock() + BROWSER_PATIENCE_S, closes_s)
-    if reply.message != UNANSWERED or reply.answered_s - reply.sent_s >= UNANSWERED_S:  # else the tab was just closed
-        site.tabs.note(reply)
-        yield of_tab(reply, "tab_websocket", person)
-
-
-def knock(
-    url: str, person: Visitor, site: Site, until_s: float, closes_s: Callable[[], float] = lambda: math.inf
-) -> Generator[float, None, Reply]:
-    """What a websocket's handshake is answered by then; the connection is closed on any answer."""
+def knock(url: str, person: Visitor, site: Site) -> Generator[float, None, Reply]:
+    """What a websocket's handshake is answered within `UNANSWERED_S`; the connection is closed on any answer."""
     clock, public = site.hub.session.clock, site.public
     public.traffic.sent(observer=False)
     sent_s = clock()
@@ -4052,18 +3816,12 @@ def knock(
     except OSError as error:
         return Reply(0, sent_s, clock(), message=why(error))
     public.wires.add(handshake)
-    while not handshake.reply and clock() < (due_s := min(until_s, closes_s())):
-        yield due_s
+    while not handshake.reply and clock() < sent_s + UNANSWERED_S:
+        yield sent_s + UNANSWERED_S
     public.wires.close(handshake)
     if handshake.reply and handshake.reply.status:
         public.traffic.answered(handshake.reply.status)
     return handshake.reply or Reply(0, sent_s, clock(), message=UNANSWERED)
-
-
-def of_tab(reply: Reply, step: str, person: Visitor) -> Event:
-    """What is recorded of a request that an open tab sent; whatever came back, no person has failed."""
-    reason = None if reply.status in (101, 200) else Reason(Kind.TAB, str(reply.status or reply.message))
-    return Event(step, person.name, reply.sent_s, reply.sent_s, reply.answered_s, reason)
 
 
 def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -4110,7 +3868,6 @@ class Step:
     act: Act | None = None  # what a person does; None: it is measured elsewhere
     wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
     always: bool = False  # also after an earlier step has failed
-    judged: bool = True  # whether a person fails with it
 
 
 STEPS = {
@@ -4123,12 +3880,10 @@ STEPS = {
         Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work),
         Step("at_work", "at work", (), get_to_work, lambda plan: plan.rehearses),
         Step("cell", "cell", (), work, lambda plan: plan.work),
-        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s) or plan.leaves),
-        Step("tab_websocket", "tab's websocket", (), leave_tab_open, lambda plan: plan.leave_open > 0, judged=False),
-        Step("tab_poll", "tab's poll"),
-        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: plan.leaves, always=True),
+        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s)),
+        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), always=True),
         Step("create_users", "create users", ("admin:users",)),
-        Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: plan.leaves, always=True),
+        Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: bool(plan.stay_s), always=True),
         Step("list_users", "list users", ("list:users", "read:servers")),
         Step("activity", "activity report", ("users:activity",)),
         Step("read", "read user"),
@@ -4136,8 +3891,7 @@ STEPS = {
         Step("ping", "ping"),
     )
 }
-PERSONAL = tuple(step.name for step in STEPS.values() if step.act and step.judged and not step.always)
-OF_TABS = ("tab_websocket", "tab_poll")  # what these were answered fails nobody
+PERSONAL = tuple(step.name for step in STEPS.values() if step.act and not step.always)
 STEPS_OF = {
     STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
     ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
@@ -4230,15 +3984,11 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
         return walk
 
     site.gathering.hold_s = plan.hold_s
-    gatherings = [site.gathering]
-    if plan.leaves_tabs:
-        site.leaving = Gathering(plan.settle_s, "Everybody has left; tabs stay open")
-        gatherings.append(site.leaving)
     driver = Driver(
         session,
         limit,
         (lambda n: started_s + people[n][0]) if plan.is_open else None,
-        gatherings=gatherings,
+        gatherings=[site.gathering],
         may_begin=lambda: not streak.reached,
         threads=most if plan.opens else limit,
         places=(lambda limit: limit) if plan.is_open else site.first_starts.places,
@@ -4761,11 +4511,11 @@ def knock_often(
     person: Visitor, site: Site, at_most: int, enough: Callable[[Sequence[Reply]], bool]
 ) -> Generator[float, None, list[Reply]]:
     """What so many websockets to a server that is gone were answered, one after the other; fewer if that is enough."""
-    clock, replies = site.hub.session.clock, list[Reply]()
+    clock, replies, next_s = site.hub.session.clock, list[Reply](), 0.0
     while len(replies) < at_most and not (replies and enough(replies)):
-        yield from wait_until(site.tabs.place(clock()), clock)
-        reply = yield from knock(f"{person.url}{EVENTS}", person, site, clock() + UNANSWERED_S)
-        replies.append(reply)
+        yield from wait_until(next_s, clock)
+        next_s = clock() + 1 / HANDSHAKES_PER_S
+        replies.append((yield from knock(f"{person.url}{EVENTS}", person, site)))
     return replies
 
 
@@ -4893,7 +4643,7 @@ def without_waiting(plan: Plan) -> Plan:
     """The plan of a dry run, which takes no real time, and has no servers to visit."""
     never: Json = dict.fromkeys(("rate_per_s", "within_s", "stay_s", "duration_s", "page"))
     groups = tuple(map(without_waiting, plan.event))
-    never |= dict.fromkeys(("hold_s", "after_s", "leave_open"), 0.0)
+    never |= dict.fromkeys(("hold_s", "after_s"), 0.0)
     return dataclasses.replace(plan, visit=False, work=False, check_proxy=False, event=groups, **never)
 
 
@@ -4974,7 +4724,7 @@ class Run:
         check_server_names(self.hub, plan, [user["name"] for user in self.existing])
         watched = not plan.dry_run
         self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
-        self.site = Site(self.hub, plan, self.record, tabs=Tabs(self.monitor.snapshots, self.monitor.look))
+        self.site = Site(self.hub, plan, self.record)
         self.monitors = {"hub": self.monitor}
         self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
         self.claims = self.site.claims
@@ -5016,12 +4766,6 @@ class Run:
         """Have all monitors look once more."""
         for monitor in self.monitors.values():
             monitor.look()
-
-    def look_at_the_end(self) -> None:
-        """Look once more, at once; but where tabs were left open, when their last connections have ended."""
-        if self.site.tabs.ways and self.interrupted_by is None:
-            self.session.for_cleaning_up().pause(AFTERMATH_S)
-        self.look()
 
     def announce(self, what: str) -> None:
         """Say what begins."""
@@ -5222,7 +4966,7 @@ def carry_out(plan: Plan) -> Results:
             finally:
                 run.clean_up()
             run.session.close()  # so that what is still open on the hub is not ours
-            run.look_at_the_end()
+            run.look()
             closing.close()
             results = results_of(run)
         return write_files(plan, results)
@@ -5604,7 +5348,6 @@ class ServersTimeline:
     failed_s: list[float | None]  # after it was ready
     lost_s: list[float | None]
     left_s: list[float | None]
-    closed_s: list[float | None]  # the tab that was left open
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5629,18 +5372,7 @@ class Change:
     grown: float | None
 
 
-# `leaking`: 1 when a leak was proven, None when the hub's figures were not read; of each process: Change
-Aftermath = Mapping[str, int | None | Mapping[str, Change]]
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenTabs:
-    """The tabs that people have left open, by how their servers ended."""
-
-    ended_by_themselves: int
-    stopped: int
-    lost_connections: int  # that the proxy still held at the end, as far as the hub's figures tell
-    stopped_asking: str  # why they opened no more websockets, before they were closed; "" when they went on
+Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5675,7 +5407,6 @@ class Results:
     http: Http
     capacity: Capacity | None
     aftermath: Aftermath | None  # of the hub and each process that was watched
-    tabs: OpenTabs | None
     proxy_check: ProxyCheck | None
     warnings: list[str]
     advice: list[str]  # what to look at next, when the run has failed
@@ -5687,7 +5418,7 @@ class Results:
     @property
     def leaking(self) -> bool:
         """Whether the proxy was shown to lose connections."""
-        return bool((self.aftermath or {}).get("leaking") or (self.proxy_check and self.proxy_check.leaking))
+        return bool(self.proxy_check and self.proxy_check.leaking)
 
     @property
     def own_servers(self) -> bool:
@@ -5793,8 +5524,7 @@ def results_of(run: Run) -> Results:
         operations=run.record.summarise(),
         http=dataclasses.replace(run.session.traffic.summarise(), servers=on_the_way),
         capacity=run.capacity,
-        aftermath=aftermath_of(looks, bool(run.cleaned.kept), leaking=run.site.tabs.proven()),
-        tabs=tabs_of(run.site.tabs) if plan.leaves_tabs else None,
+        aftermath=aftermath_of(looks, bool(run.cleaned.kept)),
         proxy_check=run.proxy_check,
         warnings=[*run.troubles, *run.warnings, *run.site.public.warnings, *_restart_warning(restarts)],
         advice=[],
@@ -5971,8 +5701,7 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
         works_s=ended("at_work"),
         failed_s=ended(*PERSONAL[1:], bad=True),
         lost_s=ended("stay", bad=True, lost=True),
-        left_s=[since(row["stay"].ended_s) if "tab_websocket" in row else sent("stop_server", row) for row in rows],
-        closed_s=[sent("delete_user", row) if "tab_websocket" in row else None for row in rows],
+        left_s=[sent("stop_server", row) for row in rows],
     )
 
 
@@ -5985,15 +5714,9 @@ def _is_lost(end: Event) -> bool:
 FILES_TO_MENTION = 20  # open files more than before
 
 
-def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool, leaking: bool = False) -> Aftermath | None:
+def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
     """What a run left in the processes that were watched; None without two looks at any."""
-    seen = {name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1}
-    return {"leaking": int(leaking) if "hub" in seen else None, **seen} if seen else None
-
-
-def tabs_of(tabs: Tabs) -> OpenTabs:
-    """The tabs that were left open."""
-    return OpenTabs(tabs.ways[WayOut.BY_ITSELF], tabs.ways[WayOut.STOPPED], tabs.lost(), tabs.ended)
+    return {name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1} or None
 
 
 def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
@@ -6403,10 +6126,9 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         ("duration", duration_text(results.duration_s)),
         *_hub_facts(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
-        *_tab_facts(results),
         *_cleanup_facts(results),
         *_proxy_facts(results.proxy_check),
-        *_aftermath_facts(results.aftermath or {}, results.tabs),
+        *_aftermath_facts(results.aftermath or {}),
         *(
             ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
             for one in _told(results, False)
@@ -6521,7 +6243,7 @@ def _why_slow(server: Slow, servers: Servers) -> str:
 
 def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[tuple[str, str]]:
     for name in in_order(operations):
-        if name not in (*PERSONAL, *OF_TABS) and "[" not in name:  # which are told of people, servers, tabs and all
+        if name not in PERSONAL and "[" not in name:  # which are told of people, servers and all
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
                 yield "errors", f"{title_of(name, own_servers)}: {number} × {reason}"
 
@@ -6593,41 +6315,18 @@ PROJECTION = (
 )
 
 
-def _tab_facts(results: Results) -> Iterator[tuple[str, str]]:
-    """The tabs that people have left open, and what they did."""
-    if tabs := results.tabs:
-        ended = counted(tabs.ended_by_themselves, "server ended by itself", "servers ended by themselves")
-        stopped = counted(tabs.stopped, "was", "were")
-        yield "tabs", f"{tabs.ended_by_themselves + tabs.stopped} left open: {ended}, {stopped} stopped"
-        no_more = f", and no more {tabs.stopped_asking}" if tabs.stopped_asking else ""
-        nouns = (("websocket", f"tried to open {{}}{no_more}"), ("time", "asked {} for their kernels"))
-        for name, (noun, did) in zip(OF_TABS, nouns):
-            if seen := results.operations.get(name):
-                answers = [f"{number} × {answer}" for answer, number in seen.errors.items()]
-                answers += [f"{seen.count - seen.failed} × fine"] if seen.count > seen.failed else []
-                yield "tabs", f"they {did.format(counted(seen.count, noun))}: {', '.join(answers)}"
-        if "hub" not in (results.aftermath or ()):
-            yield "tabs", "without the hub's own figures, nothing proves that the proxy lost connections, or did not"
-
-
 def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
     """What the check of the proxy has shown."""
     if check and check.verdict != UNDECIDED:  # which is a warning
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
 
 
-def _aftermath_facts(aftermath: Aftermath, tabs: OpenTabs | None = None) -> Iterator[tuple[str, str]]:
+def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
     """Connections to the hub that its proxy keeps: as many as the error pages that it fetched."""
-    changes = aftermath.get("hub")
-    if not isinstance(changes, Mapping):
-        return
+    changes = aftermath.get("hub", {})
     files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
     number, fetched = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
-    if aftermath["leaking"]:
-        lost = counted(tabs.lost_connections, "connection") if tabs and tabs.lost_connections else "connections"
-        held = f"after everybody had left, the proxy still held {lost} to the hub"  # no number after a restart
-        yield "aftermath", f"{held} that nobody uses. {PROJECTION}"
-    elif files and number > FILES_TO_MENTION and fetched >= PROOF_SHARE * number:
+    if files and number > FILES_TO_MENTION and fetched >= PROOF_SHARE * number:
         more = f"the hub has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
         yield "aftermath", f"{more}: its proxy fetched as many error pages, and keeps these connections open"
 
@@ -6980,7 +6679,6 @@ def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
         _bars("loading the page", TEAL, opened, loaded, servers.user),
         _bars("starting a kernel", VIOLET, loaded, works, servers.user),
         _bars("at work", GREEN, works, left, servers.user),
-        _bars("tab left open", BROWN, servers.left_s, servers.closed_s, servers.user),
         _bars("failed after it was ready", RED, failed, left, servers.user),
         _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
     ]
@@ -7388,7 +7086,7 @@ def _stages(value: Any) -> str:
     return ",".join(f"{stage['rate']}:{stage['for']}" for stage in stages)
 
 
-NUMBERS = (whole_number, positive_number, rate_of, duration, share_of_people)
+NUMBERS = (whole_number, positive_number, rate_of, duration)
 
 
 def value_in_toml(value: Any, row: Option, file: str) -> Any:
@@ -7479,7 +7177,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "leave_open", "check_proxy")
+NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "check_proxy")
 
 
 def _check_search(given: Json) -> None:
@@ -7597,7 +7295,6 @@ def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
     for one, other, why_not in (
         ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
         ("stay_s", "keep", "lets each leave, and --keep nobody"),
-        ("leave_open", "keep", "lets servers end, and --keep keeps them"),
         ("check_proxy", "keep", "lets a server end, and --keep keeps all"),
         ("within_s", "rate_per_s", "and --rate both say when people come"),
     ):
@@ -7606,7 +7303,6 @@ def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
     for names, there, others in (
         (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
         (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
-        (("tab", "settle_s"), plan.leaves_tabs, "--leave-open"),
         (("max_servers", "duration_s"), plan.find_capacity or plan.command == ACTIVITY, "--find-capacity"),
         (("seed",), any(group.within_s for group in plan.groups), "--within"),
     ):

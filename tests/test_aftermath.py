@@ -27,14 +27,13 @@ def test_a_figure_is_told_before_at_its_most_and_after_and_by_how_much_it_has_gr
     seen = {"hub": looks({FILES: 14.0}, {FILES: 120.0, PAGES: 60.0}, {FILES: 114.0, PAGES: 100.0})}
     found = hst.aftermath_of(seen, kept=False)
     assert found == {
-        "leaking": 0,
-        "hub": {"open_files": Change(14.0, 120.0, 114.0, 100.0), "proxy_error_pages": Change(0.0, 100.0, 100.0, 100.0)},
+        "hub": {"open_files": Change(14.0, 120.0, 114.0, 100.0), "proxy_error_pages": Change(0.0, 100.0, 100.0, 100.0)}
     }
 
 
 def test_after_a_run_that_keeps_its_users_nothing_is_said_of_what_is_left() -> None:
     found = hst.aftermath_of({"hub": looks({FILES: 14.0}, {FILES: 50.0})}, kept=True)
-    assert found == {"leaking": 0, "hub": {"open_files": Change(14.0, 50.0, None, None)}}
+    assert found == {"hub": {"open_files": Change(14.0, 50.0, None, None)}}
 
 
 @pytest.mark.parametrize("seen", [{}, {"hub": []}, {"hub": looks({FILES: 1.0})}])
@@ -47,8 +46,8 @@ def test_without_two_looks_there_is_no_aftermath(seen: dict[str, list[Snapshot]]
 )
 def test_open_files_are_mentioned_only_where_error_pages_explain_them(grown: float, pages: float, told: bool) -> None:
     files, drawn = Change(10.0, 10.0 + grown, 10.0 + grown, grown), Change(0.0, pages, pages, pages)
-    aftermath: hst.Aftermath = {"leaking": 0, "hub": {"open_files": files, "proxy_error_pages": drawn}}
-    sentences = [words for _, words in hst._aftermath_facts(aftermath | {"proxy": {"open_files": files}})]
+    aftermath = {"hub": {"open_files": files, "proxy_error_pages": drawn}, "proxy": {"open_files": files}}
+    sentences = [words for _, words in hst._aftermath_facts(aftermath)]
     assert (
         sentences
         == [
@@ -82,7 +81,7 @@ def test_an_ordinary_run_through_a_real_proxy_leaves_next_to_nothing(
     done, found = run_for_results(tmp_path / "r", *words, hub=hub)
     assert done.code == 0, done
     after = found["aftermath"]
-    assert after.keys() == {"leaking", "hub", "proxy"} and not tool_users(hub)
+    assert after.keys() == {"hub", "proxy"} and not tool_users(hub)
     assert {"open_files", "rss_bytes", "proxy_error_pages"} <= after["hub"].keys()
     assert {"open_files", "rss_bytes", "active_handles"} <= after["proxy"].keys()
     files = after["hub"]["open_files"]

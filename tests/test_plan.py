@@ -29,7 +29,7 @@ RESULTS: dict[str, Any] = {
     "people": {"at_work": 0, "failed": 3, "reasons": {}, "until_work_s": {}},  # nobody got to work
     "groups": None,
     "servers": {"lost": 1, "reasons": {}},
-    "aftermath": {"leaking": 0, "hub": {"rss_bytes": {"grown": 7.2e6}, "open_files": {"grown": 60}}},
+    "aftermath": {"hub": {"rss_bytes": {"grown": 7.2e6}, "open_files": {"grown": 60}}},
     "operations": {
         "server_ready[first class]": {"count": 2, "failed": 0, "latency_s": dict.fromkeys(hst.LATENCY_STATISTICS, 9)},
         "server_ready": {
@@ -70,7 +70,6 @@ VALUES = {
     "operations.ping.errors.502": 0,
     "servers.lost": 1,
     "hub.metrics.cpu_share_max": 0.91,
-    "aftermath.leaking": 0,
     "aftermath.hub.open_files.grown": 60,
 }
 
@@ -300,9 +299,6 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "think_s": ("5", 5.0),
     "cell_timeout_s": ("2m", 120.0),
     "stay_s": ("5m", 300.0),
-    "leave_open": ("0.25", 0.25),
-    "tab": ("lab-4.6", "lab-4.6"),
-    "settle_s": ("90s", 90.0),
     "check_proxy": (None, True),
     "public_url": ("https://hub.example.org/", "https://hub.example.org"),
     "watch": ("proxy=http://127.0.0.1:8002/metrics", (hst.Watched("proxy", "http://127.0.0.1:8002/metrics"),)),
@@ -319,7 +315,6 @@ COMPANIONS = {  # options without which these say nothing
     **dict.fromkeys(("max_servers", "duration_s"), ["--find-capacity"]),
     **dict.fromkeys(("notebook", "think_s", "cell_timeout_s"), ["--work"]),
     **dict.fromkeys(("visit_timeout_s", "public_url"), ["--visit"]),
-    **dict.fromkeys(("tab", "settle_s"), ["--leave-open", "0.5"]),
 }
 
 

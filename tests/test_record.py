@@ -177,7 +177,7 @@ def test_a_runs_recorder_keeps_the_steps_of_each_persons_way() -> None:
     record = hst.new_recorder()
     for step in hst.STEPS:
         record.add(Event(step, "a", 0, 0, 1))
-    of_people = {*hst.PERSONAL, "tab_websocket", "stop_server", "delete_user"}
+    of_people = {*hst.PERSONAL, "stop_server", "delete_user"}
     assert record.people["a"].keys() == of_people
 
 

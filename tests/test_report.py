@@ -78,7 +78,6 @@ def results(record: Recorder, load_ended_s: float, **more: Any) -> hst.Results:
             "http": hst.Traffic().summarise(),
             "capacity": None,
             "aftermath": None,
-            "tabs": None,
             "proxy_check": None,
             "warnings": [],
             "advice": [],

@@ -58,7 +58,6 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
         http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
         capacity=None,
         aftermath=None,
-        tabs=None,
         proxy_check=None,
         warnings=[],
         advice=[],

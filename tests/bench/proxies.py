@@ -1,9 +1,7 @@
 """Which proxies lose connections when servers end, as the tool finds out: real hubs, proxies and servers.
 
-    python tests/bench/proxies.py check      --check-proxy: four proxies, two hubs, behind nginx, without read:metrics
-    python tests/bench/proxies.py others     --check-proxy on a healthy proxy while other people use the hub
-    python tests/bench/proxies.py tabs       20 people of whom half leave their tabs open, on two proxies
-    python tests/bench/proxies.py aftermath  300 people behind a healthy proxy: does everything come back?
+    python tests/bench/proxies.py check   --check-proxy: four proxies, two hubs, behind nginx, without read:metrics
+    python tests/bench/proxies.py others  --check-proxy on a healthy proxy while other people use the hub
 
 A row for each run; `--runs N` of each case, `--at-once N` runs at the same time. The exit code is 1 when a run came to
 another verdict than its case has, or left users.
@@ -40,16 +38,14 @@ WITHOUT_METRICS = tuple(scope for scope in ROLE_SCOPES if scope != "read:metrics
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A deployment, the options of a run, and what it has to come to."""
+    """A deployment, and the verdicts that a check of its proxy may come to."""
 
     proxy: str
-    words: tuple[str, ...]
     expected: tuple[str, ...]
     hub: str | None = None
     behind_nginx: bool = False
     metrics: bool = True
     others: bool = False
-    real_servers: bool = True
 
     def __str__(self) -> str:
         more = [", behind nginx"] * self.behind_nginx + [", without read:metrics"] * (not self.metrics)
@@ -57,35 +53,19 @@ class Case:
         return f"hub {self.hub or 'newest'}, proxy {self.proxy}{''.join(more)}"
 
 
-CHECK = ("--count", "1", "--check-proxy")
-
-
 def check_cases() -> list[Case]:
     cases = [
-        Case(proxy, CHECK, (verdict,), hub)
+        Case(proxy, (verdict,), hub)
         for hub in (None, "4.1.6")
         for verdict, proxies in (("leaking", LEAKING), ("clean", HEALTHY))
         for proxy in proxies
     ]
-    cases += [
-        Case("4.6.3", CHECK, ("leaking",), behind_nginx=True),
-        Case("5.3.0", CHECK, ("clean",), behind_nginx=True),
-    ]
-    cases += [Case(proxy, CHECK, ("leaking",), metrics=False) for proxy in LEAKING]
-    return cases + [Case(proxy, CHECK, ("undecided",), metrics=False) for proxy in HEALTHY]
+    cases += [Case("4.6.3", ("leaking",), behind_nginx=True), Case("5.3.0", ("clean",), behind_nginx=True)]
+    cases += [Case(proxy, ("leaking",), metrics=False) for proxy in LEAKING]
+    return cases + [Case(proxy, ("undecided",), metrics=False) for proxy in HEALTHY]
 
 
-def tabs_cases() -> list[Case]:
-    words = ("--count", "20", "--within", "60s", "--leave-open", "0.5", "--server-timeout", "3m")
-    return [Case("4.6.3", words, ("leaking",)), Case("5.3.0", words, ("not leaking",))]
-
-
-CASES = {
-    "check": check_cases,
-    "others": lambda: [Case("5.3.0", CHECK, ("clean", "undecided"), others=True)],
-    "tabs": tabs_cases,
-    "aftermath": lambda: [Case("5.3.0", ("--count", "300", "--visit"), ("not leaking",), real_servers=False)],
-}
+CASES = {"check": check_cases, "others": lambda: [Case("5.3.0", ("clean", "undecided"), others=True)]}
 
 
 @contextlib.contextmanager
@@ -123,21 +103,14 @@ def other_people(hub: LocalHub, per_second: float = 20.0, idle: int = 30) -> Ite
             thread.join()
 
 
-def verdict_of(found: dict[str, Any]) -> str:
-    """What the run came to, in a word."""
-    if found["proxy_check"]:
-        return str(found["proxy_check"]["verdict"])
-    return "leaking" if found["aftermath"]["leaking"] else "not leaking"
-
-
 def run(case: Case) -> tuple[bool, str]:
     """Whether a run of the case came to what it has to, and its row."""
     began_s = time.monotonic()
-    how: dict[str, Any] = {"scopes": ROLE_SCOPES if case.metrics else WITHOUT_METRICS, "version": case.hub}
-    how |= {"real_servers" if case.real_servers else "stub_labs": True}
+    scopes = ROLE_SCOPES if case.metrics else WITHOUT_METRICS
+    deployment: dict[str, Any] = {"scopes": scopes, "version": case.hub, "real_servers": True}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        hub = stack.enter_context(LocalHub(real_proxy=True, proxy_version=case.proxy, **how))
+        hub = stack.enter_context(LocalHub(real_proxy=True, proxy_version=case.proxy, **deployment))
         environment = hub.environment
         if case.behind_nginx:
             from nginx import nginx
@@ -147,18 +120,18 @@ def run(case: Case) -> tuple[bool, str]:
         if case.others:
             stack.enter_context(other_people(hub))
         before, file = hub.users().keys(), folder / "results.json"
-        command = [sys.executable, str(TOOL), "stress-test", *case.words, "--results", str(file)]
+        command = [sys.executable, str(TOOL), "stress-test", "--count", "1", "--check-proxy", "--results", str(file)]
         process = whole_run.run_client(command, environment)
         left = hub.users().keys() - before
         if not file.exists():
             raise whole_run.RunFailed(f"{case}: exit code {process.exit_code}\n{process.stderr[-2000:]}")
         found = json.loads(file.read_text())
-    verdict, check = verdict_of(found), found["proxy_check"]
-    told = check["reason"] if check else [line for line in process.stdout.splitlines() if line.startswith("aftermath")]
+    check = found["proxy_check"]
+    verdict = check["verdict"]
     files = ((found["aftermath"] or {}).get("hub") or {}).get("open_files")
     seen = files and f"files {files['before']:.0f} → {files['peak']:.0f} → {files['after']:.0f}"
     fails = process.exit_code == int(verdict == "leaking")
-    row = f"{case}: {verdict}, exit {process.exit_code}, {seen}, {time.monotonic() - began_s:.0f} s; {told}"
+    row = f"{case}: {verdict}, exit {process.exit_code}, {seen}, {time.monotonic() - began_s:.0f} s; {check['reason']}"
     return verdict in case.expected and fails and not left, row
 
 
