@@ -2420,10 +2420,10 @@ class Progress:
 
 
 class Gathering:
-    """People who stay until the last of them has settled down, and for `hold_s` after that, which `title` names."""
+    """People who stay until the last of them has settled down, and for `hold_s` after that."""
 
-    def __init__(self, hold_s: float = 0.0, title: str = "Holding the servers") -> None:
-        self.hold_s, self.title, self.leave_s = hold_s, title, math.inf
+    def __init__(self, hold_s: float = 0.0) -> None:
+        self.hold_s, self.leave_s = hold_s, math.inf
         self._settled: set[str] = set()
 
     def settle(self, name: str) -> None:
@@ -2443,7 +2443,7 @@ class Driver:
 
     Walks begin when they are due (open model), or, without that, as soon as there is place (closed model). At most
     `limit` are in their first stretch at the same time; an open model that is short of places is late. A walk that
-    waits needs no thread; `wake` lets it go on before its time. Those that wait for the end of a gathering go on when
+    waits needs no thread; `wake` lets it go on before its time. Those that wait for the end of the gathering go on when
     it breaks up, which needs all to have begun.
     """
 
@@ -2453,14 +2453,14 @@ class Driver:
         limit: int,
         due_s: Callable[[int], float] | None = None,  # of the n-th
         until_s: float = math.inf,
-        gatherings: Sequence[Gathering] = (),
+        gathering: Gathering | None = None,
         may_begin: Callable[[], bool] = lambda: True,
         threads: int = 0,  # at most; 0: as many as the limit
         places: Callable[[int], int] = lambda limit: limit,  # how many of them there are now
     ) -> None:
         self._session, self._limit, self._due_at, self._until_s = session, limit, due_s, until_s
-        self._places = places
-        self._gatherings, self._may_begin = gatherings, may_begin
+        self._places, self._may_begin = places, may_begin
+        self._gathering = gathering or Gathering()
         self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
@@ -2486,8 +2486,8 @@ class Driver:
                         walk = begin(items[self._begun], due_s)
                         self._begun, self._beginning = self._begun + 1, self._beginning + 1
                         self._submit(walk, first=True)
-                    for gathering in self._gatherings if self._all_begun(count, now_s) else ():
-                        self._end(gathering, now_s)
+                    if self._all_begun(count, now_s):
+                        self._end_gathering(now_s)
                     next_s = self._let_go_on(now_s, due_s)
                     if next_s is None:
                         break
@@ -2520,11 +2520,12 @@ class Driver:
             return math.inf
         return self._due_at(self._begun) if self._due_at else now_s
 
-    def _end(self, gathering: Gathering, now_s: float) -> None:
+    def _end_gathering(self, now_s: float) -> None:
         """Once the moment to leave is known, nobody waits longer than that."""
+        gathering = self._gathering
         if gathering.break_up(self._begun, now_s):
             if gathering.hold_s:
-                LOG.info("%s for %g s", gathering.title, gathering.hold_s)
+                LOG.info("Holding the servers for %g s", gathering.hold_s)
             for number, walk in [(number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s]:
                 if self._entries.get(walk) == number:
                     self._wait(walk, gathering.leave_s)
@@ -2556,9 +2557,9 @@ class Driver:
             self._acting -= 1
             self._beginning -= first
             if at_s is not None:
-                for leave_s in [one.leave_s for one in self._gatherings]:  # which may just have become known
-                    if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
-                        at_s = leave_s
+                leave_s = self._gathering.leave_s  # which may just have become known
+                if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
+                    at_s = leave_s
                 self._wait(walk, 0.0 if walk in self._woken else at_s)
             if at_s is not None or not self._due_at or not self._acting or self._beginning == self._limit - 1:
                 self._changed.notify()
@@ -3988,7 +3989,7 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
         session,
         limit,
         (lambda n: started_s + people[n][0]) if plan.is_open else None,
-        gatherings=[site.gathering],
+        gathering=site.gathering,
         may_begin=lambda: not streak.reached,
         threads=most if plan.opens else limit,
         places=(lambda limit: limit) if plan.is_open else site.first_starts.places,

@@ -546,7 +546,7 @@ def test_those_who_wait_without_end_go_on_when_all_others_have_ended_and_the_hol
         moments[item] = session.clock()
         gathering.settle(item)
 
-    hst.Driver(session, 2, gatherings=[gathering]).run(walk, ["stays", "works"], lambda: None)
+    hst.Driver(session, 2, gathering=gathering).run(walk, ["stays", "works"], lambda: None)
     assert moments["stays"] - moments["works"] >= 10.0
 
 

@@ -632,7 +632,7 @@ def test_a_connection_can_be_closed_also_when_it_is_broken() -> None:
 def test_who_was_woken_and_thinks_again_is_not_held_back_when_the_gathering_breaks_up() -> None:
     """The moment up to which they would have waited, had nobody woken them, is no longer theirs."""
     session, gathering = Hurried(), hst.Gathering(hold_s=20.0)
-    driver = hst.Driver(session, 2, gatherings=[gathering])
+    driver = hst.Driver(session, 2, gathering=gathering)
     went_on: list[float] = []
 
     def works(due_s: float) -> hst.Walk:
