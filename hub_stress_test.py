@@ -3368,7 +3368,6 @@ class Visitor:
     name: str
     due_s: float
     plan: Plan
-    number: int = 0  # in their group, from 0
     wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
     since_s: float = 0.0  # when their last step ended
     works_s: float = 0.0  # when they got to work
@@ -3979,7 +3978,7 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     site.record.listen(streak)
 
     def begin(n: int, due_s: float) -> Walk:
-        person = Visitor(names[n], due_s, *people[n][1:])
+        person = Visitor(names[n], due_s, people[n][1])
         walk = journey(person, site)
         person.wake = functools.partial(driver.wake, walk)
         return walk
@@ -3997,14 +3996,13 @@ def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) 
     driver.run(begin, range(len(names)), on_tick)
 
 
-def arrivals(plan: Plan) -> list[tuple[float, Plan, int]]:
-    """Who comes: when, in seconds since the beginning (0 in the closed model), by which plan, and as which of a group.
+def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
+    """Who arrives: when, in seconds since the beginning (0 in the closed model), and by which plan.
 
     The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows how many
     came.
     """
-    numbered = [(group, enumerate(_moments(group, plan.seed))) for group in plan.groups]
-    people = [(group.after_s + at_s, group, n) for group, moments in numbered for n, at_s in moments]
+    people = [(group.after_s + at_s, group) for group in plan.groups for at_s in _moments(group, plan.seed)]
     return sorted(people, key=lambda person: person[0])
 
 
@@ -7496,7 +7494,6 @@ if locust_is_loading():
             taken = [user["name"] for user in test_users(listed, self.run)]
             check_server_names(hub, dataclasses.replace(plan, run=self.run, count=MANY), taken)
             self.indexes = itertools.count(first_free_index(taken, self.run))
-            self.numbers = itertools.count()  # of people
             self.claims, self.throttled, self.cut_short = self.site.claims, 0, False
             self.claims.known = {user["name"] for user in listed}
             self._spare: list[str] = []
@@ -7668,7 +7665,7 @@ if locust_is_loading():
                 return
             self._visits += 1
             name, clock, awake = self.new_user(), time.monotonic, threading.Event()
-            person = Visitor(name, clock(), self.plan, next(self.shared.numbers), awake.set)
+            person = Visitor(name, clock(), self.plan, awake.set)
             try:
                 for at_s in journey(person, self.site):
                     awake.wait(min(3600.0, max(0.0, at_s - clock())))

@@ -87,7 +87,7 @@ def test_the_command_line_wins_over_what_stands_above_the_groups(file: Path) -> 
 def test_the_groups_come_in_one_order_each_at_its_own_moments_and_the_same_with_the_same_seed(file: Path) -> None:
     first, again, other = (hst.arrivals(plan_for(file, "--seed", seed)) for seed in "778")
     assert first == again and first != other and first == sorted(first, key=lambda person: person[0])
-    moments = {name: [at_s for at_s, plan, _ in first if plan.group == name] for name in ("students", "assistants")}
+    moments = {name: [at_s for at_s, plan in first if plan.group == name] for name in ("students", "assistants")}
     assert len(moments["students"]) == 250 and moments["students"][0] >= 0 and moments["students"][-1] <= 300
     assert moments["assistants"] == [60, 61, 62, 63, 65]
 
