@@ -3082,59 +3082,6 @@ def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
     return socket
 
 
-CLOSED_UNANSWERED, UNANSWERED = "closed without an answer", "no answer"
-
-
-class Handshake:
-    """The handshake of a websocket, for whose answer nobody has to wait. Raises `OSError` when it cannot be sent.
-
-    `reply` is what came of it, 0 without a status; the connection is closed then, and `wake` is called.
-    """
-
-    def __init__(self, url: str, session: HubSession, wake: Callable[[], None]) -> None:
-        self.reply: Reply | None = None
-        self._heard = b""
-        self._clock, self._wake, self.sent_s = session.clock, wake, session.clock()
-        place = urllib.parse.urlsplit(url)
-        if place.scheme == "https":
-            context = tls_context(trusted(session, url))
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(place.netloc, context=context)
-        else:
-            self._connection = http.client.HTTPConnection(place.netloc)
-        self._connection.timeout = SEND_TIMEOUT_S
-        key = base64.b64encode(os.urandom(16)).decode()
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-        headers |= {"Sec-WebSocket-Key": key, "Authorization": f"token {session.token}"}
-        try:
-            self._connection.request("GET", place.path, headers=headers)
-        except OSError:
-            self._connection.close()
-            raise
-        self._connection.sock.settimeout(0)
-        self.number = self._connection.sock.fileno()
-
-    @property
-    def ended(self) -> bool:
-        return self.reply is not None
-
-    def read(self) -> None:
-        """Take what has arrived, until the first line of an answer is there, or the connection has ended."""
-        try:
-            while b"\n" not in self._heard and (data := self._connection.sock.recv(4096)):
-                self._heard += data
-        except (BlockingIOError, ssl.SSLWantReadError):  # a part of the answer, or of TLS
-            return
-        except (OSError, AttributeError):  # the latter when it was closed meanwhile
-            pass
-        found = re.match(rb"HTTP/1\.\d (\d{3})\b.*\n", self._heard)
-        status, message = (int(found[1]), "") if found else (0, CLOSED_UNANSWERED)
-        self.reply = Reply(status, self.sent_s, self._clock(), message=message)
-        self._wake()
-
-    def close(self) -> None:
-        self._connection.close()
-
-
 class Wire(Protocol):
     """A connection on which something may come at any time."""
 
@@ -3210,33 +3157,6 @@ class Wires:
         with self._changing:
             self._selector = None
             selector.close()
-
-
-# ==== What the proxy's answers show of the connections that it loses =================================================
-
-EVENTS = "api/events/subscribe"  # a websocket of every server
-PROOF_SHARE = 0.8
-
-
-def of_ended_server(reply: Reply) -> bool:
-    """Whether a proxy answered so because nobody listens where its route leads: 503, nothing, or 502 behind another."""
-    return reply.status in (502, 503) or reply.message == CLOSED_UNANSWERED
-
-
-def is_telling(reply: Reply) -> bool:
-    """Whether only a proxy that loses connections answers a handshake so: nothing, 502 or 504 behind another."""
-    return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
-
-
-def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
-    """How many connections to the hub a proxy may have lost since: by how many both figures have grown at least.
-
-    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be one that the
-    proxy had kept ready for reuse; so files count from the lowest look before.
-    """
-    files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
-    more_files = look.get(*files) - min(one.get(*files) for one in before)
-    return min(more_files, look.get(*pages) - before[-1].get(*pages))
 
 
 # ==== Steps of a person, each a function =============================================================================
@@ -3787,41 +3707,6 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
         if lost and lost.kind is not Kind.REFUSED:
             lost = Reason(Kind.LOST, f"it no longer answered at the end of the hold: {lost.text}")
     yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
-
-
-def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
-    """Wait until then, however often one is woken."""
-    while clock() < at_s:
-        yield at_s
-
-
-def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
-    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
-    clock, browser = site.hub.session.clock, person.browser
-    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
-        return 0
-    until_s = clock() + SHUTDOWN_S
-    while (page := browser.ask("GET", f"{person.url}api", call=once())).status == 200 and clock() < until_s:
-        yield clock() + 0.5
-    return page.status
-
-
-def knock(url: str, person: Visitor, site: Site) -> Generator[float, None, Reply]:
-    """What a websocket's handshake is answered within `UNANSWERED_S`; the connection is closed on any answer."""
-    clock, public = site.hub.session.clock, site.public
-    public.traffic.sent(observer=False)
-    sent_s = clock()
-    try:
-        handshake = Handshake(url, person.browser or site.hub.session, person.wake)
-    except OSError as error:
-        return Reply(0, sent_s, clock(), message=why(error))
-    public.wires.add(handshake)
-    while not handshake.reply and clock() < sent_s + UNANSWERED_S:
-        yield sent_s + UNANSWERED_S
-    public.wires.close(handshake)
-    if handshake.reply and handshake.reply.status:
-        public.traffic.answered(handshake.reply.status)
-    return handshake.reply or Reply(0, sent_s, clock(), message=UNANSWERED)
 
 
 def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
@@ -4393,7 +4278,59 @@ CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that has ended by
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
-CLEAN_SHARE = 0.1
+PROOF_SHARE, CLEAN_SHARE = 0.8, 0.1  # of the handshakes: as many connections lost prove a leak, or that there is none
+EVENTS = "api/events/subscribe"  # a websocket of every server
+CLOSED_UNANSWERED, UNANSWERED = "closed without an answer", "no answer"
+
+
+class Handshake:
+    """The handshake of a websocket, for whose answer nobody has to wait. Raises `OSError` when it cannot be sent.
+
+    `reply` is what came of it, 0 without a status; the connection is closed then, and `wake` is called.
+    """
+
+    def __init__(self, url: str, session: HubSession, wake: Callable[[], None]) -> None:
+        self.reply: Reply | None = None
+        self._heard = b""
+        self._clock, self._wake, self.sent_s = session.clock, wake, session.clock()
+        place = urllib.parse.urlsplit(url)
+        if place.scheme == "https":
+            context = tls_context(trusted(session, url))
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(place.netloc, context=context)
+        else:
+            self._connection = http.client.HTTPConnection(place.netloc)
+        self._connection.timeout = SEND_TIMEOUT_S
+        key = base64.b64encode(os.urandom(16)).decode()
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        headers |= {"Sec-WebSocket-Key": key, "Authorization": f"token {session.token}"}
+        try:
+            self._connection.request("GET", place.path, headers=headers)
+        except OSError:
+            self._connection.close()
+            raise
+        self._connection.sock.settimeout(0)
+        self.number = self._connection.sock.fileno()
+
+    @property
+    def ended(self) -> bool:
+        return self.reply is not None
+
+    def read(self) -> None:
+        """Take what has arrived, until the first line of an answer is there, or the connection has ended."""
+        try:
+            while b"\n" not in self._heard and (data := self._connection.sock.recv(4096)):
+                self._heard += data
+        except (BlockingIOError, ssl.SSLWantReadError):  # a part of the answer, or of TLS
+            return
+        except (OSError, AttributeError):  # the latter when it was closed meanwhile
+            pass
+        found = re.match(rb"HTTP/1\.\d (\d{3})\b.*\n", self._heard)
+        status, message = (int(found[1]), "") if found else (0, CLOSED_UNANSWERED)
+        self.reply = Reply(status, self.sent_s, self._clock(), message=message)
+        self._wake()
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4407,7 +4344,28 @@ class ProxyCheck:
     open_files: float | None = None  # by how many the hub's have grown; None when its figures were not read
 
 
-CLEAN, LEAKS_NOW, UNDECIDED = "clean", "leaking", "undecided"
+CLEAN, LEAKING, UNDECIDED = "clean", "leaking", "undecided"
+
+
+def of_ended_server(reply: Reply) -> bool:
+    """Whether a proxy answered so because nobody listens where its route leads: 503, nothing, or 502 behind another."""
+    return reply.status in (502, 503) or reply.message == CLOSED_UNANSWERED
+
+
+def is_telling(reply: Reply) -> bool:
+    """Whether only a proxy that loses connections answers a handshake so: nothing, 502 or 504 behind another."""
+    return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
+
+
+def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
+    """How many connections to the hub a proxy may have lost since: by how many both figures have grown at least.
+
+    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be one that the
+    proxy had kept ready for reuse; so files count from the lowest look before.
+    """
+    files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
+    more_files = look.get(*files) - min(one.get(*files) for one in before)
+    return min(more_files, look.get(*pages) - before[-1].get(*pages))
 
 
 def judge_proxy(
@@ -4425,23 +4383,21 @@ def judge_proxy(
 
     def found(verdict: str, reason: str) -> ProxyCheck:
         sent = number + len(stopped)
-        leaking = None if verdict == UNDECIDED else int(verdict == LEAKS_NOW)
+        leaking = None if verdict == UNDECIDED else int(verdict == LEAKING)
         return ProxyCheck(verdict, leaking, reason, sent, grown_by[0] if grown_by else None)
 
     if lost is not None and number >= CHECK_LEAST and lost >= PROOF_SHARE * number:
         held = counted(round(lost), "connection")
-        return found(LEAKS_NOW, f"{asked}; a minute later the proxy still held {held} to the hub for them")
+        return found(LEAKING, f"{asked}; a minute later the proxy still held {held} to the hub for them")
     if unanswered(stopped) and any(map(of_ended_server, ended)):  # so that websockets pass at all
-        return found(
-            LEAKS_NOW, "it never answers websockets that ask for a stopped server, and keeps their connections"
-        )
+        return found(LEAKING, "it never answers websockets that ask for a stopped server, and keeps their connections")
     if number < CHECK_LEAST:
         sent = counted(number, "websocket")
         return found(UNDECIDED, f"the hub noticed after {sent} that the server had ended, too few to tell")
     if page != 503:
         return found(UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended")
     if lost is None and sum(map(is_telling, ended)) >= PROOF_SHARE * number:
-        return found(LEAKS_NOW, f"{asked}, and the proxy closed them without an answer, as one does that loses them")
+        return found(LEAKING, f"{asked}, and the proxy closed them without an answer, as one does that loses them")
     if lost is None:
         return found(UNDECIDED, "the hub's own figures were not read")
     if sum(map(of_ended_server, ended)) < PROOF_SHARE * number:
@@ -4504,6 +4460,41 @@ def reach_server(person: Visitor, site: Site) -> Generator[float, None, bool]:
             else:
                 person.since_s = news.ended_s
     return True
+
+
+def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
+    """Wait until then, however often one is woken."""
+    while clock() < at_s:
+        yield at_s
+
+
+def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
+    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
+    clock, browser = site.hub.session.clock, person.browser
+    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+        return 0
+    until_s = clock() + SHUTDOWN_S
+    while (page := browser.ask("GET", f"{person.url}api", call=once())).status == 200 and clock() < until_s:
+        yield clock() + 0.5
+    return page.status
+
+
+def knock(url: str, person: Visitor, site: Site) -> Generator[float, None, Reply]:
+    """What a websocket's handshake is answered within `UNANSWERED_S`; the connection is closed on any answer."""
+    clock, public = site.hub.session.clock, site.public
+    public.traffic.sent(observer=False)
+    sent_s = clock()
+    try:
+        handshake = Handshake(url, person.browser or site.hub.session, person.wake)
+    except OSError as error:
+        return Reply(0, sent_s, clock(), message=why(error))
+    public.wires.add(handshake)
+    while not handshake.reply and clock() < sent_s + UNANSWERED_S:
+        yield sent_s + UNANSWERED_S
+    public.wires.close(handshake)
+    if handshake.reply and handshake.reply.status:
+        public.traffic.answered(handshake.reply.status)
+    return handshake.reply or Reply(0, sent_s, clock(), message=UNANSWERED)
 
 
 def knock_often(
