@@ -138,8 +138,8 @@ CAPACITY_FIRST_PEOPLE_PER_S = 0.1
 CAPACITY_PEOPLE_STEP_S = 60.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
-SERVER_REPORTS_LEAST_S = 1800  # rarer, and an idle culler with its usual hour may take a server at work for an idle one
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
+MANY_SERVERS = 3000
 SILENT_S = 3.0  # before it is said that the hub does not answer
 PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
@@ -4979,14 +4979,6 @@ class CapacityStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class ActivityInterval:
-    """The JUPYTERHUB_ACTIVITY_INTERVAL that is safe for so many running servers; None when no sensible one is."""
-
-    servers: int
-    interval_s: int | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Capacity:
     """The highest rate at which no condition was met, and the steps to it."""
 
@@ -4995,7 +4987,6 @@ class Capacity:
     generator_bound: bool
     steps: list[CapacityStep]
     finished: bool = True  # whether the search came to its end
-    activity_intervals: list[ActivityInterval] = dataclasses.field(default_factory=list)
     people_per_minute: float | None = None
     limited_by: str | None = None
 
@@ -5040,16 +5031,6 @@ def next_rate(steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-def activity_interval(servers: int, reports_per_s: float) -> ActivityInterval:
-    """How often servers may report so that it takes at most a tenth of what the hub sustains, in whole minutes.
-
-    Never more often than by default, nor more rarely than an idle culler bears.
-    """
-    minutes = math.ceil(servers / (REPORTS_SHARE * reports_per_s) / 60)
-    interval_s = max(SERVER_REPORTS_EVERY_S, 60 * minutes)
-    return ActivityInterval(servers, interval_s if interval_s <= SERVER_REPORTS_LEAST_S else None)
-
-
 def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
     """Search for the highest rate that the hub sustains; `record` gets the events of that step, else of the last."""
     first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
@@ -5070,9 +5051,7 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
     reports_per_s = (sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
     servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
-    sizes = (300, 1000, 3000, 10_000) if reports_per_s else ()
-    intervals = [activity_interval(number, reports_per_s) for number in sizes]
-    return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None, intervals)
+    return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None)
 
 
 def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
@@ -6146,6 +6125,11 @@ def _tested(results: Results) -> Iterator[tuple[str, str]]:
     else:
         sent = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
         yield "tested", f"{sent} only: starting servers, memory and nodes were not. {latencies}"
+    if reporting := capacity.servers_reporting_every_300_s:
+        default_s = SERVER_REPORTS_EVERY_S
+        every_s = max(default_s, math.ceil(default_s * MANY_SERVERS / (REPORTS_SHARE * reporting)))
+        servers = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
+        yield "activity", f"{servers} take at most {share_text(REPORTS_SHARE)} of this"
     if capacity.limited_by:
         yield "limit", capacity.limited_by
 
@@ -6365,19 +6349,6 @@ def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     return Section("Capacity", rows, header, left=(4,))
 
 
-def interval_section(capacity: Capacity) -> Section:
-    """How often servers may report their activity, and what that takes of the capacity."""
-    rows = []
-    for one in capacity.activity_intervals:
-        usual = ", the default" if one.interval_s == SERVER_REPORTS_EVERY_S else ""
-        share = one.servers / (capacity.servers_reporting_every_300_s or 1) * SERVER_REPORTS_EVERY_S
-        takes = share / (one.interval_s or SERVER_REPORTS_LEAST_S)
-        safe = f"{one.interval_s} s{usual}" if one.interval_s else f"none up to {SERVER_REPORTS_LEAST_S} s"
-        rows.append((f"{one.servers:,}", safe, f"{100 * takes:.2g} %"))
-    header = ("running servers", "JUPYTERHUB_ACTIVITY_INTERVAL", "of the capacity")
-    return Section("Activity interval", rows, header, left=(1,))
-
-
 def comparison_section(baseline: Json, results: Results) -> Section:
     """Old, new and ratio of what both runs measured; a dash for a percentile of too few samples."""
     columns, now = ("p50", "p95", "max"), as_json({"operations": results.operations})
@@ -6413,7 +6384,6 @@ def render_summary(results: Results, baseline: Json | None = None, *, colour: bo
     sections = [facts(results, baseline)]
     if results.capacity:
         sections.append(capacity_section(results.capacity, results.command == STRESS))
-        sections += [interval_section(results.capacity)] if results.capacity.activity_intervals else []
     if not results.options["dry_run"] and results.operations:
         sections.append(latency_section(results.operations, results.own_servers))
     if baseline:
@@ -6584,8 +6554,6 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     page.section(facts(results, baseline))
     if results.capacity:
         page.section(capacity_section(results.capacity, results.command == STRESS))
-        if results.capacity.activity_intervals:
-            page.section(interval_section(results.capacity))
     if timeline.servers and timeline.servers.user:
         _plot_servers(page, timeline.servers, timeline.load_ended_s or 0.0)
     _plot_watch(page, results)

@@ -136,10 +136,9 @@ def a_search_for_capacity() -> hst.Results:
         hst.CapacityStep(32.0, 30.1, None, 3, "failed > 0", False),
     ]
     options = hst.Plan(hst.ACTIVITY, find_capacity=True).options()
-    intervals = [hst.activity_interval(servers, 16.0) for servers in (300, 10_000)]
     record = folded(Event("activity", hst.username(n), n / 16, n / 16, n / 16 + 0.02) for n in range(160))
     more = {"command": hst.ACTIVITY, "options": options, "servers": None}
-    return results(record, 20.0, **more, capacity=hst.Capacity(16.0, 4800, False, steps, activity_intervals=intervals))
+    return results(record, 20.0, **more, capacity=hst.Capacity(16.0, 4800, False, steps))
 
 
 # ---- What a page shows, without a browser ----
@@ -218,7 +217,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header(run: Any) -> None:
     ends = ["Against the baseline", "Options and versions"]
     expected = {
         a_failed_run: ["Summary", "Latency", ends[0], "The hub's own clock", "Conditions", ends[1]],
-        a_search_for_capacity: ["Summary", "Capacity", "Activity interval", "Latency", *ends],
+        a_search_for_capacity: ["Summary", "Capacity", "Latency", *ends],
     }[run]
     assert [heading for heading in page.headings if heading in expected] == expected
     assert len(page.tables) == len(expected)
