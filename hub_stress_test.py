@@ -132,6 +132,8 @@ OPEN_STARTS_MAX = 1000  # threads, and so servers that can be starting at one ti
 LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
 OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
+IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
+LATE_LOOP_S = 0.2
 CAPACITY_FIRST_RATE_PER_S = 16.0
 CAPACITY_STEP_S = 10.0
 CAPACITY_FIRST_PEOPLE_PER_S = 0.1
@@ -5001,6 +5003,7 @@ class Limit(enum.Enum):
     PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
     GENERATOR = "this machine could not send more"
     MAX_SERVERS = "--max-servers allows no step with more people"
+    UNKNOWN = "the hub's figures do not tell what the limit was"
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -5139,7 +5142,7 @@ def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[Capacity
     if step.held:
         own, in_front = hub_figures(monitor.snapshots[looks:], math.inf, 0), traffic.counts[-429] > traffic.throttled
         limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
-        step = dataclasses.replace(step, limited_by=limit and limit.value)
+        step = dataclasses.replace(step, limited_by=limit.value)
     return step, seen
 
 
@@ -5161,23 +5164,20 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
 
 def limit_of(
     seen: Mapping[str, Operation], own: HubFigures | None, generator_bound: bool, limited_in_front: bool = False
-) -> Limit | None:
-    """What kept people from getting through, by the hub's own figures; None where it does not tell."""
+) -> Limit:
+    """What kept people from getting through, by the hub's own figures: what took most of the time that they waited."""
     means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
     asked, ready_s = seen.get("start_server"), means.get("server_ready", 0.0)
-    late = own is not None and own.cpu_share_max > BUSY / 2 and (own.event_loop_lag_p95_s or 0.0) > LATE_LOOP_S
+    whole_s = means.get("at_work", ready_s)
     if generator_bound:
         return Limit.GENERATOR
-    if own and (late or own.cpu_share_max > BUSY):
+    if own and own.busy:
         return Limit.PROCESSOR
     if asked and asked.backoff_s / asked.count > ready_s / 10:
         return Limit.FRONT if limited_in_front else Limit.THROTTLING
-    if not own or not ready_s:
-        return None
-    spawn_s = own.spawns["success"].mean_s if "success" in own.spawns else 0.0
-    beyond_s = means.get("at_work", ready_s) - ready_s
-    waited = {Limit.SPAWN: spawn_s, Limit.PROCESSOR: ready_s - spawn_s, Limit.PROXY: beyond_s}
-    return max(waited, key=waited.__getitem__)
+    if own and "success" in own.spawns and own.spawns["success"].mean_s > whole_s / 2:
+        return Limit.SPAWN
+    return Limit.PROXY if whole_s - ready_s > whole_s / 2 else Limit.UNKNOWN
 
 
 def _drain_hub(hub: Hub, user: str) -> None:
@@ -5206,7 +5206,6 @@ class HubFigures:
     """What the hub says of itself between the first and the last look at its metrics page.
 
     `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
-    `event_loop_wait_s` is how long a request waits on average that comes while the hub's one thread is at work.
     """
 
     cpu_s: float
@@ -5218,11 +5217,21 @@ class HubFigures:
     rss_per_server_bytes: float | None
     event_loop_lag_p95_s: float | None
     event_loop_lag_max_s: float | None
-    event_loop_wait_s: float | None
     event_loop_samples: int
     running_servers_max: float
     requests: dict[str, OwnDurations]
     spawns: dict[str, OwnDurations]
+
+    @property
+    def late_s(self) -> float | None:
+        """By how much the event loop was late (p95, also of few samples: it takes few when very late), if by much."""
+        lag_s = self.event_loop_lag_p95_s
+        return lag_s if lag_s and lag_s > LATE_LOOP_S else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests had to wait for the hub's one thread; on a busy machine that gets less of a processor."""
+        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5720,21 +5729,6 @@ def quantile(buckets: Buckets, share: float) -> float | None:
     return None
 
 
-def loop_wait_s(buckets: Buckets) -> float | None:
-    """How long a request waits on average for the hub's one thread; None where the hub does not tell.
-
-    From the lengths of the intervals between two looks of the event loop at itself. What an interval lasts beyond
-    `LOOP_INTERVAL_S` is work; a request that comes at a random moment finds the loop at work for half of such a piece.
-    """
-    lower, below, work, length = 0.0, 0.0, 0.0, 0.0
-    for upper, count in buckets:
-        middle = lower if math.isinf(upper) else (lower + upper) / 2
-        work += (count - below) * max(0.0, middle - LOOP_INTERVAL_S) ** 2 / 2
-        length += (count - below) * middle
-        lower, below = upper, count
-    return work / length if length else None
-
-
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
     """What the hub says of itself; None without two looks at it."""
     if len(snapshots) < 2:
@@ -5756,7 +5750,6 @@ def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_read
         rss_per_server_bytes=max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
         event_loop_lag_p95_s=None if lags[0] is None else max(lags[0], LOOP_INTERVAL_S),
         event_loop_lag_max_s=None if lags[1] is None else max(lags[1], LOOP_INTERVAL_S),
-        event_loop_wait_s=loop_wait_s(_buckets(under_load)),
         event_loop_samples=int(loop[-1][1]) if loop else 0,
         running_servers_max=max(0.0, *(one.get("running_servers") for one in snapshots)),
         requests=_own_durations(snapshots, "request_duration_seconds"),
@@ -5818,35 +5811,22 @@ NEGLIGIBLE_S = 0.02  # on a request, for which the way to the hub and back does 
 def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
     """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of its time.
 
-    A request that waits for the hub's one thread is not on the hub's clock. How long it waited, the event loop's
-    intervals say; hubs before 5.0 do not have them, and there the CPU share has to do, which on a machine with other
-    work may stay low although the hub could use more.
+    A request that waits for the hub's one thread is not on the hub's clock.
     """
     outside_s = whole_s - inside_s
     if outside_s < whole_s / 2:
         return "most of it was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
-    busy = f"the hub's one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
-    front = "in front of the hub: this machine, network, proxy or TLS"
-    lag_s = hub.event_loop_lag_p95_s if hub.event_loop_samples >= ENOUGH["p95"] else None
-    if hub.cpu_share_max < IDLE and lag_s and lag_s > LATE_LOOP_S:
-        late = f"whose event loop was late by {duration_text(lag_s)} (p95) though it used little of a processor"
+    if hub.busy:
+        used = f"which used up to {share_text(hub.cpu_share_max)} of a processor"
+        return f"most of it was spent waiting for the hub's one thread, {used}"
+    if hub.late_s:
+        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a processor"
         return f"most of it was spent waiting for the hub, {late}: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
-        waiting = 0.0
-    elif hub.event_loop_wait_s is not None:
-        waiting = LOOP_PASSES * hub.event_loop_wait_s / outside_s
-    else:
-        waiting = 1.0 if hub.cpu_share_max > BUSY else 0.5
-    if waiting > 0.7:
-        return f"most of it was spent waiting for {busy}"
-    return f"most of it was spent {front}" if waiting < 0.25 else f"the rest was spent waiting for {busy}, and {front}"
-
-
-IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
-LATE_LOOP_S = 0.2  # of a hub that used little of a processor
-LOOP_PASSES = 4.0  # how often a request waits for the hub's event loop, as measured on a saturated hub (6.1.1)
+        return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
+    return "the hub's figures do not tell where the rest was spent"
 
 
 def time_spent(results: Results) -> Iterator[str]:

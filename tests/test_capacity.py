@@ -176,7 +176,7 @@ def test_a_hub_falls_behind_when_the_last_wait_longer_than_the_first(waits_s: li
     assert hst.falls_behind(waits_s) is behind
 
 
-IDLE_HUB = hst.HubFigures(1, 0.2, 0.2, 0, 0, 0, None, 0.05, 0.1, 0.01, 99, 9, {}, {"success": hst.OwnDurations(9, 1.0)})
+IDLE_HUB = hst.HubFigures(1, 0.2, 0.2, 0, 0, 0, None, 0.05, 0.1, 99, 9, {}, {"success": hst.OwnDurations(9, 1.0)})
 
 
 @pytest.mark.parametrize(
@@ -186,15 +186,15 @@ IDLE_HUB = hst.HubFigures(1, 0.2, 0.2, 0, 0, 0, None, 0.05, 0.1, 0.01, 99, 9, {}
         (5.0, 5.0, 3.0, {"cpu_share_max": 0.9}, Limit.PROCESSOR),  # which makes it throttle, too
         (5.0, 5.0, 3.0, {"cpu_share_max": 0.6, "event_loop_lag_p95_s": 0.5}, Limit.PROCESSOR),  # on a busy machine
         (5.0, 5.0, 3.0, {}, Limit.THROTTLING),
-        (5.0, 5.0, 0.0, {}, Limit.PROCESSOR),  # 4 s that were not the hub's own
+        (5.0, 5.0, 0.0, {}, Limit.UNKNOWN),  # 4 s that were not the spawner's
         (1.2, 1.5, 0.0, {}, Limit.SPAWN),
         (1.2, 9.0, 0.0, {}, Limit.PROXY),
         (5.0, 5.0, 3.0, None, Limit.THROTTLING),
-        (5.0, 5.0, 0.0, None, None),  # nobody knows
+        (5.0, 5.0, 0.0, None, Limit.UNKNOWN),
     ],
 )
 def test_what_kept_a_hub_from_taking_more_people(
-    ready_s: float, at_work_s: float, throttled_s: float, more: dict[str, Any] | None, limit: Limit | None
+    ready_s: float, at_work_s: float, throttled_s: float, more: dict[str, Any] | None, limit: Limit
 ) -> None:
     seen = hst.Recorder()
     seen.add(hst.Event("start_server", "x", 0.0, 0.0, 5.0, backoff_s=throttled_s))

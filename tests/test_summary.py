@@ -194,7 +194,6 @@ FIGURES = hst.HubFigures(
     rss_per_server_bytes=400e3,
     event_loop_lag_p95_s=0.05,
     event_loop_lag_max_s=0.6,
-    event_loop_wait_s=0.01,
     event_loop_samples=500,
     running_servers_max=20,
     requests={},
