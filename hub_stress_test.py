@@ -1228,7 +1228,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class OperationTimeline:
-    """Counts and latencies for each span of time, in seconds since the run began; and the latency histogram."""
+    """Counts and latencies for each span of time, in seconds since the run began."""
 
     span_s: float
     at_s: list[float | None]
@@ -1237,8 +1237,6 @@ class OperationTimeline:
     p50_s: list[float | None]
     p95_s: list[float | None]
     max_s: list[float | None]
-    latency_s: list[float | None]
-    often: list[int]
 
 
 class Fold:
@@ -1302,10 +1300,6 @@ class Fold:
         numbers = sorted(self.spans)
         spans = [self.spans[number] for number in numbers]
         shown = [span.summary() for span in spans]
-        often: collections.Counter[int] = collections.Counter()
-        for bucket, number in self.latency.buckets.items():
-            often[bucket // 10] += number
-        tenths = range(min(often) - 1, max(often) + 2) if often else ()
         return OperationTimeline(
             span_s=self.span_s,
             at_s=[rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
@@ -1314,8 +1308,6 @@ class Fold:
             p50_s=[rounded(one.p50) for one in shown],
             p95_s=[rounded(one.p95) for one in shown],
             max_s=[rounded(one.max) for one in shown],
-            latency_s=[rounded(math.exp((bucket * 10 + 5) * Distribution.GROWTH)) for bucket in tenths],
-            often=[often[bucket] for bucket in tenths],
         )
 
 
@@ -6424,30 +6416,16 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin:
 p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
 .PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED, .DRY { background: #a16207 }
 .words td:first-child { white-space: nowrap }
-.pair { display: grid; grid-template-columns: 3fr 2fr; gap: 0 1rem }
-@media (max-width: 700px) { .pair { display: block } .words td:first-child { white-space: normal }
+@media (max-width: 700px) { .words td:first-child { white-space: normal }
   .scroll { font-size: .7rem } .scroll td, .scroll th { padding-right: .25rem } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 .left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
 .words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
-h2 button { float: right; font: inherit; font-size: .75rem; color: var(--faint); background: none;
-  border: 1px solid var(--line); border-radius: .3em; cursor: pointer }
-@media print { h2 button { display: none } }
-.bad { color: #dc2626 } .plot { width: 100%; min-width: 0 }
+.plot { width: 100%; min-width: 0 }
 .js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
 .js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
-"""
-SAVE = """
-function save(button) {
-  const quoted = cell => '"' + cell.textContent.replaceAll('"', '""') + '"';
-  const rows = [...button.parentNode.nextSibling.firstChild.rows].map(row => [...row.cells].map(quoted).join(","));
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([rows.join("\\n") + "\\n"], {type: "text/csv"}));
-  link.download = button.parentNode.firstChild.textContent + ".csv";
-  link.click();
-}
 """
 BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
 CYAN, TEAL, VIOLET, BROWN = "#06b6d4", "#0f766e", "#8b5cf6", "#a8763e"
@@ -6462,7 +6440,6 @@ LAYOUT: dict[str, Any] = {
     "hovermode": "closest",
     "showlegend": True,
 }
-ENOUGH_TO_PLOT = 10
 Trace = dict[str, Any]  # of plotly
 Moments = Sequence["float | None"]
 
@@ -6481,8 +6458,8 @@ class Page:
         self._parts.append(tag)
 
     def section(self, section: Section) -> None:
-        """A heading, a button that saves, and a table, which scrolls by itself; rows without a header are sentences."""
-        self._parts.append(f'<h2>{html.escape(section.title)}<button onclick="save(this)">save as CSV</button></h2>')
+        """A heading and a table, which scrolls by itself; rows without a header are sentences."""
+        self.add("h2", section.title)
         lines = [("th", section.header)] if section.header else []
         lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
         body = "".join(
@@ -6513,7 +6490,7 @@ class Page:
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(self._parts)}"
-            f"<script>{plotly_js}</script><script>{SAVE}{draw}</script></body></html>\n"
+            f"<script>{plotly_js}</script><script>{draw}</script></body></html>\n"
         )
 
 
@@ -6539,11 +6516,7 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     _plot_watch(page, results)
     if results.operations:
         page.section(latency_section(results.operations, results.own_servers))
-    for name in in_order(results.operations):
-        old = ((baseline or {}).get("timeline") or {}).get("operations", {}).get(name)
-        alone = "[" in name and results.operations[name].count == results.operations[name.partition("[")[0]].count
-        if sum(timeline.operations[name].often) >= ENOUGH_TO_PLOT and not alone:  # which the plot above has shown
-            _plot_operation(page, name, results, timeline.operations[name], old)
+        _plot_latency(page, results)
     for section in _appendix(results, baseline):
         page.section(section)
     title = f"hub-stress-test: {word}: {sentence}"
@@ -6650,7 +6623,7 @@ def _plot_watch(page: Page, results: Results) -> None:
         page.add("p", sentence[:1].upper() + sentence[1:] + ".")
     pings = (("ping p50", ping.p50_s, BLUE), ("ping max", ping.max_s, AMBER))
     traces = [_line(name, ping.at_s, milliseconds(values), colour) for name, values, colour in pings]
-    traces += _failed_marks(ping)
+    traces += _failed_marks("ping", ping)
     if not hub:
         page.plot(traces, 280, "ping, ms", hovermode="x unified")
         return
@@ -6682,33 +6655,28 @@ def milliseconds(seconds: Moments) -> list[float | None]:
     return [None if one is None else round(one * 1000, 1) for one in seconds]
 
 
-def _failed_marks(seen: OperationTimeline) -> list[Trace]:
+def _failed_marks(title: str, seen: OperationTimeline) -> list[Trace]:
     """Marks on the axis where something failed."""
     failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
-    marks = _line("failed", [at for at, _ in failed], [0] * len(failed), RED)
+    marks = _line(f"{title} failed", [at for at, _ in failed], [0] * len(failed), RED)
     text = [f"{number} failed" for _, number in failed]
     return [marks | {"mode": "markers", "cliponaxis": False, "text": text}] if failed else []
 
 
-def _plot_operation(page: Page, name: str, results: Results, seen: OperationTimeline, old: Json | None) -> None:
-    """Latency over time, and how often each latency came, with its percentiles; the baseline's in grey."""
-    page.add("h3", title_of(name, results.own_servers))
-    page.open('<div class="pair">')
-    lines = (("p50", seen.p50_s, BLUE), ("p95", seen.p95_s, AMBER), ("max", seen.max_s, RED))
-    traces = [_line(one, seen.at_s, milliseconds(values), colour) for one, values, colour in lines]
-    traces += [_line("baseline p95", old["at_s"], milliseconds(old["p95_s"]), GREY, dash="dot")] if old else []
-    traces += _failed_marks(seen)
-    page.plot([trace | {"mode": trace["mode"].replace("lines", "lines+markers")} for trace in traces], 230, "ms")
-    runs = [("share of all", seen.latency_s, seen.often, BLUE)]
-    runs += [("baseline", old["latency_s"], old["often"], GREY)] if old else []
-    shares = [(one, at_s, [100 * n / sum(often) for n in often], colour) for one, at_s, often, colour in runs]
-    traces = [_line(one, milliseconds(x), y, colour, shape="hvh") | {"fill": "tozeroy"} for one, x, y, colour in shares]
-    top = max(max(y) for _, _, y, _ in shares)
-    for one, dash in (("p50", "solid"), ("p95", "dash"), ("p99", "dot")):
-        if (at_s := results.operations[name].enough(one)) is not None:
-            traces.append(_line(f"{one} {duration_text(at_s)}", [at_s * 1000] * 2, [0, top], AMBER, dash=dash))
-    page.plot(traces, 230, "%", xaxis={"title": {"text": "ms"}, "type": "log", "nticks": 5, "tickformat": ","})
-    page.open("</div>")
+def _plot_latency(page: Page, results: Results) -> None:
+    """How long people waited, or how long the requests of the load took, over time."""
+    felt = ("server_ready", "at_work") if results.command == STRESS else results.options.get("mix") or DEFAULT_MIX
+    traces: list[Trace] = []
+    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, *LINES[1:]))):
+        if seen := results.timeline.operations.get(name):
+            title = title_of(name, results.own_servers)
+            for label, values, dash in (("p50", seen.p50_s, "dot"), ("p95", seen.p95_s, "solid")):
+                line = _line(f"{title} {label}", seen.at_s, milliseconds(values), colour, dash=dash)
+                traces.append(line | {"mode": "lines+markers"})
+            traces += _failed_marks(title, seen)
+    if traces:
+        page.add("h3", "Over time, by when each was due")
+        page.plot(traces, 260, "ms")
 
 
 # ==== Files ==========================================================================================================
