@@ -622,9 +622,9 @@ def writable_file(text: str) -> str:
 
 
 def samples_file(text: str) -> str:
-    """The path of a file of samples that can be written; its name says in which form."""
-    if not re.search(r"\.(csv|jsonl)(\.gz)?$", text):
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .csv, .jsonl, .csv.gz or .jsonl.gz, not {text}")
+    """The path of a file of samples that can be written; its name says whether it is compressed."""
+    if not text.endswith((".csv", ".csv.gz")):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .csv or .csv.gz, not {text}")
     return writable_file(text)
 
 
@@ -989,7 +989,7 @@ class Plan:
         repeatable=True,
     )
     samples: str | None = for_loads(
-        "--samples", "write each event as it happens; FILE ends in .csv, .jsonl, .csv.gz or .jsonl.gz", samples_file
+        "--samples", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file
     )
     metrics_port: int | None = for_loads(
         "--metrics-port",
@@ -4556,11 +4556,8 @@ class Samples(Regularly):
 
     def _encode(self, rows: Sequence[Json]) -> bytes:
         text = io.StringIO()
-        if self._path.removesuffix(".gz").endswith(".csv"):
-            header = [list(rows[0])] if self._mode == "wb" else []
-            csv.writer(text, lineterminator="\n").writerows(header + [list(row.values()) for row in rows])
-        else:
-            text.writelines(f"{json.dumps(row)}\n" for row in rows)
+        header = [list(rows[0])] if self._mode == "wb" else []
+        csv.writer(text, lineterminator="\n").writerows(header + [list(row.values()) for row in rows])
         data = text.getvalue().encode()
         return gzip.compress(data) if self._path.endswith(".gz") else data
 

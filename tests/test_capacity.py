@@ -52,7 +52,7 @@ def test_a_rate_that_the_generator_cannot_send_is_no_finding_about_the_hub() -> 
 def test_the_capacity_of_a_known_server_is_found(tmp_path: Path) -> None:
     with KnownServer(capacity_per_s=40) as server:
         words = ("activity-stress-test", "-c", "20", "--find-capacity", "--duration", "2s", "--rate", "30")
-        words += ("--fail-if", "activity.p95 > 150ms", "--samples", str(tmp_path / "s.jsonl"))
+        words += ("--fail-if", "activity.p95 > 150ms", "--samples", str(tmp_path / "s.csv"))
         done, found = run_for_results(tmp_path / "r", *words, env=server.environment)
         assert server.users() == set()
     capacity = found["capacity"]
@@ -68,7 +68,7 @@ def test_the_capacity_of_a_known_server_is_found(tmp_path: Path) -> None:
     assert found["operations"]["activity"]["count"] == sustained["sent_per_s"] * 2  # the operations are that step's
     assert found["conditions"] == []  # which the steps have judged
     sent = round(sum(step["sent_per_s"] * 2 for step in capacity["steps"]))
-    assert (tmp_path / "s.jsonl").read_text().count('"step": "activity"') == sent  # of all steps
+    assert (tmp_path / "s.csv").read_text().count(",activity,") == sent  # of all steps
 
 
 def test_a_throttled_step_does_not_count_against_those_after_it(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def looking(port: int) -> Iterator[list[int]]:
 def run(kind: str, count: int, folder: Path) -> whole_run.Process:
     """One run on a fresh hub with a kind of listener. Raises `whole_run.RunFailed`."""
     port = free_port()
-    words = {"csv": ["--samples", f"{folder}/s.csv"], "jsonl.gz": ["--samples", f"{folder}/s.jsonl.gz"]}
+    words = {"csv": ["--samples", f"{folder}/s.csv"], "csv.gz": ["--samples", f"{folder}/s.csv.gz"]}
     words |= {"page": ["--metrics-port", str(port)]}
     command = [sys.executable, str(TOOL), "stress-test", "-c", str(count), "-b", "50", *words.get(kind, [])]
     with LocalHub(spawn_s=1.0) as hub:
@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5, help="runs of each kind (5)")
     parser.add_argument("--count", type=int, default=300, help="servers (300)")
     args = parser.parse_args()
-    kinds = ["none", "csv", "jsonl.gz", "page"]
+    kinds = ["none", "csv", "csv.gz", "page"]
     runs: dict[str, list[whole_run.Process]] = {kind: [] for kind in kinds}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
