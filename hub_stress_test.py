@@ -6922,7 +6922,6 @@ def _results_as_json(plan: Plan) -> Json:
 
 WHO_COMES = ("count", "within_s", "rate_per_s")  # which the groups say
 OF_A_SEARCH = ("find_capacity", "max_servers", "duration_s")
-IN_GROUP = GROUP_OPTIONS | {"stages": "rate_per_s"}
 ABOVE_GROUPS = {
     row.flag[2:]: name
     for name, row in OPTIONS.items()
@@ -6949,7 +6948,7 @@ def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:
         fields |= _by_stages(fields | {"command": STRESS})
     except UsageError as error:
         raise _refused(file, n, "count", str(error)) from None
-    needed = {"a name": {"group"}, "a count": {"count"}, "within, rate or stages": {"within_s", "rate_per_s"}}
+    needed = {"a name": {"group"}, "a count": {"count"}, "within or rate": {"within_s", "rate_per_s"}}
     for what in (what for what, names in needed.items() if not names & fields.keys()):
         raise _refused(file, n, "", f"a group needs {what}")
     return dataclasses.replace(base, **fields)
@@ -6961,9 +6960,7 @@ def _fields_in(table: Json, file: EventFile, n: int) -> Json:
     for key, value in table.items():
         try:
             name = _field_of(key, in_group=n > 0)
-            if name in fields:
-                raise argparse.ArgumentTypeError("rate and stages both say when people come: give one of them")
-            fields[name] = value_in_toml(_stages(value) if key == "stages" else value, OPTIONS[name], file.path)
+            fields[name] = value_in_toml(value, OPTIONS[name], file.path)
         except argparse.ArgumentTypeError as error:
             raise _refused(file, n, key, f"{key}: {error}") from None
     return fields
@@ -6971,7 +6968,7 @@ def _fields_in(table: Json, file: EventFile, n: int) -> Json:
 
 def _field_of(key: str, in_group: bool) -> str:
     """The field of the plan that a key sets; raises `argparse.ArgumentTypeError`."""
-    known, elsewhere = (IN_GROUP, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, IN_GROUP)
+    known, elsewhere = (GROUP_OPTIONS, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, GROUP_OPTIONS)
     if key in known:
         return known[key]
     if key in elsewhere:
@@ -6979,14 +6976,6 @@ def _field_of(key: str, in_group: bool) -> str:
     near = difflib.get_close_matches(key, known, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
-
-
-def _stages(value: Any) -> str:
-    """The stages of a group as --rate takes them."""
-    stages = value if isinstance(value, list) else [{}]
-    if not all(isinstance(stage, dict) and stage.keys() == {"rate", "for"} for stage in stages):
-        raise argparse.ArgumentTypeError('expected stages like [{rate = 1, for = "2m"}, {rate = 5, for = "1m"}]')
-    return ",".join(f"{stage['rate']}:{stage['for']}" for stage in stages)
 
 
 NUMBERS = (whole_number, positive_number, rate_of, duration)

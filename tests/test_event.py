@@ -29,7 +29,7 @@ notebook = "class.py"
 [[people]]
 name = "assistants"
 after = "1m"
-stages = [{rate = 1, for = 3}, {rate = 0.5, for = "4s"}]
+rate = "1:3,0.5:4s"
 profile = {image = "a:b"}
 visit = true
 stay = "20m"
@@ -100,7 +100,7 @@ WRONG = {
     GROUP + GROUP: (None, "there are 2 groups called a"),
     '\n[[people]]\ncount = 3\nwithin = "2s"\n': (2, "a group needs a name"),
     GROUP + '[[people]]\nname = "b"\nrate = 3\n': (5, "a group needs a count"),
-    '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within, rate or stages"),
+    '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within or rate"),
     GROUP + 'wihtin = "3s"\n': (5, "wihtin: there is no such key here: did you mean within?"),
     GROUP + GROUP.replace('"a"', '"b"') + "serevr-timeout = 3\n": (9, "did you mean server-timeout?"),
     GROUP + "x = 1\n": (5, "x: there is no such key here: there are count, "),
@@ -115,10 +115,9 @@ WRONG = {
     GROUP + 'visit = "yes"\n': (5, "visit: expected true or false, not 'yes'"),
     GROUP + "work = true\nnotebook = 'nope.py'\n": (6, "nope.py cannot be read as a notebook"),
     GROUP + "rate = 2\n": (None, "group a: --within and --rate both say when people come"),
-    GROUP + "rate = 2\nstages = [{rate = 1, for = 2}]\n": (6, "rate and stages both say when people come"),
-    GROUP + "stages = [{rate = 1, for = 2}]\n": (3, "the stages of --rate decide the count"),
-    '[[people]]\nname = "a"\nstages = [{rate = 1, fro = 2}]\n': (3, "expected stages like [{rate = 1, for"),
-    '[[people]]\nname = "a"\nstages = []\n': (3, "stages: expected"),
+    GROUP + 'rate = "1:2"\n': (3, "the stages of --rate decide the count"),
+    '[[people]]\nname = "a"\nrate = "1:2x"\n': (3, "rate: expected a duration like 90, 90s, 5m or 1h, not '2x'"),
+    '[[people]]\nname = "a"\nrate = [1, 2]\n': (3, "rate: expected R, not [1, 2]"),
     GROUP + "think = 5\n": (None, "group a: --think has a meaning only with --work"),
     "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),

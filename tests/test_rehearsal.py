@@ -1132,7 +1132,7 @@ def has_arrived_as_drawn(found: dict[str, Any]) -> bool:
 
 def test_groups_of_an_event_work_or_just_have_a_server(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
     students = "[[people]]\nname = 'students'\ncount = 4\nwithin = '1s'\nwork = true\nthink = 0.2\n"
-    guests = "[[people]]\nname = 'guests'\nstages = [{rate = 3, for = '1s'}]\nafter = 1\nstay = 1\n"
+    guests = "[[people]]\nname = 'guests'\nrate = '3:1s'\nafter = 1\nstay = 1\n"
     (tmp_path / "event.toml").write_text(f"hold = '2s'\n{students}notebook = 'class.py'\n{guests}")
     script(tmp_path, *FIVE_CELLS)
     words = ("stress-test", "--event", str(tmp_path / "event.toml"))
