@@ -160,7 +160,6 @@ METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 SERVER_NAME_MAX = 30  # characters that hubs from 6.0 take
 MANY = 9999  # named servers of one's own, where nobody knows how many it will be
-DRY_RUN_ENDPOINT = "http://dry-run.invalid/hub/api"
 LOG_HEADER = "hub-stress-test log"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -866,7 +865,7 @@ class Plan:
     token: Secret | None = option(
         "-t --token", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, locust=""
     )
-    dry_run: bool = option("--dry-run", "send no request; show what would be done, on a simulated empty hub")
+    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs")
     log_to_file: bool | str = option(
         "--log-to-file", "log to FILE, or to a new file in the temporary directory", str, const=True
     )
@@ -1945,7 +1944,7 @@ class SimulatedHub(BaseAdapter):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        self._users: dict[str, Json] = {"dry-run": {"name": "dry-run", "admin": False, "servers": {}}}
+        self._users: dict[str, Json] = {}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).split("/")
@@ -1966,10 +1965,6 @@ class SimulatedHub(BaseAdapter):
         match method, path:
             case _, ["users", name, *_] if name not in users:
                 return unknown
-            case "GET", [""]:
-                return 200, {"version": "simulated"}
-            case "GET", ["user"]:
-                return 200, {"name": "dry-run", "scopes": sorted(set().union(*map(needed_scopes, COMMANDS)))}
             case "GET", ["users"]:
                 return 200, list(users.values())
             case "POST", ["users"]:
@@ -1979,11 +1974,11 @@ class SimulatedHub(BaseAdapter):
                 return 200, users[name]
             case "DELETE", ["users", name]:
                 return 204, users.pop(name) and None
-            case "POST", ["users", name, "server" | "servers", *server]:
-                users[name]["servers"]["".join(server)] = {"pending": None, "ready": True}
+            case "POST", ["users", name, "server"]:
+                users[name]["servers"] = {"": {"pending": None, "ready": True}}
                 return 201, None
-            case "DELETE", ["users", name, "server" | "servers", *server]:
-                return 204, users[name]["servers"].pop("".join(server), None) and None
+            case "DELETE", ["users", name, "server"]:
+                return 204, users[name]["servers"].clear()
             case "POST", ["users", _, "activity"]:
                 return 200, None
         return unknown
@@ -2288,7 +2283,7 @@ def _check_rights_to_own_servers(owner: Json, endpoint: str, command: str) -> No
             f"The token belongs to the service {name}, which has no servers of its own: put {_own_token(endpoint)} "
             "into JUPYTERHUB_API_TOKEN."
         )
-    needed = {scope for scope in needed_scopes(command) if scope.endswith("servers")}
+    needed = needed_scopes(command, own_servers=True)
     if "scopes" in owner and (missing := missing_scopes(owner["scopes"], needed, name)):
         raise SetupError(
             f"The token lacks what {command} --own-servers needs: {', '.join(f'{one}!user={name}' for one in missing)}."
@@ -2668,7 +2663,7 @@ class Monitor(Regularly):
     page of another process is read without the token, and without other headers that are meant for the hub.
     """
 
-    def __init__(self, url: str, session: HubSession, wanted: bool, is_hub: bool = True) -> None:
+    def __init__(self, url: str, session: HubSession, is_hub: bool = True) -> None:
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
@@ -2677,8 +2672,8 @@ class Monitor(Regularly):
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
         self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
-        self._looking, self._wanted = threading.Lock(), wanted
-        if wanted and not self._parser:
+        self._looking = threading.Lock()
+        if not self._parser:
             self.missing = "prometheus-client is not installed: pip install prometheus-client"
             LOG.info("The hub's own figures are not read, since %s", self.missing)
 
@@ -2689,7 +2684,7 @@ class Monitor(Regularly):
     def look(self) -> Snapshot | None:
         """One more snapshot, or None when none could be had."""
         with self._looking:
-            if not self._wanted or self.missing or not self._parser:
+            if self.missing or not self._parser:
                 return None
             sent_s = self._session.clock()
             try:
@@ -3778,9 +3773,10 @@ STEPS_OF = {
 }
 
 
-def needed_scopes(command: str) -> set[str]:
-    """The scopes that a token needs for a command."""
-    return {scope for name in STEPS_OF[command] for scope in STEPS[name].scopes}
+def needed_scopes(command: str, own_servers: bool = False) -> set[str]:
+    """The scopes that a token needs for a command; for servers of one's own, only those that are about servers."""
+    needed = {scope for name in STEPS_OF[command] for scope in STEPS[name].scopes}
+    return {scope for scope in needed if scope.endswith("servers") or not own_servers}
 
 
 def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
@@ -4115,6 +4111,13 @@ class Load:
         return max(self.workers, min(200, math.ceil(3 * fastest(self.rate_per_s) / self.processes)))
 
 
+def load_of(plan: Plan, endpoint: str, users: Sequence[str]) -> Load:
+    """The load that a plan sends for these users."""
+    mix, workers = plan.mix or DEFAULT_MIX, math.ceil(plan.workers / plan.processes)
+    how = (plan.rate_per_s, plan.duration_s, plan.processes, plan.operations)
+    return Load(endpoint, tuple(users), mix, workers, *how)
+
+
 def send_load(
     load: Load, part: int, started_s: float, session: HubSession, record: Recorder, on_tick: Callable[[], None]
 ) -> float:
@@ -4270,6 +4273,9 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that has ended by itself, and to one that was stopped
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
+CHECK_COSTS = (
+    f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected proxy keeps for an hour"
+)
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
 PROOF_SHARE, CLEAN_SHARE = 0.8, 0.1  # of the handshakes: as many connections lost prove a leak, or that there is none
@@ -4620,12 +4626,10 @@ LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port"
 # ==== A run, and the three commands ==================================================================================
 
 
-def without_waiting(plan: Plan) -> Plan:
-    """The plan of a dry run, which takes no real time, and has no servers to visit."""
-    never: Json = dict.fromkeys(("rate_per_s", "within_s", "stay_s", "duration_s", "page"))
-    groups = tuple(map(without_waiting, plan.event))
-    never |= dict.fromkeys(("hold_s", "after_s"), 0.0)
-    return dataclasses.replace(plan, visit=False, work=False, check_proxy=False, event=groups, **never)
+def seeded(plan: Plan) -> Plan:
+    """The plan with a seed, if people arrive at random moments; the same seed gives the same moments."""
+    at_random = plan.seed is None and any(group.within_s for group in plan.groups)
+    return dataclasses.replace(plan, seed=random.randrange(1, 1 << 32)) if at_random else plan
 
 
 class Interruption:
@@ -4685,12 +4689,8 @@ class Run:
     """
 
     def __init__(self, plan: Plan, closing: contextlib.ExitStack, interruption: Interruption) -> None:
-        if plan.dry_run:
-            plan = without_waiting(plan)
-        if plan.seed is None and any(group.within_s for group in plan.groups):
-            plan = dataclasses.replace(plan, seed=random.randrange(1, 1 << 32))
-        self.plan = plan
-        self.session = get_session(plan.token or "", plan.dry_run, max(plan.workers, plan.batch_size) + 2)
+        self.plan = plan = seeded(plan)
+        self.session = get_session(plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2)
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
         self.record = new_recorder() if plan.command == STRESS else Recorder()
         self.troubles: list[str] = []  # what cut the run short
@@ -4703,11 +4703,10 @@ class Run:
         listed = self._look()
         self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
         check_server_names(self.hub, plan, [user["name"] for user in self.existing])
-        watched = not plan.dry_run
-        self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session, watched)
+        self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session)
         self.site = Site(self.hub, plan, self.record)
         self.monitors = {"hub": self.monitor}
-        self.monitors |= {one.name: Monitor(one.url, self.session, watched, False) for one in plan.watch}
+        self.monitors |= {one.name: Monitor(one.url, self.session, is_hub=False) for one in plan.watch}
         self.claims = self.site.claims
         self.claims.known = {user["name"] for user in listed}
         self.cleaned = CleanUp()
@@ -4793,10 +4792,7 @@ class Run:
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
-        LOG.info(
-            "Checking the proxy: some three minutes, and up to %d connections that an affected proxy keeps for an hour",
-            CHECK_ENDED + CHECK_STOPPED,
-        )
+        LOG.info("Checking the proxy: %s", CHECK_COSTS)
         name = next(filter(self._is_at_work, names), None) or self.make_users(1, 1)[0]
         person = Visitor(name, self.session.clock(), self.plan.groups[0])
 
@@ -4903,22 +4899,18 @@ def activity(run: Run) -> None:
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
     users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
-    mix, processes = plan.mix or DEFAULT_MIX, 1 if plan.dry_run else plan.processes
-    workers = math.ceil(plan.workers / processes)
-    load = Load(
-        run.hub.endpoint, tuple(users), mix, workers, plan.rate_per_s, plan.duration_s, processes, plan.operations
-    )
+    load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         if plan.find_capacity:
             run.capacity = measure_capacity(load, plan, session, run.record)
-            say_if_unfound(run, mix)
+            say_if_unfound(run, load.mix)
             return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
         waiting = "all threads were waiting for the hub: give more --workers or --processes"
-        unsent = load.planned - run.record.count(mix) if plan.rate_per_s else 0
-        run.warn_if_late(mix, unsent, slow if cpu_share > BUSY else waiting)
+        unsent = load.planned - run.record.count(load.mix) if plan.rate_per_s else 0
+        run.warn_if_late(load.mix, unsent, slow if cpu_share > BUSY else waiting)
 
 
 def purge(run: Run) -> None:
@@ -5963,11 +5955,6 @@ def verdict_of(results: Results) -> tuple[str, str]:
     """The word and the sentence that a run comes down to."""
     servers, capacity = results.servers, results.capacity
     word = ENTITLED.get(ExitCode(results.exit_code), "INTERRUPTED")
-    if results.options["dry_run"]:
-        return (
-            "DRY RUN",
-            "no request was sent; this is what would be done, on a hub where every server is ready at once",
-        )
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if capacity:
@@ -6353,11 +6340,16 @@ def render_summary(results: Results, baseline: Json | None = None, *, colour: bo
     sections = [facts(results, baseline)]
     if results.capacity:
         sections.append(capacity_section(results.capacity, results.command == STRESS))
-    if not results.options["dry_run"] and results.operations:
+    if results.operations:
         sections.append(latency_section(results.operations, results.own_servers))
     if baseline:
         sections.append(comparison_section(baseline, results))
-    page = textwrap.wrap(f"{word}: {sentence}", width, subsequent_indent="  ", **_UNBROKEN)
+    return render_page(f"{word}: {sentence}", sections, colour=colour, width=width)
+
+
+def render_page(headline: str, sections: Iterable[Section], *, colour: bool = False, width: int = 100) -> str:
+    """A sentence, and sections below it."""
+    page = textwrap.wrap(headline, width, subsequent_indent="  ", **_UNBROKEN)
     for number, section in enumerate(sections):
         page += [""] * (number > 0) + list(_as_table(section) if section.header else _as_prose(section, width))
     return "\n".join(map(_coloured, page) if colour else page)
@@ -6398,6 +6390,153 @@ def _as_table(section: Section) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
+# ==== The plan in words, for a dry run ===============================================================================
+
+DRY_RUN = "DRY RUN: no request was sent; a run would do this"
+USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
+MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
+Presence = tuple[float, float, Plan]  # when a person arrives and leaves, in seconds since the first start; their group
+
+
+def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
+    """When each person is there, if servers start in `USUAL_START_S` and all else takes no time.
+
+    At worst, every step takes as long as its time-out allows.
+    """
+    people, first = [], min(plan.batch_size, FIRST_STARTS)  # as many start until one server is ready
+    for n, (due_s, group) in enumerate(arrivals(plan)):
+        start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
+        rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
+        arrives_s = due_s if plan.is_open else rounds * start_s
+        parts = len(group.page.requests) if group.page else 0
+        parts_s = DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
+        slow_s = group.opens * group.visit_timeout_s + parts_s + group.work * group.cell_timeout_s
+        works_s = arrives_s + start_s + at_worst * slow_s
+        cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
+        last_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
+        people.append((arrives_s, works_s, works_s + cells_s, last_s * STEPS["stay"].wanted(group), group))
+    all_leave_s = plan.hold_s + max(settled_s for _, _, settled_s, _, _ in people)
+    return [
+        (arrives_s, last_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
+        for arrives_s, works_s, _, last_s, group in people
+    ]
+
+
+def at_one_time(people: Sequence[Presence], noun: str) -> str:
+    """The most of something that these people have at one time; about, where that depends on how long starts take."""
+    changes = sorted(change for arrives_s, leaves_s, _ in people for change in ((arrives_s, 1), (leaves_s, -1)))
+    most = max(itertools.accumulate(number for _, number in changes), default=0)
+    return "about " * any(group.stay_s for _, _, group in people) + counted(most, noun)
+
+
+def numbers_text(numbers: Mapping[str, int]) -> str:
+    """Numbers with their nouns, without zeros: 3 starts, 3 stops."""
+    return ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+
+
+def steps_planned(group: Plan) -> str:
+    """What each person of a group does, in order."""
+    book, parts = group.notebook, len(group.page.requests) if group.page else 0
+    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
+    cells = f"{counted(len(book.cells), 'cell')} of {book.file}" if book else "6*7 again and again"
+    steps = {
+        f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
+        f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
+        f"fetches {counted(parts, 'part')} of the page": parts,
+        f"runs {cells} in a kernel ({limits})": group.work,
+        f"stays until {duration_text(group.hold_s)} after the last has got this far": group.hold_s and not group.stay_s,
+        f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
+    }
+    return ", ".join(step for step, planned in steps.items() if planned)
+
+
+def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Who arrives when, what they do and send, how long that takes, and what it costs."""
+    people, removed, seed = timetable(plan), plan.count * (not plan.keep), f" (--seed {plan.seed})" * bool(plan.seed)
+    for group in plan.groups:
+        mine, name = [row for row in people if row[2] is group], f"{group.group}: " * bool(group.group)
+        first, last = (f"after {duration_text(mine[n][0])}" if mine[n][0] else "at once" for n in (0, -1))
+        pace = f"{counted(len(mine), 'person', 'people')}, {pace_text(group.options())}{seed * bool(group.within_s)}"
+        pace += f" ({FIRST_STARTS} until one server is ready)" * (
+            len(mine) > FIRST_STARTS < plan.batch_size and not plan.is_open
+        )
+        yield "people", f"{name}{pace}: the first {first}, the last {last}; {at_one_time(mine, 'server')} at one time"
+        yield "each person", name + steps_planned(group)
+    of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
+    again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
+    creates = math.ceil(plan.count / plan.batch_size) * (not plan.own_servers)
+    hub = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
+    hub |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
+    servers = {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
+    yield "requests", f"{numbers_text(hub | servers)}; a progress stream for each slow start; {MEANWHILE}"
+    ends_s, worst_s = (max(leaves_s for _, leaves_s, _ in timetable(plan, at_worst)) for at_worst in (False, True))
+    usual = f"from the first start on, about {duration_text(ends_s)} if servers start in {USUAL_START_S:g} s"
+    yield "duration", f"{usual}, at most {duration_text(worst_s)} if every step takes as long as it may"
+    kernels = [row for row in people if row[2].work]
+    some = at_one_time(kernels, "kernel") if kernels else "no kernels"
+    yield "cost", f"{at_one_time(people, 'server')} and {some} at one time"
+    if plan.check_proxy:
+        yield "proxy check", f"after that, with one of the servers or one more: {CHECK_COSTS}"
+
+
+def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Which requests are sent for users without servers, and how long that takes."""
+    load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
+    lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
+    rounds = 1 if lasts_s else math.ceil(plan.count / (load.workers * load.processes))
+    number = "as many requests as that allows" if lasts_s and not load.schedule else counted(load.planned, "request")
+    mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
+    yield "load", f"{load.title} from {counted(load.workers * load.processes, 'thread')}: {number}, {mix}"
+    numbers = {"create": math.ceil(plan.count / 10), "delete": plan.count * (not plan.keep)}
+    yield (
+        "requests",
+        f"besides, 2 checks, {counted(2 - plan.keep, 'list')}, at most {numbers_text(numbers)}; {MEANWHILE}",
+    )
+    usual = duration_text(lasts_s) if lasts_s else f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
+    worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
+    yield "duration", f"{usual}, at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+
+
+def first_step(plan: Plan) -> Plan:
+    """The plan of the first step of a search for capacity."""
+    people = plan.command == STRESS
+    rate_per_s = fastest(plan.rate_per_s) or (CAPACITY_FIRST_PEOPLE_PER_S if people else CAPACITY_FIRST_RATE_PER_S)
+    for_s = plan.duration_s or (CAPACITY_PEOPLE_STEP_S if people else CAPACITY_STEP_S)
+    count = max(1, round(rate_per_s * for_s)) if people else plan.count
+    return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
+
+
+def plan_section(plan: Plan) -> Section:
+    """What a run of this plan does and costs, as far as that can be known without asking the hub."""
+    what, prefix, step = things(plan.own_servers), username(0, plan.run or "")[:-1], plan
+    rows = [("hub", plan.endpoint or "not given yet")]
+    if plan.find_capacity:
+        step = first_step(plan)
+        bound = f" or {counted(plan.max_servers, 'server')} would run" if plan.max_servers else ""
+        how = f"in steps of {duration_text(step.duration_s)}, usually a dozen, until a condition is met{bound}"
+        rows.append(("search", f"{how}; below is the first step"))
+    names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
+    if plan.command == PURGE:
+        rows.append((what, f"{prefix}<n>" + ("" if plan.run else ", and those of every --run")))
+        rows.append(("requests", "2 checks, 2 lists; for each of them a stop if it runs, and a delete"))
+        rows.append(("duration", f"as long as that takes for {plan.batch_size} at a time"))
+    else:
+        first = "; those that are there come first" if plan.command == ACTIVITY else ""
+        rows.append((what, f"{names}, or as many after the highest number in use{first}"))
+        rows += people_planned(step) if plan.command == STRESS else load_planned(step)
+    if plan.command != STRESS:
+        rows.append(("cost", "no servers, no kernels"))
+    removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
+    rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
+    mine = "!user=<owner>" * plan.own_servers
+    rows.append(("scopes", ", ".join(scope + mine for scope in sorted(needed_scopes(plan.command, plan.own_servers)))))
+    if plan.command == STRESS and plan.opens:
+        whose = "the token" if plan.visit_token else "the token, or better a second one"
+        rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
+    rows.append(("conditions", "; ".join(one.text for one in plan.conditions)))
+    return Section("Plan", rows)
+
+
 # ==== The report =====================================================================================================
 
 STYLE = """
@@ -6411,7 +6550,7 @@ h1 { font-size: 1.35rem; line-height: 1.3; margin: .5rem 0 }
 h1 b { padding: .1em .5em; border-radius: .3em; color: #fff }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin: 1.2rem 0 0 }
 p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
-.PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED, .DRY { background: #a16207 }
+.PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED { background: #a16207 }
 .words td:first-child { white-space: nowrap }
 @media (max-width: 700px) { .words td:first-child { white-space: normal }
   .scroll { font-size: .7rem } .scroll td, .scroll th { padding-right: .25rem } }
@@ -6877,7 +7016,8 @@ def run_stress_test(
 ) -> Json:
     """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
 
-    `options` are further fields of `Plan`. Raises `UsageError` or `SetupError`; nothing has been changed then.
+    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
+    `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
     where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
@@ -6890,7 +7030,8 @@ def notebook_activity_test(
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    `options` are further fields of `Plan`. Raises `UsageError` or `SetupError`; nothing has been changed then.
+    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
+    `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
     where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
@@ -6900,17 +7041,19 @@ def notebook_activity_test(
 def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
     """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
 
-    Finding nothing is success. `options` are further fields of `Plan`. Raises `UsageError` or `SetupError`.
+    Finding nothing is success. With `dry_run` nothing is sent, and the result is the plan. `options` are further
+    fields of `Plan`. Raises `UsageError` or `SetupError`.
     """
     token = Secret(token)
     return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
 
 
 def _results_as_json(plan: Plan) -> Json:
-    """Do as the command line does. Raises `UsageError` for what it refuses."""
-    args = argparse.Namespace(**vars(plan))
-    validate(args)
-    plan = plan_of(args)
+    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` for what the command line refuses."""
+    validate(argparse.Namespace(**vars(plan)))
+    if plan.dry_run:
+        plan = seeded(plan)
+        return {"command": plan.command, "options": plan.options(), "plan": list(map(list, plan_section(plan).rows))}
     found: Json = as_json(carry_out(plan))
     return found
 
@@ -7124,10 +7267,8 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     for name in ("count", "batch_size", "workers"):
         if (value := getattr(plan, name)) < 1:
             raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
-    if plan.dry_run:
-        if plan.find_capacity:
-            raise UsageError("--find-capacity measures a hub, and --dry-run sends it nothing: give one of them")
-        args.endpoint, args.token = args.endpoint or DRY_RUN_ENDPOINT, args.token or Secret("no-token-is-sent")
+    if files := [OPTIONS[name].flag for name in WRITTEN_BY_A_RUN if plan.dry_run and getattr(plan, name)]:
+        raise UsageError(f"--dry-run measures nothing that {files[0]} could show: give one of them")
     _validate_rehearsal(plan, Plan())
     for group in plan.event:
         try:
@@ -7152,8 +7293,11 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
         "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
     }
-    if None in missing.values():
+    if None in missing.values() and not plan.dry_run:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
+
+
+WRITTEN_BY_A_RUN = ("results", "report", "samples", "metrics_port")
 
 
 def _validate_files(plan: Plan) -> None:
@@ -7276,8 +7420,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(args)
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
+        if plan.dry_run:
+            show(functools.partial(render_page, DRY_RUN, [plan_section(seeded(plan))]))
+            return int(ExitCode.OK)
         results = carry_out(plan)
-        show_summary(results, plan.baseline)
+        show(functools.partial(render_summary, results, plan.baseline))
     except HubStressError as error:
         sys.stderr.write(f"hub-stress-test: {error}\n")
         return int(error.exit_code)
@@ -7288,13 +7435,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return results.exit_code
 
 
-def show_summary(results: Results, baseline: Json | None) -> None:
-    """Print the summary, as far as somebody reads it: `head` closes standard output early."""
+def show(render: Callable[..., str]) -> None:
+    """Print a page, as far as somebody reads it: `head` closes standard output early."""
     if not sys.stdout:  # it was closed from the start
         return
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     try:
-        print(render_summary(results, baseline, colour=colour), flush=True)
+        print(render(colour=colour), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
 

@@ -130,6 +130,6 @@ def test_headers_of_ones_own_go_wherever_the_token_goes() -> None:
     with other_process() as (url, heard):
         for other in (session.sibling(), session.for_cleaning_up(), session.beside(token="theirs")):
             assert other.ask("GET", url).status == 200
-        hst.Monitor(url, session, wanted=True, is_hub=False).look()
+        hst.Monitor(url, session, is_hub=False).look()
     seen = [(each["Authorization"], each["X-Org"]) for each in heard]
     assert seen == [("token mine", "physics")] * 2 + [("token theirs", "physics"), (None, None)]

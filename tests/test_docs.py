@@ -188,6 +188,15 @@ def commands_in_readme() -> list[str]:
     return found
 
 
+def test_the_readme_shows_what_a_dry_run_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JUPYTERHUB_ENDPOINT", "https://hub.example.org/hub/api")
+    (command,) = re.findall(r"^hub-stress-test (--dry-run .*)", README, re.MULTILINE)
+    assert hst.main(command.split()) == 0
+    assert capsys.readouterr().out in readme_blocks("text")
+
+
 @pytest.mark.parametrize("line", commands_in_readme())
 def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

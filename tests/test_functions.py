@@ -175,16 +175,37 @@ def test_the_functions_refuse_what_the_command_line_refuses(broken: dict[str, An
         hst.notebook_activity_test(0, "x", "http://hub.invalid/hub/api", 1)
 
 
-def test_the_functions_write_the_files_that_they_are_asked_for(tmp_path: Path) -> None:
+def test_the_functions_write_the_files_that_they_are_asked_for(new_hub: LocalHub, tmp_path: Path) -> None:
     files = {name: str(tmp_path / name) for name in ("results", "report")}
-    found = hst.run_stress_test(1, 1, "x", "http://hub.invalid/hub/api", dry_run=True, **files)
+    found = hst.run_stress_test(1, 1, new_hub.token, new_hub.endpoint, **files)
     assert json.loads(Path(files["results"]).read_text()) == found
-    assert "<title>hub-stress-test: DRY RUN" in Path(files["report"]).read_text()
+    assert "<title>hub-stress-test: PASSED" in Path(files["report"]).read_text()
 
 
-def test_a_dry_run_needs_no_hub() -> None:
-    found = hst.run_stress_test(5, 2, "x", "http://hub.invalid/hub/api", dry_run=True)
-    assert (found["servers"]["ready"], found["users"]["deleted"], found["hub"]["version"]) == (5, 5, "simulated")
+def test_a_dry_run_returns_the_plan() -> None:
+    where = {"token": "s3cr3t", "endpoint": "http://hub.invalid/hub/api", "dry_run": True}
+    stress, activity, purge = (
+        hst.run_stress_test(5, 2, within_s=60.0, **where),
+        hst.notebook_activity_test(5, workers=3, **where),
+        hst.purge_users(**where),
+    )
+    assert [one["command"] for one in (stress, activity, purge)] == list(hst.COMMANDS)
+    assert stress["options"]["count"] == 5 and f"(--seed {stress['options']['seed']})" in dict(stress["plan"])["people"]
+    assert "5 requests" in dict(activity["plan"])["load"]
+    assert ["hub", "http://hub.invalid/hub/api"] in purge["plan"]
+    assert "s3cr3t" not in json.dumps([stress, activity, purge])
+
+
+def test_a_session_of_a_dry_run_serves_the_functions() -> None:
+    session, endpoint = hst.get_session("x", dry_run=True), "http://hub.invalid/hub/api"
+    users = hst.create_users(3, 2, endpoint, session)
+    names = sum(users, [])
+    assert [event.reason for event in hst.start_servers(users, endpoint, session).values()] == [None] * 3
+    assert hst.wait_for_servers_to_start(users, endpoint, session) == dict.fromkeys(names, True)
+    hst.wait_for_servers_to_stop(stopped := hst.stop_servers(names, endpoint, session, 2), endpoint, session)
+    assert len(hst.find_existing_stress_test_users(endpoint, session)) == 3
+    assert hst.delete_users_after_stopping_servers(stopped, endpoint, session)
+    assert not hst.find_existing_stress_test_users(endpoint, session)
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1/hub/api", "http://hub.invalid/hub/api"])

@@ -106,18 +106,19 @@ def test_all_lines_are_whole_when_the_program_is_killed(
     assert hst.delete_users(sorted(tool_users(new_hub)), new_hub.endpoint, hst.get_session(new_hub.token))
 
 
-def test_a_disk_that_is_full_fails_the_run_and_leaves_whole_lines(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 
-    words = ["--dry-run", "stress-test", "-c", "40", "--samples", str(path)]
-    command = [sys.executable, hst.__file__, *words]
-    done = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, hst.__file__, "stress-test", "-c", "40", "--samples", str(path)]
+    env: Any = {"env": os.environ | new_hub.environment, "preexec_fn": limited}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **env)
     assert done.returncode == 1, done
     assert f"--samples {path} could not be written any more: File too large" in re.sub(r"\n +", " ", done.stdout)
-    assert not path.stat().st_size
+    text = path.read_text()
+    assert text.endswith("\n") and len({line.count(",") for line in text.splitlines()}) == 1
 
 
 # ==== The page for Prometheus ========================================================================================
@@ -177,11 +178,11 @@ def test_a_port_in_use_is_refused_before_anything() -> None:
     assert (done.code, done.stdout) == (2, "") and "port must be 0-65535" in done.stderr
 
 
-def test_the_port_is_free_again_when_a_run_has_ended_or_could_not_begin() -> None:
+def test_the_port_is_free_again_when_a_run_has_ended_or_could_not_begin(new_hub: LocalHub) -> None:
     port = free_port()
-    for dry_run in (True, False, True):
-        with contextlib.nullcontext() if dry_run else pytest.raises(hst.SetupError):
-            hst.run_stress_test(2, 2, "t", NOWHERE["JUPYTERHUB_ENDPOINT"], dry_run=dry_run, metrics_port=port)
+    for endpoint in (new_hub.endpoint, NOWHERE["JUPYTERHUB_ENDPOINT"], new_hub.endpoint):
+        with contextlib.nullcontext() if endpoint == new_hub.endpoint else pytest.raises(hst.SetupError):
+            hst.run_stress_test(1, 1, new_hub.token, endpoint, metrics_port=port)
 
 
 def asked(port: int, query: str) -> dict[tuple[str, ...], float]:

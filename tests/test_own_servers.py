@@ -222,11 +222,6 @@ def test_a_token_is_good_that_may_use_its_owners_servers(make_hub: Make) -> None
     assert "--own-servers" not in run_tool("activity-stress-test", hub=old).stderr
 
 
-def test_a_dry_run_shows_what_would_be_done() -> None:
-    done = run_tool("--dry-run", *WORDS)
-    assert done.code == 0 and "12 servers removed, none left" in done.summary
-
-
 # ==== Faults and signals =============================================================================================
 
 PHASES: dict[str, Match] = {

@@ -462,7 +462,10 @@ BAD_USAGE = {
         "the first step has 6 people",
     ),
     "a bound without a search": (["stress-test", "--max-servers", "5"], NOWHERE, "a meaning only with --find-capacity"),
-    "the capacity of nothing": (["--dry-run", "activity-stress-test", "--find-capacity"], {}, "give one of them"),
+    **{
+        f"a dry run with {words[0]}": (["--dry-run", "stress-test", *words], {}, f"nothing that {words[0]} could show")
+        for words in (["--results", "r"], ["--report", "r"], ["--samples", "s.csv"], ["--metrics-port", "9"])
+    },
     "a rate of 0": (["activity-stress-test", "--rate", "0"], NOWHERE, "a number above 0"),
     "stages and a count": (["stress-test", "--rate", "1:2m,5:1m", "-c", "9"], NOWHERE, "leave out --count"),
     "stages and a duration": (
@@ -584,18 +587,173 @@ def test_a_log_shows_no_token_not_even_in_a_traceback(
     assert "abc123" not in said
 
 
-def test_a_dry_run_needs_no_hub_and_sends_nothing(new_hub: LocalHub) -> None:
-    for command in hst.COMMANDS:
-        count = () if command == "purge" else ("--count", "12")
-        assert run_tool("--dry-run", command, *count).code == 0
+NOTEBOOK = "# %%\n1\n# %%\n2\n# %%\n3\n"
+EVENT = """
+hold = "10m"
+[[people]]
+name = "students"
+count = 200
+within = "5m"
+work = true
+[[people]]
+name = "assistants"
+count = 10
+rate = 1
+after = "1m"
+stay = "5m"
+"""
+PLANS: dict[str, list[str]] = {
+    # command line: what its plan says, each label with its sentence
+    "stress-test": [
+        "hub not given yet",
+        "users hub-stress-test-1 to -100, or as many after the highest number in use",
+        "people 100 people, 10 at a time (3 until one server is ready): the first at once, the last after 1 min 40 s; "
+        "100 servers at one time",
+        "each person starts a server (at most 60.0 s)",
+        "requests 2 checks, 2 lists, 10 creates, 100 starts, 100 stops, 100 deletes; a progress stream for each slow "
+        "start; 5 pings per second; with read:metrics, the hub's figures every 5 s",
+        "duration from the first start on, about 1 min 50 s if servers start in 10 s, at most 34 min 0 s if",
+        "cost 100 servers and no kernels at one time",
+        "cleanup users are removed; times out after 5 min 0 s without progress",
+        "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers",
+        "conditions failed > 0",
+    ],
+    "stress-test -c 1 -e http://x/hub/api --run ci --keep --server-timeout 5s": [
+        "hub http://x/hub/api",
+        "users hub-stress-test-ci-1, or",
+        "people 1 person, 10 at a time: the first at once, the last at once; 1 server at one time",
+        "requests 2 checks, 1 list, 1 create, 1 start; a progress stream",
+        "about 5.00 s if servers start in 10 s, at most 5.00 s if",
+        "cleanup users are kept",
+    ],
+    "stress-test -c 300 --within 5m --seed 7 --work --hold 30m --check-proxy": [
+        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after 4 min "
+        "58 s; 300 servers at one time",
+        "each person starts a server (at most 60.0 s), opens its page (at most 30.0 s), runs 6*7 again and again in a "
+        "kernel (at most 60.0 s each, 10.0 s between two), stays until 30 min 0 s after the last has got this far",
+        "requests 3 checks, 2 lists, 30 creates, 300 starts, 600 reads, 300 stops, 300 deletes, "
+        "600 visits, 300 kernels; a progress stream",
+        "about 35 min 8 s if servers start in 10 s, at most 38 min 58 s if",
+        "cost 300 servers and 300 kernels at one time",
+        "proxy check after that, with one of the servers or one more: some three minutes, and up to 120 connections",
+        "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers access:servers, for the "
+        "token, or better a second one in JUPYTERHUB_VISIT_TOKEN",
+        "conditions failed > 0; proxy_check.leaking > 0",
+    ],
+    "stress-test -c 60 --rate 1 --visit --stay 10s --own-servers": [  # 20 s each, of which a new one comes each second
+        "servers hub-stress-test-1 to -60, or",
+        "people 60 people, 1 per second, however slow the hub: the first at once, the last after 59.0 s; "
+        "about 20 servers at one time",
+        "opens its page (at most 30.0 s), leaves 10.0 s after getting to work",
+        "requests 3 checks, 2 lists, 60 starts, 120 reads, 60 stops, 60 deletes, 120 visits",
+        "about 79.0 s if",
+        "cost about 20 servers and no kernels at one time",
+        "cleanup servers are removed",
+        "scopes delete:servers!user=<owner>, read:servers!user=<owner>, servers!user=<owner> "
+        "access:servers!user=<owner>, for the token",
+    ],
+    "stress-test -c 2 --work --notebook class.py --page lab.har": [
+        "fetches 1 part of the page, runs 3 cells of class.py in a kernel (at most 60.0 s each, 10.0 s between two)",
+        "2 visits, 2 pages, 2 kernels",
+        "about 30.0 s if servers start in 10 s, at most 5 min 20 s if",
+    ],
+    "stress-test --event class.toml --seed 7": [
+        "users hub-stress-test-1 to -210, or",
+        "people students: 200 people, at random moments within 5 min 0 s (--seed 7): the first after",
+        "200 servers at one time each person students: starts a server",
+        "people assistants: 10 people, 1 per second, from 60.0 s on, however slow the hub: the first after 60.0 s, the "
+        "last after 69.0 s; about 10 servers at one time each person assistants: starts a server (at most 60.0 s), "
+        "leaves 5 min 0 s after getting to work",
+        "210 starts, 410 reads, 210 stops, 210 deletes, 400 visits, 200 kernels",
+        "cost about 210 servers and 200 kernels at one time",
+    ],
+    "stress-test --find-capacity --max-servers 200": [
+        "search in steps of 60.0 s, usually a dozen, until a condition is met or 200 servers would run",
+        "people 6 people, 0.1 per second",
+        "conditions failed > 0; server_ready.p95 > 30s",
+    ],
+    "activity-stress-test": [
+        "or as many after the highest number in use; those that are there come first",
+        "load sending from 100 threads: 100 requests, 100 % activity",
+        "requests besides, 2 checks, 2 lists, at most 10 creates, 100 deletes; 5 pings per second",
+        "duration 1 request of each thread, after up to 1 s each, at most 96.0 s if",
+        "cost no servers, no kernels",
+        "scopes admin:users, delete:users, list:users, read:servers, users:activity",
+    ],
+    "activity-stress-test --rate 10 --duration 5m --mix activity=3,read=1 --keep": [
+        "load sending 10 per second from 100 threads: 3,000 requests, 75 % activity, 25 % read",
+        "at most 10 creates; 5 pings",
+        "duration 5 min 0 s, at most 6 min 36 s if",
+        "cleanup users are kept",
+    ],
+    "activity-stress-test --duration 9s --workers 3 --processes 2": [
+        "load sending for 9 s from 4 threads: as many requests as that allows, 100 % activity"
+    ],
+    "activity-stress-test --find-capacity": [
+        "search in steps of 10.0 s, usually a dozen, until a condition is met; below is the first step",
+        "160 requests",
+        "conditions failed > 0; activity.p95 > 500ms",
+    ],
+    "purge -b 4 --run ci": [
+        "users hub-stress-test-ci-<n>",
+        "requests 2 checks, 2 lists; for each of them a stop if it runs, and a delete",
+        "duration as long as that takes for 4 at a time",
+        "cost no servers, no kernels",
+        "scopes delete:servers, delete:users, list:users, read:servers",
+    ],
+    "purge --own-servers": ["servers hub-stress-test-<n>, and those of every --run", "cleanup servers are removed"],
+}
+
+
+@pytest.mark.parametrize("line", PLANS)
+def test_a_dry_run_prints_the_plan(line: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "class.py").write_text(NOTEBOOK)
+    (files / "class.toml").write_text(EVENT)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN", "JUPYTERHUB_VISIT_TOKEN"):
+            patch.delenv(name, raising=False)
+        assert hst.main(["--dry-run", *line.split()]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("DRY RUN: no request was sent; a run would do this hub ")
+    assert [sentence for sentence in PLANS[line] if sentence not in said] == []
+
+
+def test_the_moments_of_a_plan_are_those_of_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dry-run", "stress-test", "--within", "1h"]
+    assert hst.main(words) == 0
+    page = capsys.readouterr().out
+    seed = re.search(r"--seed (\d+)\)", page)
+    assert seed and hst.main([*words, "--seed", seed[1]]) == 0 and capsys.readouterr().out == page
+
+
+def test_a_dry_run_sends_nothing(new_hub: LocalHub) -> None:
     before = new_hub.users()
     with FaultProxy(new_hub.endpoint) as proxy:
-        done = run_tool(
-            *("stress-test", "--count", "12", "--dry-run"),
-            hub=new_hub,
-            env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"},
-        )
-        assert done.code == 0 and done.stdout.startswith("DRY RUN: no request was sent")
-        assert "12 ready, 0 failed" in done.stdout
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        for command in hst.COMMANDS:
+            assert run_tool(command, "--dry-run", hub=new_hub, env=env).code == 0
         assert proxy.requests == []
     assert new_hub.users() == before
+
+
+def test_a_run_sends_as_many_requests_as_its_plan_says(new_hub: LocalHub) -> None:
+    words = ["stress-test", "-c", "7", "-b", "3", "--hold", "1s"]
+    with FaultProxy(new_hub.endpoint) as proxy:
+        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        planned = run_tool("--dry-run", *words, hub=new_hub, env=env).summary
+        assert run_tool(*words, hub=new_hub, env=env).code == 0
+        sent = [f"{request.method} {request.path.partition('?')[0]}" for request in proxy.requests]
+    kinds = {
+        "check": "GET /hub/api/(user)?",
+        "list": "GET /hub/api/users",
+        "create": "POST /hub/api/users",
+        "start": "POST .*/server",
+        "stop": "DELETE .*/server",
+        "delete": "DELETE .*[0-9]",
+    }
+    for noun, pattern in kinds.items():
+        number = sum(bool(re.fullmatch(pattern, line)) for line in sent)
+        assert f" {hst.counted(number, noun)}" in planned, noun
+    assert "7 reads" in planned and {line for line in sent if re.fullmatch("GET .*-[0-9]", line)} == {
+        f"GET /hub/api/users/hub-stress-test-{n}" for n in range(1, 8)
+    }

@@ -966,13 +966,6 @@ def test_work_without_websocket_client_is_refused_with_the_line_that_mends_it(
     assert new_hub.users() == before
 
 
-def test_a_dry_run_of_a_rehearsal_sends_nothing_and_takes_no_time(files: Path) -> None:
-    words = ("--page", "lab.har", "--work", "--notebook", "class.py", "--within", "1h", "--stay", "1h")
-    done = run_tool("--dry-run", "stress-test", "-c", "12", *words)
-    assert done.code == 0 and done.stdout.startswith("DRY RUN: no request was sent")
-    assert "12 ready, 0 failed" in done.summary
-
-
 def test_the_log_shows_neither_token(logging_as_before: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTERHUB_VISIT_TOKEN", "the-second")

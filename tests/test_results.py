@@ -47,12 +47,6 @@ def test_each_command_writes_results_that_follow_the_schema(hub: LocalHub, tmp_p
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_results_of_a_dry_run_follow_the_schema_too(tmp_path: Path) -> None:
-    for command in hst.COMMANDS:
-        _, found = run_for_results(tmp_path / "r", "--dry-run", command)
-        assert found["hub"]["version"] == "simulated" and found["options"]["dry_run"] is True
-
-
 def test_servers_that_failed_are_named_with_their_reason(new_hub: LocalHub, tmp_path: Path) -> None:
     words = ("stress-test", "-c", "10", "--profile", '{"fail_rate": 0.2}')
     done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
@@ -236,42 +230,46 @@ def test_a_baseline_is_set_beside_the_run(new_hub: LocalHub, tmp_path: Path) -> 
 # ==== As text and as HTML ============================================================================================
 
 
-def simulated(**plan: Any) -> hst.Results:
-    """Results of a run on a simulated hub."""
-    return hst.carry_out(hst.Plan(token=hst.Secret("x"), endpoint=hst.DRY_RUN_ENDPOINT, dry_run=True, **plan))
+def run_here(hub: LocalHub, **plan: Any) -> hst.Results:
+    """Results of a run in this process."""
+    return hst.carry_out(hst.Plan(token=hst.Secret(hub.token), endpoint=hub.endpoint, **plan))
 
 
-def test_results_made_without_a_command_line_say_how_many_servers_started_at_a_time() -> None:
+@pytest.fixture(scope="module")
+def passed(new_hub: LocalHub) -> hst.Results:
+    return run_here(new_hub, count=3)
+
+
+def test_results_made_without_a_command_line_say_how_many_servers_started_at_a_time(new_hub: LocalHub) -> None:
     for asked, batch_size in (({"batch_size": 2}, 2), ({}, 10)):
-        results = simulated(count=3, **asked)
+        results = run_here(new_hub, count=3, **asked)
         text = hst.render_summary(results)
         assert f"3 requested, {batch_size} at a time; 3 ready, 0 failed" in text and "None" not in text
         assert results.options["batch_size"] == batch_size
-    found = hst.run_stress_test(3, 2, "x", hst.DRY_RUN_ENDPOINT, dry_run=True)
+    found = hst.run_stress_test(3, 2, new_hub.token, new_hub.endpoint)
     assert found["options"]["batch_size"] == 2 and found["servers"]["ready"] == 3
     jsonschema.validate(found, SCHEMA)
 
 
 @pytest.mark.parametrize("command", hst.COMMANDS)
-def test_one_of_anything_is_singular(command: str) -> None:
-    found = simulated(command=command, count=1, keep=command == hst.ACTIVITY)
-    page = hst.render_summary(dataclasses.replace(found, options=found.options | {"dry_run": False}))
+def test_one_of_anything_is_singular(command: str, new_hub: LocalHub) -> None:
+    page = hst.render_summary(run_here(new_hub, command=command, count=1, keep=command == hst.ACTIVITY))
+    hst.purge_users(new_hub.token, new_hub.endpoint)
     assert not re.findall(r"\b1 (?:users|servers|people|activity reports|requests|retries|were|ARE)\b", page)
 
 
-def slow_results() -> hst.Results:
+@pytest.fixture
+def slow_results(passed: hst.Results) -> hst.Results:
     """Results with an operation of an awkward name that took 1,234 s."""
     record = hst.Recorder()
     for name, took_s in (("two  blanks", 1234.0), ("activity", 0.0123), ("<b>&", 1.5)):
         record.add(hst.Event(name, "x", 0.0, 0.0, took_s))
-    results = simulated(command=hst.ACTIVITY, count=1)
-    return dataclasses.replace(results, operations=record.summarise(), options=results.options | {"dry_run": False})
+    return dataclasses.replace(passed, operations=record.summarise())
 
 
-def test_a_tables_columns_are_aligned_whatever_is_in_its_cells() -> None:
-    results = slow_results()
-    section = hst.latency_section(results.operations)
-    lines = hst.render_summary(results).splitlines()
+def test_a_tables_columns_are_aligned_whatever_is_in_its_cells(slow_results: hst.Results) -> None:
+    section = hst.latency_section(slow_results.operations)
+    lines = hst.render_summary(slow_results).splitlines()
     at = next(n for n, line in enumerate(lines) if line.startswith("operation "))
     ends = [lines[at].index(column) + len(column) for column in section.header]
     assert "20 min 34 s" in section.rows[-1] and section.rows[-1][0] == "two  blanks"
@@ -282,9 +280,8 @@ def test_a_tables_columns_are_aligned_whatever_is_in_its_cells() -> None:
             assert line[:end].endswith("  " + cell) and line[end : end + 2].strip() == ""
 
 
-def test_a_table_in_html_has_each_cell_once_and_whole() -> None:
-    results = slow_results()
-    section = hst.latency_section(results.operations)
+def test_a_table_in_html_has_each_cell_once_and_whole(slow_results: hst.Results) -> None:
+    section = hst.latency_section(slow_results.operations)
     page = hst.Page()
     page.section(section)
     rows = re.findall("<tr>(.*?)</tr>", page.render("x", ""))
@@ -293,9 +290,9 @@ def test_a_table_in_html_has_each_cell_once_and_whole() -> None:
     assert "&lt;b&gt;&amp;" in page.render("x", "")
 
 
-def test_the_summary_is_wrapped_between_words_only_and_says_the_same_in_any_width() -> None:
-    results = simulated(count=3)
-    narrow, wide = (hst.render_summary(results, width=width) for width in (60, 1000))
+def test_the_summary_is_wrapped_between_words_only_and_says_the_same_in_any_width(passed: hst.Results) -> None:
+    facts = dataclasses.replace(passed, operations={})  # whose table is not wrapped
+    narrow, wide = (hst.render_summary(facts, width=width) for width in (60, 1000))
     assert narrow.split() == wide.split()
     assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, wide.splitlines()))
 
@@ -314,9 +311,9 @@ def test_a_file_that_cannot_be_written_any_more_does_not_cost_the_summary(new_hu
 
 
 @pytest.mark.parametrize("code", [0, 4, 130, 143])
-def test_a_file_that_cannot_be_written_keeps_the_worse_code(code: int, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_keeps_the_worse_code(code: int, passed: hst.Results, tmp_path: Path) -> None:
     plan = hst.Plan(report=str(tmp_path / "gone" / "r.html"), results=str(tmp_path / "r.json"))
-    found = hst.write_files(plan, dataclasses.replace(simulated(count=1), exit_code=code))
+    found = hst.write_files(plan, dataclasses.replace(passed, exit_code=code))
     written = json.loads((tmp_path / "r.json").read_text())  # the other file
     assert written["exit_code"] == found.exit_code == (code or 1)
     assert written["warnings"] == [f"--report {plan.report} could not be written: No such file or directory"]
@@ -332,13 +329,13 @@ def test_links_stay_links_and_pipes_are_written_to(tmp_path: Path) -> None:
         assert reader.communicate(timeout=30)[0] == b"new" and (tmp_path / "pipe").is_fifo()
 
 
-def test_results_on_standard_output_stand_before_the_summary(tmp_path: Path) -> None:
-    command = [sys.executable, str(MODULE), "--dry-run", "stress-test", "-c", "1", "--results", "/dev/stdout"]
+def test_results_on_standard_output_stand_before_the_summary(new_hub: LocalHub, tmp_path: Path) -> None:
+    command = [sys.executable, str(MODULE), "stress-test", "-c", "1", "--results", "/dev/stdout"]
     with open(tmp_path / "both", "w+") as both:
-        subprocess.run(command, stdout=both, check=True, timeout=60)
+        subprocess.run(command, stdout=both, check=True, timeout=60, env=os.environ | new_hub.environment)
         both.seek(0)
         found, end = json.JSONDecoder().raw_decode(text := both.read())
-    assert found["exit_code"] == 0 and text[end:].lstrip().startswith("DRY RUN: ")
+    assert found["exit_code"] == 0 and text[end:].lstrip().startswith("PASSED: ")
 
 
 @pytest.mark.parametrize("closing", ["| head -1", ">&-", "| true"])

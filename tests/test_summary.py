@@ -91,13 +91,6 @@ def test_the_first_word_is_how_the_run_ended(code: ExitCode, word: str) -> None:
     assert hst.render_summary(results).startswith(f"{word}: 1 of 1 server became ready; ")
 
 
-def test_a_dry_run_says_that_nothing_was_sent() -> None:
-    results = results_of([ready(1)], options=hst.Plan(dry_run=True).options())
-    assert hst.verdict_of(results)[0] == "DRY RUN"
-    text = hst.render_summary(results)
-    assert "no request was sent" in text and "p95" not in text  # latencies of a simulated hub are none
-
-
 @pytest.mark.parametrize(
     ("events", "requested", "verdict"),
     [

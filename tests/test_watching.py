@@ -264,7 +264,7 @@ def test_a_metrics_page_that_cannot_be_read_is_no_trouble(
         proxy.rule = every(matching("GET", "/hub/metrics"), answer)
         session = hst.get_session(new_hub.token)
         session.marked = True
-        monitor = hst.Monitor(proxy.url + "/hub/metrics", session, wanted=True)
+        monitor = hst.Monitor(proxy.url + "/hub/metrics", session)
         with monitor:
             monitor.look()
         monitor.look()
@@ -274,7 +274,7 @@ def test_a_metrics_page_that_cannot_be_read_is_no_trouble(
 
 def test_the_monitor_looks_before_and_after_and_still_when_the_load_was_stopped(new_hub: LocalHub) -> None:
     session = hst.get_session(new_hub.token)
-    monitor = hst.Monitor(hst.metrics_url(new_hub.endpoint), session, wanted=True)
+    monitor = hst.Monitor(hst.metrics_url(new_hub.endpoint), session)
     with monitor:
         assert len(monitor.snapshots) == 1
         session.stop()
@@ -284,14 +284,6 @@ def test_the_monitor_looks_before_and_after_and_still_when_the_load_was_stopped(
     assert 0 < first.get("process_cpu_seconds_total") <= last.get("process_cpu_seconds_total")
     http = session.traffic.summarise()
     assert http.observer_requests == http.requests == len(monitor.snapshots)
-
-
-def test_a_dry_run_does_not_look_at_metrics() -> None:
-    wire = HubWithUsers()
-    monitor = hst.Monitor(hst.metrics_url(ENDPOINT), hst.HubSession("x", wire), wanted=False)
-    with monitor:
-        monitor.look()
-    assert (wire.asked, monitor.snapshots, monitor.missing) == ([], [], "")
 
 
 def test_with_nothing_but_its_two_needs_it_does_its_whole_job_and_says_what_is_missing(
@@ -524,9 +516,3 @@ def test_a_hub_that_goes_away_and_comes_back_is_said_to(make_hub: Make, tmp_path
     away = re.search(r"The hub has not answered since \d\d:\d\d:\d\d \(connection (refused|reset)\)", done.stderr)
     assert away and done.stderr.index("The hub answers again") > away.end()
     assert not tool_users(hub)
-
-
-def test_a_dry_run_takes_no_real_time_and_any_endpoint(tmp_path: Path) -> None:
-    where = ("--endpoint", "http://hub.example.org", "--token", "x", "--dry-run")
-    done, found = run_for_results(tmp_path / "r", *where, "stress-test", "-c", "40", "--rate", "0.5", "--hold", "1h")
-    assert done.code == 0 and found["servers"]["ready"] == 40 and found["duration_s"] < 20
