@@ -77,7 +77,7 @@ def test_an_ordinary_run_through_a_real_proxy_leaves_next_to_nothing(
 ) -> None:
     hub = hub_behind_proxy
     watch = f"proxy=http://127.0.0.1:{hub.proxy.metrics_port}/metrics"
-    words = ["stress-test", "-c", "12", "-b", "6", "--watch", watch, "--fail-if", "aftermath.hub.open_files.grown > 20"]
+    words = ["stress-test", "-c", "12", "-b", "6", "--watch", watch, "--fail-if", "aftermath.hub.open_files.grown > 50"]
     done, found = run_for_results(tmp_path / "r", *words, hub=hub)
     assert done.code == 0, done
     after = found["aftermath"]
@@ -85,7 +85,7 @@ def test_an_ordinary_run_through_a_real_proxy_leaves_next_to_nothing(
     assert {"open_files", "rss_bytes", "proxy_error_pages"} <= after["hub"].keys()
     assert {"open_files", "rss_bytes", "active_handles"} <= after["proxy"].keys()
     files = after["hub"]["open_files"]
-    assert files["peak"] >= files["before"] and files["grown"] == files["after"] - files["before"] <= 20
+    assert files["peak"] >= files["before"] and files["grown"] == files["after"] - files["before"] <= 50
     assert after["hub"]["proxy_error_pages"]["grown"] == 0
     assert "aftermath" not in done.summary.replace("aftermath.hub.open_files.grown", "")
 
