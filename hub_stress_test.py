@@ -2816,11 +2816,12 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     models = reply.data if reply.status == 201 and isinstance(reply.data, list) else []
     renamed = [user["name"] for user in models if user["name"] not in wanted and not user.get("admin")]
     claims.settle([], renamed)
-    never_sent = not reply.status and not reply.lost
-    unsure = reply.lost or not (models or reply.status == 409 or never_sent)
+    no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
+    not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
+    unsure = reply.lost or not (models or reply.status == 409 or not_done)
     listed = [user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")]
     made = [name for name in wanted if name in listed]
-    claims.rivals |= not (unsure or never_sent or renamed or len(made) == len(wanted))
+    claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
