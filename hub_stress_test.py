@@ -2825,7 +2825,7 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
-        asked = next(name for name in wanted if name not in made)
+        asked = next((name for name in wanted if name not in made), wanted[0])
         raise CutShort(f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers")
     if unsure and (strange := _strange(listed, claims)):
         raise CutShort(f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's")

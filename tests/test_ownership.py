@@ -139,7 +139,8 @@ class Creates(hst.SimulatedHub):
             return super()._answer(method, path, body)
         share, prefix, status = next(self._does, (2, "", 201))
         asked = body["usernames"][: (0, 1, len(body["usernames"]))[share]]
-        named = [prefix + name for name in asked if prefix + name not in self._users]
+        called = [*asked, *("lms_" + name for name in asked)] if prefix == "and" else [prefix + name for name in asked]
+        named = [name for name in called if name not in self._users]
         _, models = super()._answer(method, path, {"usernames": named})
         self.made.update(named)
         if status is None:  # the answer is lost
@@ -150,12 +151,12 @@ class Creates(hst.SimulatedHub):
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 2), st.sampled_from(["", "lms_"]), st.sampled_from([201, 400, 409, 500, None])),
+        st.tuples(st.integers(0, 2), st.sampled_from(["", "lms_", "and"]), st.sampled_from([201, 400, 409, 500, None])),
         max_size=4,
     )
 )
 def test_whatever_a_create_answers_nobody_is_left_unnamed(does: list[tuple[int, str, int | None]]) -> None:
-    """All, some or none of the names are made, also under other names; the answer says so, refuses, or is lost."""
+    """All, some or none of the names are made, under other names, or under both; it says so, refuses, or is lost."""
     wire = Creates(does)
     session = hst.HubSession("x", wire, retry_window_s=0.0)
     hub, claims, said = hst.Hub("http://hub.invalid/hub/api", session), hst.Claims(), ""
