@@ -2064,7 +2064,7 @@ class Hub:
             return ""
         if self.session.token_is_refused(self.endpoint):
             return f"no longer accepts the token ({reply.status})"
-        return f"denies this: {reply.message or 'it gives no reason'} ({reply.status})"
+        return f"denies this{f': {reply.message}' if reply.message else ' without a reason'} ({reply.status})"
 
     def make_token(self, name: str) -> Reply:
         """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
@@ -2832,7 +2832,7 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
-        raise CutShort(f"two requests in a row made no user ({reply}): does another run with this --run name go on?")
+        raise CutShort(f"two requests in a row made no user ({reply}): is another run with this --run name under way?")
     return made
 
 

@@ -375,7 +375,7 @@ def test_a_users_page_that_ends_early_is_not_the_last_page() -> None:
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        (hub_answer(403, b"{}"), "the hub refused to list its users: it denies this: it gives no reason (403)"),
+        (hub_answer(403, b"{}"), "the hub refused to list its users: it denies this without a reason (403)"),
         (hub_answer(500, b'{"message": "out of memory"}'), "the hub refused to list its users: 500 (out of memory)"),
         (hub_answer(200, b"[1"), "the hub refused to list its users: 200 (not JSON)"),
         (ResetBefore(), "the hub did not answer when asked to list its users: connection reset"),
