@@ -379,7 +379,12 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": oper
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
 KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
-COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings of the results in which an absent name counts 0
+COUNTS = (
+    "errors",
+    "in_front",
+    "reasons",
+    "statuses",
+)  # mappings of the results in which an absent name counts 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -528,7 +533,9 @@ def fastest(rate: float | Schedule | None) -> float:
 def rate_text(rate: float | Schedule) -> str:
     """2.5 per second; stages follow each other: 1 per second for 60.0 s, then 5 per second for 30.0 s."""
     stages = rate.stages if isinstance(rate, Schedule) else ((rate, 0.0),)
-    return ", then ".join(f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages)
+    return ", then ".join(
+        f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages
+    )
 
 
 def run_name(text: str) -> str:
@@ -635,7 +642,9 @@ class Recording:
     requests: tuple[tuple[str, int], ...]
 
 
-SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # parameters that stay in the recording
+SECRET = re.compile(
+    "token|code|state|auth|key|xsrf|secret", re.IGNORECASE
+)  # parameters that stay in the recording
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
@@ -643,12 +652,22 @@ def recording(text: str) -> Recording:
     """The GETs below one person's server in a HAR file, in order; cookies, tokens and bodies are not taken over."""
     try:
         with open(text, encoding="utf-8-sig") as file:
-            entries = [(one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]]
-        urls = [(urllib.parse.urlsplit(asked["url"]), status) for asked, status in entries if asked["method"] == "GET"]
+            entries = [
+                (one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]
+            ]
+        urls = [
+            (urllib.parse.urlsplit(asked["url"]), status)
+            for asked, status in entries
+            if asked["method"] == "GET"
+        ]
         below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as a HAR file ({_in_words(error)})") from None
-    owners = collections.Counter((url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme)
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be read as a HAR file ({_in_words(error)})"
+        ) from None
+    owners = collections.Counter(
+        (url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme
+    )
     rows = [
         (match[2] + _without_secrets(url.query), status)
         for match, url, status in below
@@ -656,7 +675,9 @@ def recording(text: str) -> Recording:
         if not {"..", "oauth_callback", "logout"} & set(match[2].split("/"))
     ]
     if not rows:
-        raise argparse.ArgumentTypeError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
+        raise argparse.ArgumentTypeError(
+            f"{text} holds no GET below /user/NAME/: record the page of a person's server"
+        )
     return Recording(text, tuple(rows))
 
 
@@ -694,9 +715,13 @@ def notebook(text: str) -> Notebook:
     try:
         with open(text, encoding="utf-8-sig") as file:
             content = file.read()
-        cells = list(_cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content))
+        cells = list(
+            _cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content)
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as a notebook ({_in_words(error)})") from None
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be read as a notebook ({_in_words(error)})"
+        ) from None
     cells = [cell for cell in cells if cell.source.strip()]
     if not cells:
         raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
@@ -706,7 +731,9 @@ def notebook(text: str) -> Notebook:
 def _cells_of_notebook(content: Json) -> Iterator[Code]:
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
-            yield Code("".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", []))
+            yield Code(
+                "".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", [])
+            )
 
 
 def _cells_of_script(content: str) -> Iterator[Code]:
@@ -758,7 +785,9 @@ def condition(text: str) -> Condition:
     number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
     match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}"
+        )
     metric, comparison, limit, unit = match.groups()
     return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
@@ -818,7 +847,9 @@ class Option:
         return f"--hub-{self.locust_name or self.flag[2:]}"
 
     def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
-        settings |= {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
+        settings |= (
+            {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
+        )
         settings |= {"nargs": "?", "const": self.const} if self.const else {}
         settings |= {"action": "append"} if self.repeatable else {}
         parser.add_argument(*self.flags.split(), help=self.help, **settings)
@@ -837,11 +868,18 @@ class Option:
         settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
         secret = self.flag in ("--endpoint", "--token")  # which a page is not to change
         settings |= {"include_in_web_ui": False} if self.repeatable or secret else {}
-        parser.add_argument(self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings)
+        parser.add_argument(
+            self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings
+        )
 
 
 def option(
-    flags: str, help: str, kind: Parse | None = None, default: Any = None, on: Collection[str] = COMMANDS, **more: Any
+    flags: str,
+    help: str,
+    kind: Parse | None = None,
+    default: Any = None,
+    on: Collection[str] = COMMANDS,
+    **more: Any,
 ) -> Any:
     """A field of the plan with its option; without `kind` a switch, whose default is False."""
     row = Option(flags, help, kind, on, **more)
@@ -860,10 +898,16 @@ class Plan:
 
     command: str = STRESS
     endpoint: str | None = option(
-        "-e --endpoint", "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=""
+        "-e --endpoint",
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
+        endpoint_url,
+        locust="",
     )
     token: Secret | None = option(
-        "-t --token", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, locust=""
+        "-t --token",
+        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
+        token_text,
+        locust="",
     )
     dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs")
     log_to_file: bool | str = option(
@@ -871,7 +915,10 @@ class Plan:
     )
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
     run: str | None = option(
-        "--run", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust"
+        "--run",
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
+        run_name,
+        locust="locust",
     )
     results: str | None = option("--results", "write the results as JSON", writable_file)
     report: str | None = option("--report", "write a report as one HTML page (needs plotly)", writable_file)
@@ -883,7 +930,9 @@ class Plan:
         locust="",
         repeatable=True,
     )
-    baseline: Json | None = option("--baseline", "results of an earlier run: print old, new and ratio", results_file)
+    baseline: Json | None = option(
+        "--baseline", "results of an earlier run: print old, new and ratio", results_file
+    )
     count: int = for_loads("-c --count", "users, in stress-test each with a server (100)", whole_number, 100)
     batch_size: int = option(
         "-b --batch-size",
@@ -909,7 +958,9 @@ class Plan:
         "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
     )
     rate_per_s: float | Schedule | None = for_loads(
-        "--rate", "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of
+        "--rate",
+        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
+        rate_of,
     )
     hold_s: float = for_people(
         "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
@@ -932,7 +983,9 @@ class Plan:
     page: Recording | None = for_people(
         "--page", "each person fetches what a browser did that this HAR file recorded", recording, locust=""
     )
-    work: bool = for_people("--work", "each person starts a kernel and runs cells (needs websocket-client)", locust="")
+    work: bool = for_people(
+        "--work", "each person starts a kernel and runs cells (needs websocket-client)", locust=""
+    )
     notebook: Notebook | None = for_people(
         "--notebook",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
@@ -952,7 +1005,8 @@ class Plan:
         locust="60s",
     )
     check_proxy: bool = for_people(
-        "--check-proxy", "after the load: does the proxy lose connections when servers end? Takes some three minutes"
+        "--check-proxy",
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
     )
     public_url: str | None = for_people(
         "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
@@ -961,7 +1015,9 @@ class Plan:
         "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
     )
     duration_s: float | None = for_loads(
-        "--duration", "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration
+        "--duration",
+        "send for so long, without it once for each user; of a search, a step (10s, people 60s)",
+        duration,
     )
     processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
     mix: Mapping[str, float] | None = for_requests(
@@ -978,7 +1034,10 @@ class Plan:
         "--max-servers", "with --find-capacity: no more than N servers at one time", whole_number
     )
     cleanup_timeout_s: float = option(
-        "--cleanup-timeout", "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S
+        "--cleanup-timeout",
+        "cleanup gives up after so long without progress (5m)",
+        duration,
+        CLEANUP_TIMEOUT_S,
     )
     watch: Sequence[Watched] = for_loads(
         "--watch",
@@ -1047,7 +1106,11 @@ class Plan:
         """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
         of_command = [name for name, row in OPTIONS.items() if self.command in row.on]
         names = [*GROUP_OPTIONS.values()] if self.group else of_command
-        return {OPTIONS[name].key: told(getattr(self, name)) for name in names if name not in ("token", "baseline")}
+        return {
+            OPTIONS[name].key: told(getattr(self, name))
+            for name in names
+            if name not in ("token", "baseline")
+        }
 
 
 def told(value: Any) -> Any:
@@ -1067,7 +1130,20 @@ OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
 }
 GROUP_KEYS = (
-    *("name", "count", "within", "rate", "after", "profile", "visit", "page", "work", "notebook", "think", "stay"),
+    *(
+        "name",
+        "count",
+        "within",
+        "rate",
+        "after",
+        "profile",
+        "visit",
+        "page",
+        "work",
+        "notebook",
+        "think",
+        "stay",
+    ),
     "server-timeout",
 )
 GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
@@ -1385,7 +1461,9 @@ class Http:
     observer_requests: int
     observer_share: float | None
     servers: Http | None = None
-    in_front: dict[str, int] = dataclasses.field(default_factory=dict)  # of the statuses, those not given by the hub
+    in_front: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # of the statuses, those not given by the hub
 
 
 class Traffic:
@@ -1534,7 +1612,11 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
 # ==== The hub: session and transport =================================================================================
 
 RETRIED = frozenset({429, 503, 504})
-NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)  # and so the hub has not acted
+NEVER_SENT = (
+    NewConnectionError,
+    ConnectTimeoutError,
+    ssl.SSLCertVerificationError,
+)  # and so the hub has not acted
 
 
 @dataclasses.dataclass
@@ -1596,7 +1678,9 @@ class Reply:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
         kind = Kind.REFUSED if self.status else Kind.FRONT if self.front else Kind.AWAY
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
-        return Event(step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s)
+        return Event(
+            step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s
+        )
 
 
 class Transport(BaseAdapter):
@@ -1667,7 +1751,9 @@ class HubSession(requests.Session):
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
-        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
+        self.marked: bool | None = (
+            None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
+        )
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
         self._asked_for_token_s, self._token_refused = -math.inf, False
         self._silent = False  # whether that the hub is away was said
@@ -1683,7 +1769,14 @@ class HubSession(requests.Session):
         """None: a redirect is an answer like another, and the token goes nowhere else."""
 
     def exchange(
-        self, method: str, url: str, call: Call, *, stream: bool = False, timeout: float | None = None, **parts: Any
+        self,
+        method: str,
+        url: str,
+        call: Call,
+        *,
+        stream: bool = False,
+        timeout: float | None = None,
+        **parts: Any,
     ) -> requests.Response:
         """The response to one call; `parts` are those of a `requests.Request`. Raises what requests raises."""
         request = self.prepare_request(requests.Request(method, url, **parts))
@@ -1707,12 +1800,19 @@ class HubSession(requests.Session):
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call, timeout_s = Call(observer=True, retry_until_s=until_s), min(STREAM_TIMEOUT_S, until_s - self.clock())
+        call, timeout_s = (
+            Call(observer=True, retry_until_s=until_s),
+            min(STREAM_TIMEOUT_S, until_s - self.clock()),
+        )
         try:
             with self.exchange("GET", url, call, stream=True, timeout=max(0.05, timeout_s)) as response:
                 self._streams[response] = until_s
                 try:
-                    for line in response.iter_lines() if response.status_code == 200 and self.is_hubs(response) else ():
+                    for line in (
+                        response.iter_lines()
+                        if response.status_code == 200 and self.is_hubs(response)
+                        else ()
+                    ):
                         self.answered_s = self.clock()  # a keep-alive, too, shows that the hub is there
                         if line.startswith(b"data:"):
                             yield json.loads(line.removeprefix(b"data:"))
@@ -1725,7 +1825,9 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # it has just ended
+                with contextlib.suppress(
+                    RuntimeError, ValueError, OSError, AttributeError
+                ):  # it has just ended
                     _end_reading(response.raw)
 
     def answered(self, response: requests.Response) -> None:
@@ -1790,7 +1892,11 @@ class HubSession(requests.Session):
 
     def sibling(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
         """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
-        how = {"pool_maxsize": self._pool_maxsize} | how | ({"wire": self._simulated} if self._simulated else {})
+        how = (
+            {"pool_maxsize": self._pool_maxsize}
+            | how
+            | ({"wire": self._simulated} if self._simulated else {})
+        )
         other = HubSession(token or self.token, **how)
         other.traffic = traffic or self.traffic
         other.headers.update(self.headers)
@@ -1802,7 +1908,10 @@ class HubSession(requests.Session):
     def proxy_to(self, url: str) -> str:
         """This machine's own proxy on the way to a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
         settings = self.merge_environment_settings(url, {}, None, None, None)
-        proxy, scheme = requests.utils.select_proxy(url, settings["proxies"]), urllib.parse.urlsplit(url).scheme
+        proxy, scheme = (
+            requests.utils.select_proxy(url, settings["proxies"]),
+            urllib.parse.urlsplit(url).scheme,
+        )
         if not proxy:
             return ""
         variables = [name for kind in (scheme, "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
@@ -1847,11 +1956,15 @@ def in_front(response: requests.Response) -> str:
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
 
-def _read_reply(response: requests.Response, call: Call, sent_s: float, answered_s: float, hubs: bool) -> Reply:
+def _read_reply(
+    response: requests.Response, call: Call, sent_s: float, answered_s: float, hubs: bool
+) -> Reply:
     if not hubs:
         location, status = response.headers.get("Location"), response.status_code
         lost: Json = {"lost": True, "tries": call.tries, "backoff_s": call.backoff_s}
-        return Reply(0, sent_s, answered_s, message=in_front(response), location=location, front=status, **lost)
+        return Reply(
+            0, sent_s, answered_s, message=in_front(response), location=location, front=status, **lost
+        )
     try:
         data = response.json() if response.content else None
     except ValueError:
@@ -1924,7 +2037,13 @@ def why(error: BaseException) -> str:
 def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> None:
     """A response hook: one debug line with method, path, status and seconds."""
     request = resp.request
-    LOG.debug("%s %s: %d in %.3f s", request.method, request.path_url, resp.status_code, resp.elapsed.total_seconds())
+    LOG.debug(
+        "%s %s: %d in %.3f s",
+        request.method,
+        request.path_url,
+        resp.status_code,
+        resp.elapsed.total_seconds(),
+    )
 
 
 def get_session(token: str, dry_run: bool = False, pool_maxsize: int = 100) -> HubSession:
@@ -2030,7 +2149,9 @@ class Hub:
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
         timeout_s = max(len(names), DEFAULT_TIMEOUT)
-        return self.session.ask("POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s)
+        return self.session.ask(
+            "POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s
+        )
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
         """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
@@ -2068,7 +2189,9 @@ class Hub:
 
     def make_token(self, name: str) -> Reply:
         """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
-        return self.session.ask("POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX})
+        return self.session.ask(
+            "POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX}
+        )
 
     def _left_s(self, until_s: float) -> float:
         return max(0.05, until_s - self.session.clock())
@@ -2112,7 +2235,9 @@ class OwnServers(Hub):
             return dataclasses.replace(reply, status=404, data={})
         return dataclasses.replace(reply, data=servers and servers[name])
 
-    def _read_owner(self, observer: bool = False, until_s: float | None = None) -> tuple[Reply, dict[str, Json] | None]:
+    def _read_owner(
+        self, observer: bool = False, until_s: float | None = None
+    ) -> tuple[Reply, dict[str, Json] | None]:
         """`GET /users/{owner}`, and the named servers in it: None when there is no word on them."""
         reply = super().read(self.owner, observer, until_s)
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
@@ -2153,7 +2278,11 @@ def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
     if reply.hub_status == 404:
         return ServerState.GONE
-    return server_state(reply.data) if reply.status == 200 and isinstance(reply.data, dict) else ServerState.UNKNOWN
+    return (
+        server_state(reply.data)
+        if reply.status == 200 and isinstance(reply.data, dict)
+        else ServerState.UNKNOWN
+    )
 
 
 def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
@@ -2190,10 +2319,16 @@ def _hub_version(endpoint: str, session: HubSession) -> str:
         return version
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
     if not reply.seen_status:
-        what = "The server does not prove who it is" if reply.message.startswith(NOT_ACCEPTED) else "Nothing answers"
+        what = (
+            "The server does not prove who it is"
+            if reply.message.startswith(NOT_ACCEPTED)
+            else "Nothing answers"
+        )
         raise SetupError(f"{what} at {where}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
     remedy = f"; {without_proxy(endpoint)}" if proxy else ""
-    raise SetupError(f"No hub API at {where}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}{remedy}")
+    raise SetupError(
+        f"No hub API at {where}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}{remedy}"
+    )
 
 
 def _wants_certificate(reply: Reply) -> bool:
@@ -2244,7 +2379,9 @@ def _what_came(reply: Reply) -> str:
         return f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
     if reply.front:
         return reply.message
-    return f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
+    return (
+        f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
+    )
 
 
 def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
@@ -2260,7 +2397,11 @@ def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
 
 def _check_rights(owner: Json, command: str) -> None:
     """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
-    otherwise = "" if command == ACTIVITY else " If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = (
+        ""
+        if command == ACTIVITY
+        else " If you are not an admin, test with servers of your own: --own-servers."
+    )
     if "scopes" not in owner:
         if not owner.get("admin"):
             raise SetupError(
@@ -2302,9 +2443,13 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user")
     whose = "The token in JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "The token"
     if reply.status in (401, 403):
-        raise SetupError(f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}.")
+        raise SetupError(
+            f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}."
+        )
     if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {hub.endpoint} could not say whose token visits use: GET /user: {reply}.")
+        raise SetupError(
+            f"The hub at {hub.endpoint} could not say whose token visits use: GET /user: {reply}."
+        )
     owner = hub.owner_of("")
     if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}, owner):
         if owner:
@@ -2389,7 +2534,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty() and (tqdm := optional("tqdm")):
-            self._closing.enter_context(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
+            self._closing.enter_context(
+                importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm()
+            )
             bar = tqdm.tqdm(total=self._total, desc=self._phase, file=sys.stderr, dynamic_ncols=True)
             self._bar = self._closing.enter_context(bar)
         return self
@@ -2453,7 +2600,9 @@ class Driver:
         self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
-        self._entries: dict[Walk, int] = {}  # of each walk that waits: its tie-breaker there; others are out of date
+        self._entries: dict[
+            Walk, int
+        ] = {}  # of each walk that waits: its tie-breaker there; others are out of date
         self._woken: set[Walk] = set()  # while they were acting
         self._numbers = itertools.count()
         self._begun = self._beginning = self._acting = 0
@@ -2515,7 +2664,9 @@ class Driver:
         if gathering.break_up(self._begun, now_s):
             if gathering.hold_s:
                 LOG.info("Holding the servers for %g s", gathering.hold_s)
-            for number, walk in [(number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s]:
+            for number, walk in [
+                (number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s
+            ]:
                 if self._entries.get(walk) == number:
                     self._wait(walk, gathering.leave_s)
 
@@ -2671,7 +2822,9 @@ class Monitor(Regularly):
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
-        self._parser = importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
+        self._parser = (
+            importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
+        )
         self._looking = threading.Lock()
         if not self._parser:
             self.missing = "prometheus-client is not installed: pip install prometheus-client"
@@ -2787,7 +2940,9 @@ def make_users(
     made = 0
     with Progress("creating users", count) as progress:
         while made < count:
-            wanted = [username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))]
+            wanted = [
+                username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))
+            ]
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
@@ -2798,7 +2953,9 @@ def _strange(listed: Iterable[str], claims: Claims) -> str:
     """The names that look like this tool's, nobody asked for, and were not there before the run."""
     if claims.known is None:
         return ""
-    return names_text(name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name))
+    return names_text(
+        name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name)
+    )
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
@@ -2819,20 +2976,28 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
     not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
     unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    listed = [user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")]
+    listed = [
+        user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")
+    ]
     made = [name for name in wanted if name in listed]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
-        raise CutShort(f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers")
+        raise CutShort(
+            f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers"
+        )
     if unsure and (strange := _strange(listed, claims)):
-        raise CutShort(f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's")
+        raise CutShort(
+            f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's"
+        )
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
-        raise CutShort(f"two requests in a row made no user ({reply}): is another run with this --run name under way?")
+        raise CutShort(
+            f"two requests in a row made no user ({reply}): is another run with this --run name under way?"
+        )
     return made
 
 
@@ -2850,7 +3015,9 @@ def tls_context(verify: bool | str) -> ssl.SSLContext:
     """What requests would use: the authorities of a file or folder, those that it comes with, or (False) none."""
     path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
     is_folder = os.path.isdir(path)
-    context = ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
+    context = ssl.create_default_context(
+        cafile=None if is_folder else path, capath=path if is_folder else None
+    )
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2874,7 +3041,11 @@ class BrowserWire(HTTPAdapter):
 
     def cert_verify(self, conn: Any, url: str, verify: bool | str, cert: Any) -> None:
         """The context has them already."""
-        conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = ("CERT_REQUIRED" if verify else "CERT_NONE"), None, None
+        conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = (
+            ("CERT_REQUIRED" if verify else "CERT_NONE"),
+            None,
+            None,
+        )
 
 
 class PublicSide:
@@ -2894,7 +3065,9 @@ class PublicSide:
         if self._hub.needs_users_tokens:
             made = self._hub.make_token(name)
             if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
-                return Reason(Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})")
+                return Reason(
+                    Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})"
+                )
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.beside(self.traffic, token, wire=wire)
@@ -2912,7 +3085,9 @@ class PublicSide:
         return url if told and same_host and there.scheme in (here.scheme, "https") else ELSEWHERE
 
 
-ELSEWHERE = Reason(Kind.ROUTE, "the hub places the server on another host than people come to (see --public-url)")
+ELSEWHERE = Reason(
+    Kind.ROUTE, "the hub places the server on another host than people come to (see --public-url)"
+)
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
 NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
 
@@ -2930,7 +3105,9 @@ def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Rea
         return Reason(Kind.ROUTE, f"no page: {reply.message}"), False
     if reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
         versions = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}"
-        return Reason(Kind.REFUSED, f"{versions}: such a server lets in its own user only ({reply.status})"), True
+        return Reason(
+            Kind.REFUSED, f"{versions}: such a server lets in its own user only ({reply.status})"
+        ), True
     if "/hub/api/oauth2/authorize" in there.path:
         return Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"), True
     if "/hub/" in there.path:
@@ -2940,7 +3117,9 @@ def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Rea
     if reply.location:
         return Reason(Kind.ROUTE, f"the page redirects elsewhere ({reply.status})"), True
     if reply.status == 403:
-        return Reason(Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"), True
+        return Reason(
+            Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"
+        ), True
     if reply.status == 503:
         return Reason(Kind.ROUTE, "nobody listens there (503)"), False
     return Reason(Kind.ROUTE, f"the server's page was answered {reply.status}"), reply.status == 404 and bool(
@@ -2955,7 +3134,9 @@ class Execution:
     request: str  # the message's id
     ended_s: float | None = None
     error: str = ""  # the name of the exception
-    awaited: set[str] = dataclasses.field(default_factory=lambda: {"execute_reply", "idle"})  # in whatever order
+    awaited: set[str] = dataclasses.field(
+        default_factory=lambda: {"execute_reply", "idle"}
+    )  # in whatever order
 
     def hear(self, kind: str, message: Json, at_s: float) -> None:
         """Take note of a message of the kernel, if it is about this cell."""
@@ -2988,7 +3169,13 @@ class Kernel:
         content = {"code": source, "silent": False, "store_history": False, "allow_stdin": False}
         header = {"msg_id": self._execution.request, "msg_type": "execute_request", "version": "5.3"}
         header |= {"session": USERNAME_PREFIX, "username": ""}
-        message = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}
+        message = {
+            "channel": "shell",
+            "header": header,
+            "parent_header": {},
+            "metadata": {},
+            "content": content,
+        }
         with self._lock:
             try:
                 self.socket.settimeout(SEND_TIMEOUT_S)
@@ -3022,7 +3209,10 @@ class Kernel:
                     end()
 
     def _hear(self, message: Json) -> None:
-        kind, state = message.get("msg_type") or message.get("header", {}).get("msg_type"), message.get("content", {})
+        kind, state = (
+            message.get("msg_type") or message.get("header", {}).get("msg_type"),
+            message.get("content", {}),
+        )
         execution = self._execution
         had_ended = execution.ended_s is not None
         execution.hear(str(kind), message, time.monotonic())
@@ -3050,7 +3240,8 @@ def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
     """An open websocket that never blocks, or the `Reason` why there is none. No redirect is followed."""
     websocket = importlib.import_module("websocket")
     socket = websocket.WebSocket(
-        sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))}, skip_utf8_validation=True
+        sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))},
+        skip_utf8_validation=True,
     )
     headers = {"Authorization": f"token {session.token}"}
     try:
@@ -3092,11 +3283,15 @@ class Wires:
     """Reads all open connections in one thread, so that nobody who waits for a cell, or thinks, needs one."""
 
     def __init__(self) -> None:
-        self._wires: dict[int, Wire] = {}  # by file descriptor, which may serve somebody else once it is closed
+        self._wires: dict[
+            int, Wire
+        ] = {}  # by file descriptor, which may serve somebody else once it is closed
         self._changing, self._ended = threading.Lock(), False
         self._selector: selectors.BaseSelector | None = None  # from the first one on
 
-    def open(self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]) -> Kernel | Reason:
+    def open(
+        self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]
+    ) -> Kernel | Reason:
         """The kernel behind a websocket's URL, or why it cannot be reached."""
         socket = handshake(url, session, timeout_s)
         if isinstance(socket, Reason):
@@ -3225,9 +3420,13 @@ class Removal:
     """How far users have been removed, and what the hub said."""
 
     gone: set[str] = dataclasses.field(default_factory=set)
-    interrupted: set[str] = dataclasses.field(default_factory=set)  # whose server was stopped while it was starting
+    interrupted: set[str] = dataclasses.field(
+        default_factory=set
+    )  # whose server was stopped while it was starting
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one, for each user
-    stopping_s: dict[str, float] = dataclasses.field(default_factory=dict)  # since when the hub stops their server
+    stopping_s: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # since when the hub stops their server
 
     def note(self, name: str, reply: Reply, task: str) -> None:
         """What the hub answered to a request to stop a server or delete a user."""
@@ -3248,7 +3447,11 @@ class Removal:
     def in_the_way(self, left: Iterable[str], now_s: float) -> str:
         """Why these users are still there, as far as the hub tells."""
         since_s = min((at_s for name, at_s in self.stopping_s.items() if name in left), default=None)
-        reasons = [] if since_s is None else [f"the hub has been stopping servers for {duration_text(now_s - since_s)}"]
+        reasons = (
+            []
+            if since_s is None
+            else [f"the hub has been stopping servers for {duration_text(now_s - since_s)}"]
+        )
         said = [self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s]
         return "; ".join(reasons + [text for text, _ in collections.Counter(said).most_common(2)])
 
@@ -3262,7 +3465,9 @@ class Site:
     record: Recorder
     turns: Turns = dataclasses.field(default_factory=Turns)
     first_starts: FirstStarts = dataclasses.field(default_factory=FirstStarts)
-    states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as steps know
+    states: dict[str, ServerState] = dataclasses.field(
+        default_factory=dict
+    )  # each user's, as far as steps know
     gathering: Gathering = dataclasses.field(default_factory=Gathering)
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
@@ -3331,7 +3536,9 @@ def come(person: Visitor, site: Site) -> Iterator[Event | float]:
         site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
     ended_s = session.clock() if end.ready_at_s is None else end.ready_at_s
     reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
-    ready = dataclasses.replace(asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message)
+    ready = dataclasses.replace(
+        asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message
+    )
     yield dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0)
     site.first_starts.note(reason)
     yield ended_s
@@ -3355,7 +3562,9 @@ def _ask_for_server(person: Visitor, site: Site) -> tuple[Reply, Event]:
 def too_many(limit: int, count: int) -> str:
     """Why so many named servers cannot be started, and what to do."""
     if not limit:
-        return "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
+        return (
+            "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
+        )
     wanted = f", and this run is to start {count}" if count else ""
     return (
         f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, remove "
@@ -3461,7 +3670,9 @@ def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float,
     for event in hub.progress(name, until_s):
         if not last and (event.get("ready") or event.get("failed")):
             moment_s, last = hub.session.clock(), event
-        elif not last and event.get("message") and event.get("progress") != 0:  # 0 is the hub's own "Server requested"
+        elif (
+            not last and event.get("message") and event.get("progress") != 0
+        ):  # 0 is the hub's own "Server requested"
             said.append((hub.session.clock(), str(event["message"])))
     return moment_s, last
 
@@ -3485,13 +3696,17 @@ def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
         site.public.warnings += [refused] if refused else []
 
 
-def until_open(person: Visitor, site: Site, until_s: float) -> Generator[float, None, tuple[Reply, Reason | None, int]]:
+def until_open(
+    person: Visitor, site: Site, until_s: float
+) -> Generator[float, None, tuple[Reply, Reason | None, int]]:
     """Try the start page until it comes, nothing else can come, or time is up: the last answer, and how many tries."""
     clock, public, pause_s, first_s = site.hub.session.clock, site.public, 0.1, site.hub.session.clock()
     for tries in itertools.count(1):
         reply, reason, final = open_page(person, site, tries > 1, until_s)
         late = clock() + pause_s >= until_s
-        nobody_came = reason is NO_ROUTE and not public.reached and (late or clock() > first_s + FIRST_VISIT_S)
+        nobody_came = (
+            reason is NO_ROUTE and not public.reached and (late or clock() > first_s + FIRST_VISIT_S)
+        )
         if nobody_came and site.hub.state(person.name) is ServerState.READY:
             raise CutShort(
                 f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's own port? "
@@ -3597,7 +3812,9 @@ def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
     until_s = sent_s + plan.cell_timeout_s
     reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=plan.cell_timeout_s)
     if reply.status == 201 and isinstance(reply.data, dict):
-        person.kernel_url = f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
+        person.kernel_url = (
+            f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
+        )
         url = f"ws{person.kernel_url.removeprefix('http')}/channels"
         kernel = site.public.wires.open(url, browser, max(0.1, until_s - browser.clock()), person.wake)
     elif reply.message == TIMED_OUT:
@@ -3608,7 +3825,9 @@ def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
         kernel = Reason(Kind.REFUSED, f"the server did not start a kernel ({reply.status or reply.message})")
     if isinstance(kernel, Reason):
         reason = too_late(plan) if kernel is NO_KERNEL else kernel
-        yield Event("kernel_ready", person.name, sent_s, sent_s, browser.clock(), reason, message=reply.message)
+        yield Event(
+            "kernel_ready", person.name, sent_s, sent_s, browser.clock(), reason, message=reply.message
+        )
         return
     person.kernel = kernel
     yield from run_cell("kernel_ready", 1, cells_of(plan)[0], person, kernel, site, sent_s)
@@ -3691,7 +3910,11 @@ def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
             task = "say whether the servers that were held are still there"
             raise HubRefused(task, reply, site.hub.denial(reply))
         yield session.clock() + 1.0
-    lost = None if state is ServerState.READY else Reason(Kind.LOST, "it became ready, and was gone while it was held")
+    lost = (
+        None
+        if state is ServerState.READY
+        else Reason(Kind.LOST, "it became ready, and was gone while it was held")
+    )
     if not lost and person.browser:
         _, lost, _ = yield from until_open(person, site, session.clock() + person.plan.visit_timeout_s)
         if lost and lost.kind is not Kind.REFUSED:
@@ -3727,7 +3950,9 @@ def delete(person: Visitor, site: Site) -> Iterator[Event | float]:
         reply = site.hub.delete(person.name)
         site.states[person.name] = state_after_delete(reply.hub_status)
         site.removal.note(person.name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
-        yield reply.event("delete_user", person.name, ok=(202, 204, 404))  # 202: one's own server has yet to stop
+        yield reply.event(
+            "delete_user", person.name, ok=(202, 204, 404)
+        )  # 202: one's own server has yet to stop
 
 
 # ==== The table of steps, and a person's journey through them ========================================================
@@ -3756,9 +3981,23 @@ STEPS = {
         Step("at_work", "at work", (), get_to_work, lambda plan: plan.rehearses),
         Step("cell", "cell", (), work, lambda plan: plan.work),
         Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s)),
-        Step("stop_server", "stop request", ("delete:servers",), stop, lambda plan: bool(plan.stay_s), always=True),
+        Step(
+            "stop_server",
+            "stop request",
+            ("delete:servers",),
+            stop,
+            lambda plan: bool(plan.stay_s),
+            always=True,
+        ),
         Step("create_users", "create users", ("admin:users",)),
-        Step("delete_user", "delete user", ("delete:users",), delete, lambda plan: bool(plan.stay_s), always=True),
+        Step(
+            "delete_user",
+            "delete user",
+            ("delete:users",),
+            delete,
+            lambda plan: bool(plan.stay_s),
+            always=True,
+        ),
         Step("list_users", "list users", ("list:users", "read:servers")),
         Step("activity", "activity report", ("users:activity",)),
         Step("read", "read user"),
@@ -3884,7 +4123,9 @@ def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
 
 def _moments(plan: Plan, seed: int | None) -> list[float]:
     if plan.within_s:
-        draw = random.Random(f"{seed} {plan.group}" if plan.group else seed)  # each group at moments of its own
+        draw = random.Random(
+            f"{seed} {plan.group}" if plan.group else seed
+        )  # each group at moments of its own
         return sorted(plan.within_s * draw.random() for _ in range(plan.count))
     schedule = Schedule.of(plan.rate_per_s)
     return [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
@@ -3929,7 +4170,9 @@ def remove_users(
             before = len(left)
             let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(removal.gone)))
             try:
-                found = [user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")]
+                found = [
+                    user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
+                ]
                 left = {user["name"]: server_state(user) for user in found}
                 left |= _unlisted(thought.keys() - left.keys() - removal.gone, hub)
                 to_do = dict(left)
@@ -3972,7 +4215,9 @@ def let_go(
 
     def leave(name: str, due_s: float) -> Walk:
         was_gone = states[name] is ServerState.GONE
-        next(journey(Visitor(name, due_s, site.plan), site, (STEPS["stop_server"], STEPS["delete_user"])), None)
+        next(
+            journey(Visitor(name, due_s, site.plan), site, (STEPS["stop_server"], STEPS["delete_user"])), None
+        )
         if states[name] is ServerState.GONE and not was_gone:
             removal.gone.add(name)
         yield from ()
@@ -4089,7 +4334,9 @@ class Load:
     @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
-        return Schedule.of(self.rate_per_s, self.duration_s or len(self.users) / (fastest(self.rate_per_s) or 1.0))
+        return Schedule.of(
+            self.rate_per_s, self.duration_s or len(self.users) / (fastest(self.rate_per_s) or 1.0)
+        )
 
     @property
     def planned(self) -> int:
@@ -4120,7 +4367,12 @@ def load_of(plan: Plan, endpoint: str, users: Sequence[str]) -> Load:
 
 
 def send_load(
-    load: Load, part: int, started_s: float, session: HubSession, record: Recorder, on_tick: Callable[[], None]
+    load: Load,
+    part: int,
+    started_s: float,
+    session: HubSession,
+    record: Recorder,
+    on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
     until_s = started_s + load.duration_s if load.duration_s else math.inf
@@ -4146,7 +4398,10 @@ def send_load(
     if schedule := load.schedule:
         last_s = started_s + schedule.lasts_s + OPEN_GRACE_S
         driver = Driver(
-            session, load.open_workers, lambda n: started_s + schedule.due_s(part + n * load.processes), last_s
+            session,
+            load.open_workers,
+            lambda n: started_s + schedule.due_s(part + n * load.processes),
+            last_s,
         )
         driver.run(one_request, range(part, load.planned, load.processes), on_tick)
     else:
@@ -4171,7 +4426,9 @@ def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
         return send_load(load, 0, session.clock(), session, record, on_tick)
 
 
-def _spread_over_processes(load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None]) -> float:
+def _spread_over_processes(
+    load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None]
+) -> float:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -4210,7 +4467,9 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _lead(pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]) -> float:
+def _lead(
+    pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]
+) -> float:
     """Start the processes at one moment, record their events, pass a stop on; the largest share of a processor."""
     import multiprocessing.connection
 
@@ -4263,7 +4522,9 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
     def ping(due_s: float) -> None:
         if not session.stopping.is_set():
-            reason = perform("ping", read, user, endpoint, session, record, due_s, fine={404})  # the user has left
+            reason = perform(
+                "ping", read, user, endpoint, session, record, due_s, fine={404}
+            )  # the user has left
             if reason:
                 session.say_if_silent(reason.text)
 
@@ -4272,14 +4533,18 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 # ==== Checking the proxy: does it lose connections when servers end? =================================================
 
-CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that has ended by itself, and to one that was stopped
+CHECK_ENDED, CHECK_STOPPED = (
+    100,
+    20,
+)  # handshakes to a server that has ended by itself, and to one that was stopped
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
-CHECK_COSTS = (
-    f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected proxy keeps for an hour"
-)
+CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected proxy keeps for an hour"
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
-PROOF_SHARE, CLEAN_SHARE = 0.8, 0.1  # of the handshakes: as many connections lost prove a leak, or that there is none
+PROOF_SHARE, CLEAN_SHARE = (
+    0.8,
+    0.1,
+)  # of the handshakes: as many connections lost prove a leak, or that there is none
 EVENTS = "api/events/subscribe"  # a websocket of every server
 CLOSED_UNANSWERED, UNANSWERED = "closed without an answer", "no answer"
 
@@ -4297,7 +4562,9 @@ class Handshake:
         place = urllib.parse.urlsplit(url)
         if place.scheme == "https":
             context = tls_context(trusted(session, url))
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(place.netloc, context=context)
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                place.netloc, context=context
+            )
         else:
             self._connection = http.client.HTTPConnection(place.netloc)
         self._connection.timeout = SEND_TIMEOUT_S
@@ -4370,7 +4637,11 @@ def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
 
 
 def judge_proxy(
-    page: int, ended: Sequence[Reply], stopped: Sequence[Reply], before: Sequence[Snapshot], after: Sequence[Snapshot]
+    page: int,
+    ended: Sequence[Reply],
+    stopped: Sequence[Reply],
+    before: Sequence[Snapshot],
+    after: Sequence[Snapshot],
 ) -> ProxyCheck:
     """What a proxy showed that was asked for a server which had ended by itself, and then for one that was stopped.
 
@@ -4378,7 +4649,9 @@ def judge_proxy(
     `before` and `after` (right after those to the ended server, and a minute later) are looks at the hub's figures.
     """
     number, figures = len(ended), (AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"])
-    grown_by = [max(look.get(*one) - before[-1].get(*one) for look in after) for one in figures if before and after]
+    grown_by = [
+        max(look.get(*one) - before[-1].get(*one) for look in after) for one in figures if before and after
+    ]
     lost = min((lost_by(before, look) for look in after), default=0.0) if grown_by else None
     asked = f"{counted(number, 'websocket')} asked for a server that had ended"
 
@@ -4391,14 +4664,18 @@ def judge_proxy(
         held = counted(round(lost), "connection")
         return found(LEAKING, f"{asked}; a minute later the proxy still held {held} to the hub for them")
     if unanswered(stopped) and any(map(of_ended_server, ended)):  # so that websockets pass at all
-        return found(LEAKING, "it never answers websockets that ask for a stopped server, and keeps their connections")
+        return found(
+            LEAKING, "it never answers websockets that ask for a stopped server, and keeps their connections"
+        )
     if number < CHECK_LEAST:
         sent = counted(number, "websocket")
         return found(UNDECIDED, f"the hub noticed after {sent} that the server had ended, too few to tell")
     if page != 503:
         return found(UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended")
     if lost is None and sum(map(is_telling, ended)) >= PROOF_SHARE * number:
-        return found(LEAKING, f"{asked}, and the proxy closed them without an answer, as one does that loses them")
+        return found(
+            LEAKING, f"{asked}, and the proxy closed them without an answer, as one does that loses them"
+        )
     if lost is None:
         return found(UNDECIDED, "the hub's own figures were not read")
     if sum(map(of_ended_server, ended)) < PROOF_SHARE * number:
@@ -4425,7 +4702,9 @@ def check_proxy(person: Visitor, site: Site, monitor: Monitor) -> Generator[floa
         page = yield from shut_down(person, site)
         if page in (0, 200):
             return ProxyCheck(UNDECIDED, None, "the server did not end by itself when it was asked to")
-        replies = yield from knock_often(person, site, CHECK_ENDED - len(ended), lambda seen: noticed(seen[-1]))
+        replies = yield from knock_often(
+            person, site, CHECK_ENDED - len(ended), lambda seen: noticed(seen[-1])
+        )
         ended = [one for one in replies if not noticed(one)]
         site.hub.state(person.name, observer=True)  # which shows that the hub is there
         site.states[person.name] = ServerState.STOPPED
@@ -4557,7 +4836,9 @@ class Samples(Regularly):
             self._mode = "ab"
         except OSError as error:
             self._mode = ""
-            self.run.troubles.append(f"--samples {self._path} could not be written any more: {error.strerror}")
+            self.run.troubles.append(
+                f"--samples {self._path} could not be written any more: {error.strerror}"
+            )
             with contextlib.suppress(OSError):
                 os.truncate(self._path, whole)
 
@@ -4584,8 +4865,12 @@ class LivePage:
         registry = prometheus.CollectorRegistry()
         what: Json = {"registry": registry, "buckets": PAGE_BUCKETS_S}
         labels = ("operation", "outcome")
-        self._latency = prometheus.Histogram("hub_stress_test_latency_seconds", "of operations", labels, **what)
-        self._lateness = prometheus.Histogram("hub_stress_test_lateness_seconds", "of the tool in sending", **what)
+        self._latency = prometheus.Histogram(
+            "hub_stress_test_latency_seconds", "of operations", labels, **what
+        )
+        self._lateness = prometheus.Histogram(
+            "hub_stress_test_lateness_seconds", "of the tool in sending", **what
+        )
         registry.register(self)
         handler = importlib.import_module("prometheus_client").MetricsHandler.factory(registry)
         try:
@@ -4594,7 +4879,9 @@ class LivePage:
             raise UsageError(f"--metrics-port {run.plan.metrics_port}: {_in_words(error)}") from None
 
     def __enter__(self) -> None:
-        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics page", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="metrics page", daemon=True
+        ).start()
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
@@ -4611,11 +4898,15 @@ class LivePage:
     def collect(self) -> Iterator[Any]:
         """What Prometheus asks of a collector: figures that are read when it looks."""
         throttled = self._run.session.traffic.throttled
-        yield self._prometheus.CounterMetricFamily("hub_stress_test_throttled", "429 answers", value=throttled)
+        yield self._prometheus.CounterMetricFamily(
+            "hub_stress_test_throttled", "429 answers", value=throttled
+        )
         states = collections.Counter(list(self._people.values()))
         if self._run.plan.command == STRESS:
             states["expected"] = max(0, self._run.plan.count - states.total())
-            people = self._prometheus.GaugeMetricFamily("hub_stress_test_people", "by state", labels=["state"])
+            people = self._prometheus.GaugeMetricFamily(
+                "hub_stress_test_people", "by state", labels=["state"]
+            )
             for state in ("expected", *dict.fromkeys(BECOMES.values()), "failed"):
                 people.add_metric([state], states[state])
             yield people
@@ -4760,7 +5051,9 @@ class Run:
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
         taken = [*(user["name"] for user in self.existing), *self.claims.confirmed]
-        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, self.plan.run or "")
+        batches = make_users(
+            count, batch_size, self.hub, self.record, self.claims, taken, self.plan.run or ""
+        )
         return [name for batch in batches for name in batch]
 
     @timeit
@@ -4769,14 +5062,21 @@ class Run:
         goal, record = self.plan.goal, self.site.record
         title = "people at work" if self.plan.rehearses else "starting servers"
         with Progress(title, len(names)) as progress:
-            take_through(names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL)))
+            take_through(
+                names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL))
+            )
 
     def begin_anew(self, plan: Plan, record: Recorder) -> None:
         """Have other people come, by this plan, and apart from those before them."""
         before = self.site
         before.public.wires.end()
         self.site = Site(
-            self.hub, plan, record, states=before.states, claims=before.claims, first_starts=before.first_starts
+            self.hub,
+            plan,
+            record,
+            states=before.states,
+            claims=before.claims,
+            first_starts=before.first_starts,
         )
         self.site.removal = before.removal
         self.site.public.traffic = before.public.traffic
@@ -4833,16 +5133,22 @@ class Run:
                 f"after they were due, {unsent} not at all; {cause}. Latencies count from when a request was due"
             )
 
-    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession) -> None:
+    def remove(
+        self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession
+    ) -> None:
         """Remove users, for whom `states` are what is thought of their servers, from the hub."""
         hub, plan, removal = dataclasses.replace(self.hub, session=session), self.plan, self.site.removal
-        self.cleaned = remove_users(states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, removal)
+        self.cleaned = remove_users(
+            states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, removal
+        )
 
     def clean_up(self) -> None:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
         if self.session.hub_is_gone:
-            self.troubles.append(f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent")
+            self.troubles.append(
+                f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent"
+            )
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
         self.site.public.wires.end()
@@ -4862,7 +5168,9 @@ class Run:
 
 def leave_at_once(number: int, remain: str, remedy: str) -> None:
     """End the program, saying what remains and how to remove it. A signal's handler may call this."""
-    os.write(2, f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n".encode())
+    os.write(
+        2, f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n".encode()
+    )
     os._exit(128 + number)
 
 
@@ -4979,8 +5287,12 @@ class Limit(enum.Enum):
     """What keeps a hub from taking more people."""
 
     PROCESSOR = "the hub's one thread was busy: give its process a faster processor, or less to do"
-    THROTTLING = "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to start"
-    FRONT = "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
+    THROTTLING = (
+        "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to start"
+    )
+    FRONT = (
+        "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
+    )
     SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
     PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
     GENERATOR = "this machine could not send more"
@@ -4993,7 +5305,9 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
     return max((step.rate_per_s for step in steps if not step.held), default=None)
 
 
-def next_rate(steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_s: float = 0.0) -> float | None:
+def next_rate(
+    steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_s: float = 0.0
+) -> float | None:
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
     None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
@@ -5021,7 +5335,11 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
     first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
     steps: list[CapacityStep] = []
     best = Recorder()
-    while (rate := next_rate(steps, first_rate_per_s)) and not session.stopping.is_set() and not session.hub_is_gone:
+    while (
+        (rate := next_rate(steps, first_rate_per_s))
+        and not session.stopping.is_set()
+        and not session.hub_is_gone
+    ):
         beside, seen = session.beside(), Recorder(*record.listeners)
         step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(step_load, beside, seen)
@@ -5039,13 +5357,18 @@ def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Record
     return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None)
 
 
-def _capacity_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+def _capacity_step(
+    load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float
+) -> CapacityStep:
     """Judge one rate by its own requests alone."""
     count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
     found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
     found["failed_rate"] = failed / count if count else None
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent, of_people = load.planned - count, plan.command == STRESS  # who come late, but come, up to --fail-fast
+    unsent, of_people = (
+        load.planned - count,
+        plan.command == STRESS,
+    )  # who come late, but come, up to --fail-fast
     bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
     if not held and unsent > 0:
         planned = counted(load.planned, "person", "people") if of_people else counted(load.planned, "request")
@@ -5085,7 +5408,13 @@ def measure_people(run: Run) -> None:
         run.record.take_over(best)
         sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
         broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-        limit = Limit.MAX_SERVERS.value if rate and rate * for_s > most else broken[0].limited_by if broken else None
+        limit = (
+            Limit.MAX_SERVERS.value
+            if rate and rate * for_s > most
+            else broken[0].limited_by
+            if broken
+            else None
+        )
         answer: Json = {"people_per_minute": sustained and 60 * sustained, "limited_by": limit}
         run.capacity = Capacity(sustained, None, bound, steps, finished=rate is None, **answer)
         say_if_unfound(run, PERSONAL)
@@ -5122,7 +5451,10 @@ def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[Capacity
     if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
         step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
     if step.held:
-        own, in_front = hub_figures(monitor.snapshots[looks:], math.inf, 0), traffic.counts[-429] > traffic.throttled
+        own, in_front = (
+            hub_figures(monitor.snapshots[looks:], math.inf, 0),
+            traffic.counts[-429] > traffic.throttled,
+        )
         limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
         step = dataclasses.replace(step, limited_by=limit.value)
     return step, seen
@@ -5140,12 +5472,17 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     By the medians of the last and the first quarter. If people kept coming, they would wait ever longer.
     """
     quarter = max(1, len(waits_s) // 4)
-    first_s, last_s = (sorted(part)[len(part) // 2] for part in (waits_s[:quarter] or [0], waits_s[-quarter:] or [0]))
+    first_s, last_s = (
+        sorted(part)[len(part) // 2] for part in (waits_s[:quarter] or [0], waits_s[-quarter:] or [0])
+    )
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
 def limit_of(
-    seen: Mapping[str, Operation], own: HubFigures | None, generator_bound: bool, limited_in_front: bool = False
+    seen: Mapping[str, Operation],
+    own: HubFigures | None,
+    generator_bound: bool,
+    limited_in_front: bool = False,
 ) -> Limit:
     """What kept people from getting through, by the hub's own figures: what took most of the time that they waited."""
     means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
@@ -5238,7 +5575,9 @@ class Users:
     left_behind: list[str]
     in_the_way: str = ""  # of removing what is left behind, like the next one also with --own-servers
     stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
-    stops_failed: int | None = None  # servers that the hub failed to stop meanwhile, by its metrics; None: unknown
+    stops_failed: int | None = (
+        None  # servers that the hub failed to stop meanwhile, by its metrics; None: unknown
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5274,7 +5613,9 @@ class Servers:
     throttled: int
     throttling_began_s: float | None
     slowest: list[Slow]
-    usual_message: str  # what the hub said of every server that it said anything of; "" when it told them apart
+    usual_message: (
+        str  # what the hub said of every server that it said anything of; "" when it told them apart
+    )
     removed: int = 0  # with --own-servers, like the next two; else the users say it
     kept: int = 0
     left_behind: Sequence[str] = ()
@@ -5414,8 +5755,12 @@ def instead_of(metric: str, paths: bool = True) -> str:
     """The known metric, by its path if there are `paths`, that is most like this one; "" where this one is known."""
     of_operations = (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
     known = ["failed", "failed_rate", "throttled", *of_operations]
-    known += [path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code")] if paths else []
-    of_all = re.sub(r"\[[^]]*\]", "", metric)  # server_ready.p95 for the server_ready[students].p95 of a group
+    known += (
+        [path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code")] if paths else []
+    )
+    of_all = re.sub(
+        r"\[[^]]*\]", "", metric
+    )  # server_ready.p95 for the server_ready[students].p95 of a group
     if any(re.fullmatch(re.escape(one).replace("NAME", "[^.]+"), of_all) for one in known):
         return ""
     return difflib.get_close_matches(metric, known, 1, 0.0)[0]
@@ -5505,12 +5850,16 @@ def _judged(found: Results, run: Run) -> Results:
     plan, data = run.plan, as_json(found)
     conditions = [] if run.capacity else judgements_of(plan, data)
     unfound = run.capacity is not None and run.capacity.rate_per_s is None
-    not_ours = plan.command == PURGE and run.interrupted_by is not None  # an interrupted purge made none of them
+    not_ours = (
+        plan.command == PURGE and run.interrupted_by is not None
+    )  # an interrupted purge made none of them
     bad = unfound or any(one.held for one in conditions)
     left = bool(found.users.stops_failed or (run.cleaned.left and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
     kinds, time_out_s = run.record.kinds(), time_out_in_front(run.record.people)
-    next_steps = list(advice(found, kinds, time_out_s)) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
+    next_steps = (
+        list(advice(found, kinds, time_out_s)) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
+    )
     return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
@@ -5520,12 +5869,17 @@ def _servers_in(run: Run, comes: bool, cut_short: bool) -> Servers | None:
     if not run.plan.own_servers:
         return servers
     cleaned, none = run.cleaned, servers_of({}, 0, cut_short)
-    return dataclasses.replace(servers or none, removed=cleaned.deleted, kept=cleaned.kept, left_behind=cleaned.left)
+    return dataclasses.replace(
+        servers or none, removed=cleaned.deleted, kept=cleaned.kept, left_behind=cleaned.left
+    )
 
 
 def _users_in(run: Run) -> Users:
     left, cleaned = list(run.cleaned.left), run.cleaned
-    rest: Json = {"in_the_way": cleaned.in_the_way, "stopped_while_starting": len(run.site.removal.interrupted)}
+    rest: Json = {
+        "in_the_way": cleaned.in_the_way,
+        "stopped_while_starting": len(run.site.removal.interrupted),
+    }
     rest["stops_failed"] = _stops_failed(run)
     if run.plan.own_servers:
         return Users(0, 0, 0, [], **rest)
@@ -5577,12 +5931,17 @@ People = Mapping[str, Mapping[str, Event]]
 
 
 def _only(group: Plan, rows: People) -> People:
-    return {user: row for user, row in rows.items() if any(event.group == group.group for event in row.values())}
+    return {
+        user: row for user, row in rows.items() if any(event.group == group.group for event in row.values())
+    }
 
 
 def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
     """What became of so many people: each got to work or failed; one who failed after that is counted in both."""
-    ends = [next((row[step] for step in PERSONAL if step in row and row[step].reason), None) for row in rows.values()]
+    ends = [
+        next((row[step] for step in PERSONAL if step in row and row[step].reason), None)
+        for row in rows.values()
+    ]
     bad = [(end, end.reason.text) for end in ends if end and end.reason]
     reasons = collections.Counter(text for _, text in bad)
     at_work = sum("at_work" in row for row in rows.values())
@@ -5642,7 +6001,9 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
     def ended(*steps: str, lost: bool = False, bad: bool = False) -> list[float | None]:
         """When each person's first of these steps ended, well or badly; None where it did not."""
         ends = ([row[step] for step in steps if step in row] for row in rows)
-        good_or_bad = ([end for end in each if bool(end.reason) == bad and _is_lost(end) == lost] for each in ends)
+        good_or_bad = (
+            [end for end in each if bool(end.reason) == bad and _is_lost(end) == lost] for each in ends
+        )
         return [since(each[0].ended_s) if each else None for each in good_or_bad]
 
     def sent(step: str, row: Mapping[str, Event]) -> float | None:
@@ -5676,7 +6037,9 @@ FILES_TO_MENTION = 20  # open files more than before
 
 def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
     """What a run left in the processes that were watched; None without two looks at any."""
-    return {name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1} or None
+    return {
+        name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1
+    } or None
 
 
 def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
@@ -5685,7 +6048,9 @@ def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
         if any(figure == known for one in snapshots for known, _ in one.figures):
             values = [one.get(figure, label) for one in snapshots]
             after = None if kept else values[-1]
-            changes[name] = Change(values[0], max(values), after, None if after is None else after - values[0])
+            changes[name] = Change(
+                values[0], max(values), after, None if after is None else after - values[0]
+            )
     return changes
 
 
@@ -5706,7 +6071,11 @@ def quantile(buckets: Buckets, share: float) -> float | None:
     lower, below = 0.0, 0.0
     for upper, count in buckets:
         if total and count >= share * total:
-            return lower if math.isinf(upper) else lower + (upper - lower) * (share * total - below) / (count - below)
+            return (
+                lower
+                if math.isinf(upper)
+                else lower + (upper - lower) * (share * total - below) / (count - below)
+            )
         lower, below = upper, count
     return None
 
@@ -5764,7 +6133,9 @@ def cpu_shares(snapshots: Sequence[Snapshot], least_s: float = 1.0) -> list[tupl
         took_s = snapshots[at].at_s - snapshots[since].at_s
         if took_s >= least_s or (at == len(snapshots) - 1 and not shares):
             stretch = snapshots[since : at + 1]
-            shares.append((snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3)))
+            shares.append(
+                (snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3))
+            )
             since = at
     return shares
 
@@ -5804,7 +6175,9 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         used = f"which used up to {share_text(hub.cpu_share_max)} of a processor"
         return f"most of it was spent waiting for the hub's one thread, {used}"
     if hub.late_s:
-        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a processor"
+        late = (
+            f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a processor"
+        )
         return f"most of it was spent waiting for the hub, {late}: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
         return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
@@ -5856,7 +6229,9 @@ def _until_work(means: Mapping[str, float]) -> Iterator[str]:
 def time_out_in_front(people: People) -> float | None:
     """How long all websockets had been open that broke; None when it differs, or they broke at the same moment."""
     ends = [end for row in people.values() for end in row.values()]
-    broken = [(end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None]
+    broken = [
+        (end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None
+    ]
     if len(broken) < 3:
         return None
     open_s, moments_s = map(sorted, zip(*broken))
@@ -5972,7 +6347,9 @@ def verdict_of(results: Results) -> tuple[str, str]:
         waited = _waited(results.operations.get("server_ready"))
         return word, f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready{lost}{waited}"
     load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
-    count, failed = (sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed"))
+    count, failed = (
+        sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed")
+    )
     what = "activity report" if load == ["activity"] or not load else "request"
     return word, f"{count - failed:,} of {counted(count, what)} {'was' if count == 1 else 'were'} accepted"
 
@@ -5982,14 +6359,14 @@ def _waited(ready: Operation | None) -> str:
         return ""
     most = ready.enough("p95")
     nearly_all = f", 95 % at most {duration_text(most)}" if most is not None else ""
-    return (
-        f"; half waited {duration_text(ready.latency_s.p50)}{nearly_all}, the last {duration_text(ready.latency_s.max)}"
-    )
+    return f"; half waited {duration_text(ready.latency_s.p50)}{nearly_all}, the last {duration_text(ready.latency_s.max)}"
 
 
 def _capacity_sentence(capacity: Capacity) -> str:
     if capacity.rate_per_s is None:
-        why_not = "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
+        why_not = (
+            "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
+        )
         return f"the capacity was not found: {why_not if capacity.finished else 'the search did not finish'}"
     least = "at least " if capacity.generator_bound or not capacity.finished else ""
     if capacity.people_per_minute:
@@ -5997,7 +6374,9 @@ def _capacity_sentence(capacity: Capacity) -> str:
         people = counted(capacity.people_per_minute, "person", "people")
         return f"this hub takes {least}{people} a minute: {of_300}"
     servers = capacity.servers_reporting_every_300_s
-    meaning = f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
+    meaning = (
+        f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
+    )
     return f"this hub sustains {least}{counted(round(capacity.rate_per_s), 'request')} per second{meaning}"
 
 
@@ -6005,17 +6384,33 @@ def differences_to(baseline: Json | None, results: Results) -> list[str]:
     """What makes a comparison pointless: another command or hub, other people, or something else that they do."""
     if not baseline:
         return []
-    hubs, options = (baseline.get("hub", {}), as_json(results.hub)), (baseline.get("options", {}), results.options)
+    hubs, options = (
+        (baseline.get("hub", {}), as_json(results.hub)),
+        (baseline.get("options", {}), results.options),
+    )
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
     pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
         keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
-        pairs |= {f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys}
+        pairs |= {
+            f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys
+        }
     return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
 
 
 COMPARED = (
-    *("count", "batch_size", "rate_per_s", "within_s", "event", "profile", "visit", "page", "work", "notebook"),
+    *(
+        "count",
+        "batch_size",
+        "rate_per_s",
+        "within_s",
+        "event",
+        "profile",
+        "visit",
+        "page",
+        "work",
+        "notebook",
+    ),
     *("hold_s", "stay_s", "own_servers", "duration_s", "mix"),
 )
 
@@ -6028,7 +6423,9 @@ def _option_text(key: str, value: Any) -> str:
     if not value or value is True:
         return "given" if value else "not given"
     if key == "event":
-        groups = ([f"{name} {_option_text(name, one)}" for name, one in group.items() if one] for group in value)
+        groups = (
+            [f"{name} {_option_text(name, one)}" for name, one in group.items() if one] for group in value
+        )
         return "; ".join(map(", ".join, groups))
     return f"{value:g}s" if key in DURATIONS else str(value)
 
@@ -6038,7 +6435,9 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
     differences = differences_to(baseline, results)
     through = f", through {results.hub.proxy}" if results.hub.proxy else ""
     http = results.http
-    monitoring = f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
+    monitoring = (
+        f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
+    )
     rows = [
         *_tested(results),
         *(("because", reason) for reason in results.warnings),
@@ -6075,7 +6474,9 @@ def _tested(results: Results) -> Iterator[tuple[str, str]]:
     capacity = results.capacity
     if not capacity:
         return
-    latencies = f"The latencies below are of the {'rate sustained' if capacity.rate_per_s else 'last rate tried'}"
+    latencies = (
+        f"The latencies below are of the {'rate sustained' if capacity.rate_per_s else 'last rate tried'}"
+    )
     if results.command == STRESS:
         lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
         yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"
@@ -6118,13 +6519,20 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
     if not servers or results.command == PURGE or results.capacity:
         return
     throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
-    since = f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
-    counts = f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
+    since = (
+        f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
+    )
+    counts = (
+        f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
+    )
     yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}{throttled}{since}"
     if given_up := _given_up(results):
         yield "given up", given_up
     if options["hold"] and "stay" in results.operations and not results.people:
-        yield "hold", f"{duration_text(options['hold'])}; who stayed is the hub's word, --visit asks the servers too"
+        yield (
+            "hold",
+            f"{duration_text(options['hold'])}; who stayed is the hub's word, --visit asks the servers too",
+        )
     if people := results.people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
@@ -6134,10 +6542,15 @@ def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "people", f"{group['name']}: {came_to}"
     told = people or servers
     for reason, number in list(told.reasons.items())[:REASONS_SHOWN]:
-        yield "failed", f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}"
+        yield (
+            "failed",
+            f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}",
+        )
     if others := sum(list(told.reasons.values())[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
-    slowest = [f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest]
+    slowest = [
+        f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest
+    ]
     if any(_why_slow(one, servers) for one in servers.slowest):
         yield from (("slowest", one) for one in slowest)
     elif slowest:
@@ -6150,9 +6563,7 @@ def _given_up(results: Results) -> str:
     came = own.spawns.get("success") if own else None
     if not servers or servers.ready or not servers.given_up or not came:
         return ""
-    after = (
-        f"{counted(servers.given_up, 'was', 'were')} given up after {duration_text(results.options['server_timeout'])}"
-    )
+    after = f"{counted(servers.given_up, 'was', 'were')} given up after {duration_text(results.options['server_timeout'])}"
     if came.count > servers.given_up:  # others start servers too
         return f"{after}; the hub counted {counted(round(came.count), 'successful start')}"
     mean = duration_text(came.mean_s)
@@ -6168,7 +6579,11 @@ def _named(users: Sequence[str]) -> str:
 def _why_slow(server: Slow, servers: Servers) -> str:
     """How often it was throttled, and what the hub said for longest if that tells it from the other servers."""
     reasons = [f"throttled {server.throttled} ×"] if server.throttled else []
-    reasons += [f"longest at: {server.message}"] if server.message and server.message != servers.usual_message else []
+    reasons += (
+        [f"longest at: {server.message}"]
+        if server.message and server.message != servers.usual_message
+        else []
+    )
     return ": " + ", ".join(reasons) if reasons else ""
 
 
@@ -6182,7 +6597,10 @@ def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[
 def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
     own, missing = results.hub.metrics, results.hub.metrics_missing
     if missing:
-        yield "hub's own", f"figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}"
+        yield (
+            "hub's own",
+            f"figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}",
+        )
     if not own:
         return
     most_s = own.event_loop_lag_max_s
@@ -6190,8 +6608,14 @@ def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
     usual = f"{_lag_text(usual_s)} (p95), " if usual_s is not None else ""
     lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
     many = results.servers is not None and results.servers.ready >= ENOUGH_SERVERS
-    each = f", {bytes_text(own.rss_per_server_bytes)} a server" if many and own.rss_per_server_bytes is not None else ""
-    memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
+    each = (
+        f", {bytes_text(own.rss_per_server_bytes)} a server"
+        if many and own.rss_per_server_bytes is not None
+        else ""
+    )
+    memory = (
+        f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
+    )
     most = f", under load up to {share_text(own.cpu_share_max)}" if own.cpu_share_max > own.cpu_share else ""
     cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor{most}"
     yield "hub's own", f"{cpu}; {memory}{lag}"
@@ -6332,10 +6756,16 @@ def comparison(baseline: Json, results: Json, metric: str) -> str:
 def _enough(run: Json, metric: str) -> float | None:
     name, _, statistic = metric.partition(".")
     measured = run["operations"][name]
-    return metric_value(run, metric) if measured["count"] - measured["failed"] >= ENOUGH.get(statistic, 1) else None
+    return (
+        metric_value(run, metric)
+        if measured["count"] - measured["failed"] >= ENOUGH.get(statistic, 1)
+        else None
+    )
 
 
-def render_summary(results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100) -> str:
+def render_summary(
+    results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100
+) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
     word, sentence = verdict_of(results)
     sections = [facts(results, baseline)]
@@ -6352,12 +6782,22 @@ def render_page(headline: str, sections: Iterable[Section], *, colour: bool = Fa
     """A sentence, and sections below it."""
     page = textwrap.wrap(headline, width, subsequent_indent="  ", **_UNBROKEN)
     for number, section in enumerate(sections):
-        page += [""] * (number > 0) + list(_as_table(section) if section.header else _as_prose(section, width))
+        page += [""] * (number > 0) + list(
+            _as_table(section) if section.header else _as_prose(section, width)
+        )
     return "\n".join(map(_coloured, page) if colour else page)
 
 
 _UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33, "because": 33, "failed": 31, "next": 36}
+_COLOURS = {
+    "PASSED": 32,
+    "FAILED": 31,
+    "LEFT": 31,
+    "INTERRUPTED": 33,
+    "because": 33,
+    "failed": 31,
+    "next": 36,
+}
 
 
 def _coloured(line: str) -> str:
@@ -6395,8 +6835,12 @@ def _as_table(section: Section) -> Iterator[str]:
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
-MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
-Presence = tuple[float, float, Plan]  # when a person arrives and leaves, in seconds since the first start; their group
+MEANWHILE = (
+    f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
+)
+Presence = tuple[
+    float, float, Plan
+]  # when a person arrives and leaves, in seconds since the first start; their group
 
 
 def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
@@ -6425,7 +6869,9 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
 
 def at_one_time(people: Sequence[Presence], noun: str) -> str:
     """The most of something that these people have at one time; about, where that depends on how long starts take."""
-    changes = sorted(change for arrives_s, leaves_s, _ in people for change in ((arrives_s, 1), (leaves_s, -1)))
+    changes = sorted(
+        change for arrives_s, leaves_s, _ in people for change in ((arrives_s, 1), (leaves_s, -1))
+    )
     most = max(itertools.accumulate(number for _, number in changes), default=0)
     return "about " * any(group.stay_s for _, _, group in people) + counted(most, noun)
 
@@ -6445,7 +6891,8 @@ def steps_planned(group: Plan) -> str:
         f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
         f"fetches {counted(parts, 'part')} of the page": parts,
         f"runs {cells} in a kernel ({limits})": group.work,
-        f"stays until {duration_text(group.hold_s)} after the last has got this far": group.hold_s and not group.stay_s,
+        f"stays until {duration_text(group.hold_s)} after the last has got this far": group.hold_s
+        and not group.stay_s,
         f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
     }
     return ", ".join(step for step, planned in steps.items() if planned)
@@ -6453,7 +6900,11 @@ def steps_planned(group: Plan) -> str:
 
 def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
     """Who arrives when, what they do and send, how long that takes, and what it costs."""
-    people, removed, seed = timetable(plan), plan.count * (not plan.keep), f" (--seed {plan.seed})" * bool(plan.seed)
+    people, removed, seed = (
+        timetable(plan),
+        plan.count * (not plan.keep),
+        f" (--seed {plan.seed})" * bool(plan.seed),
+    )
     for group in plan.groups:
         mine, name = [row for row in people if row[2] is group], f"{group.group}: " * bool(group.group)
         first, last = (f"after {duration_text(mine[n][0])}" if mine[n][0] else "at once" for n in (0, -1))
@@ -6461,7 +6912,10 @@ def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
         pace += f" ({FIRST_STARTS} until one server is ready)" * (
             len(mine) > FIRST_STARTS < plan.batch_size and not plan.is_open
         )
-        yield "people", f"{name}{pace}: the first {first}, the last {last}; {at_one_time(mine, 'server')} at one time"
+        yield (
+            "people",
+            f"{name}{pace}: the first {first}, the last {last}; {at_one_time(mine, 'server')} at one time",
+        )
         yield "each person", name + steps_planned(group)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
@@ -6470,7 +6924,9 @@ def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
     hub |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
     servers = {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
     yield "requests", f"{numbers_text(hub | servers)}; a progress stream for each slow start; {MEANWHILE}"
-    ends_s, worst_s = (max(leaves_s for _, leaves_s, _ in timetable(plan, at_worst)) for at_worst in (False, True))
+    ends_s, worst_s = (
+        max(leaves_s for _, leaves_s, _ in timetable(plan, at_worst)) for at_worst in (False, True)
+    )
     usual = f"from the first start on, about {duration_text(ends_s)} if servers start in {USUAL_START_S:g} s"
     yield "duration", f"{usual}, at most {duration_text(worst_s)} if every step takes as long as it may"
     kernels = [row for row in people if row[2].work]
@@ -6485,7 +6941,11 @@ def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
     load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
     lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
     rounds = 1 if lasts_s else math.ceil(plan.count / (load.workers * load.processes))
-    number = "as many requests as that allows" if lasts_s and not load.schedule else counted(load.planned, "request")
+    number = (
+        "as many requests as that allows"
+        if lasts_s and not load.schedule
+        else counted(load.planned, "request")
+    )
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
     yield "load", f"{load.title} from {counted(load.workers * load.processes, 'thread')}: {number}, {mix}"
     numbers = {"create": math.ceil(plan.count / 10), "delete": plan.count * (not plan.keep)}
@@ -6493,7 +6953,11 @@ def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
         "requests",
         f"besides, 2 checks, {counted(2 - plan.keep, 'list')}, at most {numbers_text(numbers)}; {MEANWHILE}",
     )
-    usual = duration_text(lasts_s) if lasts_s else f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
+    usual = (
+        duration_text(lasts_s)
+        if lasts_s
+        else f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
+    )
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
     yield "duration", f"{usual}, at most {duration_text(worst_s)} if the hub answers as slowly as it may"
 
@@ -6501,7 +6965,9 @@ def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
 def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
     people = plan.command == STRESS
-    rate_per_s = fastest(plan.rate_per_s) or (CAPACITY_FIRST_PEOPLE_PER_S if people else CAPACITY_FIRST_RATE_PER_S)
+    rate_per_s = fastest(plan.rate_per_s) or (
+        CAPACITY_FIRST_PEOPLE_PER_S if people else CAPACITY_FIRST_RATE_PER_S
+    )
     for_s = plan.duration_s or (CAPACITY_PEOPLE_STEP_S if people else CAPACITY_STEP_S)
     count = max(1, round(rate_per_s * for_s)) if people else plan.count
     return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
@@ -6514,7 +6980,9 @@ def plan_section(plan: Plan) -> Section:
     if plan.find_capacity:
         step = first_step(plan)
         bound = f" or {counted(plan.max_servers, 'server')} would run" if plan.max_servers else ""
-        how = f"in steps of {duration_text(step.duration_s)}, usually a dozen, until a condition is met{bound}"
+        how = (
+            f"in steps of {duration_text(step.duration_s)}, usually a dozen, until a condition is met{bound}"
+        )
         rows.append(("search", f"{how}; below is the first step"))
     names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
     if plan.command == PURGE:
@@ -6530,7 +6998,9 @@ def plan_section(plan: Plan) -> Section:
     removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
     rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
     mine = "!user=<owner>" * plan.own_servers
-    rows.append(("scopes", ", ".join(scope + mine for scope in sorted(needed_scopes(plan.command, plan.own_servers)))))
+    rows.append(
+        ("scopes", ", ".join(scope + mine for scope in sorted(needed_scopes(plan.command, plan.own_servers))))
+    )
     if plan.command == STRESS and plan.opens:
         whose = "the token" if plan.visit_token else "the token, or better a second one"
         rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
@@ -6600,7 +7070,9 @@ class Page:
         lines = [("th", section.header)] if section.header else []
         lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
         body = "".join(
-            "<tr>" + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row)) + "</tr>"
+            "<tr>"
+            + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row))
+            + "</tr>"
             for kind, row in lines
         )
         kind = "" if section.header else "words"
@@ -6614,7 +7086,10 @@ class Page:
         """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
         name = f"plot-{len(self._plots)}"
         self._parts.append(f'<div class="plot" id="{name}" style="height:{height}px"></div>')
-        own = {"height": height, "yaxis": {"title": {"text": y_title}, "rangemode": "tozero", "tickformat": ","}}
+        own = {
+            "height": height,
+            "yaxis": {"title": {"text": y_title}, "rangemode": "tozero", "tickformat": ","},
+        }
         self._plots.append((name, list(traces), LAYOUT | own | layout))
 
     def render(self, title: str, plotly_js: str) -> str:
@@ -6669,7 +7144,8 @@ def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
     if results.conditions:
         judged = [
-            (one.condition, "met" if one.held else "not met", _value_text(one, results)) for one in results.conditions
+            (one.condition, "met" if one.held else "not met", _value_text(one, results))
+            for one in results.conditions
         ]
         yield Section("Conditions", judged, ("the run fails if", "", "it is"))
     given = {name.replace("_", "-"): value for name, value in results.options.items()}
@@ -6677,17 +7153,24 @@ def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
         words = ((key.replace("_", "-"), value) for key, value in group.items() if value and key != "name")
         given[f"group {group['name']}"] = [key if value is True else f"{key} {value}" for key, value in words]
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    texts = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()}
+    texts = {
+        name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()
+    }
     shown = [(name, texts[name]) for name, value in given.items() if value not in (None, False, [])]
     yield Section("Options and versions", shown)
 
 
 def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
     """How many servers were waiting (throttled), starting, ready, in use, failed and lost at so many moments."""
-    due, asked, ended = (sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s))
+    due, asked, ended = (
+        sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s)
+    )
     ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
     lost, works = (sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.works_s))
-    ends = [min((at for at in both if at is not None), default=None) for both in zip(servers.lost_s, servers.left_s)]
+    ends = [
+        min((at for at in both if at is not None), default=None)
+        for both in zip(servers.lost_s, servers.left_s)
+    ]
     over = sorted(at for at, good in zip(ends, servers.ready) if at is not None and good)
     gone = sorted(at for at, began in zip(ends, servers.works_s) if at is not None and began is not None)
     moments = [until_s * n / points for n in range(points + 1)]
@@ -6706,15 +7189,26 @@ def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -
 def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
     page.add("h2", "Servers")
     curves = server_curves(servers, until_s)
-    kinds = {"failed": RED, "lost": LOST, "at work": GREEN, "ready": READY, "starting": BLUE, "waiting": AMBER}
+    kinds = {
+        "failed": RED,
+        "lost": LOST,
+        "at work": GREEN,
+        "ready": READY,
+        "starting": BLUE,
+        "waiting": AMBER,
+    }
     kinds = {kind: colour for kind, colour in kinds.items() if any(curves[kind])}
     stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
-    traces = [stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()]
+    traces = [
+        stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()
+    ]
     page.plot(traces, 260, "servers", hovermode="x unified")
     page.add("h3", "How long each waited, in the order in which they were due")
     asked, ended, good = servers.asked_s, servers.ended_s, servers.ready
     taken = [at if held is None else held for held, at in zip(servers.throttled_s, asked)]
-    left = [min(at for at in (until_s, *ends) if at is not None) for ends in zip(servers.lost_s, servers.left_s)]
+    left = [
+        min(at for at in (until_s, *ends) if at is not None) for ends in zip(servers.lost_s, servers.left_s)
+    ]
     opened, works, failed = servers.opened_s, servers.works_s, servers.failed_s
     loaded = [page or start for page, start in zip(servers.loaded_s, opened)]
     bars = [
@@ -6765,9 +7259,16 @@ def _plot_watch(page: Page, results: Results) -> None:
         page.plot(traces, 280, "ping, ms", hovermode="x unified")
         return
     watched = {"hub": hub} | results.timeline.watched
-    busy = [_cpu_line(name, one, colour) for (name, one), colour in zip(watched.items(), itertools.cycle(LINES))]
+    busy = [
+        _cpu_line(name, one, colour) for (name, one), colour in zip(watched.items(), itertools.cycle(LINES))
+    ]
     busy[0] |= {"fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
-    right = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right", "showgrid": False}
+    right = {
+        "title": {"text": "CPU, % of a processor"},
+        "overlaying": "y",
+        "side": "right",
+        "showgrid": False,
+    }
     right |= {"range": [0, max([105, *(share for line in busy for share in line["y"])])], "dtick": 25}
     margin = LAYOUT["margin"] | {"r": 56}
     page.plot([*traces, *busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
@@ -6802,7 +7303,11 @@ def _failed_marks(title: str, seen: OperationTimeline) -> list[Trace]:
 
 def _plot_latency(page: Page, results: Results) -> None:
     """How long people waited, or how long the requests of the load took, over time."""
-    felt = ("server_ready", "at_work") if results.command == STRESS else results.options.get("mix") or DEFAULT_MIX
+    felt = (
+        ("server_ready", "at_work")
+        if results.command == STRESS
+        else results.options.get("mix") or DEFAULT_MIX
+    )
     traces: list[Trace] = []
     for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, *LINES[1:]))):
         if seen := results.timeline.operations.get(name):
@@ -6872,7 +7377,9 @@ def _is_standard_output(path: str) -> bool:
 # ==== The seeds' functions: thin wrappers, for use as a library ======================================================
 
 
-def find_existing_stress_test_users(endpoint: str, session: HubSession, *, run: str | None = None) -> list[Json]:
+def find_existing_stress_test_users(
+    endpoint: str, session: HubSession, *, run: str | None = None
+) -> list[Json]:
     """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
     return find_users(Hub(endpoint, session), Recorder(), run)
 
@@ -6900,7 +7407,9 @@ def create_users(
         raise
 
 
-def start_server(username: str, endpoint: str, session: HubSession, profile: str | Json | None = None) -> bool:
+def start_server(
+    username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
+) -> bool:
     """Whether the hub took the request to start this user's server; it may still be starting."""
     until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
     reply = Hub(endpoint, session).start(username, profile, until_s)
@@ -6930,7 +7439,9 @@ def start_servers(
     largest = max((len(batch) for batch in users), default=1)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
     site = Site(
-        Hub(endpoint, session), Plan(count=len(names), batch_size=largest, profile=profile, **how), new_recorder()
+        Hub(endpoint, session),
+        Plan(count=len(names), batch_size=largest, profile=profile, **how),
+        new_recorder(),
     )
     try:
         take_through(names, site, lambda: None)
@@ -6940,7 +7451,11 @@ def start_servers(
 
 
 def wait_for_servers_to_start(
-    users: Sequence[Sequence[str]], endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
+    users: Sequence[Sequence[str]],
+    endpoint: str,
+    session: HubSession,
+    *,
+    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
@@ -6959,7 +7474,9 @@ def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = 
 
 
 @timeit
-def stop_servers(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int) -> dict[str, bool]:
+def stop_servers(
+    usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int
+) -> dict[str, bool]:
     """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
     return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
 
@@ -6986,7 +7503,9 @@ def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: H
 
 
 @timeit
-def delete_users_after_stopping_servers(stopped: Mapping[str, bool], endpoint: str, session: HubSession) -> bool:
+def delete_users_after_stopping_servers(
+    stopped: Mapping[str, bool], endpoint: str, session: HubSession
+) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
     hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
     states = _for_each(lambda name: state_after_delete(hub.delete(name).hub_status), names, 10)
@@ -7027,7 +7546,13 @@ def run_stress_test(
 
 
 def notebook_activity_test(
-    count: int, token: str, endpoint: str, workers: int, keep: bool = False, dry_run: bool = False, **options: Any
+    count: int,
+    token: str,
+    endpoint: str,
+    workers: int,
+    keep: bool = False,
+    dry_run: bool = False,
+    **options: Any,
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
@@ -7054,7 +7579,11 @@ def _results_as_json(plan: Plan) -> Json:
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)
-        return {"command": plan.command, "options": plan.options(), "plan": list(map(list, plan_section(plan).rows))}
+        return {
+            "command": plan.command,
+            "options": plan.options(),
+            "plan": list(map(list, plan_section(plan).rows)),
+        }
     found: Json = as_json(carry_out(plan))
     return found
 
@@ -7069,7 +7598,8 @@ OF_A_SEARCH = ("find_capacity", "max_servers", "duration_s")
 ABOVE_GROUPS = {
     row.flag[2:]: name
     for name, row in OPTIONS.items()
-    if STRESS in row.on and name not in (*WHO_COMES, *OF_A_SEARCH, "event", "token")  # which has no place in a file
+    if STRESS in row.on
+    and name not in (*WHO_COMES, *OF_A_SEARCH, "event", "token")  # which has no place in a file
 }
 
 
@@ -7116,7 +7646,9 @@ def _field_of(key: str, in_group: bool) -> str:
     if key in known:
         return known[key]
     if key in elsewhere:
-        raise argparse.ArgumentTypeError(f"this key stands {'above the groups' if in_group else 'in a group'}")
+        raise argparse.ArgumentTypeError(
+            f"this key stands {'above the groups' if in_group else 'in a group'}"
+        )
     near = difflib.get_close_matches(key, known, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
@@ -7129,7 +7661,9 @@ def value_in_toml(value: Any, row: Option, file: str) -> Any:
     """The value of an option, from a file; raises `argparse.ArgumentTypeError`. Paths begin where the file is."""
     if row.repeatable:
         once = dataclasses.replace(row, repeatable=False)
-        return tuple(value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value]))
+        return tuple(
+            value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value])
+        )
     if not row.kind or (row.const and isinstance(value, bool)):
         if not isinstance(value, bool):
             raise argparse.ArgumentTypeError(f"expected true or false, not {value!r}")
@@ -7150,7 +7684,9 @@ def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
     for number, line in enumerate(file.text.splitlines(), 1):
         header = re.match(r"\s*\[\[\s*people\s*\]\]", line)
         seen += bool(header)
-        if seen == n and (re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header):
+        if seen == n and (
+            re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header
+        ):
             return UsageError(f"--event {file.path}, line {number}: {sentence}")
     return UsageError(f"--event {file.path}: {sentence}")
 
@@ -7224,7 +7760,9 @@ def _check_search(given: Json) -> None:
         raise UsageError("--find-capacity begins with one rate: --rate R, without stages")
     for name in NOT_IN_A_SEARCH if given["command"] == STRESS else ():
         if name in given:
-            raise UsageError(f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}")
+            raise UsageError(
+                f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}"
+            )
 
 
 def _by_stages(given: Json) -> Json:
@@ -7234,7 +7772,9 @@ def _by_stages(given: Json) -> Json:
         return {}
     name, value = ("count", stages.count) if given["command"] == STRESS else ("duration_s", stages.lasts_s)
     if name in given:
-        raise UsageError(f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}")
+        raise UsageError(
+            f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}"
+        )
     return {name: value}
 
 
@@ -7277,10 +7817,14 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         except UsageError as error:
             raise UsageError(f"--event, group {group.group}: {error}") from None
     if plan.processes > plan.workers:
-        raise UsageError(f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread")
+        raise UsageError(
+            f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
+        )
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
-        raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}")
+        raise UsageError(
+            f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}"
+        )
     _validate_conditions(plan, paths and not plan.find_capacity)
     _validate_files(plan)
     for flag, given, module, package in (
@@ -7303,7 +7847,11 @@ WRITTEN_BY_A_RUN = ("results", "report", "samples", "metrics_port")
 
 def _validate_files(plan: Plan) -> None:
     """Nothing, if the files that are asked for can be written; else raises `UsageError`."""
-    for name, can_be_written in (("results", writable_file), ("report", writable_file), ("samples", samples_file)):
+    for name, can_be_written in (
+        ("results", writable_file),
+        ("report", writable_file),
+        ("samples", samples_file),
+    ):
         try:
             if path := getattr(plan, name):
                 can_be_written(path)
@@ -7346,9 +7894,13 @@ def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
         for name in names:
             if name in given and not there:
                 raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
-    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)
+    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (
+        plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    )
     if plan.max_servers and round(first) > plan.max_servers:
-        raise UsageError(f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate")
+        raise UsageError(
+            f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate"
+        )
 
 
 class _Redacting(logging.Formatter):
@@ -7444,7 +7996,9 @@ def show(render: Callable[..., str]) -> None:
     try:
         print(render(colour=colour), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left in the buffer goes nowhere
 
 
 def program() -> None:
@@ -7509,7 +8063,9 @@ if locust_is_loading():
             self._client = user.client
             self._headers = {"Authorization": f"token {token}", "Accept-Encoding": "identity"}
 
-        def request(self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any) -> Any:
+        def request(
+            self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any
+        ) -> Any:
             """Locust's own, with the token and without redirects."""
             kwargs = {"name": self.operation, "allow_redirects": False} | kwargs
             return self._client.request(method, url, headers=self._headers | dict(headers or {}), **kwargs)
@@ -7594,7 +8150,9 @@ if locust_is_loading():
 
         def leave(number: int, _: FrameType | None) -> None:
             own = shared.site.plan.own_servers
-            leave_at_once(number, counted(len(shared.claims.ours), thing(own)), purge_command(shared.run, own))
+            leave_at_once(
+                number, counted(len(shared.claims.ours), thing(own)), purge_command(shared.run, own)
+            )
 
         before = {number: signal.signal(number, leave) for number in SIGNALS}
         try:
@@ -7622,8 +8180,12 @@ if locust_is_loading():
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
         given["fail_if"] = given.get("fail_if") or (FAILED,)  # nothing here sees what is left afterwards
         people = any(issubclass(kind, Person) for kind in environment.user_classes)
-        if given.get("own_servers") and not all(issubclass(kind, Person) for kind in environment.user_classes):
-            raise UsageError("--hub-own-servers is for a Person alone: name that class at the end of the command line")
+        if given.get("own_servers") and not all(
+            issubclass(kind, Person) for kind in environment.user_classes
+        ):
+            raise UsageError(
+                "--hub-own-servers is for a Person alone: name that class at the end of the command line"
+            )
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
@@ -7702,7 +8264,9 @@ if locust_is_loading():
         @task
         def visit(self) -> None:
             if self._visits == self.plan.visits or self.shared.cut_short:
-                gevent.sleep(3600)  # has left, but stays in Locust's count, which it would otherwise fill up again
+                gevent.sleep(
+                    3600
+                )  # has left, but stays in Locust's count, which it would otherwise fill up again
                 return
             self._visits += 1
             name, clock, awake = self.new_user(), time.monotonic, threading.Event()
@@ -7797,7 +8361,10 @@ if locust_is_loading():
             return
         runner.stop()
         reports = [told for told in environment.hub_reports.values() if told]
-        left, own = [name for told in reports for name in told["left"]], environment.parsed_options.hub_own_servers
+        left, own = (
+            [name for told in reports for name in told["left"]],
+            environment.parsed_options.hub_own_servers,
+        )
         for told in reports:
             if told["left"]:
                 SAY.error("STILL THERE: %s; %s", names_text(told["left"]), purge_command(told["run"], own))

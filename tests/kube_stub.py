@@ -37,8 +37,9 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
-import singleuser_stub as labs
 from aiohttp import ClientSession, ClientTimeout, web
+
+import singleuser_stub as labs
 
 STEP_S = 0.05  # of the kubelet
 TRIGGER_S = 0.2  # until the autoscaler has looked at a pod without a node

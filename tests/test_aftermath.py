@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from localhub import LocalHub
-from tool import run_for_results, tool_users
 
 import hub_stress_test as hst
 from hub_stress_test import Change, Snapshot
+from localhub import LocalHub
+from tool import run_for_results, tool_users
 
 FILES, PAGES = ("process_open_fds", ""), ("request_duration_seconds_count", "GET ProxyErrorHandler")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import hub_stress_test as hst
 from fault_proxy import FaultProxy, every, first, hub_answer, matching
+from hub_stress_test import Limit
 from known_server import KnownServer
 from localhub import LocalHub
 from tool import results_in, run_for_results, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
-from hub_stress_test import Limit
 
 REPORTS = matching("POST", "/activity$")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import AnswerAfter, Delay, FaultProxy, first, hub_answer, matching
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import hub_stress_test as hst
+from fault_proxy import AnswerAfter, Delay, FaultProxy, first, hub_answer, matching
+from hub_stress_test import ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, MODELS, ErraticHub, TimeTraveller
 from tool import THEIR_ADMIN, THEIRS, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
-from hub_stress_test import ServerState
 
 OURS = [f"hub-stress-test-{n}" for n in range(1, 5)]
 NOT_OURS = ["alice", "hub-stress-tester", "hub-stress-test-admin", "hub-stress-test-9", "hub-stress-test-x-1"]

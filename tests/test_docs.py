@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import localhub
 import pytest
 import yaml
-from tool import MODULE
 
 import hub_stress_test as hst
+import localhub
+from tool import MODULE
 
 if sys.version_info >= (3, 11):
     import tomllib

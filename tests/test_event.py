@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from localhub import LocalHub
-from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
 
 import hub_stress_test as hst
+from localhub import LocalHub
+from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
 
 CLASS = """
 hold = "5m"

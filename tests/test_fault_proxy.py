@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+
 from fault_proxy import (
     Answer,
     AnswerAfter,

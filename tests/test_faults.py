@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
+import hub_stress_test as hst
 from fault_proxy import (
     Answer,
     AnswerAfter,
@@ -31,8 +33,6 @@ from fault_proxy import (
 )
 from localhub import LocalHub
 from tool import THEIRS, Outcome, Running, run_tool, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 

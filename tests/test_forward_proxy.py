@@ -6,11 +6,11 @@ import socket
 from pathlib import Path
 
 import pytest
+
+import hub_stress_test as hst
 from fault_proxy import FaultProxy, ResetBefore, every, matching
 from localhub import LocalHub
 from tool import run_for_results, run_tool, tool_users
-
-import hub_stress_test as hst
 
 AROUND = "if this machine reaches 127.0.0.1 without that proxy too, set no_proxy=127.0.0.1"
 

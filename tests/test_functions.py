@@ -13,12 +13,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from fault_proxy import FaultProxy, hub_answer, matching
-from localhub import LocalHub
-from tool import SCHEMA, tool_users
 
 import hub_stress_test as hst
+from fault_proxy import FaultProxy, hub_answer, matching
 from hub_stress_test import Kind
+from localhub import LocalHub
+from tool import SCHEMA, tool_users
 
 RUN = "lib"
 

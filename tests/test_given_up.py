@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fault_proxy import Delay, FaultProxy, Request, Silence, every, matching
 from localhub import LocalHub
 from tool import run_for_results, tool_users

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import requests
+
+import hub_stress_test as hst
 from fault_proxy import (
     Answer,
     AnswerAfter,
@@ -26,12 +28,10 @@ from fault_proxy import (
     hub_answer,
     matching,
 )
+from hub_stress_test import ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, TimeTraveller
 from tool import run_tool, tool_users
-
-import hub_stress_test as hst
-from hub_stress_test import ServerState
 
 NAME = "hub-stress-test-1"
 

@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+import hub_stress_test as hst
 from authority import certificate_for_loopback
 from fault_proxy import Answer, FaultProxy, every, hub_answer, matching
 from localhub import LocalHub
 from tool import run_tool, start_tool, tool_users
-
-import hub_stress_test as hst
 
 Make = Callable[..., LocalHub]
 EVERYTHING = matching(None, ".*")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from fault_proxy import Fault, FaultProxy, Request, Silence, matching
 from localhub import LocalHub
 from tool import Outcome, results_in, row, start_tool, tool_users

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import known_server
 import pytest
+
+import known_server
 from known_server import Behaviour, KnownServer, per_second, true_latency
 from tool import run_tool
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import requests
+
 from localhub import LocalHub
 from tool import wait_until
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from localhub import LocalHub
 from tool import run_for_results, run_tool, start_tool, tool_users, wait_until
 

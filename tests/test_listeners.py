@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import hub_stress_test as hst
 from known_server import KnownServer
 from localhub import LocalHub
 from processes import free_port, free_ports
-from prometheus_client.parser import text_string_to_metric_families
 from tool import NOWHERE, run_for_results, run_tool, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
 
 HALF_FAIL = ("--profile", '{"fail_rate": 0.5, "spawn_s": 0.3}')
 COLUMNS = [  # as README has them

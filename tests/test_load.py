@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import requests
+
+import hub_stress_test as hst
+from hub_stress_test import Kind
 from known_server import KnownServer, per_second
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
 from tool import results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
-from hub_stress_test import Kind
 
 # ==== Which request is due when ======================================================================================
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from localhub import HubOptions, LocalHub
 from tool import THEIRS, wait_until
 

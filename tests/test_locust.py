@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import requests
-from browser import browser, complaints
-from localhub import LocalHub, free_port
 from selenium.webdriver.common.keys import Keys
-from tool import MODULE, THEIRS, tool_users, wait_until
 
 import hub_stress_test as hst
+from browser import browser, complaints
+from localhub import LocalHub, free_port
+from tool import MODULE, THEIRS, tool_users, wait_until
 
 pytestmark = pytest.mark.locust
 LOCUST = [sys.executable, "-m", "locust", "-f", str(MODULE)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fault_proxy import AnswerAfter, Fault, FaultProxy, ResetAfter, ResetBefore, first, hub_answer, matching
 from localhub import LocalHub
 from test_faults import (

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hub_stress_test as hst
 from authority import certificate_for_loopback
 from conftest import OLD_HUB
 from fault_proxy import Answer, FaultProxy, Request, every, hub_answer, matching
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from localhub import LocalHub
 from test_faults import FromThenOn
 from tool import THEIRS, run_for_results, run_tool, tool_users
-
-import hub_stress_test as hst
 
 NGINX = {"Server": "nginx/1.22.1", "Content-Type": "text/html"}
 AUTHENTICATOR = """

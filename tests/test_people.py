@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import requests
+
+import hub_stress_test as hst
 from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, every, first, hub_answer, matching
+from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
 from tool import THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
-from hub_stress_test import Kind, ServerState
 
 Make = Callable[..., LocalHub]
 

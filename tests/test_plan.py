@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import hub_stress_test as hst
 from fault_proxy import FaultProxy
 from localhub import LocalHub
 from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
-
-import hub_stress_test as hst
 
 # ==== Conditions =====================================================================================================
 

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
 from localhub import ROLE_SCOPES, LocalHub
 from nginx import nginx
 from tool import run_for_results, tool_users

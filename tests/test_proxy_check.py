@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+
+import hub_stress_test as hst
 from authority import certificate_for_loopback
+from hub_stress_test import CLOSED_UNANSWERED, UNANSWERED, Reply, Snapshot
 from test_aftermath import FILES, PAGES, looks
 from test_summary import results_of, told
 from tool import NOWHERE, refused_usage, wait_until
-
-import hub_stress_test as hst
-from hub_stress_test import CLOSED_UNANSWERED, UNANSWERED, Reply, Snapshot
 
 CLOSED, NOBODY = Reply(0, 0.0, 0.1, message=CLOSED_UNANSWERED), Reply(0, 0.0, 10.0, message=UNANSWERED)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
+
 from localhub import LocalHub
 from processes import processes_in
 from tool import wait_until

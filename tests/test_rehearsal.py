@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 import requests
+
+import hub_stress_test as hst
+from hub_stress_test import Event, Kind, Reason
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried
 from test_summary import results_of, told
@@ -32,9 +35,6 @@ from tool import (
     tool_users,
     wait_until,
 )
-
-import hub_stress_test as hst
-from hub_stress_test import Event, Kind, Reason
 
 # ==== The recording of a page ========================================================================================
 

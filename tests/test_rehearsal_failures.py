@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import hub_stress_test as hst
 from fault_proxy import Answer, FaultProxy, Rule, Silence
 from localhub import LocalHub
 from nginx import nginx
 from processes import processes_in
 from tool import Outcome, Running, refused_usage, results_in, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(200)]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import browser, complaints
-from localhub import LocalHub
-from tool import results_in, run_for_results, start_tool, wait_until
 
 import hub_stress_test as hst
+from browser import browser, complaints
 from hub_stress_test import Event, Kind, Reason, Recorder
+from localhub import LocalHub
+from tool import results_in, run_for_results, start_tool, wait_until
 
 Found = dict[str, Any]
 

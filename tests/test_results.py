@@ -18,13 +18,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from bench.whole_run import hub_counts
-from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
-from localhub import LocalHub
-from tool import MODULE, SCHEMA, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 import hub_stress_test as hst
+from bench.whole_run import hub_counts
+from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from hub_stress_test import ExitCode
+from localhub import LocalHub
+from tool import MODULE, SCHEMA, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import requests
 import websocket
+
 from localhub import HubOptions, LocalHub
 from singleuser_stub import Behaviour, Outcome, outcome_of
 from tool import wait_until

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from localhub import LocalHub
-from tool import run_for_results, run_tool, tool_users
 
 import hub_stress_test as hst
 from hub_stress_test import Event, ExitCode, Kind, Reason
+from localhub import LocalHub
+from tool import run_for_results, run_tool, tool_users
 
 Make = Callable[..., LocalHub]
 

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import hub_stress_test as hst
 from fault_proxy import Answer, Delay, FaultProxy, Silence, every, hub_answer, matching
 from known_server import KnownServer
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers
 from test_summary import results_of, told
 from tool import MODULE, run_for_results, run_tool, start_tool, tool_users, wait_until
-
-import hub_stress_test as hst
 
 Make = Callable[..., LocalHub]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from localhub import LocalHub
 
 import hub_stress_test as hst
+from localhub import LocalHub
 
 MODULE = Path(hst.__file__)
 SCHEMA: dict[str, Any] = json.loads(Path(__file__).with_name("results.schema.json").read_text())

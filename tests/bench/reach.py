@@ -27,10 +27,9 @@ import whole_run
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+import hub_stress_test as hst  # noqa: E402
 from known_server import KnownServer  # noqa: E402
 from localhub import LocalHub  # noqa: E402
-
-import hub_stress_test as hst  # noqa: E402
 
 TOOL = HERE.parent.parent / "hub_stress_test.py"
 Row = tuple[str, str, str]  # what, measured, to reach
