@@ -4961,7 +4961,7 @@ def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
     if plan.find_capacity:
-        measure_people(run)
+        search_people(run)
         return
     who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
     run.announce(f"{who}, {pace_text(plan.options())}")
@@ -4983,8 +4983,7 @@ def activity(run: Run) -> None:
     load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         if plan.find_capacity:
-            run.capacity = measure_capacity(load, plan, session, run.record)
-            say_if_unfound(run, load.mix)
+            search_requests(run, load)
             return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
@@ -5102,134 +5101,135 @@ def next_rate(
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
-    """Search for the highest rate that the hub sustains; `record` gets the events of that step, else of the last."""
-    first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
-    steps: list[CapacityStep] = []
-    best = Recorder()
-    while (
-        (rate := next_rate(steps, first_rate_per_s))
-        and not session.stopping.is_set()
-        and not session.hub_is_gone
-    ):
-        beside, seen = session.beside(), Recorder(*record.listeners)
-        step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(step_load, beside, seen)
-        session.traffic.add(beside.traffic.counts)
-        if session.stopping.is_set():
-            break
-        steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))
-        LOG.info("At %.4g per second: %s", rate, steps[-1].held or "sustained")
-        best = seen if not steps[-1].held or sustained_rate(steps) is None else best
-        _drain_hub(Hub(load.endpoint, session), load.users[0])
-    record.take_over(best)
-    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    reports_per_s = (sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
-    servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
-    return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None)
+Trial = tuple[CapacityStep, Recorder, Sequence[str]]  # what a rate showed, the events, and the users
 
 
-def _capacity_step(
-    load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float
-) -> CapacityStep:
-    """Judge one rate by its own requests alone."""
-    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
-    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
-    found["failed_rate"] = failed / count if count else None
-    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent, of_people = (
-        load.planned - count,
-        plan.command == STRESS,
-    )  # who come late, but come, up to --fail-fast
-    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
-    if not held and unsent > 0:
-        planned = counted(load.planned, "person", "people") if of_people else counted(load.planned, "request")
-        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
-        held = f"{unsent:,} of {planned} {why_not}"
-    return CapacityStep(
-        rate_per_s=fastest(load.rate_per_s),
-        sent_per_s=count / (load.duration_s or math.nan),
-        p95_s=metric_value(found, next(iter(load.mix)) + ".p95"),
-        failed=failed,
-        held="the generator could not send this rate" if bound else held,
-        generator_bound=bound,
-    )
-
-
-def measure_people(run: Run) -> None:
-    """Search for how many people the hub takes who come at a rate; `run` has the answer, however the search ends."""
-    plan, session, for_s = run.plan, run.session, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    steps: list[CapacityStep] = []
-    best, most = Recorder(), plan.max_servers or math.inf
-    rate: float | None = (first_rate_per_s := fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S)
-    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+def search(run: Run, first_rate_per_s: float, grain_per_s: float, attempt: Callable[[float], Trial]) -> None:
+    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends."""
+    plan, session, steps, best = run.plan, run.session, list[CapacityStep](), Recorder()
+    most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
+    rate: float | None = first_rate_per_s
     try:
-        while rate := next_rate(steps, first_rate_per_s, 1 / for_s):
-            if (people := round(rate * for_s)) > most:
+        while not session.stopping.is_set() and not session.hub_is_gone:
+            rate = next_rate(steps, first_rate_per_s, grain_per_s)
+            if rate is None or rate > most_per_s * 1.0001:
                 break
-            names = run.make_users(people, plan.batch_size)
-            step, seen = _people_step(run, names, for_s)
+            step, seen, users = attempt(rate)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            LOG.info("At %.4g people a minute: %s", 60 * rate, step.held or "they got through")
+            LOG.info("At %s: %s", pace_of_step(step, plan), step.held or "sustained")
             best = seen if not step.held or sustained_rate(steps) is None else best
-            run.let_leave(names)
-            _drain_hub(run.hub, names[0])
+            if plan.command == STRESS:
+                run.let_leave(users)
+            _drain_hub(run.hub, users[0])
     finally:
         run.record.take_over(best)
-        sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-        limit = (
-            Limit.MAX_SERVERS.value
-            if rate and rate * for_s > most
-            else broken[0].limited_by
-            if broken
-            else None
+        run.capacity = capacity_of(plan, steps, rate, rate is not None and rate > most_per_s)
+        if steps and run.capacity.rate_per_s is None:
+            run.warnings.append(nothing_sustained(plan, steps, best))
+
+
+def capacity_of(plan: Plan, steps: list[CapacityStep], next_per_s: float | None, too_many: bool) -> Capacity:
+    """What a search has found that would try `next_per_s` next, unless that needs too many servers."""
+    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
+    finished = next_per_s is None
+    if plan.command == ACTIVITY:
+        mix = plan.mix or DEFAULT_MIX
+        reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
+        return Capacity(
+            sustained, int(reports_per_s * SERVER_REPORTS_EVERY_S) or None, bound, steps, finished
         )
-        answer: Json = {"people_per_minute": sustained and 60 * sustained, "limited_by": limit}
-        run.capacity = Capacity(sustained, None, bound, steps, finished=rate is None, **answer)
-        say_if_unfound(run, PERSONAL)
+    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
+    limit = lowest.limited_by if lowest else None
+    limit = Limit.MAX_SERVERS.value if too_many else limit
+    return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
-def say_if_unfound(run: Run, names: Collection[str]) -> None:
-    """Say, where no rate was sustained, what the lowest one met, and the most usual failure of these operations."""
-    if not run.capacity or run.capacity.rate_per_s or not run.capacity.steps:
-        return
-    lowest, failures = min(run.capacity.steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
-    for name, seen in run.record.summarise().items():
-        failures.update(seen.errors if name in names else {})
-    of_people = f"{counted(60 * lowest.rate_per_s, 'person', 'people')} a minute"
-    rate = of_people if run.plan.command == STRESS else f"{counted(lowest.rate_per_s, 'request')} per second"
+def pace_of_step(step: CapacityStep, plan: Plan) -> str:
+    """The rate of a step: 12 people a minute, or 16 requests per second."""
+    if plan.command == STRESS:
+        return f"{counted(60 * step.rate_per_s, 'person', 'people')} a minute"
+    return f"{counted(step.rate_per_s, 'request')} per second"
+
+
+def nothing_sustained(plan: Plan, steps: Sequence[CapacityStep], seen: Recorder) -> str:
+    """What the lowest rate met, and the most usual failure."""
+    lowest, failures = min(steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
+    names = PERSONAL if plan.command == STRESS else plan.mix or DEFAULT_MIX
+    for name, operation in seen.summarise().items():
+        failures.update(operation.errors if name in names else {})
     most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
-    run.warnings.append(f"no rate was sustained, not even {rate}: {lowest.held}{most}")
+    return f"no rate was sustained, not even {pace_of_step(lowest, plan)}: {lowest.held}{most}"
 
 
-def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
-    """What people show who come at a fixed rate for so long, and what was seen of them."""
+def search_requests(run: Run, load: Load) -> None:
+    """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
+
+    def attempt(rate: float) -> Trial:
+        beside, seen = run.session.beside(), Recorder(*run.record.listeners)
+        part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
+        cpu_share = spread_load(part, beside, seen)
+        run.session.traffic.add(beside.traffic.counts)
+        return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
+
+    search(run, fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S, 0.0, attempt)
+
+
+def search_people(run: Run) -> None:
+    """How many people does the hub take who come at a rate? New ones come in each step."""
+    plan, for_s = run.plan, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+
+    def attempt(rate: float) -> Trial:
+        names = run.make_users(round(rate * for_s), plan.batch_size)
+        return *_try_people(run, names, for_s), names
+
+    search(run, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s, attempt)
+
+
+def _try_people(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
     session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
     seen = new_recorder(*run.record.listeners)
     run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
-    looks, counted = len(monitor.snapshots), session.traffic.counts.copy()
+    looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
     with run.pinging(names[0]):
         run.start_servers(names)
     monitor.look()
-    cpu_share, traffic = (time.process_time() - cpu_s) / (session.clock() - began_s), Traffic()
-    traffic.add(session.traffic.counts - counted)
+    cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
+    traffic.add(session.traffic.counts - before)
     load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
-    step = _capacity_step(load, seen, traffic, run.plan, cpu_share)
+    step = judge_step(load, seen, traffic, run.plan, cpu_share)
     if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
         step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
     if step.held:
-        own, in_front = (
-            hub_figures(monitor.snapshots[looks:], math.inf, 0),
-            traffic.counts[-429] > traffic.throttled,
-        )
+        own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
+        in_front = traffic.counts[-429] > traffic.throttled
         limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
         step = dataclasses.replace(step, limited_by=limit.value)
     return step, seen
+
+
+def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+    """Judge one rate by its own requests alone."""
+    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
+    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
+    found["failed_rate"] = failed / count if count else None
+    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
+    unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
+    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
+    if bound:
+        held = "the generator could not send this rate"
+    elif not held and unsent > 0 and of_people:
+        people = counted(load.planned, "person", "people")
+        held = f"{unsent:,} of {people} never came, after failures in a row"
+    elif not held and unsent > 0:
+        held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
+    sent_per_s = count / (load.duration_s or math.nan)
+    p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
+    return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
 def waits_of(people: People, goal: str) -> list[float]:
