@@ -1193,6 +1193,7 @@ class Event:
     asked_s: float | None = None  # when the last try was sent
     message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
     group: str = ""  # of people to which the person belongs
+    phases: Phases | None = None  # of a start, by the events of Kubernetes
 
     @property
     def outcome(self) -> str:
@@ -1547,15 +1548,6 @@ def state_after_delete(status: int) -> ServerState:
 VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server has it
 
 
-def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
-    """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
-
-    It tells why a start took long: a spawner says that it pulls an image, or waits for a node, when that begins.
-    """
-    ends = [at_s for at_s, _ in said[1:]] + [until_s]
-    return max(zip(said, ends), key=lambda stood: stood[1] - stood[0][0])[0][1] if said else ""
-
-
 def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
@@ -1602,6 +1594,153 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     if endpoint.endswith("/hub/api"):
         return endpoint
     return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
+
+
+# ==== Pure rules: what is said while a server starts =========================================================
+
+Said = Sequence[tuple[float, Json]]  # the events of a progress stream, and when each arrived
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Where the start of a server spent its time, by the events of Kubernetes, in order; or means of many starts."""
+
+    silent_s: float
+    node_s: float
+    volumes_s: float
+    image_s: float
+    container_s: float
+    server_s: float
+    new_node: int  # whether it waited for a new node, or how many did
+    images_pulled: int
+
+
+PHASES = {
+    "silent_s": "before Kubernetes said anything",
+    "node_s": "waiting for a node",
+    "volumes_s": "attaching volumes",
+    "image_s": "pulling the image",
+    "container_s": "starting the container",
+    "server_s": "the server's own start",
+}
+
+
+def kube_events(said: Said) -> list[tuple[float, Json]]:
+    """The Kubernetes events among what was said, by the cluster's own clock in seconds, in its order.
+
+    KubeSpawner hands them over late, some twice, and out of order; some it loses.
+    """
+    events = []
+    for _, message in said:
+        if raw := message.get("raw_event"):
+            moment = raw.get("lastTimestamp") or raw.get("eventTime") or raw.get("firstTimestamp")
+            with contextlib.suppress(ValueError, AttributeError):  # one without a time tells no phase
+                events.append((datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp(), raw))
+    return sorted(events, key=lambda event: event[0])
+
+
+def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
+    """Where a start spent its time that was asked for and ready at these moments; None without Kubernetes events.
+
+    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the last
+    event that was.
+    """
+    events = kube_events(said)
+    if not events:
+        return None
+    arrived = [(at_s, kube_events([(at_s, message)])) for at_s, message in said]
+    behind_s = min(at_s - event[0][0] for at_s, event in arrived if event)
+    moments = [(min(max(at_s + behind_s, asked_s), ready_s), raw) for at_s, raw in events]
+    pulling, image_s, pulled = dict[str, float](), 0.0, 0
+    begin_s = scheduled_s = moments[0][0]
+    containers_s: float | None = None
+    started_s = moments[-1][0]
+    for at_s, raw in moments:
+        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), raw.get("reason")
+        if reason == "Scheduled":
+            scheduled_s = at_s
+        elif reason in ("Pulling", "Pulled", "Created", "Started"):
+            containers_s = at_s if containers_s is None else containers_s
+        if reason == "Pulling":
+            pulling[path] = at_s
+        elif reason == "Pulled" and path in pulling:
+            image_s, pulled = image_s + at_s - pulling.pop(path), 1
+        elif reason == "Started" and path.startswith("spec.containers"):
+            started_s = at_s
+            break
+    containers_s = max(scheduled_s, started_s if containers_s is None else containers_s)
+    started_s = max(started_s, containers_s + image_s)
+    return Phases(
+        silent_s=begin_s - asked_s,
+        node_s=scheduled_s - begin_s,
+        volumes_s=containers_s - scheduled_s,
+        image_s=image_s,
+        container_s=started_s - containers_s - image_s,
+        server_s=ready_s - started_s,
+        new_node=int(any(raw.get("reason") == "TriggeredScaleUp" for _, raw in events)),
+        images_pulled=pulled,
+    )
+
+
+def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
+    """What a start spent most of its time with: its longest phase, or the message that stood longest; "" if none."""
+    if phases := phases_of(said, asked_s, ready_s):
+        name = max(PHASES, key=lambda name: getattr(phases, name))
+        return f"{PHASES[name]}, {duration_text(getattr(phases, name))}"
+    ends = [at_s for at_s, _ in said[1:]] + [ready_s]
+    lasted = [(end_s - at_s, str(message["message"])) for (at_s, message), end_s in zip(said, ends)]
+    return max(lasted, default=(0.0, ""))[1]
+
+
+def last_word(said: Said) -> str:
+    """What a start was waiting for: the last warning of Kubernetes that still holds, or else the last message.
+
+    What follows a failure is the hub's own clean-up; a node that was found ends the warnings about nodes.
+    """
+    events = [raw for _, raw in kube_events(said) if raw.get("reason") != "Killing"]
+    scheduled = any(raw.get("reason") == "Scheduled" for raw in events)
+    warnings = [raw for raw in events if raw.get("type") == "Warning"]
+    warnings = [raw for raw in warnings if not (scheduled and raw.get("reason") == "FailedScheduling")]
+    if events:
+        return str((warnings or events)[-1].get("message"))
+    return str(said[-1][1]["message"]) if said else ""
+
+
+API_ERROR = re.compile(r"\((\d{3})\)\s*Reason: .*HTTP response body: (\{.*\})", re.DOTALL)
+NOT_IN_TIME = re.compile(r"pod \S+ did not start in (\d+) seconds!")
+PASSING = (  # what differs from server to server
+    (r"\d{4}-\d\d-\d\dT[\d:.]+Z \[\w+\] ", ""),
+    (r"(<user>)---[0-9a-f]{8}", r"\1"),
+    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uid>"),
+    (r"\b\d{1,3}(\.\d{1,3}){3}\b", "<ip>"),
+)
+
+
+def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
+    """Why a start failed after so long: what the hub says of it, and what it was waiting for.
+
+    The hub's own time-out comes without words, that of KubeSpawner with some: they are one.
+    """
+    text = message.removeprefix("Spawn failed:").strip()
+    if error := API_ERROR.search(text):
+        with contextlib.suppress(ValueError):
+            return f"{json.loads(error[2]).get('message')} ({error[1]})"
+    in_time = NOT_IN_TIME.search(text)
+    if text and not in_time:
+        return text
+    seconds = int(in_time[1]) if in_time else round(lasted_s, -1 if lasted_s > 100 else None)
+    waiting = last_word(said)
+    if not in_time and not waiting and lasted_s < 5:
+        return "the hub gives no reason"
+    return f"did not start in {seconds:.0f} s" + (f": {waiting}" if waiting else "")
+
+
+def without_name(text: str, user: str) -> str:
+    """A reason without the user's or their pod's name, and all else that differs from server to server."""
+    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
+    for pattern, instead in PASSING:
+        plain = re.sub(pattern, instead, plain)
+    return plain
 
 
 # ==== The hub: session and transport =================================================================================
@@ -3297,6 +3436,7 @@ class Site:
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
+    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # what was said to whom until now
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -3317,6 +3457,7 @@ class Attempt:
     throttled_s: float | None = None
     asked_s: float | None = None
     message: str = ""
+    phases: Phases | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -3334,6 +3475,9 @@ class Visitor:
     browser: HubSession | None = None
     kernel: Kernel | None = None
     kernel_url: str = ""
+    said: list[tuple[float, Json]] = dataclasses.field(
+        default_factory=list
+    )  # while their server was starting
 
     @contextlib.contextmanager
     def step(self, name: str, due_s: float | None = None) -> Iterator[Attempt]:
@@ -3398,7 +3542,6 @@ class Readiness:
     ready_at_s: float | None = None  # None when it did not become ready
     reason: Reason | None = None
     running: bool = True  # whether something may be running on the hub
-    message: str = ""  # what the hub said for longest while the server was starting
 
 
 def come(person: Visitor) -> None:
@@ -3409,6 +3552,7 @@ def come(person: Visitor) -> None:
     site, session = person.site, person.site.hub.session
     site.first_starts.check()
     site.states[person.name] = ServerState.STARTING  # from now on something may be running
+    site.starting[person.name] = person.said
     reply, asked = ask_for_server(person)
     if reply.seen_status:
         person.add("start_server", asked)
@@ -3417,9 +3561,15 @@ def come(person: Visitor) -> None:
         session.pause(HEAD_START_S)
     if end.ready_at_s is not None or not end.running:
         site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
-    reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
-    ready = dataclasses.replace(asked, ended_s=end.ready_at_s, reason=reason, message=end.message)
-    person.add("server_ready", dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0))
+    ready = dataclasses.replace(asked, ended_s=end.ready_at_s, tries=asked.throttled + 1, backoff_s=0.0)
+    reason = ready.reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
+    if end.ready_at_s is None:
+        ready.message = last_word(person.said)
+    else:
+        moments = (asked.asked_s or person.due_s, end.ready_at_s)
+        ready.phases, ready.message = phases_of(person.said, *moments), longest_wait(person.said, *moments)
+    person.add("server_ready", ready)
+    del site.starting[person.name]
     site.first_starts.note(reason)
     person.on_started()
     if reason:
@@ -3495,7 +3645,7 @@ def _follow(person: Visitor, reply: Reply) -> Readiness:
         return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
     if denial := hub.denial(reply):
         return Readiness(reason=Reason(Kind.REFUSED, f"the hub {denial}"), running=False)
-    end = await_ready(person.name, hub, person.due_s + timeout_s)
+    end = await_ready(person.name, hub, person.due_s + timeout_s, person.said)
     if end.ready_at_s is not None or end.reason:
         return end
     if reply.front:
@@ -3504,45 +3654,57 @@ def _follow(person: Visitor, reply: Reply) -> Readiness:
         refused = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
         reason = refused if reply.status else Reason(Kind.AWAY, f"no answer to the start: {reply}")
     elif end.running:
-        last_word = f"; the hub said: {end.message}" if end.message else ""
-        reason = Reason(Kind.LATE, f"not ready {waited}{last_word}")
+        waiting = last_word(person.said)
+        reason = Reason(Kind.LATE, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else ""))
     else:
         reason = Reason(Kind.VANISHED, "it vanished while starting")
     return dataclasses.replace(end, reason=reason)
 
 
-def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
+def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
+    """What servers that were starting when a run was interrupted waited for."""
+    words = ((name, last_word(said)) for name, said in starting.items())
+    waits = collections.Counter(
+        without_name(word, name) if word else "nothing was said of it" for name, word in words
+    )
+    for word, number in waits.most_common(3):
+        yield f"{counted(number, 'server was', 'servers were')} still starting when the run was interrupted: {word}"
+
+
+def await_ready(
+    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]] | None = None
+) -> Readiness:
     """How the start of a server ended, or that it had not by `until_s` (then without a reason).
 
-    From the progress stream, which ends with an event `ready` or `failed` (whose message is the hub's reason);
+    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to `said`;
     where no stream can be had, from the user model, which does not know why.
     """
-    session = hub.session
-    pause_s, stopped, said = 0.1, False, list[tuple[float, str]]()
+    session, said = hub.session, [] if said is None else said
+    began_s, pause_s, stopped = session.clock(), 0.1, False
     while session.clock() < until_s and not session.stopping.is_set():
         moment_s, event = follow_progress(name, hub, until_s, said)
-        message = said[-1][1] if said else ""
         if event.get("ready"):
-            return Readiness(moment_s, message=longest_message(said, moment_s))
+            return Readiness(moment_s)
         if event.get("failed"):
-            text = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
-            return Readiness(reason=Reason(Kind.SPAWN, text), running=False, message=message)
+            text = spawn_failure(str(event.get("message") or ""), said, moment_s - began_s)
+            return Readiness(reason=Reason(Kind.SPAWN, text), running=False)
         state = hub.state(name, observer=True, until_s=until_s)
         if state is ServerState.READY:
-            return Readiness(session.clock(), message=longest_message(said, session.clock()))
+            return Readiness(session.clock())
         if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
-            return Readiness(running=False, message=message)
+            return Readiness(running=False)
         stopped = state is ServerState.STOPPED  # the hub may tell the reason a moment later
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
-    return Readiness(message=said[-1][1] if said else "")
+    return Readiness()
 
 
-def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float, str]]) -> tuple[float, Json]:
+def follow_progress(
+    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]
+) -> tuple[float, Json]:
     """The event that ends a progress stream, empty if none did by `until_s`; and its moment.
 
-    What the hub says before goes to `said`. The stream is read to its end, which follows at once, so that its
-    connection can be used again.
+    The stream is read to its end, which follows at once, so that its connection can be used again.
     """
     moment_s, last = until_s, Json()
     for event in hub.progress(name, until_s):
@@ -3551,14 +3713,8 @@ def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float,
         elif (
             not last and event.get("message") and event.get("progress") != 0
         ):  # 0: the hub's "Server requested"
-            said.append((hub.session.clock(), str(event["message"])))
+            said.append((hub.session.clock(), event))
     return moment_s, last
-
-
-def without_name(text: str, user: str) -> str:
-    """A reason without the user's or their pod's name, so that the same ones can be counted."""
-    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
-    return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
 
 
 def visit(person: Visitor) -> None:
@@ -3727,7 +3883,7 @@ def work(person: Visitor) -> None:
         think(person, kernel, person.clock() + plan.think_s)
         if person.clock() >= person.leaves_s:
             break
-        with person.step("cell") as attempt:
+        with person.step("cell") as attempt, knowing_the_server(person):
             kernel.run(code, number, attempt.sent_s + plan.cell_timeout_s)
     gathering.settle(person.name)
     think(person, kernel, math.inf)
@@ -3740,9 +3896,30 @@ def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
     while (now_s := person.clock()) < (due_s := min(until_s, person.leaves_s)):
         try:
             kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
-        except Failed:
-            with person.step("cell"):
-                raise
+        except Failed as failure:
+            with person.step("cell"), knowing_the_server(person):
+                raise failure
+
+
+@contextlib.contextmanager
+def knowing_the_server(person: Visitor) -> Iterator[None]:
+    """Name a connection that breaks as what it is when the server has ended: by the hub, and by the server itself."""
+    try:
+        yield
+    except Failed as failure:
+        if failure.reason.kind not in (Kind.WIRE, Kind.KERNEL) or not person.browser:
+            raise
+        state = person.site.hub.state(person.name)
+        page = person.browser.ask("GET", f"{person.url}api", call=once(observer=True))
+        if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
+            lost = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
+        elif state is ServerState.READY and page.seen_status in (0, 502, 503, 504):
+            lost = (
+                "nobody answers there, and the hub has not noticed (evicted, out of memory, its node lost?)"
+            )
+        else:
+            raise
+        raise Failed(Reason(Kind.LOST, f"the server ended while it was in use: {lost}")) from None
 
 
 def stay(person: Visitor) -> None:
@@ -4921,6 +5098,8 @@ class Run:
             self.troubles.append(
                 f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent"
             )
+        if self.session.stopping.is_set():
+            self.warnings += still_waiting(self.site.starting.copy())
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
         self.site.public.close_kernels()

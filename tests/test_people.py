@@ -261,14 +261,6 @@ def test_a_streak_is_of_people_and_ends_with_one_who_got_to_the_goal(ends: str, 
     assert streak.reached is reached and not never.reached
 
 
-def test_reasons_that_differ_in_the_pods_name_only_are_one() -> None:
-    users = ["hub-stress-test-7", "hub-stress-test-12"]
-    pods = [f"pod jupyter-{user}---0f3a77c{user[-1]} pending" for user in users]
-    pods_of_old = [f"pod jupyter-{user.replace('-', '-2d')} pending" for user in users]
-    said = [hst.without_name(text, user) for text, user in zip(pods + pods_of_old, users * 2)]
-    assert set(said) == {"pod jupyter-<user> pending"}
-
-
 @pytest.mark.parametrize(
     ("wish", "steps"),
     [
