@@ -2689,6 +2689,17 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
+def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
+    """Do this in a thread for which the program does not wait. Raises `CutShort` where the system starts no more."""
+    try:
+        threading.Thread(target=act, args=args, name=name, daemon=True).start()
+    except RuntimeError:
+        raise CutShort(
+            f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit -u, or a "
+            "container's limit of processes), or spread the people over several machines with Locust"
+        ) from None
+
+
 class Team:
     """Threads that work at the same time, and the loop that waits for them, ticking ten times a second.
 
@@ -2699,7 +2710,6 @@ class Team:
     def __init__(self, session: HubSession, on_tick: Callable[[], None] = lambda: None) -> None:
         self.changed, self.running = threading.Condition(), 0
         self._session, self._on_tick, self._tick_s = session, on_tick, session.clock()
-        self._pool = ThreadPoolExecutor(10**6, thread_name_prefix="hub-stress-test")
         self._error: Exception | None = None
         session.answered_s = session.clock()
 
@@ -2707,13 +2717,7 @@ class Team:
         """Do this in a thread of its own. Raises `CutShort` where the system starts no more threads."""
         with self.changed:
             self.running += 1
-        try:
-            self._pool.submit(self._do, act, *args)
-        except RuntimeError:
-            raise CutShort(
-                f"this machine starts no more threads, after {self.running - 1:,} at the same time: raise its "
-                "limit (ulimit -u, a container's limit of processes), or use Locust on several machines"
-            ) from None
+        start_thread("hub-stress-test", self._do, act, *args)
 
     def wait_for(self, ready: Callable[[], bool], at_s: float = math.inf) -> bool:
         """Wait until `ready`, asked after each change and at `at_s`; False when the run ends before.
@@ -2739,12 +2743,9 @@ class Team:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.wait_for(lambda: not self.running)
-                self._on_tick()
-        finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if kind is None:
+            self.wait_for(lambda: not self.running)
+            self._on_tick()
 
     def _do(self, act: Callable[..., object], *args: Any) -> None:
         try:
@@ -2775,10 +2776,9 @@ class Regularly:
         self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
         self._places = threading.Semaphore(at_most)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
 
     def __enter__(self) -> None:
-        self._thread.start()
+        start_thread(self._what, self._run)
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -2791,9 +2791,13 @@ class Regularly:
         for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
             if self._done.wait(max(0.0, due_s - time.monotonic())):
                 return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._do, args=(due_s,), name=self._what, daemon=True).start()
-            else:
+            if not self._places.acquire(blocking=False):
+                self._skip()
+                continue
+            try:
+                start_thread(self._what, self._do, due_s)
+            except CutShort:
+                self._places.release()
                 self._skip()
 
     def _do(self, due_s: float) -> None:
@@ -4260,7 +4264,10 @@ def let_go(
         for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
             if not team.wait_for(lambda: team.running < concurrency):
                 break
-            team.start(leave, name)
+            try:
+                team.start(leave, name)
+            except CutShort:  # no thread is left: one after the other, then
+                leave(name)
 
 
 # ==== Load: operations, closed and open model; pings =================================================================
@@ -4918,7 +4925,7 @@ class Interruption:
                 stop()
 
         self._leave = leave
-        threading.Thread(target=watch, name="interruption", daemon=True).start()
+        start_thread("interruption", watch)
 
     def end(self) -> int | None:
         """The signal that came, if any; one that comes later changes nothing, since all is done."""

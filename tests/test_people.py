@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, every, first, hu
 from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
-from tool import THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
+from tool import MODULE, THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
 
@@ -553,6 +556,27 @@ def test_a_hub_that_is_gone_ends_the_run() -> None:
             team.start(long.wait, 30)
     assert team.running == 3
     long.set()
+
+
+FORTY_THREADS = """
+import encodings.idna, os, resource
+import prometheus_client.parser
+import hub_stress_test
+if not os.getuid():  # whom no limit stops
+    os.setresuid(65534, 65534, 65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (40, 40))
+hub_stress_test.program()
+"""
+
+
+def test_where_no_more_threads_start_the_run_says_so_and_cleans_up(new_hub: LocalHub) -> None:
+    words = ("stress-test", "-c", "80", "--rate", "200", "--profile", '{"spawn_s": 3}')
+    where = {"JUPYTERHUB_ENDPOINT": new_hub.endpoint, "JUPYTERHUB_API_TOKEN": new_hub.token}
+    command = [sys.executable, "-W", "error", "-c", FORTY_THREADS, *words]
+    done = subprocess.run(command, env=os.environ | where, cwd=MODULE.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "this machine starts no more threads than 40" in done.stdout, done
+    assert "80 users deleted, none left" in done.stdout and "Traceback" not in done.stderr
+    assert not tool_users(new_hub)
 
 
 # ==== Starts at a rate ===============================================================================================
