@@ -1205,11 +1205,6 @@ class Event:
         return self.reason.kind.name.lower() if self.reason else "ok"
 
     @property
-    def is_lost(self) -> bool:
-        """Whether a server was gone while it was held."""
-        return self.reason is not None and self.reason.kind is Kind.LOST
-
-    @property
     def latency_s(self) -> float:
         return max(0.0, self.ended_s - self.due_s - self.backoff_s)
 
@@ -1236,7 +1231,7 @@ class Statistics:
 
 
 class Distribution:
-    """Durations in buckets 1 % wide: their number does not grow with time, and percentiles are within 0.5 %."""
+    """Durations in buckets 1 % wide: memory does not grow with time, and percentiles are within 0.5 %."""
 
     GROWTH = math.log(1.01)
 
@@ -1311,7 +1306,7 @@ class OperationTimeline:
 class Fold:
     """The events of one operation, by spans of time in which they were due.
 
-    There are at most `SPANS`: beyond that, two neighbours become one, so that an hour takes no more memory than minutes.
+    Beyond `SPANS`, two neighbours become one, so that an hour takes no more memory than minutes.
     """
 
     SPANS = 200
@@ -1375,7 +1370,7 @@ class Fold:
 
 
 class Recorder:
-    """Takes events from any thread: folds them, keeps those of `people_steps`, hands each on to the listeners.
+    """Takes events from any thread: folds them, keeps those of `people_steps`, calls the listeners with each.
 
     Events of a group are folded for the group too, as server_ready[students].
     """
@@ -1420,7 +1415,7 @@ class Recorder:
         return sum(fold.failed for fold in self._of(names))
 
     def late_share(self, names: Collection[str]) -> float:
-        """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
+        """The share of these operations' requests that were sent too late; see `LATE_SEND_S`."""
         return sum(fold.late for fold in self._of(names)) / max(1, self.count(names))
 
     def kinds(self) -> set[Kind]:
@@ -1454,8 +1449,8 @@ class Http:
 class Traffic:
     """All requests to the hub, counted as they are sent; those of an observer are sent only to watch.
 
-    `counts` has them by name ("requests", "retries", "observer_requests") and by the status of the answer; answers that
-    something in front of the hub gave also by the status's negative.
+    The keys of `counts`: "requests", "retries", "observer_requests", an answer's status, and the negative of the
+    status if something in front of the hub gave the answer.
     """
 
     def __init__(self) -> None:
@@ -2755,7 +2750,7 @@ AFTERMATH = {
 }
 FILES_TO_MENTION = 20  # open files more than before
 NO_METRICS_SCOPE = "the token lacks the scope read:metrics"
-LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
+LOOP_INTERVAL_S = 0.05  # the resolution of a hub's event-loop lag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2794,8 +2789,8 @@ def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: floa
 class Monitor(Regularly):
     """While the `with` block runs, reads a process's own metrics: at once, and every 5 seconds.
 
-    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
-    page of another process is read without the token, and without other headers that are meant for the hub.
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do).
+    The page of another process is read without the token, and without other headers that are meant for the hub.
     """
 
     def __init__(self, url: str, session: HubSession, is_hub: bool = True) -> None:
@@ -2834,7 +2829,7 @@ class Monitor(Regularly):
                 LOG.debug("The hub's metrics could not be read: %s", why(error))
                 return None
             if good:
-                samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
+                samples = [sample[:3] for family in families for sample in family.samples]
                 self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
                 return self.snapshots[-1]
             if response.status_code == 403 and hubs:
@@ -2845,16 +2840,12 @@ class Monitor(Regularly):
             return None
 
 
-def restarted(before: Snapshot, after: Snapshot) -> bool:
-    """Whether the process began anew between two snapshots."""
-    return before.get(BEGAN) != after.get(BEGAN)
-
-
 def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
     """How much a counter has grown; after a restart it began at 0 again."""
     total = 0.0
     for before, after in zip(snapshots, snapshots[1:]):
-        total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
+        restarted = before.get(BEGAN) != after.get(BEGAN)
+        total += after.get(name, label) - (0.0 if restarted else before.get(name, label))
     return total
 
 
@@ -2868,14 +2859,11 @@ class OwnDurations:
 
 @dataclasses.dataclass(frozen=True)
 class HubFigures:
-    """What the hub says of itself between the first and the last snapshot.
-
-    `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
-    """
+    """What the hub says of itself between the first and the last snapshot."""
 
     cpu_s: float
-    cpu_share: float
-    cpu_share_max: float
+    cpu_share: float  # of a processor
+    cpu_share_max: float  # over some 5 seconds of the load, without cleaning up
     rss_before_bytes: float
     rss_max_bytes: float
     rss_after_bytes: float
@@ -2889,13 +2877,13 @@ class HubFigures:
 
     @property
     def late_s(self) -> float | None:
-        """The lag of the event loop (p95, also of few samples: it takes few when very late), if it is long."""
+        """The event loop's lag, if it is long: p95, also of few samples, since a very late loop takes few."""
         lag_s = self.event_loop_lag_p95_s
         return lag_s if lag_s and lag_s > LATE_LOOP_S else None
 
     @property
     def busy(self) -> bool:
-        """Whether requests had to wait for the hub's one thread; on a busy machine that gets less of a processor."""
+        """Whether requests waited for the hub's one thread, which on a busy machine gets less of a processor."""
         return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
 
 
@@ -2904,13 +2892,13 @@ def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_read
     if len(snapshots) < 2:
         return None
     first, last = snapshots[0], snapshots[-1]
-    rss = [one.get(MEMORY) for one in snapshots]
+    rss = [shot.get(MEMORY) for shot in snapshots]
     loop = sorted((float(bound), grown(snapshots, LOOP, bound)) for bound in last.labels(LOOP))
     lags = [quantile(loop, share) for share in (0.95, 1.0)]
     lag_p95_s, lag_max_s = (None if lag is None else max(lag, LOOP_INTERVAL_S) for lag in lags)
     cpu_s = grown(snapshots, CPU)
     cpu_share = cpu_s / (last.at_s - first.at_s)
-    under_load = [one for one in snapshots if one.at_s < load_ended_s + 1.0]
+    under_load = [shot for shot in snapshots if shot.at_s < load_ended_s + 1.0]
     return HubFigures(
         cpu_s=cpu_s,
         cpu_share=cpu_share,
@@ -2922,14 +2910,14 @@ def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_read
         event_loop_lag_p95_s=lag_p95_s,
         event_loop_lag_max_s=lag_max_s,
         event_loop_samples=int(loop[-1][1]) if loop else 0,
-        running_servers_max=max(0.0, *(one.get("running_servers") for one in snapshots)),
+        running_servers_max=max(0.0, *(shot.get("running_servers") for shot in snapshots)),
         requests=_own_durations(snapshots, "request_duration_seconds"),
         spawns=_own_durations(snapshots, "server_spawn_duration_seconds"),
     )
 
 
 def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
-    """A quantile of a histogram (upper bounds, and counts up to there), straight between bounds; None when empty."""
+    """A quantile of a histogram (upper bounds, counts up to there), linear between bounds; None when empty."""
     rank = share * buckets[-1][1] if buckets else 0.0
     lower, below = 0.0, 0.0
     for upper, count in buckets:
@@ -2949,7 +2937,7 @@ def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDur
 
 
 def cpu_shares(snapshots: Sequence[Snapshot]) -> list[tuple[float, float]]:
-    """The share of a processor used up to each moment, over stretches of at least a second if there is any."""
+    """The share of a processor used up to each moment, over stretches of at least 1 s where there is shot."""
     shares: list[tuple[float, float]] = []
     since = 0
     for at in range(1, len(snapshots)):
@@ -2981,16 +2969,18 @@ def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline |
     return HubTimeline(
         cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
         cpu_share=[rounded(share) for _, share in shares],
-        at_s=[rounded(one.at_s - began_s) for one in snapshots],
-        rss_bytes=[one.get(MEMORY) for one in snapshots],
-        running_servers=[max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
-        open_files=[one.get(FILES) for one in snapshots],
+        at_s=[rounded(shot.at_s - began_s) for shot in snapshots],
+        rss_bytes=[shot.get(MEMORY) for shot in snapshots],
+        running_servers=[
+            max(0.0, shot.get("running_servers")) for shot in snapshots
+        ],  # hubs miscount at times
+        open_files=[shot.get(FILES) for shot in snapshots],
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A figure before a run, at its most, and after everything is removed; `after` is None when users were kept."""
+    """A figure before a run, at its most, and after cleaning up; `after` is None when users were kept."""
 
     before: float
     peak: float
@@ -3008,8 +2998,8 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Afterma
         if len(snapshots) > 1:
             aftermath[process] = changes = {}
             for key, (name, label) in AFTERMATH.items():
-                if any(one.labels(name) for one in snapshots):
-                    values = [one.get(name, label) for one in snapshots]
+                if any(shot.labels(name) for shot in snapshots):
+                    values = [shot.get(name, label) for shot in snapshots]
                     rest = (None, None) if kept else (values[-1], values[-1] - values[0])
                     changes[key] = Change(values[0], max(values), *rest)
     return aftermath or None
@@ -5711,7 +5701,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """The outcome of the servers: `ready` are all that became ready, of which `lost` were gone while they were held."""
+    """The outcome of the servers: of the `ready` ones, `lost` were gone while they were held."""
 
     requested: int
     ready: int
@@ -5733,7 +5723,7 @@ class Servers:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
-    """The outcome of the people of a rehearsal: `failed` are those with any failed step, also after `at_work`."""
+    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`."""
 
     expected: int
     at_work: int
@@ -5837,7 +5827,7 @@ def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
 
 
 def instead_of(metric: str, paths: bool = True) -> str:
-    """The known metric that is most like this one, by its path only if `paths`; "" where this one is known."""
+    """The known metric that is most like this one, a path only if `paths`; "" where this one is known."""
     known = ["failed", "failed_rate", "throttled"]
     known += (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
     if paths:
@@ -5878,22 +5868,19 @@ def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: b
 def _failures_of(
     ends: Iterable[Event | None], never: str, number: int
 ) -> tuple[dict[str, int], list[Failure]]:
-    """Failures counted by reason, the most frequent first, and each of them; `number` more have the reason `never`."""
+    """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`."""
     failures = [Failure(end.user, end.reason.text, end.message) for end in ends if end and end.reason]
-    reasons = collections.Counter(failure.reason for failure in failures) + collections.Counter(
-        {never: number}
-    )
-    return dict(reasons.most_common()), failures
+    reasons = collections.Counter(failure.reason for failure in failures)
+    reasons[never] = number
+    return {reason: count for reason, count in reasons.most_common() if count}, failures
 
 
 def people_of(rows: People, expected: int, cut_short: bool, group: str = "") -> Rehearsed:
-    """The outcome of a rehearsal's people, or of a group's: who failed after getting to work is counted in both."""
+    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
     people = [row for row in rows.values() if not group or any(end.group == group for end in row.values())]
     at_work = [row for row in people if "at_work" in row]
-    failed = (
-        next((row[step] for step in PERSONAL if step in row and row[step].reason), None) for row in people
-    )
-    ends = [end or row.get("at_work") for end, row in zip(failed, people)]
+    failed = [[row[step] for step in PERSONAL if step in row and row[step].reason] for row in people]
+    ends = [steps[0] if steps else row.get("at_work") for steps, row in zip(failed, people)]
     never = "cut short before getting to work" if cut_short else "never came"
     reasons, failures = _failures_of(ends, never, expected - len(ends) + ends.count(None))
     until_work_s = {}
@@ -5907,7 +5894,7 @@ def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
     """The outcome of the servers of so many people."""
     ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
     ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
-    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].is_lost]
+    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].outcome == "lost"]
     never = "never started, or cut short" if cut_short else "never started"
     reasons, failures = _failures_of([*ends, *lost], never, requested - len(ends))
     throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
@@ -5947,39 +5934,32 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
             "opened_s": since(good_s.get("visit")),
             "loaded_s": since(good_s.get("page")),
             "works_s": since(good_s.get("at_work")),
-            "failed_s": since(next((end.ended_s for end in bad if not end.is_lost), None)),
-            "lost_s": since(next((end.ended_s for end in bad if end.is_lost), None)),
+            "failed_s": since(next((end.ended_s for end in bad if end.outcome != "lost"), None)),
+            "lost_s": since(next((end.ended_s for end in bad if end.outcome == "lost"), None)),
             "left_s": since(leaving.sent_s if leaving and leaving.sent_s < load_ended_s else None),
         }
 
-    rows = sorted(
-        (row for row in people.values() if "server_ready" in row), key=lambda row: row["server_ready"].due_s
-    )
-    lines = [moments(row) for row in rows]
+    rows = [row for row in people.values() if "server_ready" in row]
+    lines = [moments(row) for row in sorted(rows, key=lambda row: row["server_ready"].due_s)]
     names = [field.name for field in dataclasses.fields(ServersTimeline)]
     return ServersTimeline(**{name: [line[name] for line in lines] for name in names})
 
 
 def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
-    """Each condition of a plan, judged by results; those that nobody asked for mind only what was measured."""
-    judged = [(condition, condition.judge(found, plan.baseline)) for condition in plan.conditions]
-    return [
-        judgement
-        for condition, judgement in judged
-        if condition in plan.fail_if or judgement.value is not None
-    ]
+    """Each condition of a plan, judged by results; default ones only where something was measured."""
+    judged = [(each, each.judge(found, plan.baseline)) for each in plan.conditions]
+    return [result for each, result in judged if each in plan.fail_if or result.value is not None]
 
 
 def _users_in(run: Run) -> Users:
-    """The users, of which none are made with --own-servers.
+    """The outcome of the users; with --own-servers there are none.
 
-    Where the hub fails to stop a server, it answers 204 all the same, forgets the server, and deletes the user. A run
-    that stopped none is not to blame.
+    A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only its
+    metrics tell. A run that stopped none is not to blame.
     """
     cleaned, snapshots = run.cleaned, run.monitor.snapshots
-    failures = (
-        grown(snapshots, "server_stop_seconds_count", "failure") if run.record.count(["stop_server"]) else 0
-    )
+    stopped = run.record.count(["stop_server"])
+    failures = grown(snapshots, "server_stop_seconds_count", "failure") if stopped else 0.0
     made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left))
     users = Users(
         created=0 if run.plan.command == PURGE else made,
@@ -5990,15 +5970,13 @@ def _users_in(run: Run) -> Users:
         stopped_while_starting=len(run.site.removal.interrupted),
         stops_failed=int(failures) if len(snapshots) > 1 else None,
     )
-    return (
-        dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=[])
-        if run.plan.own_servers
-        else users
-    )
+    if run.plan.own_servers:
+        return dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=[])
+    return users
 
 
 def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
-    """How many failed, of how many, of what the run is about: people, servers, requests, or what was to be removed."""
+    """How many failed, of how many: people, servers, requests, or what was to be removed."""
     plan = run.plan
     if people:
         return people.failed, plan.count
@@ -6014,22 +5992,23 @@ def results_of(run: Run) -> Results:
     """What a run found; the conditions are judged by all the rest."""
     plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
-    comes = plan.command == STRESS and not plan.find_capacity
-    servers = servers_of(rows, plan.count if comes else 0, cut_short) if comes or plan.own_servers else None
+    expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
+    servers = servers_of(rows, expected, cut_short) if expected or plan.own_servers else None
     if servers and plan.own_servers:
-        servers = dataclasses.replace(
-            servers, removed=cleaned.deleted, kept=cleaned.kept, left_behind=cleaned.left
-        )
-    people = people_of(rows, plan.count, cut_short) if comes and plan.rehearses else None
+        removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
+        servers = dataclasses.replace(servers, **removed)
+    people = people_of(rows, expected, cut_short) if expected and plan.rehearses else None
+    groups = {each.group: people_of(rows, each.count, cut_short, each.group) for each in plan.event}
     failed, tried = _failed_of(run, servers, people)
-    restarts = sum(map(restarted, snapshots, snapshots[1:]))
+    began = [shot.get(BEGAN) for shot in snapshots]
+    restarts = sum(map(operator.ne, began, began[1:]))
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
     if restarts:
         warnings.append(f"the hub restarted during the run{f', {restarts} times' if restarts > 1 else ''}")
     looks = {name: monitor.snapshots for name, monitor in run.monitors.items()}
     lines = {name: hub_timeline(each, run.began_s) for name, each in looks.items()}
     on_the_way = run.site.public.traffic.summarise() if plan.opens else None
-    found = Results(
+    results = Results(
         schema=1,
         tool={"name": "hub-stress-test", "version": __version__},
         command=plan.command,
@@ -6064,24 +6043,23 @@ def results_of(run: Run) -> Results:
             watched={name: line for name, line in lines.items() if line},
             load_ended_s=rounded(run.load_ended_s - run.began_s),
         ),
-        groups={each.group: people_of(rows, each.count, cut_short, each.group) for each in plan.event}
-        or None,
+        groups=groups or None,
     )
-    return _judged(found, run)
+    return _judged(results, run)
 
 
-def _judged(found: Results, run: Run) -> Results:
+def _judged(results: Results, run: Run) -> Results:
     """The same with its conditions, its exit code, and what to look at next."""
     plan, capacity = run.plan, run.capacity
-    conditions = [] if capacity else judgements_of(plan, as_json(found))
+    conditions = [] if capacity else judgements_of(plan, as_json(results))
     bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # which made none of what is left
-    left = bool(found.users.stops_failed or (run.cleaned.left and not not_ours))
+    left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
     next_steps: list[str] = []
     if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
-        next_steps += advice(found, run.record.kinds(), time_out_in_front(run.record.people))
-    return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
+        next_steps += advice(results, run.record.kinds(), time_out_in_front(run.record.people))
+    return dataclasses.replace(results, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
 # ==== What it means: where the time went, and what to look at next ===================================================
