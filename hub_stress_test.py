@@ -1150,7 +1150,7 @@ GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag
 LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
 
 
-# ==== Events, and the recorder that folds them =======================================================================
+# ==== Events, and the recorder that folds them ==============================================================
 
 
 class Kind(enum.Enum):
@@ -2734,7 +2734,7 @@ class Regularly:
             self._places.release()
 
 
-# ==== The hub's own figures ==========================================================================================
+# ==== The hub's own figures =================================================================================
 
 CPU, MEMORY, FILES = "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"
 LOOP, BEGAN = "event_loop_interval_seconds_bucket", "process_start_time_seconds"
@@ -5652,7 +5652,7 @@ def _drain_hub(hub: Hub, user: str) -> None:
         quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
 
 
-# ==== Results: a fold over the events ================================================================================
+# ==== Results: a fold over the events =======================================================================
 
 
 @dataclasses.dataclass(frozen=True)
