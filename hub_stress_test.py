@@ -1449,8 +1449,8 @@ class Http:
 class Traffic:
     """All requests to the hub, counted as they are sent; those of an observer are sent only to watch.
 
-    The keys of `counts`: "requests", "retries", "observer_requests", an answer's status, and the negative of the
-    status if something in front of the hub gave the answer.
+    The keys of `counts`: "requests", "retries", "observer_requests", an answer's status, and the negative of
+    the status if something in front of the hub gave the answer.
     """
 
     def __init__(self) -> None:
@@ -2789,8 +2789,8 @@ def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: floa
 class Monitor(Regularly):
     """While the `with` block runs, reads a process's own metrics: at once, and every 5 seconds.
 
-    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do).
-    The page of another process is read without the token, and without other headers that are meant for the hub.
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will
+    do). The page of another process is read without the token and other headers that are meant for the hub.
     """
 
     def __init__(self, url: str, session: HubSession, is_hub: bool = True) -> None:
@@ -2883,7 +2883,7 @@ class HubFigures:
 
     @property
     def busy(self) -> bool:
-        """Whether requests waited for the hub's one thread, which on a busy machine gets less of a processor."""
+        """Whether requests waited for the hub's one thread, which gets less CPU time on a busy machine."""
         return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
 
 
@@ -2917,7 +2917,7 @@ def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_read
 
 
 def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
-    """A quantile of a histogram (upper bounds, counts up to there), linear between bounds; None when empty."""
+    """A quantile of a histogram (upper bounds, counts up to there), linear between bounds; None if empty."""
     rank = share * buckets[-1][1] if buckets else 0.0
     lower, below = 0.0, 0.0
     for upper, count in buckets:
@@ -5954,8 +5954,8 @@ def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
 def _users_in(run: Run) -> Users:
     """The outcome of the users; with --own-servers there are none.
 
-    A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only its
-    metrics tell. A run that stopped none is not to blame.
+    A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only
+    its metrics tell. A run that stopped none is not to blame.
     """
     cleaned, snapshots = run.cleaned, run.monitor.snapshots
     stopped = run.record.count(["stop_server"])
