@@ -1595,6 +1595,15 @@ class Phases:
     images_pulled: int
 
 
+def mean_phases(starts: Sequence[Phases]) -> Phases | None:
+    """The mean of each phase, and how many starts waited for a new node or pulled an image; None without starts."""
+    totals = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
+    means = {
+        name: total / len(starts) if name in PHASES else total for name, total in totals.items() if starts
+    }
+    return Phases(**means) if means else None
+
+
 PHASES = {
     "silent_s": "before Kubernetes said anything",
     "node_s": "waiting for a node",
@@ -5677,6 +5686,7 @@ class Servers:
     removed: int = 0  # with --own-servers, like the next two; else the users say it
     kept: int = 0
     left_behind: Sequence[str] = ()
+    phases: Phases | None = None  # the means of those that became ready; None without Kubernetes' events
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5707,6 +5717,7 @@ class ServersTimeline:
     failed_s: list[float | None]  # after it was ready
     lost_s: list[float | None]
     left_s: list[float | None]
+    phases: list[dict[str, float] | None]  # of a start on Kubernetes, in their order, in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5826,8 +5837,16 @@ def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: b
 def _failures_of(
     ends: Iterable[Event | None], never: str, number: int
 ) -> tuple[dict[str, int], list[Failure]]:
-    """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`."""
-    failures = [Failure(end.user, end.reason.text, end.message) for end in ends if end and end.reason]
+    """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`.
+
+    Reasons of spawns that differ in what they count, like 2/3 nodes and 1/3 nodes, are one: the first.
+    """
+    failures, alike = list[Failure](), dict[str, str]()
+    for end in ends:
+        if end and end.reason:
+            text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.LATE)
+            text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
+            failures.append(Failure(end.user, text, end.message))
     reasons = collections.Counter(failure.reason for failure in failures)
     reasons[never] = number
     return {reason: count for reason, count in reasons.most_common() if count}, failures
@@ -5869,6 +5888,7 @@ def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
         throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
         slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
         usual_message=messages.pop() if len(messages) == 1 else "",
+        phases=mean_phases([end.phases for end in ready if end.phases]),
     )
 
 
@@ -5894,6 +5914,7 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
             "works_s": since(good_s.get("at_work")),
             "failed_s": since(next((end.ended_s for end in bad if end.outcome != "lost"), None)),
             "lost_s": since(next((end.ended_s for end in bad if end.outcome == "lost"), None)),
+            "phases": start.phases and {name: rounded(getattr(start.phases, name)) for name in PHASES},
             "left_s": since(leaving.sent_s if leaving and leaving.sent_s < load_ended_s else None),
         }
 
