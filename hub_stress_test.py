@@ -7,52 +7,53 @@
 
 Three commands answer, from a shell or a CI job:
 
-  question                                         command                                           takes
-  What would it do? (no request is sent)           --dry-run stress-test --count 30                  a second
-  Do three servers start?                          stress-test --count 3                             a start
-  What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
-  Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
-  Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
-  How many people a minute does it take?           stress-test --find-capacity --max-servers 200     10 to 20 min
-  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m --visit        15 min
-  Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
-  How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
-  What did earlier runs leave?                     purge                                             seconds
-  What can I find out without being an admin?      stress-test --count 5 --own-servers               a start
+  question                                    command                                         takes
+  What would it do? (no request is sent)      --dry-run stress-test --count 30                a second
+  Do three servers start?                     stress-test --count 3                           a start
+  What if 30 people come within a minute?     stress-test --count 30 --rate 0.5               1 to 3 min
+  Can 300 people work, who come in 5 minutes? stress-test --count 300 --within 5m --work      6 to 15 min
+  Does the proxy lose connections of tabs?    stress-test --count 3 --check-proxy             3 min
+  How many people a minute does it take?      stress-test --find-capacity --max-servers 200   10 to 20 min
+  Do 100 servers stay up for ten minutes?     stress-test --count 100 --hold 10m --visit      15 min
+  Can it take the reports of 3,000 servers?   activity-stress-test --rate 10 --duration 5m    5 min
+  How many reports per second does it sustain?activity-stress-test --find-capacity            1 to 4 min
+  What did earlier runs leave?                purge                                           seconds
+  What can I find out without being an admin? stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it
-follows each person through the proxy to the results of their cells; with --own-servers it needs no admin rights, and
-starts named servers of whoever the token belongs to instead. activity-stress-test makes users alone, and sends
-the activity reports that running servers send; purge removes what earlier runs left behind.
+stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work
+it follows each person through the proxy to the results of their cells; with --own-servers it needs no admin
+rights, and starts named servers of the token's owner instead. activity-stress-test makes users alone, and
+sends the activity reports that running servers send. purge removes what earlier runs left behind. Where one
+machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
 
-Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
+What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
+starts and stops their servers, and deletes them. It writes to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
+admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
+listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
+that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
+connections keeps those it lost for an hour, which no cleanup can undo: that is reported, and fails the run.
+With --own-servers all this is true of named servers of the token's owner; the owner's other servers are left
+alone.
 
-What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
-stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
-earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
-is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4. What a hub keeps of users that it deletes (unix accounts, home directories, volumes) stays.
-With --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleanup can take back: that
-is reported, and fails the run. With --own-servers it makes no users, but named servers of the token's owner, of which
-all this is true; the owner's other servers are left alone.
+What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment
+the hub says that the server is ready, throttling included. "Stay" is a server that was kept up: it failed if
+the server was lost, by the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready
+to the page. "At work" is what a person waits who wants to work: from the moment they were due to the page of
+their server, or to the result of their first cell. "Ping" reads one user five times a second, and counts from
+when each ping was due: it is what everybody else on the hub feels. Every other latency runs from sending a
+request (with --rate, from when it was due) to its final answer, without the time that the tool slept because
+the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what succeeded;
+failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost, by
-the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready to the page. Every other latency
-runs from sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each ping was
-due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the moment
-they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
-metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
-within 1 %.
+Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
+the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
+143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
-could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
-4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and 143 interrupted by SIGINT
-and SIGTERM, cleaned up.
-
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a proxy, a
-page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
+proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
+names.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ from urllib3.util.retry import Retry
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-# ==== Constants and exit codes =======================================================================================
+# ==== Constants and exit codes ==============================================================================
 
 __version__ = "0.1.0"
 
@@ -179,7 +180,7 @@ class ExitCode(enum.IntEnum):
     SIGTERM = 143
 
 
-# ==== Errors, by what the user does next =============================================================================
+# ==== Errors, by what the user does next ====================================================================
 
 
 class HubStressError(Exception):
@@ -217,18 +218,18 @@ class Stopped(Exception):
     """The run was told to stop."""
 
 
-# ==== Pure rules: words and numbers ==================================================================================
+# ==== Pure rules: words and numbers =========================================================================
 
 
 class Secret(str):
-    """A string that shows itself to no repr, so that no traceback, debugger or log can print it by accident."""
+    """A string that no repr shows, so that no traceback, debugger or log can print it by accident."""
 
     def __repr__(self) -> str:
         return "'***'"
 
 
 def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; a dash for None."""
+    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; – for None."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -269,21 +270,22 @@ def without_credentials(url: str) -> str:
 
 def counted(number: float, noun: str, plural: str = "") -> str:
     """A number with its noun: 1 user, 3,000 users, 2 people, 1.5 people."""
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-    return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"
+    digits = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{digits} {noun if digits == '1' else plural or f'{noun}s'}"
 
 
 def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
     """Phase, done, failed, rate, and how long the rest takes at that rate."""
-    of, left = (f" of {total:,}", "") if total else ("", "")
+    of_total, rest = f" of {total:,}" if total else "", ""
     if total and 0 < done < total:
-        left_s = elapsed_s / done * (total - done)
-        left = f", about {f'{left_s:.0f} s' if left_s < 100 else duration_text(left_s)} left"
+        rest_s = elapsed_s / done * (total - done)
+        rest = f", about {f'{rest_s:.0f} s' if rest_s < 100 else duration_text(rest_s)} left"
     some_failed = f", {failed:,} failed" if failed else ""
-    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
+    rate = f"{done / elapsed_s:.1f} per second"
+    return f"{phase}: {done:,}{of_total} done{some_failed} after {elapsed_s:.0f} s, {rate}{rest}"
 
 
-# ==== Pure rules: names ==============================================================================================
+# ==== Pure rules: names =====================================================================================
 
 RUN_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _ANY_RUN = re.compile(rf"{USERNAME_PREFIX}-(?:{RUN_NAME.pattern}-)?(?:0|[1-9][0-9]*)")
@@ -295,12 +297,9 @@ def username(index: int, run: str = "") -> str:
 
 
 def index_of(name: str, run: str = "") -> int | None:
-    """The number in a name of this very run; None for any other name."""
-    prefix = username(0, run)[:-1]
-    digits = name.removeprefix(prefix)
-    if digits == name or not re.fullmatch("0|[1-9][0-9]*", digits):
-        return None
-    return int(digits)
+    """The index in one of this run's user names, else None."""
+    match = re.fullmatch(f"{re.escape(username(0, run)[:-1])}(0|[1-9][0-9]*)", name)
+    return int(match[1]) if match else None
 
 
 def is_test_user(name: str, run: str | None = None) -> bool:
@@ -309,8 +308,8 @@ def is_test_user(name: str, run: str | None = None) -> bool:
 
 
 def first_free_index(names: Iterable[str], run: str = "") -> int:
-    """One more than the highest index in use; gaps are not filled, since a gap may be in use a moment later."""
-    return 1 + max((index for name in names if (index := index_of(name, run)) is not None), default=0)
+    """One more than the highest index in use; gaps are not filled, since others may be about to use them."""
+    return 1 + max((index_of(name, run) or 0 for name in names), default=0)
 
 
 def natural(name: str) -> tuple[str, int]:
@@ -320,31 +319,31 @@ def natural(name: str) -> tuple[str, int]:
 
 
 def names_text(names: Iterable[str]) -> str:
-    """Names in natural order, three and more in a row as the first `to` the last: hub-stress-test-1 to -60."""
-    groups: list[list[str]] = []
+    """Names in natural order, three or more in a row as first `to` last: hub-stress-test-1 to -60."""
+    rows: list[list[str]] = []
     for name in sorted(names, key=natural):
         text, number = natural(name)
-        if groups and natural(groups[-1][-1]) == (text, number - 1):
-            groups[-1].append(name)
+        if rows and natural(rows[-1][-1]) == (text, number - 1):
+            rows[-1].append(name)
         else:
-            groups.append([name])
-    shown = ((f"{one[0]} to -{natural(one[-1])[1]}",) if len(one) > 2 else one for one in groups)
-    return " ".join(name for group in shown for name in group)
+            rows.append([name])
+    texts = (f"{row[0]} to -{natural(row[-1])[1]}" if len(row) > 2 else " ".join(row) for row in rows)
+    return " ".join(texts)
 
 
 def with_few_names(text: str) -> str:
-    """A text in which a list of our names, as a hub gives those that it refuses, is written as `names_text` does."""
+    """A hub's message whose lists of test users are shortened as by `names_text`."""
     name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
-    return re.sub(rf"{name}(?:, {name})+", lambda found: names_text(found[0].split(", ")), text)
+    return re.sub(rf"{name}(?:, {name})+", lambda match: names_text(match[0].split(", ")), text)
 
 
 def thing(own_servers: bool) -> str:
-    """What a run makes and removes, one of them."""
+    """What a run makes and removes."""
     return "server" if own_servers else "user"
 
 
 def things(own_servers: bool) -> str:
-    """What a run makes and removes."""
+    """The plural of `thing`."""
     return f"{thing(own_servers)}s"
 
 
@@ -354,24 +353,24 @@ def purge_command(run: str | None, own_servers: bool = False) -> str:
 
 
 def pods_command(run: str | None, own_servers: bool = False) -> str:
-    """The command that finds the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
+    """The command that lists the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
 
-    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for each hyphen.
+    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for -.
     """
     name = USERNAME_PREFIX if own_servers or not run else username(0, run)[:-2][:36]
     return f"kubectl get pods,pvc -n NAMESPACE | grep -E '{name.replace('-', '-(2d)?')}'"
 
 
 def still_starting(number: int) -> str:
-    """What may be left of so many servers that were stopped while they were starting."""
+    """What may remain of this many servers that were stopped while they were starting."""
     they, their = ("it was", "its") if number == 1 else ("they were", "their")
     return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} spawner may have "
-        "left jobs, pods or containers (squeue, kubectl, docker ps)"
+        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
+        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
     )
 
 
-# ==== Pure rules: conditions =========================================================================================
+# ==== Pure rules: conditions ================================================================================
 
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
@@ -379,12 +378,7 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": oper
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
 KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
-COUNTS = (
-    "errors",
-    "in_front",
-    "reasons",
-    "statuses",
-)  # mappings of the results in which an absent name counts 0
+COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings in results where an absent name counts 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,26 +402,26 @@ class Condition:
     limit: float  # seconds, a share, a number, or a multiple of the baseline's value
     unit: str  # as it was written; x for such a multiple
 
-    def judge(self, found: Json, baseline: Json | None) -> Judgement:
-        """Whether results meet the condition; where nothing was measured, they do."""
-        value, before = metric_value(found, self.metric), None
+    def __str__(self) -> str:
+        return self.text
+
+    def judge(self, results: Json, baseline: Json | None) -> Judgement:
+        """Whether the condition is met. A metric without data meets every condition."""
+        value, before = metric_value(results, self.metric), None
         limit: float | None = self.limit
         if self.unit == "x":
             before = metric_value(baseline or {}, self.metric)
             limit = None if before is None else before * self.limit
-        held = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
-        return Judgement(self.text, value, held, limit, before)
+        met = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
+        return Judgement(self.text, value, met, limit, before)
 
 
-def metric_value(found: Json, metric: str) -> float | None:
-    """The value of a condition's metric in results, by its path or a short form; None when nothing was measured.
-
-    Where counts are kept by name, as in `http.statuses`, an absent name counts 0.
-    """
+def metric_value(results: Json, metric: str) -> float | None:
+    """The value of a condition's metric, by its path or a short form; None when nothing was measured."""
     name, _, statistic = metric.rpartition(".")
-    of_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
-    for path in (["http", metric] if metric == "throttled" else metric.split("."), of_operation):
-        value: Any = found
+    in_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
+    for path in (["http", metric] if metric == "throttled" else metric.split("."), in_operation):
+        value: Any = results
         for above, key in zip(("", *path), path):
             value = value.get(key, 0 if above in COUNTS else None) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
@@ -436,7 +430,7 @@ def metric_value(found: Json, metric: str) -> float | None:
 
 
 def unit_of(metric: str) -> str:
-    """What a metric's value is in, by its keys: seconds (s), bytes, a share of 1 (%), or nothing for a plain number."""
+    """The unit of a metric, by its keys: seconds (s), bytes, a share of 1 (%), or "" for a plain number."""
     *_, above, key = ("", *metric.split("."))
     if key in STATISTICS:
         return "s" if key in LATENCY_STATISTICS else ""
@@ -450,7 +444,7 @@ def value_text(value: float, metric: str) -> str:
     return texts.get(unit_of(metric), "{:g}".format)(value).replace("%", " %")
 
 
-# ==== The plan, made from one table of options =======================================================================
+# ==== The plan, made from one table of options ==============================================================
 #
 # The fields of Plan are the table: each says how it is written on the command line, for which commands, and under
 # Locust. Parser, help, the results' `options` and Locust's options are made from it. First, what a value may be.
@@ -7588,7 +7582,7 @@ def _results_as_json(plan: Plan) -> Json:
     return found
 
 
-# ==== An event as a file =============================================================================================
+# ==== An event as a file ====================================================================================
 #
 # Its keys are the command line's options: those of a group below [[people]], all others above.
 
@@ -7691,7 +7685,7 @@ def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
     return UsageError(f"--event {file.path}: {sentence}")
 
 
-# ==== Command line ===================================================================================================
+# ==== Command line ==========================================================================================
 
 COMMAND_HELP = {
     STRESS: "make users, start their servers, measure, remove them",
