@@ -446,44 +446,53 @@ def value_text(value: float, metric: str) -> str:
 
 # ==== The plan, made from one table of options ==============================================================
 #
-# The fields of Plan are the table: each says how it is written on the command line, for which commands, and under
-# Locust. Parser, help, the results' `options` and Locust's options are made from it. First, what a value may be.
+# A field of Plan is a row of the table: how its option is written, where it can stand, and the rules that it
+# brings with it. The command line, an event's file, the results' `options` and Locust's options are made from
+# these rows. First, what a value may be.
 
 
-def whole_number(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
+def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
+    """What to raise for a text that is not what was expected."""
+    return argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return float(text)
+def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+    """What makes a value from a text of this form, and refuses another text, 0 and nothing."""
+
+    def parse(text: str) -> T:
+        """A value from a text of one form."""
+        if not re.fullmatch(pattern, text) or not (value := value_of(text)):
+            raise bad_value(expected, text)
+        return value
+
+    return parse
 
 
-def duration(text: str) -> float:
-    """Seconds in a duration like 90, 90s, 5m or 1h."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
-    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
-        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
-    return seconds
+whole_number = matching("[0-9]+", "a whole number of at least 1", int)
+positive_number = matching(r"[0-9]*\.?[0-9]+", "a number above 0", float)
+duration = matching(
+    r"[0-9]+(\.[0-9]+)?[smh]?",
+    "a duration like 90, 90s, 5m or 1h",
+    lambda text: float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1], 1),
+)
+run_name = matching(  # hubs lower-case user names
+    f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
+)
+group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """When the n-th (from 0) of many is due, in seconds since the first one, however slowly the hub answers.
 
-    Its stages follow each other: so many per second, for so many seconds. A fixed rate is a stage that need not end.
+    Each stage is a rate per second and its duration in seconds. A fixed rate is a stage that need not end.
     """
 
     stages: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, rate: float | Schedule | None, for_s: float = math.inf) -> Schedule | None:
-        """So many per second, for so long; stages as they are; None without a rate."""
+        """A rate as a schedule; stages as they are; None without a rate."""
         return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
 
     def __str__(self) -> str:
@@ -512,11 +521,11 @@ def _due_within(rate_per_s: float, for_s: float) -> int:
 
 
 def rate_of(text: str) -> float | Schedule:
-    """So many per second, or stages of that, from R:DURATION,…"""
+    """A rate per second, or stages from R:DURATION,…"""
     if ":" not in text:
         return positive_number(text)
     stages = [part.strip().partition(":") for part in text.split(",")]
-    return Schedule(tuple((positive_number(rate), duration(lasts)) for rate, _, lasts in stages))
+    return Schedule(tuple((positive_number(rate), duration(for_s)) for rate, _, for_s in stages))
 
 
 def fastest(rate: float | Schedule | None) -> float:
@@ -526,36 +535,41 @@ def fastest(rate: float | Schedule | None) -> float:
 
 def rate_text(rate: float | Schedule) -> str:
     """2.5 per second; stages follow each other: 1 per second for 60.0 s, then 5 per second for 30.0 s."""
-    stages = rate.stages if isinstance(rate, Schedule) else ((rate, 0.0),)
-    return ", then ".join(
-        f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages
-    )
-
-
-def run_name(text: str) -> str:
-    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
-    if not RUN_NAME.fullmatch(text) or len(text) > 40:
-        raise argparse.ArgumentTypeError(
-            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
-        )
-    return text
+    if not isinstance(rate, Schedule):
+        return f"{rate:.4g} per second"
+    return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise argparse.ArgumentTypeError(
-            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
-        )
+        raise bad_value("a URL like https://hub.example.org/hub/api", without_credentials(text))
     return without_credentials(text).rstrip("/")
 
 
 def token_text(text: str) -> Secret:
-    """A token, wrapped so that it cannot be printed by accident."""
+    """A token. A text that is refused may be a secret too, and is not shown."""
     if not re.fullmatch(r"[!-~]+", text):
         raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
     return Secret(text)
+
+
+OWN_HEADERS = {
+    "authorization": "the hub's token is sent in it",
+    "content-length": "it is set for each request",
+    "host": "it is set from the URL",
+}
+
+
+def header(text: str) -> tuple[str, Secret]:
+    """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
+    match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
+    if why_not := OWN_HEADERS.get(match[1].lower()):
+        raise argparse.ArgumentTypeError(f"the header {match[1]} cannot be chosen: {why_not}")
+    return match[1], Secret(match[2])
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -563,7 +577,7 @@ def mix_of(text: str) -> dict[str, float]:
     parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
     mix = {part[1]: float(part[2]) for part in parts if part}
     if len(mix) != len(parts) or not all(mix.values()):
-        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
+        raise bad_value("NAME=WEIGHT,… like activity=8,read=2", text)
     return mix
 
 
@@ -582,7 +596,7 @@ def profile_value(text: str) -> str | Json:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """Another process of the deployment, and where it shows its figures."""
+    """Another process of the deployment, and the URL of its figures."""
 
     name: str
     url: str
@@ -595,22 +609,22 @@ def watched(text: str) -> Watched:
     """A process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…), not {without_credentials(text)!r}"
-        )
+        example = "NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…)"
+        raise bad_value(example, without_credentials(text))
     return Watched(name, url)
 
 
-def results_file(text: str) -> Json:
-    """The results that an earlier run wrote."""
-    try:
-        with open(text, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
-    if not isinstance(found, dict) or found.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
-    return found
+def condition(text: str) -> Condition:
+    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
+    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
+    if not match:
+        raise bad_value("METRIC OP VALUE, like 'server_ready.p95 > 30s'", text)
+    metric, comparison, limit, unit = match.groups()
+    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
+
+
+# ---- Files ---------------------------------------------------------------------------------------------------
 
 
 def writable_file(text: str) -> str:
@@ -628,61 +642,67 @@ def samples_file(text: str) -> str:
     return writable_file(text)
 
 
+@contextlib.contextmanager
+def reading(path: str, kind: str) -> Iterator[str]:
+    """The text of a file, for a `with` block that reads it; its errors refuse the file as one of this kind."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield file.read()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as {kind} ({_in_words(error)})") from None
+
+
+def _in_words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)  # without the file's name
+
+
+def results_file(text: str) -> Json:
+    """The results that an earlier run wrote."""
+    with reading(text, "results") as content:
+        results = json.loads(content)
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+    return results
+
+
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a browser fetched when it opened a page: paths below the server's own, and the statuses that it got."""
+    """What a browser fetched when it opened a page: paths below the server's own, and the statuses it got."""
 
     file: str
     requests: tuple[tuple[str, int], ...]
 
+    def __str__(self) -> str:
+        return self.file
 
-SECRET = re.compile(
-    "token|code|state|auth|key|xsrf|secret", re.IGNORECASE
-)  # parameters that stay in the recording
+
+SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
 def recording(text: str) -> Recording:
-    """The GETs below one person's server in a HAR file, in order; cookies, tokens and bodies are not taken over."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            entries = [
-                (one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]
-            ]
-        urls = [
-            (urllib.parse.urlsplit(asked["url"]), status)
-            for asked, status in entries
-            if asked["method"] == "GET"
-        ]
-        below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a HAR file ({_in_words(error)})"
-        ) from None
-    owners = collections.Counter(
-        (url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme
-    )
-    rows = [
-        (match[2] + _without_secrets(url.query), status)
-        for match, url, status in below
-        if match and "http" in url.scheme and (url.netloc, match[1]) in dict(owners.most_common(1))
-        if not {"..", "oauth_callback", "logout"} & set(match[2].split("/"))
-    ]
-    if not rows:
-        raise argparse.ArgumentTypeError(
-            f"{text} holds no GET below /user/NAME/: record the page of a person's server"
-        )
-    return Recording(text, tuple(rows))
-
-
-def _in_words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)  # which does not name the file once more
+    """The GETs below one person's server in a HAR file, in order, without cookies, tokens and bodies."""
+    requests_below: dict[tuple[str, str], list[tuple[str, int]]] = collections.defaultdict(list)
+    with reading(text, "a HAR file") as content:
+        for entry in json.loads(content)["log"]["entries"]:
+            method, url = entry["request"]["method"], urllib.parse.urlsplit(entry["request"]["url"])
+            status, below = entry["response"]["status"], BELOW_A_SERVER.search(url.path)
+            if method == "GET" and status >= 200 and below and url.scheme in ("http", "https"):
+                path = below[2] + _without_secrets(url.query)
+                requests_below[url.netloc, below[1]].append((path, status))
+    most = max(requests_below.values(), key=len, default=[])
+    ends = {"..", "oauth_callback", "logout"}
+    requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
+    if not requests:
+        sentence = f"{text} holds no GET below /user/NAME/: record the page of a person's server"
+        raise argparse.ArgumentTypeError(sentence)
+    return Recording(text, tuple(requests))
 
 
 def _without_secrets(query: str) -> str:
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
-    return f"?{kept}" if kept else ""
+    rest = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
+    return f"?{rest}" if rest else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,34 +720,28 @@ class Notebook:
     file: str
     cells: tuple[Code, ...]
 
+    def __str__(self) -> str:
+        return self.file
+
 
 SIX_TIMES_SEVEN = Code("6*7")
 
 
 def notebook(text: str) -> Notebook:
-    """The code cells of a notebook, or of a Python file in percent format; one tagged raises-exception may raise."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            content = file.read()
-        cells = list(
-            _cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content)
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a notebook ({_in_words(error)})"
-        ) from None
+    """The code cells of an .ipynb or of a Python file in percent format; one tagged raises-exception may raise."""
+    with reading(text, "a notebook") as content:
+        if text.endswith(".ipynb"):
+            code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
+            tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
+            cells = [
+                Code("".join(cell["source"]), "raises-exception" in tag) for cell, tag in zip(code, tags)
+            ]
+        else:
+            cells = list(_cells_of_script(content))
     cells = [cell for cell in cells if cell.source.strip()]
     if not cells:
         raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
     return Notebook(text, tuple(cells))
-
-
-def _cells_of_notebook(content: Json) -> Iterator[Code]:
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            yield Code(
-                "".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", [])
-            )
 
 
 def _cells_of_script(content: str) -> Iterator[Code]:
@@ -742,12 +756,21 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """Who comes to an event, when, and what they do: a file's text, and what it says as TOML."""
+    """An event's file: its text, and its tables as TOML has them: what stands above the groups, then each group."""
 
     path: str
     text: str
-    above: Json
-    people: list[Json]
+    tables: list[Json]
+
+    def error(self, n: int, key: str, sentence: str) -> UsageError:
+        """What is wrong with a key of the n-th table, or with the whole table, with its line."""
+        table = 0
+        for number, line in enumerate(self.text.splitlines(), 1):
+            begins = re.match(r"\s*\[\[\s*people\s*\]\]", line)
+            table += bool(begins)
+            if table == n and (re.match(rf"[\s\[]*[\"']?{key}[\"']?\s*[\]=.]", line) if key else begins):
+                return UsageError(f"--event {self.path}, line {number}: {sentence}")
+        return UsageError(f"--event {self.path}: {sentence}")
 
 
 def event_file(text: str) -> EventFile:
@@ -755,98 +778,70 @@ def event_file(text: str) -> EventFile:
     toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
     if not toml:
         raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
-    try:
-        with open(text, encoding="utf-8") as file:
-            content = file.read()
+    with reading(text, "TOML") as content:
         above = toml.loads(content)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as TOML ({_in_words(error)})") from None
-    people = above.pop("people", None)
+        people = above.pop("people", None)
     if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
         raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
-    return EventFile(text, content, above, people)
+    return EventFile(text, content, [above, *people])
 
 
-def group_name(text: str) -> str:
-    """What a group is called, as in server_ready[students]."""
-    if not re.fullmatch(r"[\w-]+", text):
-        raise argparse.ArgumentTypeError(f"expected letters, digits and hyphens, not {text!r}")
-    return text
-
-
-def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
-    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
-    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}"
-        )
-    metric, comparison, limit, unit = match.groups()
-    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
-
+# ---- Options -------------------------------------------------------------------------------------------------
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
 STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
-LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
+LOADS = (STRESS, ACTIVITY)
+EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
-Parse = Callable[[str], Any]
-METAVARS: dict[Parse, str] = {
-    whole_number: "N",
-    positive_number: "R",
-    rate_of: "R",
-    duration: "DURATION",
-    run_name: "NAME",
-    endpoint_url: "URL",
-    token_text: "TOKEN",
-    mix_of: "NAME=WEIGHT,…",
-    profile_value: "P",
-    condition: "CONDITION",
-    results_file: "FILE",
-    writable_file: "FILE",
-    samples_file: "FILE",
-    watched: "NAME=URL",
-    recording: "FILE.har",
-    notebook: "FILE",
-    event_file: "FILE.toml",
-    group_name: "NAME",
-    str: "FILE",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a field of the plan is written: on the command line, and as --hub-… under Locust."""
+    """How a field of the plan is written, and the rules that it brings with it."""
 
-    flags: str
+    flags: tuple[str, ...]
+    metavar: str
     help: str
-    kind: Parse | None  # None: a switch
-    on: Collection[str]  # the commands that have it
-    locust: str | None = None  # the default under Locust, as text; None: not an option there
+    kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
+    default: str  # as text; "" where there is none, or where it needs no help
+    on: Collection[str]  # where it can stand: commands, and the tables of an event's file
+    needs: str = ""  # fields: without any of them it has no meaning
+    excludes: str = ""  # fields that cannot be given beside it,
+    because: str = ""  # and the sentence that says why not, with {} for their flag
+    rules_on: Collection[str] = COMMANDS  # the commands in which it needs and excludes them
+    package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
+    compared: bool = False  # a baseline with another value is no fair comparison
+    reported: bool = True  # in results and log
+    locust: bool | str = False  # whether Locust has it; text: with another default
     locust_name: str = ""  # where it is called otherwise there
 
     @property
     def flag(self) -> str:
-        return self.flags.split()[-1]
+        return self.flags[-1]
+
+    @property
+    def name(self) -> str:
+        """What an event's file calls it."""
+        return self.flag[2:]
 
     @property
     def key(self) -> str:
-        """The name in the results' `options`."""
-        return self.flag.removeprefix("--").replace("-", "_")
+        """What the results' `options` call it."""
+        return self.name.replace("-", "_")
 
     @property
     def locust_flag(self) -> str:
-        return f"--hub-{self.locust_name or self.flag[2:]}"
+        return f"--hub-{self.locust_name or self.name}"
 
-    def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
-        settings |= (
-            {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
-        )
-        settings |= {"nargs": "?", "const": self.const} if self.const else {}
-        settings |= {"action": "append"} if self.repeatable else {}
-        parser.add_argument(*self.flags.split(), help=self.help, **settings)
+    def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
+        settings: Json = {"help": self.help + f" ({self.default})" * bool(self.default), "dest": dest}
+        if self.kind:
+            settings |= {"type": self.kind, "metavar": self.metavar}
+            settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        kind_of_action = "append" if self.repeatable else "store" if self.kind else "store_true"
+        parser.add_argument(*self.flags, action=kind_of_action, **settings)
 
     def add_to_locust(self, parser: Any) -> None:
         """As --hub-…, whose values stay text: that is what a web form holds and what Locust sends to workers."""
@@ -859,31 +854,33 @@ class Option:
         if not self.kind:
             parser.add_argument(self.locust_flag, help=self.help, action="store_true")
             return
-        settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
-        secret = self.flag in ("--endpoint", "--token")  # which a page is not to change
-        settings |= {"include_in_web_ui": False} if self.repeatable or secret else {}
-        parser.add_argument(
-            self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings
-        )
+        default = self.locust if isinstance(self.locust, str) else self.default
+        settings: Json = {"action": "append"} if self.repeatable else {"default": default}
+        if self.repeatable or self.flag in ("--endpoint", "--token"):  # which a page is not to change
+            settings["include_in_web_ui"] = False
+        parser.add_argument(self.locust_flag, help=self.help, metavar=self.metavar, type=check, **settings)
 
 
 def option(
-    flags: str,
+    usage: str,
     help: str,
-    kind: Parse | None = None,
+    kind: Callable[[str], Any] | None = None,
     default: Any = None,
-    on: Collection[str] = COMMANDS,
-    **more: Any,
+    on: Collection[str] = (*COMMANDS, EVENT),
+    **rules: Any,
 ) -> Any:
-    """A field of the plan with its option; without `kind` a switch, whose default is False."""
-    row = Option(flags, help, kind, on, **more)
-    return dataclasses.field(default=default if kind else False, metadata={"option": row})
+    """A field of the plan with its option. A default that is text is shown in the help, and read like a value."""
+    flags = tuple(word for word in usage.split() if word.startswith("-"))
+    text = default if isinstance(default, str) else ""
+    row = Option(flags, usage.partition(f"{flags[-1]} ")[2], help, kind, text, on, **rules)
+    value = kind(text) if kind and text else default if kind else False
+    return dataclasses.field(default=value, metadata={"option": row})
 
 
-for_people = functools.partial(option, on=(STRESS,))
+for_loads = functools.partial(option, on=(*LOADS, EVENT))
 for_requests = functools.partial(option, on=(ACTIVITY,))
-for_loads = functools.partial(option, on=LOADS)
-for_locust = for_groups = functools.partial(option, on=NO_COMMAND)
+for_people = functools.partial(option, on=(STRESS, EVENT))
+for_groups = functools.partial(option, on=(STRESS, EVENT, GROUP), compared=True, locust=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -891,167 +888,139 @@ class Plan:
     """What was asked for: whom, how many, how they arrive, what is sent, when the run has failed."""
 
     command: str = STRESS
+    # fmt: off
     endpoint: str | None = option(
-        "-e --endpoint",
-        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
-        endpoint_url,
-        locust="",
-    )
+        "-e --endpoint URL", "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
+        endpoint_url, locust=True)
     token: Secret | None = option(
-        "-t --token",
-        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
-        token_text,
-        locust="",
-    )
-    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs")
+        "-t --token TOKEN", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
+        token_text, on=COMMANDS, reported=False, locust=True)
+    headers: tuple[tuple[str, Secret], ...] = option(
+        "--header 'NAME: VALUE'", "send this header to the hub too, for a proxy that wants it; repeatable",
+        header, (), on=COMMANDS, repeatable=True, reported=False, locust=True)
+    dry_run: bool = option(
+        "--dry-run", "send no request; print the plan: who, when, what, and what it costs",
+        excludes="results report samples metrics_port",
+        because="--dry-run measures nothing that {} could show: give one of them")
     log_to_file: bool | str = option(
-        "--log-to-file", "log to FILE, or to a new file in the temporary directory", str, const=True
-    )
-    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
+        "--log-to-file FILE", "log to FILE, or to a new file in the temporary directory", str, const=True)
+    verbose: bool = option(
+        "-v --verbose", "debug log, one line for each request with its response time")
     run: str | None = option(
-        "--run",
-        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
-        run_name,
-        locust="locust",
-    )
-    results: str | None = option("--results", "write the results as JSON", writable_file)
-    report: str | None = option("--report", "write a report as one HTML page (needs plotly)", writable_file)
+        "--run NAME", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
+        run_name, locust="locust")
+    results: str | None = option(
+        "--results FILE", "write the results as JSON", writable_file)
+    report: str | None = option(
+        "--report FILE", "write a report as one HTML page (needs plotly)", writable_file, package=("plotly", "plotly"))
     fail_if: tuple[Condition, ...] = option(
-        "--fail-if",
-        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces the default, failed > 0",
-        condition,
-        (),
-        locust="",
-        repeatable=True,
-    )
+        "--fail-if CONDITION", "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces "
+        "the default, failed > 0", condition, (), repeatable=True, locust=True)
     baseline: Json | None = option(
-        "--baseline", "results of an earlier run: print old, new and ratio", results_file
-    )
-    count: int = for_loads("-c --count", "users, in stress-test each with a server (100)", whole_number, 100)
+        "--baseline FILE", "results of an earlier run: print old, new and ratio", results_file, reported=False)
+    count: int = option(
+        "-c --count N", "users, in stress-test each with a server",
+        whole_number, "100", on=(*LOADS, GROUP), compared=True)
     batch_size: int = option(
-        "-b --batch-size",
-        "servers starting, users made or removed at the same time (10)",
-        whole_number,
-        10,
-        on=(STRESS, PURGE),
-    )
-    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub")
-    profile: str | Json | None = for_people(
-        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, locust=""
-    )
+        "-b --batch-size N", "servers starting, users made or removed at the same time",
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
+    keep: bool = for_loads(
+        "-k --keep", "leave the users, and their servers, on the hub", excludes="stay_s check_proxy",
+        because="{} ends servers, and --keep leaves them running: give one of them")
+    profile: str | Json | None = for_groups(
+        "-p --profile P", "a profile's slug, or a JSON object of user options", profile_value)
     own_servers: bool = option(
-        "--own-servers",
-        "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE),
-        locust="",
-    )
-    server_timeout_s: float = for_people(
-        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
-    )
+        "--own-servers", "no admin rights needed: start named servers of your own, instead of making users",
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True)
+    server_timeout_s: float = for_groups(
+        "--server-timeout DURATION", "how long a person waits for a server", duration, "60s")
     fail_fast: int = for_people(
-        "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
-    )
-    rate_per_s: float | Schedule | None = for_loads(
-        "--rate",
-        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
-        rate_of,
-    )
+        "--fail-fast N", "start no more servers after N failures in a row (1)", whole_number, 0, const=1)
+    rate_per_s: float | Schedule | None = option(
+        "--rate R", "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
+        rate_of, on=(*LOADS, GROUP), compared=True)
     hold_s: float = for_people(
-        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
-    )
-    within_s: float | None = for_people(
-        "--within", "people come at random moments within this time, however slow the hub", duration
-    )
-    event: tuple[Plan, ...] = for_people(
-        "--event", "who comes, when, and what they do, in groups: see README", event_file, ()
-    )
-    group: str = for_groups("--name", "of a group", group_name, "")
-    after_s: float = for_groups("--after", "a group begins to come so long after the run", duration, 0.0)
-    seed: int | None = for_people("--seed", "draw the moments of --within as this seed did", whole_number)
-    visit: bool = for_people(
-        "--visit", "each person opens the start page of their server", locust="", locust_name="open"
-    )
+        "--hold DURATION", "keep the servers for so long, then check that all are still there",
+        duration, 0.0, compared=True, excludes="stay_s",
+        because="{} says when each leaves, and --hold when all do: give one of them")
+    within_s: float | None = option(
+        "--within DURATION", "people come at random moments within this time, however slow the hub",
+        duration, on=(STRESS, GROUP), compared=True, excludes="rate_per_s",
+        because="--within and {} both say when people come: give one of them")
+    event: tuple[Plan, ...] = option(
+        "--event FILE.toml", "who comes, when, and what they do, in groups: see README",
+        event_file, (), on=(STRESS,), compared=True, excludes="count within_s rate_per_s",
+        because="the groups of --event say who comes and when: leave out {}")
+    group: str = option(
+        "--name NAME", "of a group", group_name, "", on=(GROUP,))
+    after_s: float = option(
+        "--after DURATION", "a group begins to come so long after the run", duration, 0.0, on=(GROUP,))
+    seed: int | None = for_people(
+        "--seed N", "draw the moments of --within as this seed did", whole_number, needs="within_s")
+    visit: bool = for_groups(
+        "--visit", "each person opens the start page of their server", locust_name="open")
     visit_timeout_s: float = for_people(
-        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, locust="30s"
-    )
-    page: Recording | None = for_people(
-        "--page", "each person fetches what a browser did that this HAR file recorded", recording, locust=""
-    )
-    work: bool = for_people(
-        "--work", "each person starts a kernel and runs cells (needs websocket-client)", locust=""
-    )
-    notebook: Notebook | None = for_people(
-        "--notebook",
-        "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook,
-        locust="",
-    )
-    think_s: float = for_people(
-        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, locust="10s"
-    )
+        "--visit-timeout DURATION", "how long a person tries to open it",
+        duration, "30s", needs="visit page work check_proxy", locust=True)
+    page: Recording | None = for_groups(
+        "--page FILE.har", "each person fetches what a browser did that this HAR file recorded", recording)
+    work: bool = for_groups(
+        "--work", "each person starts a kernel and runs cells (needs websocket-client)",
+        package=("websocket-client", "websocket"))
+    notebook: Notebook | None = for_groups(
+        "--notebook FILE", "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, "
+        "again and again", notebook, needs="work")
+    think_s: float = for_groups(
+        "--think DURATION", "between the result of a cell and the next cell", duration, "10s", needs="work")
     cell_timeout_s: float = for_people(
-        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, locust="60s"
-    )
-    stay_s: float | None = for_people(
-        "--stay",
-        "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration,
-        locust="60s",
-    )
+        "--cell-timeout DURATION", "how long a person waits for a kernel or a cell",
+        duration, "60s", needs="work", locust=True)
+    stay_s: float | None = for_groups(
+        "--stay DURATION", "each person leaves so long after starting to work; without it all stay until "
+        "the last has come", duration, locust="60s")
     check_proxy: bool = for_people(
-        "--check-proxy",
-        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
-    )
+        "--check-proxy", "after the load: does the proxy lose connections when servers end? Takes some "
+        "three minutes")
     public_url: str | None = for_people(
-        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
-    )
+        "--public-url URL", "where people reach the hub, if not at the endpoint",
+        endpoint_url, needs="visit page work check_proxy", locust=True)
     workers: int = for_requests(
-        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
-    )
-    duration_s: float | None = for_loads(
-        "--duration",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)",
-        duration,
-    )
-    processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
+        "--workers N", "threads that send; with --rate up to 200, as the rate needs", whole_number, "100")
+    duration_s: float | None = option(
+        "--duration DURATION", "send for so long, without it once for each user; of a search, a step (10s, "
+        "people 60s)", duration, on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+    processes: int = for_requests(
+        "--processes N", "spread the threads over N processes", whole_number, "1")
     mix: Mapping[str, float] | None = for_requests(
-        "--mix", "operations by weight (activity=1); read and list are there too", mix_of, locust="activity=1"
-    )
+        "--mix NAME=WEIGHT,…", "operations by weight (activity=1); read and list are there too",
+        mix_of, compared=True, locust="activity=1")
     operations: str | None = for_requests(
-        "--operations", "a file that registers operations of your own", str, locust=""
-    )
-    find_capacity: bool = for_loads(
-        "--find-capacity",
-        "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-    )
-    max_servers: int | None = for_people(
-        "--max-servers", "with --find-capacity: no more than N servers at one time", whole_number
-    )
+        "--operations FILE", "a file that registers operations of your own", str, locust=True)
+    find_capacity: bool = option(
+        "--find-capacity", "raise the rate until a condition is met: what does the hub sustain? How many "
+        "people a minute?", on=LOADS, rules_on=(STRESS,),
+        excludes="count within_s event hold_s stay_s keep check_proxy",
+        because="--find-capacity says who comes, and when they leave: leave out {}")
+    max_servers: int | None = option(
+        "--max-servers N", "with --find-capacity: no more than N servers at one time",
+        whole_number, on=(STRESS,), needs="find_capacity")
     cleanup_timeout_s: float = option(
-        "--cleanup-timeout",
-        "cleanup gives up after so long without progress (5m)",
-        duration,
-        CLEANUP_TIMEOUT_S,
-    )
+        "--cleanup-timeout DURATION", "cleanup gives up after so long without progress (5m)",
+        duration, CLEANUP_TIMEOUT_S)
     watch: Sequence[Watched] = for_loads(
-        "--watch",
-        "read this Prometheus page of another process too, without the token; repeatable",
-        watched,
-        (),
-        repeatable=True,
-    )
+        "--watch NAME=URL", "read this Prometheus page of another process too, without the token; repeatable",
+        watched, (), repeatable=True)
     samples: str | None = for_loads(
-        "--samples", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file
-    )
+        "--samples FILE", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
     metrics_port: int | None = for_loads(
-        "--metrics-port",
-        "while it lasts, serve the run to Prometheus on this port, to other machines too (needs prometheus-client)",
-        whole_number,
-    )
-    scale: float = for_locust(
-        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
-    )
-    visits: int = for_locust("--visits", "how many times a Person comes", whole_number, 1, locust="1")
+        "--metrics-port N", "while it lasts, serve the run to Prometheus on this port, to other machines too "
+        "(needs prometheus-client)", whole_number, package=("prometheus-client", "prometheus_client"))
+    scale: float = option(
+        "--scale R", "a RunningServer sends R times as often as every 300 s",
+        positive_number, "1", on=(), locust=True)
+    visits: int = option(
+        "--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
+    # fmt: on
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
     @property
@@ -1090,58 +1059,32 @@ class Plan:
 
         A search for capacity also minds how long requests take.
         """
-        limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
-        limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
-        slow = [condition(limit) for limit in limits] if self.find_capacity else []
+        slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
+        limit = "30s" if self.command == STRESS else "500ms"
+        limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
         leaks = [PROXY_LEAKING] if self.check_proxy else []
-        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *slow)), *leaks)))
+        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
     def options(self) -> Json:
-        """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
-        of_command = [name for name, row in OPTIONS.items() if self.command in row.on]
-        names = [*GROUP_OPTIONS.values()] if self.group else of_command
-        return {
-            OPTIONS[name].key: told(getattr(self, name))
-            for name in names
-            if name not in ("token", "baseline")
-        }
+        """The options of the command, or of a group, with their values, for results and log; without secrets."""
+        place = GROUP if self.group else self.command
+        rows = {name: row for name, row in OPTIONS.items() if place in row.on and row.reported}
+        return {row.key: _reported(getattr(self, name)) for name, row in rows.items()}
 
 
-def told(value: Any) -> Any:
-    """The value of an option as the results have it."""
-    if isinstance(value, (Recording, Notebook)):
-        return value.file
-    if isinstance(value, (Watched, Schedule)):
-        return str(value)
-    if isinstance(value, Condition):
-        return value.text
-    if isinstance(value, Plan):  # of a group
+def _reported(value: Any) -> Any:
+    """An option's value as JSON has it: a file by its name, a group by its options."""
+    if isinstance(value, tuple):
+        return [_reported(each) for each in value]
+    if isinstance(value, Plan):
         return value.options()
-    return [told(one) for one in value] if isinstance(value, tuple) else value
+    return value if value is None or isinstance(value, (int, float, str, Mapping)) else str(value)
 
 
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
 }
-GROUP_KEYS = (
-    *(
-        "name",
-        "count",
-        "within",
-        "rate",
-        "after",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-        "think",
-        "stay",
-    ),
-    "server-timeout",
-)
-GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
-LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
+LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust}
 
 
 # ==== Events, and the recorder that folds them =======================================================================
@@ -6385,28 +6328,11 @@ def differences_to(baseline: Json | None, results: Results) -> list[str]:
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
     pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
-        keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
+        keys = [row.key for row in OPTIONS.values() if row.compared and row.key in results.options]
         pairs |= {
             f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys
         }
     return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
-
-
-COMPARED = (
-    *(
-        "count",
-        "batch_size",
-        "rate_per_s",
-        "within_s",
-        "event",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-    ),
-    *("hold_s", "stay_s", "own_servers", "duration_s", "mix"),
-)
 
 
 DURATIONS = tuple(row.key for row in OPTIONS.values() if row.kind is duration)
@@ -7582,110 +7508,7 @@ def _results_as_json(plan: Plan) -> Json:
     return found
 
 
-# ==== An event as a file ====================================================================================
-#
-# Its keys are the command line's options: those of a group below [[people]], all others above.
-
-
-WHO_COMES = ("count", "within_s", "rate_per_s")  # which the groups say
-OF_A_SEARCH = ("find_capacity", "max_servers", "duration_s")
-ABOVE_GROUPS = {
-    row.flag[2:]: name
-    for name, row in OPTIONS.items()
-    if STRESS in row.on
-    and name not in (*WHO_COMES, *OF_A_SEARCH, "event", "token")  # which has no place in a file
-}
-
-
-def event_of(file: EventFile, given: Json) -> Json:
-    """The fields of the plan that an event's file sets, groups included; what is `given` wins. Raises `UsageError`."""
-    for name in given.keys() & WHO_COMES:
-        raise UsageError(f"the groups of --event say who comes and when: leave out {OPTIONS[name].flag}")
-    fields = _fields_in(file.above, file, 0) | given
-    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(file.people, 1))
-    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
-    if times > 1:
-        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
-    return fields | {"event": groups, "count": sum(group.count for group in groups)}
-
-
-def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:
-    """The plan of the n-th group, whose keys go before those of all."""
-    fields = _fields_in(table, file, n)
-    try:
-        fields |= _by_stages(fields | {"command": STRESS})
-    except UsageError as error:
-        raise _refused(file, n, "count", str(error)) from None
-    needed = {"a name": {"group"}, "a count": {"count"}, "within or rate": {"within_s", "rate_per_s"}}
-    for what in (what for what, names in needed.items() if not names & fields.keys()):
-        raise _refused(file, n, "", f"a group needs {what}")
-    return dataclasses.replace(base, **fields)
-
-
-def _fields_in(table: Json, file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table sets: that of the n-th group, or (0) what is above all."""
-    fields: Json = {}
-    for key, value in table.items():
-        try:
-            name = _field_of(key, in_group=n > 0)
-            fields[name] = value_in_toml(value, OPTIONS[name], file.path)
-        except argparse.ArgumentTypeError as error:
-            raise _refused(file, n, key, f"{key}: {error}") from None
-    return fields
-
-
-def _field_of(key: str, in_group: bool) -> str:
-    """The field of the plan that a key sets; raises `argparse.ArgumentTypeError`."""
-    known, elsewhere = (GROUP_OPTIONS, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, GROUP_OPTIONS)
-    if key in known:
-        return known[key]
-    if key in elsewhere:
-        raise argparse.ArgumentTypeError(
-            f"this key stands {'above the groups' if in_group else 'in a group'}"
-        )
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
-
-
-NUMBERS = (whole_number, positive_number, rate_of, duration)
-
-
-def value_in_toml(value: Any, row: Option, file: str) -> Any:
-    """The value of an option, from a file; raises `argparse.ArgumentTypeError`. Paths begin where the file is."""
-    if row.repeatable:
-        once = dataclasses.replace(row, repeatable=False)
-        return tuple(
-            value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value])
-        )
-    if not row.kind or (row.const and isinstance(value, bool)):
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"expected true or false, not {value!r}")
-        return value
-    if type(value) in (int, float) and row.kind in NUMBERS:
-        value = str(value)
-    if isinstance(value, dict) and row.kind is profile_value:
-        value = json.dumps(value)
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f"expected {METAVARS[row.kind]}, not {value!r}")
-    is_path = "FILE" in METAVARS[row.kind]
-    return row.kind(os.path.join(os.path.dirname(file), value) if is_path else value)
-
-
-def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
-    """What is said of a key of the n-th group (0: above all), or of the whole group, with its line."""
-    seen = 0
-    for number, line in enumerate(file.text.splitlines(), 1):
-        header = re.match(r"\s*\[\[\s*people\s*\]\]", line)
-        seen += bool(header)
-        if seen == n and (
-            re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header
-        ):
-            return UsageError(f"--event {file.path}, line {number}: {sentence}")
-    return UsageError(f"--event {file.path}: {sentence}")
-
-
-# ==== Command line ==========================================================================================
+# ==== Command line, and an event's file =====================================================================
 
 COMMAND_HELP = {
     STRESS: "make users, start their servers, measure, remove them",
@@ -7695,81 +7518,59 @@ COMMAND_HELP = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses bad usage in one sentence."""
+    """Refuses bad usage in one sentence, and sets only what is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, which sets only what is given.
-
-    Options of all commands stand before or after the command.
-    """
-    only_given: Json = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    """The parser of the command line. Options of all commands can stand before and after the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, **only_given)
+    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
     for name, row in OPTIONS.items():
-        if row.on == COMMANDS and name != "cleanup_timeout_s":
-            row.add_to(parser, dest=name)
+        if set(COMMANDS) <= set(row.on):
+            row.add_to(parser, name)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        sub = commands.add_parser(command, help=COMMAND_HELP[command], **only_given)
+        sub = commands.add_parser(command, help=COMMAND_HELP[command])
         for name, row in OPTIONS.items():
-            if command in row.on:
-                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name)
+            if command in row.on:  # a list that a command continues would replace the one before it
+                row.add_to(sub, f"{name}_too" if row.repeatable else name)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program."""
+    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program.
+
+    `given` in the result has the fields of the plan that were set, by the command line or an event's file.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    lists = [name for name, row in OPTIONS.items() if row.repeatable]
-    given = vars(build_parser().parse_args(words, argparse.Namespace(**{name: [] for name in lists})))
-    for name in lists:
-        given[name] = (*given[name], *given.pop(f"{name}_too", ()))
-    given = {name: value for name, value in given.items() if value != ()}
-    _check_search(given)
-    given |= event_of(given.pop("event"), given) if "event" in given else _by_stages(given)
-    args = argparse.Namespace(**vars(Plan()) | given)
+    given = vars(build_parser().parse_args(words))
+    for name in [name for name, row in OPTIONS.items() if row.repeatable]:
+        if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
+            given[name] = values
+    if file := given.get("event"):
+        given = read_table(file, 0) | given
+        of_groups = {"event", *OPTIONS["event"].excludes.split()}
+        above = Plan(**{name: value for name, value in given.items() if name not in of_groups})
+        groups = event_groups(file, above)
+        fields = given | {"event": groups, "count": sum(group.count for group in groups)}
+    else:
+        fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
+    args = argparse.Namespace(**vars(Plan()) | fields, given=given.keys() & OPTIONS.keys())
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
-
-
-NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "check_proxy")
-
-
-def _check_search(given: Json) -> None:
-    """Nothing, if a search for capacity is not told what it finds out or decides; else raises `UsageError`."""
-    if "find_capacity" not in given:
-        return
-    if isinstance(given.get("rate_per_s"), Schedule):
-        raise UsageError("--find-capacity begins with one rate: --rate R, without stages")
-    for name in NOT_IN_A_SEARCH if given["command"] == STRESS else ():
-        if name in given:
-            raise UsageError(
-                f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}"
-            )
-
-
-def _by_stages(given: Json) -> Json:
-    """What the stages of a rate decide: for how long requests are sent, or how many people come."""
-    stages = given.get("rate_per_s")
-    if not isinstance(stages, Schedule):
-        return {}
-    name, value = ("count", stages.count) if given["command"] == STRESS else ("duration_s", stages.lasts_s)
-    if name in given:
-        raise UsageError(
-            f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}"
-        )
-    return {name: value}
 
 
 def endpoint_from_environment() -> str | None:
@@ -7787,6 +7588,116 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
     return None
 
 
+def read_table(file: EventFile, n: int) -> Json:
+    """The fields of the plan that a table of an event's file sets, read as the command line that it stands for.
+
+    Table 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
+    """
+    names = {row.name: name for name, row in OPTIONS.items() if (GROUP if n else EVENT) in row.on}
+    parser, fields = _Parser(add_help=False), Json()
+    for name in names.values():
+        OPTIONS[name].add_to(parser, name)
+    for key, value in file.tables[n].items():
+        try:
+            if key not in names:
+                raise UsageError(_no_such_key(key, names, n))
+            name = names[key]
+            words = _words_for(OPTIONS[name], value, os.path.dirname(file.path))
+            read = vars(parser.parse_args(words)).get(name, getattr(Plan, name))
+            fields[name] = tuple(read) if isinstance(read, list) else read
+        except UsageError as error:
+            sentence = re.sub(r"^argument \S+: ", "", str(error))
+            raise file.error(n, key, f"{key}: {sentence}") from None
+    return fields
+
+
+def _no_such_key(key: str, names: Collection[str], n: int) -> str:
+    if any(row.name == key and (EVENT if n else GROUP) in row.on for row in OPTIONS.values()):
+        return f"this key stands {'above the groups' if n else 'in a group'}"
+    near = difflib.get_close_matches(key, names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"there is no such key here: {hint}"
+
+
+def _words_for(row: Option, value: Any, folder: str) -> list[str]:
+    """The words that a key of an event's file stands for; `false` for none. Paths begin where the file is."""
+    if isinstance(value, bool) and (row.const or not row.kind):
+        return [row.flag] * value
+    if isinstance(value, bool) or not row.kind:
+        raise UsageError(f"expected {row.metavar or 'true or false'}, not {value!r}")
+    values = value if row.repeatable and isinstance(value, list) else [value]
+    texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
+    if row.metavar.startswith("FILE"):
+        texts = [os.path.join(folder, text) for text in texts]
+    return [f"{row.flag}={text}" for text in texts]
+
+
+def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
+    """The plans of an event's groups, whose keys go before those of all. Raises `UsageError`."""
+    groups: list[Plan] = []
+    for n in range(1, len(file.tables)):
+        given = read_table(file, n)
+        fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
+        group = dataclasses.replace(base, **fields)
+        for name, sentence in broken_rules(
+            group, {*given, *["keep"] * base.keep}
+        ):  # --keep is for all groups
+            raise file.error(n, OPTIONS[name].name, sentence)
+        needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
+        for need, names in needed.items():
+            if not any(fields.get(name) for name in names):
+                raise file.error(n, "", f"a group needs {need}")
+        groups.append(group)
+    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
+    if times > 1:
+        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
+    return tuple(groups)
+
+
+# ---- What can be used together ------------------------------------------------------------------------------
+
+
+def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
+    """What the stages of a rate decide: how many people come, or for how long requests are sent."""
+    if not isinstance(rate, Schedule):
+        return {}
+    return {"count": rate.count} if command == STRESS else {"duration_s": rate.lasts_s}
+
+
+def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Each field of those that were given that cannot be what it is, with the sentence that says why."""
+    given = [name for name in OPTIONS if name in given and getattr(plan, name)]
+    for name in given:
+        row = OPTIONS[name]
+        needs, excludes = row.needs.split(), row.excludes.split()
+        if plan.command not in row.rules_on:
+            needs = excludes = []
+        if needs and not any(getattr(group, need) for group in plan.groups for need in needs):
+            flags = " or ".join(OPTIONS[need].flag for need in needs)
+            yield name, f"{row.flag} has a meaning only with {flags}"
+        for other in (other for other in excludes if other in given):
+            yield other, row.because.format(OPTIONS[other].flag)
+        package, module = row.package
+        if package and not optional(module):
+            yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"
+    for name in decided_by_stages(plan.command, plan.rate_per_s):
+        row = OPTIONS[name]
+        if name in given:
+            yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
+        if plan.find_capacity:
+            yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
+    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    first = round(rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S))
+    if plan.max_servers and first > plan.max_servers:
+        yield (
+            "max_servers",
+            f"--max-servers {plan.max_servers}: the first step has {first} people; lower --rate",
+        )
+    if plan.processes > plan.workers:
+        sentence = f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
+        yield "processes", sentence
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     fields = {field.name for field in dataclasses.fields(Plan)}
@@ -7799,115 +7710,58 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     `paths` tells whether there will be results, so that conditions can be on any of their numbers.
     """
     plan = plan_of(args)
-    for name in ("count", "batch_size", "workers"):
-        if (value := getattr(plan, name)) < 1:
-            raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
-    if files := [OPTIONS[name].flag for name in WRITTEN_BY_A_RUN if plan.dry_run and getattr(plan, name)]:
-        raise UsageError(f"--dry-run measures nothing that {files[0]} could show: give one of them")
-    _validate_rehearsal(plan, Plan())
-    for group in plan.event:
+    differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
+    for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
         try:
-            _validate_rehearsal(group, dataclasses.replace(plan, group=group.group))
-        except UsageError as error:
-            raise UsageError(f"--event, group {group.group}: {error}") from None
-    if plan.processes > plan.workers:
-        raise UsageError(
-            f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
-        )
+            if row.kind and isinstance(value, (int, str)):  # as it would have to be on the command line
+                row.kind(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{row.flag}: {error}") from None
+    # The seeds' functions are always called with a count.
+    for _, sentence in broken_rules(plan, getattr(args, "given", {*differs} - {"count"})):
+        raise UsageError(sentence)
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
-        raise UsageError(
-            f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}"
-        )
-    _validate_conditions(plan, paths and not plan.find_capacity)
-    _validate_files(plan)
-    for flag, given, module, package in (
-        ("--report", plan.report, "plotly", "plotly"),
-        ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
-        ("--metrics-port", plan.metrics_port, "prometheus_client", "prometheus-client"),
-    ):
-        if given and not optional(module):
-            raise UsageError(f"{flag} needs {package}, which is not installed: pip install {package}")
+        names = ", ".join(sorted(OPERATIONS))
+        raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {names}")
+    for each in plan.fail_if:
+        if why_not := _why_not_judged(each, plan, paths and not plan.find_capacity):
+            raise UsageError(f"--fail-if {each.text!r}: {why_not}")
     missing = {
-        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
-        "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
+        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": plan.endpoint,
+        "no token: set JUPYTERHUB_API_TOKEN, or give --token": plan.token,
     }
     if None in missing.values() and not plan.dry_run:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
-WRITTEN_BY_A_RUN = ("results", "report", "samples", "metrics_port")
+def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
+    """Why a run cannot judge a condition; "" when it can."""
+    if nearest := instead_of(limit.metric, paths):
+        known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
+        return f"no {limit.metric!r} {known}; nearest is {nearest}"
+    for name in re.findall(r"\[([^]]*)\]", limit.metric):
+        if name not in [group.group for group in plan.event]:
+            return f"there is no group {name!r}"
+    if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
+        return f"the unit {limit.unit!r} does not fit {limit.metric}"
+    return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
 
 
-def _validate_files(plan: Plan) -> None:
-    """Nothing, if the files that are asked for can be written; else raises `UsageError`."""
-    for name, can_be_written in (
-        ("results", writable_file),
-        ("report", writable_file),
-        ("samples", samples_file),
-    ):
-        try:
-            if path := getattr(plan, name):
-                can_be_written(path)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{OPTIONS[name].flag}: {error}") from None
-
-
-def _validate_conditions(plan: Plan, paths: bool) -> None:
-    """Nothing, if each condition can be judged; else raises `UsageError`."""
-    for one in plan.fail_if:
-        if nearest := instead_of(one.metric, paths):
-            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
-            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
-        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
-            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
-        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
-            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
-        if one.unit == "x" and not plan.baseline:
-            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
-
-
-def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
-    """Nothing, if what differs from what is usual can be used together; else raises `UsageError`."""
-    given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
-    together = {*given, *["keep"] * plan.keep}  # which holds for all groups
-    for one, other, why_not in (
-        ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
-        ("stay_s", "keep", "lets each leave, and --keep nobody"),
-        ("check_proxy", "keep", "lets a server end, and --keep keeps all"),
-        ("within_s", "rate_per_s", "and --rate both say when people come"),
-    ):
-        if {one, other} <= together:
-            raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
-    for names, there, others in (
-        (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
-        (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
-        (("max_servers", "duration_s"), plan.find_capacity or plan.command == ACTIVITY, "--find-capacity"),
-        (("seed",), any(group.within_s for group in plan.groups), "--within"),
-    ):
-        for name in names:
-            if name in given and not there:
-                raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
-    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (
-        plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    )
-    if plan.max_servers and round(first) > plan.max_servers:
-        raise UsageError(
-            f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate"
-        )
+# ---- Logging, and the program -------------------------------------------------------------------------------
 
 
 class _Redacting(logging.Formatter):
-    """Log lines, tracebacks included, from which the token is taken out."""
+    """Log lines, tracebacks included, without the secrets of a run."""
 
-    def __init__(self, *tokens: str | None) -> None:
+    def __init__(self, secrets: Collection[str]) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._tokens = [token for token in tokens if token]
+        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be part of another
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        for token in self._tokens:
-            line = line.replace(token, "***")
+        for secret in self._secrets:
+            line = line.replace(secret, "***")
         return line
 
 
@@ -7916,19 +7770,20 @@ def setup_logging(
 ) -> None:
     """Log to standard error, or to a file, and say where. Raises `UsageError` when that file cannot be used.
 
-    A file that is there already is added to if it is a log of ours, and refused otherwise.
+    A file that is there already is added to if it is a log of this tool, and refused otherwise.
     """
-    tokens = (getattr(args, "token", None), getattr(args, "visit_token", None))
+    plan = plan_of(args) if args else Plan()
     handler: logging.Handler = logging.StreamHandler()
     if log_to_file:
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    handler.setFormatter(_Redacting(*tokens))
+    values = [value for _, value in plan.headers]
+    handler.setFormatter(_Redacting({each for each in (plan.token, plan.visit_token, *values) if each}))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
-        LOG.info("Started with %s", plan_of(args).options())
+        LOG.info("Started with %s", plan.options())
     sys.excepthook = _log_uncaught
 
 
@@ -7936,22 +7791,20 @@ def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
     import tempfile
 
+    path = str(log_to_file)
+    if log_to_file is True:
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
     try:
-        if log_to_file is True:
-            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-            path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
-        else:
-            path = str(log_to_file)
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
                 file.write(f"{LOG_HEADER}, version {__version__}\n")
             file.seek(0)
-            if not file.readline().startswith(LOG_HEADER):
-                raise UsageError(
-                    f"--log-to-file {path}: this file is there already and is not a log of ours; name another"
-                )
+            ours = file.readline().startswith(LOG_HEADER)
     except OSError as error:
-        raise UsageError(f"--log-to-file {log_to_file}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"--log-to-file {path}: cannot be written ({error.strerror})") from None
+    if not ours:
+        raise UsageError(f"--log-to-file {path}: this file is not a log of hub-stress-test; name another")
     return path
 
 
@@ -7989,10 +7842,8 @@ def show(render: Callable[..., str]) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     try:
         print(render(colour=colour), flush=True)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left in the buffer goes nowhere
+    except BrokenPipeError:  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> None:
@@ -8159,7 +8010,7 @@ if locust_is_loading():
         """The plan of a test, from the command line or the web form; raises `UsageError`."""
         options, given = vars(environment.parsed_options), Json()
         for name, row in LOCUST_OPTIONS.items():
-            if name in ("endpoint", "token"):
+            if name in ("endpoint", "token", "headers"):
                 continue
             value = options[row.locust_flag[2:].replace("-", "_")]
             try:
@@ -8182,6 +8033,7 @@ if locust_is_loading():
             )
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
+        given |= {"headers": environment.hub_headers}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
@@ -8283,6 +8135,8 @@ if locust_is_loading():
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
         environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        environment.hub_headers = tuple(map(header, options.hub_header or ()))
+        options.hub_header = None
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
         environment.hub_reports, environment.hub_failed = {}, False
         for kind in environment.user_classes:
