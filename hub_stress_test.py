@@ -98,7 +98,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import requests
@@ -149,7 +149,6 @@ PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
-VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -457,10 +456,10 @@ def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
 
 
 def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
-    """What makes a value from a text of this form, and refuses another text, 0 and nothing."""
+    """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
 
     def parse(text: str) -> T:
-        """A value from a text of one form."""
+        """The value of a text; raises `argparse.ArgumentTypeError`."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
             raise bad_value(expected, text)
         return value
@@ -555,21 +554,18 @@ def token_text(text: str) -> Secret:
     return Secret(text)
 
 
-OWN_HEADERS = {
-    "authorization": "the hub's token is sent in it",
-    "content-length": "it is set for each request",
-    "host": "it is set from the URL",
-}
-
-
 def header(text: str) -> tuple[str, Secret]:
     """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
     match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
     if not match:
         raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
-    if why_not := OWN_HEADERS.get(match[1].lower()):
-        raise argparse.ArgumentTypeError(f"the header {match[1]} cannot be chosen: {why_not}")
-    return match[1], Secret(match[2])
+    name, value = match.groups()
+    if name.lower() in ("authorization", "content-length", "host"):
+        why_not = (
+            "the hub's token is sent in it" if name.lower() == "authorization" else "each request has its own"
+        )
+        raise argparse.ArgumentTypeError(f"the header {name} cannot be set: {why_not}")
+    return name, Secret(value)
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -609,8 +605,7 @@ def watched(text: str) -> Watched:
     """A process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        example = "NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…)"
-        raise bad_value(example, without_credentials(text))
+        raise bad_value("NAME=URL, like proxy=http://proxy:8002/metrics (not hub)", without_credentials(text))
     return Watched(name, url)
 
 
@@ -624,7 +619,7 @@ def condition(text: str) -> Condition:
     return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
 
-# ---- Files ---------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def writable_file(text: str) -> str:
@@ -644,7 +639,7 @@ def samples_file(text: str) -> str:
 
 @contextlib.contextmanager
 def reading(path: str, kind: str) -> Iterator[str]:
-    """The text of a file, for a `with` block that reads it; its errors refuse the file as one of this kind."""
+    """The text of a file, for a `with` block that reads it, whose errors refuse the file."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield file.read()
@@ -728,7 +723,7 @@ SIX_TIMES_SEVEN = Code("6*7")
 
 
 def notebook(text: str) -> Notebook:
-    """The code cells of an .ipynb or of a Python file in percent format; one tagged raises-exception may raise."""
+    """The code cells of an .ipynb or a # %% file in order; those tagged raises-exception may raise."""
     with reading(text, "a notebook") as content:
         if text.endswith(".ipynb"):
             code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
@@ -756,7 +751,7 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """An event's file: its text, and its tables as TOML has them: what stands above the groups, then each group."""
+    """An event's file: its text, and its tables as TOML has them: the one above the groups, then each group's."""
 
     path: str
     text: str
@@ -786,7 +781,7 @@ def event_file(text: str) -> EventFile:
     return EventFile(text, content, [above, *people])
 
 
-# ---- Options -------------------------------------------------------------------------------------------------
+# ---- Options -------------------------------------------------------------------------------------
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
 STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
@@ -840,11 +835,11 @@ class Option:
         if self.kind:
             settings |= {"type": self.kind, "metavar": self.metavar}
             settings |= {"nargs": "?", "const": self.const} if self.const else {}
-        kind_of_action = "append" if self.repeatable else "store" if self.kind else "store_true"
-        parser.add_argument(*self.flags, action=kind_of_action, **settings)
+        action = "append" if self.repeatable else "store" if self.kind else "store_true"
+        parser.add_argument(*self.flags, action=action, **settings)
 
     def add_to_locust(self, parser: Any) -> None:
-        """As --hub-…, whose values stay text: that is what a web form holds and what Locust sends to workers."""
+        """As --hub-…, whose values stay text, which a web form holds and Locust sends to workers."""
 
         def check(text: str) -> str:
             if text and self.kind:
@@ -869,7 +864,7 @@ def option(
     on: Collection[str] = (*COMMANDS, EVENT),
     **rules: Any,
 ) -> Any:
-    """A field of the plan with its option. A default that is text is shown in the help, and read like a value."""
+    """A field of the plan with its option. A default that is text is read like a value, and shown in the help."""
     flags = tuple(word for word in usage.split() if word.startswith("-"))
     text = default if isinstance(default, str) else ""
     row = Option(flags, usage.partition(f"{flags[-1]} ")[2], help, kind, text, on, **rules)
@@ -888,138 +883,121 @@ class Plan:
     """What was asked for: whom, how many, how they arrive, what is sent, when the run has failed."""
 
     command: str = STRESS
+    # A row for each option: how it is written, what it does, its value and default, its rules.
     # fmt: off
-    endpoint: str | None = option(
-        "-e --endpoint URL", "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
-        endpoint_url, locust=True)
-    token: Secret | None = option(
-        "-t --token TOKEN", "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
-        token_text, on=COMMANDS, reported=False, locust=True)
-    headers: tuple[tuple[str, Secret], ...] = option(
-        "--header 'NAME: VALUE'", "send this header to the hub too, for a proxy that wants it; repeatable",
-        header, (), on=COMMANDS, repeatable=True, reported=False, locust=True)
-    dry_run: bool = option(
-        "--dry-run", "send no request; print the plan: who, when, what, and what it costs",
+    endpoint: str | None = option("-e --endpoint URL",
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True)
+    token: Secret | None = option("-t --token TOKEN",
+        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, on=COMMANDS,
+        reported=False, locust=True)
+    headers: tuple[tuple[str, Secret], ...] = option("--header 'Name: value'",
+        "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
+        repeatable=True, reported=False, locust=True)
+    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
         excludes="results report samples metrics_port",
         because="--dry-run measures nothing that {} could show: give one of them")
-    log_to_file: bool | str = option(
-        "--log-to-file FILE", "log to FILE, or to a new file in the temporary directory", str, const=True)
-    verbose: bool = option(
-        "-v --verbose", "debug log, one line for each request with its response time")
-    run: str | None = option(
-        "--run NAME", "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
-        run_name, locust="locust")
-    results: str | None = option(
-        "--results FILE", "write the results as JSON", writable_file)
-    report: str | None = option(
-        "--report FILE", "write a report as one HTML page (needs plotly)", writable_file, package=("plotly", "plotly"))
-    fail_if: tuple[Condition, ...] = option(
-        "--fail-if CONDITION", "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces "
-        "the default, failed > 0", condition, (), repeatable=True, locust=True)
-    baseline: Json | None = option(
-        "--baseline FILE", "results of an earlier run: print old, new and ratio", results_file, reported=False)
-    count: int = option(
-        "-c --count N", "users, in stress-test each with a server",
-        whole_number, "100", on=(*LOADS, GROUP), compared=True)
-    batch_size: int = option(
-        "-b --batch-size N", "servers starting, users made or removed at the same time",
+    log_to_file: bool | str = option("--log-to-file FILE",
+        "log to FILE, or to a new file in the temporary directory", str, const=True)
+    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
+    run: str | None = option("--run NAME",
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
+    results: str | None = option("--results FILE", "write the results as JSON", writable_file)
+    report: str | None = option("--report FILE", "write a report as one HTML page (needs plotly)",
+        writable_file, package=("plotly", "plotly"))
+    fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
+        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
+        (), repeatable=True, locust=True)
+    baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
+        results_file, reported=False)
+    count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
+        on=(*LOADS, GROUP), compared=True)
+    batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
         whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
-    keep: bool = for_loads(
-        "-k --keep", "leave the users, and their servers, on the hub", excludes="stay_s check_proxy",
+    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
+        excludes="stay_s check_proxy",
         because="{} ends servers, and --keep leaves them running: give one of them")
-    profile: str | Json | None = for_groups(
-        "-p --profile P", "a profile's slug, or a JSON object of user options", profile_value)
-    own_servers: bool = option(
-        "--own-servers", "no admin rights needed: start named servers of your own, instead of making users",
+    profile: str | Json | None = for_groups("-p --profile P",
+        "a profile's slug, or a JSON object of user options", profile_value)
+    own_servers: bool = option("--own-servers",
+        "no admin rights needed: start named servers of your own, instead of making users",
         on=(STRESS, PURGE, EVENT), compared=True, locust=True)
-    server_timeout_s: float = for_groups(
-        "--server-timeout DURATION", "how long a person waits for a server", duration, "60s")
-    fail_fast: int = for_people(
-        "--fail-fast N", "start no more servers after N failures in a row (1)", whole_number, 0, const=1)
-    rate_per_s: float | Schedule | None = option(
-        "--rate R", "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
-        rate_of, on=(*LOADS, GROUP), compared=True)
-    hold_s: float = for_people(
-        "--hold DURATION", "keep the servers for so long, then check that all are still there",
-        duration, 0.0, compared=True, excludes="stay_s",
-        because="{} says when each leaves, and --hold when all do: give one of them")
-    within_s: float | None = option(
-        "--within DURATION", "people come at random moments within this time, however slow the hub",
-        duration, on=(STRESS, GROUP), compared=True, excludes="rate_per_s",
+    server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
+        duration, "60s")
+    fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
+        whole_number, 0, const=1)
+    rate_per_s: float | Schedule | None = option("--rate R",
+        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
+        on=(*LOADS, GROUP), compared=True)
+    hold_s: float = for_people("--hold DURATION",
+        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them")
+    within_s: float | None = option("--within DURATION",
+        "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
+        compared=True, excludes="rate_per_s",
         because="--within and {} both say when people come: give one of them")
-    event: tuple[Plan, ...] = option(
-        "--event FILE.toml", "who comes, when, and what they do, in groups: see README",
-        event_file, (), on=(STRESS,), compared=True, excludes="count within_s rate_per_s",
+    event: tuple[Plan, ...] = option("--event FILE.toml",
+        "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
+        compared=True, excludes="count within_s rate_per_s",
         because="the groups of --event say who comes and when: leave out {}")
-    group: str = option(
-        "--name NAME", "of a group", group_name, "", on=(GROUP,))
-    after_s: float = option(
-        "--after DURATION", "a group begins to come so long after the run", duration, 0.0, on=(GROUP,))
-    seed: int | None = for_people(
-        "--seed N", "draw the moments of --within as this seed did", whole_number, needs="within_s")
-    visit: bool = for_groups(
-        "--visit", "each person opens the start page of their server", locust_name="open")
-    visit_timeout_s: float = for_people(
-        "--visit-timeout DURATION", "how long a person tries to open it",
+    group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
+    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+        on=(GROUP,))
+    seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
+        needs="within_s")
+    visit: bool = for_groups("--visit", "each person opens the start page of their server",
+        locust_name="open")
+    visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
         duration, "30s", needs="visit page work check_proxy", locust=True)
-    page: Recording | None = for_groups(
-        "--page FILE.har", "each person fetches what a browser did that this HAR file recorded", recording)
-    work: bool = for_groups(
-        "--work", "each person starts a kernel and runs cells (needs websocket-client)",
+    page: Recording | None = for_groups("--page FILE.har",
+        "each person fetches what a browser did that this HAR file recorded", recording)
+    work: bool = for_groups("--work", "each person starts a kernel and runs cells (needs websocket-client)",
         package=("websocket-client", "websocket"))
-    notebook: Notebook | None = for_groups(
-        "--notebook FILE", "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, "
-        "again and again", notebook, needs="work")
-    think_s: float = for_groups(
-        "--think DURATION", "between the result of a cell and the next cell", duration, "10s", needs="work")
-    cell_timeout_s: float = for_people(
-        "--cell-timeout DURATION", "how long a person waits for a kernel or a cell",
-        duration, "60s", needs="work", locust=True)
-    stay_s: float | None = for_groups(
-        "--stay DURATION", "each person leaves so long after starting to work; without it all stay until "
-        "the last has come", duration, locust="60s")
-    check_proxy: bool = for_people(
-        "--check-proxy", "after the load: does the proxy lose connections when servers end? Takes some "
-        "three minutes")
-    public_url: str | None = for_people(
-        "--public-url URL", "where people reach the hub, if not at the endpoint",
-        endpoint_url, needs="visit page work check_proxy", locust=True)
-    workers: int = for_requests(
-        "--workers N", "threads that send; with --rate up to 200, as the rate needs", whole_number, "100")
-    duration_s: float | None = option(
-        "--duration DURATION", "send for so long, without it once for each user; of a search, a step (10s, "
-        "people 60s)", duration, on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
-    processes: int = for_requests(
-        "--processes N", "spread the threads over N processes", whole_number, "1")
-    mix: Mapping[str, float] | None = for_requests(
-        "--mix NAME=WEIGHT,…", "operations by weight (activity=1); read and list are there too",
-        mix_of, compared=True, locust="activity=1")
-    operations: str | None = for_requests(
-        "--operations FILE", "a file that registers operations of your own", str, locust=True)
-    find_capacity: bool = option(
-        "--find-capacity", "raise the rate until a condition is met: what does the hub sustain? How many "
-        "people a minute?", on=LOADS, rules_on=(STRESS,),
-        excludes="count within_s event hold_s stay_s keep check_proxy",
+    notebook: Notebook | None = for_groups("--notebook FILE",
+        "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
+        notebook, needs="work")
+    think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
+        duration, "10s", needs="work")
+    cell_timeout_s: float = for_people("--cell-timeout DURATION",
+        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True)
+    stay_s: float | None = for_groups("--stay DURATION",
+        "each person leaves so long after starting to work; without it all stay until the last has come",
+        duration, locust="60s")
+    check_proxy: bool = for_people("--check-proxy",
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes")
+    public_url: str | None = for_people("--public-url URL",
+        "where people reach the hub, if not at the endpoint", endpoint_url,
+        needs="visit page work check_proxy", locust=True)
+    workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
+        whole_number, "100")
+    duration_s: float | None = option("--duration DURATION",
+        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+    processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
+    mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
+        "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
+        locust="activity=1")
+    operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
+        str, locust=True)
+    find_capacity: bool = option("--find-capacity",
+        "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
+        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
         because="--find-capacity says who comes, and when they leave: leave out {}")
-    max_servers: int | None = option(
-        "--max-servers N", "with --find-capacity: no more than N servers at one time",
-        whole_number, on=(STRESS,), needs="find_capacity")
-    cleanup_timeout_s: float = option(
-        "--cleanup-timeout DURATION", "cleanup gives up after so long without progress (5m)",
-        duration, CLEANUP_TIMEOUT_S)
-    watch: Sequence[Watched] = for_loads(
-        "--watch NAME=URL", "read this Prometheus page of another process too, without the token; repeatable",
-        watched, (), repeatable=True)
-    samples: str | None = for_loads(
-        "--samples FILE", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
-    metrics_port: int | None = for_loads(
-        "--metrics-port N", "while it lasts, serve the run to Prometheus on this port, to other machines too "
-        "(needs prometheus-client)", whole_number, package=("prometheus-client", "prometheus_client"))
-    scale: float = option(
-        "--scale R", "a RunningServer sends R times as often as every 300 s",
+    max_servers: int | None = option("--max-servers N",
+        "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
+        needs="find_capacity")
+    cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
+        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S)
+    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "read this Prometheus page of another process too, without the token; repeatable", watched, (),
+        repeatable=True)
+    samples: str | None = for_loads("--samples FILE",
+        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
+    metrics_port: int | None = for_loads("--metrics-port N",
+        "while it lasts, serve the run to Prometheus on this port of all interfaces (needs prometheus-client)",
+        whole_number, package=("prometheus-client", "prometheus_client"))
+    scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
         positive_number, "1", on=(), locust=True)
-    visits: int = option(
-        "--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
+    visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
     # fmt: on
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
@@ -1045,7 +1023,7 @@ class Plan:
 
     @property
     def rehearses(self) -> bool:
-        """Whether people are followed until they can work; those of an event always, if only to a ready server."""
+        """Whether people are followed until they can work, those of an event if only to a ready server."""
         return self.opens or bool(self.event or self.group)
 
     @property
@@ -1066,7 +1044,7 @@ class Plan:
         return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
     def options(self) -> Json:
-        """The options of the command, or of a group, with their values, for results and log; without secrets."""
+        """The options of the command, or of a group, with their values, for results and log."""
         place = GROUP if self.group else self.command
         rows = {name: row for name, row in OPTIONS.items() if place in row.on and row.reported}
         return {row.key: _reported(getattr(self, name)) for name, row in rows.items()}
@@ -7545,9 +7523,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program.
+    """The command line, completed from the environment. Raises `UsageError`; --help and --version end Python.
 
-    `given` in the result has the fields of the plan that were set, by the command line or an event's file.
+    Its `given` are the fields of the plan that the command line or an event's file has set.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
@@ -7589,7 +7567,7 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
 
 
 def read_table(file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table of an event's file sets, read as the command line that it stands for.
+    """The fields of the plan that a table of an event's file sets, read as the command line it stands for.
 
     Table 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
     """
@@ -7639,9 +7617,8 @@ def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
         given = read_table(file, n)
         fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
         group = dataclasses.replace(base, **fields)
-        for name, sentence in broken_rules(
-            group, {*given, *["keep"] * base.keep}
-        ):  # --keep is for all groups
+        of_all = {"keep"} if base.keep else set()
+        for name, sentence in broken_rules(group, given.keys() | of_all):
             raise file.error(n, OPTIONS[name].name, sentence)
         needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
         for need, names in needed.items():
@@ -7654,7 +7631,7 @@ def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
     return tuple(groups)
 
 
-# ---- What can be used together ------------------------------------------------------------------------------
+# ---- What can be used together -------------------------------------------------------------------
 
 
 def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
@@ -7686,16 +7663,12 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
-    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    first = round(rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S))
-    if plan.max_servers and first > plan.max_servers:
-        yield (
-            "max_servers",
-            f"--max-servers {plan.max_servers}: the first step has {first} people; lower --rate",
-        )
-    if plan.processes > plan.workers:
-        sentence = f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
-        yield "processes", sentence
+    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
+    if most and first > most:
+        yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
+    if (processes := plan.processes) > (workers := plan.workers):
+        yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -7748,7 +7721,7 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
 
 
-# ---- Logging, and the program -------------------------------------------------------------------------------
+# ---- Logging, and the program --------------------------------------------------------------------
 
 
 class _Redacting(logging.Formatter):
@@ -7784,7 +7757,7 @@ def setup_logging(
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
         LOG.info("Started with %s", plan.options())
-    sys.excepthook = _log_uncaught
+    sys.excepthook = lambda *error: LOG.critical("This is a bug of hub-stress-test", exc_info=error)
 
 
 def _log_path(log_to_file: bool | str) -> str:
@@ -7806,10 +7779,6 @@ def _log_path(log_to_file: bool | str) -> str:
     if not ours:
         raise UsageError(f"--log-to-file {path}: this file is not a log of hub-stress-test; name another")
     return path
-
-
-def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    LOG.critical("This is a bug of hub-stress-test", exc_info=(kind, error, traceback))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
