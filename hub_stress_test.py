@@ -751,7 +751,7 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """An event's file: its text, and its tables as TOML has them: the one above the groups, then each group's."""
+    """An event's file: its text, and its tables as TOML has them: what stands above the groups, then each."""
 
     path: str
     text: str
@@ -784,7 +784,12 @@ def event_file(text: str) -> EventFile:
 # ---- Options -------------------------------------------------------------------------------------
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
-STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
+COMMANDS = {
+    "stress-test": "make users, start their servers, measure, remove them",
+    "activity-stress-test": "send the activity reports of running servers, measure",
+    "purge": "remove the users that earlier runs left behind",
+}
+STRESS, ACTIVITY, PURGE = COMMANDS
 LOADS = (STRESS, ACTIVITY)
 EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
@@ -803,7 +808,7 @@ class Option:
     needs: str = ""  # fields: without any of them it has no meaning
     excludes: str = ""  # fields that cannot be given beside it,
     because: str = ""  # and the sentence that says why not, with {} for their flag
-    rules_on: Collection[str] = COMMANDS  # the commands in which it needs and excludes them
+    rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
     package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
@@ -864,7 +869,7 @@ def option(
     on: Collection[str] = (*COMMANDS, EVENT),
     **rules: Any,
 ) -> Any:
-    """A field of the plan with its option. A default that is text is read like a value, and shown in the help."""
+    """A field of the plan with its option. A default that is text is shown, and read like a value."""
     flags = tuple(word for word in usage.split() if word.startswith("-"))
     text = default if isinstance(default, str) else ""
     row = Option(flags, usage.partition(f"{flags[-1]} ")[2], help, kind, text, on, **rules)
@@ -993,8 +998,8 @@ class Plan:
     samples: str | None = for_loads("--samples FILE",
         "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
     metrics_port: int | None = for_loads("--metrics-port N",
-        "while it lasts, serve the run to Prometheus on this port of all interfaces (needs prometheus-client)",
-        whole_number, package=("prometheus-client", "prometheus_client"))
+        "serve the run to Prometheus on this port of all interfaces (needs prometheus-client)", whole_number,
+        package=("prometheus-client", "prometheus_client"))
     scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
         positive_number, "1", on=(), locust=True)
     visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
@@ -7488,12 +7493,6 @@ def _results_as_json(plan: Plan) -> Json:
 
 # ==== Command line, and an event's file =====================================================================
 
-COMMAND_HELP = {
-    STRESS: "make users, start their servers, measure, remove them",
-    ACTIVITY: "send the activity reports of running servers, measure",
-    PURGE: "remove the users that earlier runs left behind",
-}
-
 
 class _Parser(argparse.ArgumentParser):
     """Refuses bad usage in one sentence, and sets only what is given."""
@@ -7514,8 +7513,8 @@ def build_parser() -> argparse.ArgumentParser:
         if set(COMMANDS) <= set(row.on):
             row.add_to(parser, name)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(command, help=COMMAND_HELP[command])
+    for command, help in COMMANDS.items():
+        sub = commands.add_parser(command, help=help)
         for name, row in OPTIONS.items():
             if command in row.on:  # a list that a command continues would replace the one before it
                 row.add_to(sub, f"{name}_too" if row.repeatable else name)
