@@ -407,6 +407,13 @@ def test_every_option_is_tried_but_those_of_an_events_file() -> None:
     assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "group", "after_s", "scale", "visits"}  # or of Locust
 
 
+def test_the_rules_of_an_option_are_about_other_options() -> None:
+    for row in hst.OPTIONS.values():
+        assert {*row.needs.split(), *row.excludes.split()} <= hst.OPTIONS.keys()
+        assert ("{}" in row.because) == bool(row.excludes)
+    assert len(hst.OPTIONS) <= 48
+
+
 @pytest.mark.parametrize("command", hst.COMMANDS)
 def test_the_results_options_are_those_of_the_command_without_secrets_and_baseline(command: str, files: Path) -> None:
     plan = plan_for(command, *HUB, "--baseline", "old.json", "--fail-if", "failed > 2", "--fail-if", "throttled > 9")
