@@ -401,9 +401,6 @@ class Condition:
     limit: float  # seconds, a share, a number, or a multiple of the baseline's value
     unit: str  # as it was written; x for such a multiple
 
-    def __str__(self) -> str:
-        return self.text
-
     def judge(self, results: Json, baseline: Json | None) -> Judgement:
         """Whether the condition is met. A metric without data meets every condition."""
         value, before = metric_value(results, self.metric), None
@@ -667,9 +664,6 @@ class Recording:
     file: str
     requests: tuple[tuple[str, int], ...]
 
-    def __str__(self) -> str:
-        return self.file
-
 
 SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
@@ -714,9 +708,6 @@ class Notebook:
 
     file: str
     cells: tuple[Code, ...]
-
-    def __str__(self) -> str:
-        return self.file
 
 
 SIX_TIMES_SEVEN = Code("6*7")
@@ -800,6 +791,9 @@ class Option:
     """How a field of the plan is written, and the rules that it brings with it."""
 
     flags: tuple[str, ...]
+    flag: str  # the long one
+    name: str  # in an event's file
+    key: str  # in the results' `options`
     metavar: str
     help: str
     kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
@@ -815,28 +809,10 @@ class Option:
     compared: bool = False  # a baseline with another value is no fair comparison
     reported: bool = True  # in results and log
     locust: bool | str = False  # whether Locust has it; text: with another default
-    locust_name: str = ""  # where it is called otherwise there
-
-    @property
-    def flag(self) -> str:
-        return self.flags[-1]
-
-    @property
-    def name(self) -> str:
-        """What an event's file calls it."""
-        return self.flag[2:]
-
-    @property
-    def key(self) -> str:
-        """What the results' `options` call it."""
-        return self.name.replace("-", "_")
-
-    @property
-    def locust_flag(self) -> str:
-        return f"--hub-{self.locust_name or self.name}"
+    locust_flag: str = ""
 
     def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
-        settings: Json = {"help": self.help + f" ({self.default})" * bool(self.default), "dest": dest}
+        settings: Json = {"help": self.help, "dest": dest}
         if self.kind:
             settings |= {"type": self.kind, "metavar": self.metavar}
             settings |= {"nargs": "?", "const": self.const} if self.const else {}
@@ -871,8 +847,12 @@ def option(
 ) -> Any:
     """A field of the plan with its option. A default that is text is shown, and read like a value."""
     flags = tuple(word for word in usage.split() if word.startswith("-"))
-    text = default if isinstance(default, str) else ""
-    row = Option(flags, usage.partition(f"{flags[-1]} ")[2], help, kind, text, on, **rules)
+    flag, text = flags[-1], default if isinstance(default, str) else ""
+    name, metavar = flag[2:], usage.partition(f"{flag} ")[2]
+    package, _ = rules.get("package", ("", ""))
+    help += f" ({text})" * bool(text) + f" (needs {package})" * bool(package)
+    rules = {"locust_flag": f"--hub-{name}"} | rules
+    row = Option(flags, flag, name, name.replace("-", "_"), metavar, help, kind, text, on, **rules)
     value = kind(text) if kind and text else default if kind else False
     return dataclasses.field(default=value, metadata={"option": row})
 
@@ -907,8 +887,8 @@ class Plan:
     run: str | None = option("--run NAME",
         "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
     results: str | None = option("--results FILE", "write the results as JSON", writable_file)
-    report: str | None = option("--report FILE", "write a report as one HTML page (needs plotly)",
-        writable_file, package=("plotly", "plotly"))
+    report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
+        package=("plotly", "plotly"))
     fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
         "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
         (), repeatable=True, locust=True)
@@ -950,12 +930,12 @@ class Plan:
     seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
         needs="within_s")
     visit: bool = for_groups("--visit", "each person opens the start page of their server",
-        locust_name="open")
+        locust_flag="--hub-open")
     visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
         duration, "30s", needs="visit page work check_proxy", locust=True)
     page: Recording | None = for_groups("--page FILE.har",
         "each person fetches what a browser did that this HAR file recorded", recording)
-    work: bool = for_groups("--work", "each person starts a kernel and runs cells (needs websocket-client)",
+    work: bool = for_groups("--work", "each person starts a kernel and runs cells",
         package=("websocket-client", "websocket"))
     notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
@@ -998,7 +978,7 @@ class Plan:
     samples: str | None = for_loads("--samples FILE",
         "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
     metrics_port: int | None = for_loads("--metrics-port N",
-        "serve the run to Prometheus on this port of all interfaces (needs prometheus-client)", whole_number,
+        "serve the run to Prometheus on this port of all interfaces", whole_number,
         package=("prometheus-client", "prometheus_client"))
     scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
         positive_number, "1", on=(), locust=True)
@@ -1061,7 +1041,11 @@ def _reported(value: Any) -> Any:
         return [_reported(each) for each in value]
     if isinstance(value, Plan):
         return value.options()
-    return value if value is None or isinstance(value, (int, float, str, Mapping)) else str(value)
+    if isinstance(value, (Recording, Notebook)):
+        return value.file
+    if isinstance(value, Condition):
+        return value.text
+    return str(value) if isinstance(value, (Schedule, Watched)) else value
 
 
 OPTIONS: dict[str, Option] = {
