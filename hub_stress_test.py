@@ -7,24 +7,24 @@
 
 Three commands answer, from a shell or a CI job:
 
-  question                                    command                                         takes
-  What would it do? (no request is sent)      --dry-run stress-test --count 30                a second
-  Do three servers start?                     stress-test --count 3                           a start
-  What if 30 people come within a minute?     stress-test --count 30 --rate 0.5               1 to 3 min
-  Can 300 people work, who come in 5 minutes? stress-test --count 300 --within 5m --work      6 to 15 min
-  Does the proxy lose connections of tabs?    stress-test --count 3 --check-proxy             3 min
-  How many people a minute does it take?      stress-test --find-capacity --max-servers 200   10 to 20 min
-  Do 100 servers stay up for ten minutes?     stress-test --count 100 --hold 10m --visit      15 min
-  Can it take the reports of 3,000 servers?   activity-stress-test --rate 10 --duration 5m    5 min
-  How many reports per second does it sustain?activity-stress-test --find-capacity            1 to 4 min
-  What did earlier runs leave?                purge                                           seconds
-  What can I find out without being an admin? stress-test --count 5 --own-servers             a start
+  question                                      command                                         takes
+  What would it do? (no request is sent)        --dry-run stress-test --count 30                a second
+  Do three servers start?                       stress-test --count 3                           a start
+  What if 30 people come within a minute?       stress-test --count 30 --rate 0.5               1 to 3 min
+  Can 300 people work, who come in 5 minutes?   stress-test --count 300 --within 5m --work      6 to 15 min
+  Does the proxy lose connections of tabs?      stress-test --count 3 --check-proxy             3 min
+  How many people a minute does it take?        stress-test --find-capacity --max-servers 200   10 to 20 min
+  Do 100 servers stay up for ten minutes?       stress-test --count 100 --hold 10m --visit      15 min
+  Can it take the reports of 3,000 servers?     activity-stress-test --rate 10 --duration 5m    5 min
+  How many reports per second does it sustain?  activity-stress-test --find-capacity            1 to 4 min
+  What did earlier runs leave?                  purge                                           seconds
+  What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work
-it follows each person through the proxy to the results of their cells; with --own-servers it needs no admin
-rights, and starts named servers of the token's owner instead. activity-stress-test makes users alone, and
-sends the activity reports that running servers send. purge removes what earlier runs left behind. Where one
-machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
+stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
+follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
+starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
+enough, Locust runs this same file: locust -f hub_stress_test.py.
 
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
 starts and stops their servers, and deletes them. It writes to users that it made; purge and
@@ -32,19 +32,17 @@ activity-stress-test also to those of earlier runs, whose whole name follows tha
 admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
 listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
 that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
-connections keeps those it lost for an hour, which no cleanup can undo: that is reported, and fails the run.
-With --own-servers all this is true of named servers of the token's owner; the owner's other servers are left
-alone.
+connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
+--own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment
-the hub says that the server is ready, throttling included. "Stay" is a server that was kept up: it failed if
-the server was lost, by the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready
-to the page. "At work" is what a person waits who wants to work: from the moment they were due to the page of
-their server, or to the result of their first cell. "Ping" reads one user five times a second, and counts from
-when each ping was due: it is what everybody else on the hub feels. Every other latency runs from sending a
-request (with --rate, from when it was due) to its final answer, without the time that the tool slept because
-the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what succeeded;
-failures are counted beside them, never averaged in. Percentiles are within 1 %.
+What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
+that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
+was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
+sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
+slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
+succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
 the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
