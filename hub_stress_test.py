@@ -987,7 +987,7 @@ class Plan:
     @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return any(one.visit or one.page or one.work or one.check_proxy for one in self.groups)
+        return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
 
     @property
     def works(self) -> bool:
@@ -7496,7 +7496,7 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
         if plan.command not in row.rules_on:
             needs = excludes = []
         if needs and not any(getattr(group, need) for group in plan.groups for need in needs):
-            flags = " or ".join(OPTIONS[need].flag for need in needs)
+            flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
         for other in (other for other in excludes if other in given):
             yield other, row.because.format(OPTIONS[other].flag)

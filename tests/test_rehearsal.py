@@ -940,7 +940,7 @@ def test_the_options_in_the_results_name_the_files_and_hold_no_token(files: Path
         (["--seed", "7"], "--seed has a meaning only with --within"),
         (["--notebook", "class.py"], "--notebook has a meaning only with --work"),
         (["--think", "10s"], "--think has a meaning only with --work"),
-        (["--public-url", "http://x"], "only with --visit or --page or --work or --check-proxy"),
+        (["--public-url", "http://x"], "only with --visit, --page, --work or --check-proxy"),
         (["--work", "--notebook", "text.ipynb"], "argument --notebook: text.ipynb has no code cells"),
         (["--work", "--notebook", "none.ipynb"], "argument --notebook: none.ipynb cannot be read as a notebook"),
         (["--page", "other.har"], "argument --page: other.har holds no GET below /user/NAME/"),
