@@ -7,52 +7,51 @@
 
 Three commands answer, from a shell or a CI job:
 
-  question                                         command                                           takes
-  What would it do? (no request is sent)           --dry-run stress-test --count 30                  a second
-  Do three servers start?                          stress-test --count 3                             a start
-  What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
-  Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
-  Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
-  How many people a minute does it take?           stress-test --find-capacity --max-servers 200     10 to 20 min
-  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m --visit        15 min
-  Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
-  How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
-  What did earlier runs leave?                     purge                                             seconds
-  What can I find out without being an admin?      stress-test --count 5 --own-servers               a start
+  question                                      command                                         takes
+  What would it do? (no request is sent)        --dry-run stress-test --count 30                a second
+  Do three servers start?                       stress-test --count 3                           a start
+  What if 30 people come within a minute?       stress-test --count 30 --rate 0.5               1 to 3 min
+  Can 300 people work, who come in 5 minutes?   stress-test --count 300 --within 5m --work      6 to 15 min
+  Does the proxy lose connections of tabs?      stress-test --count 3 --check-proxy             3 min
+  How many people a minute does it take?        stress-test --find-capacity --max-servers 200   10 to 20 min
+  Do 100 servers stay up for ten minutes?       stress-test --count 100 --hold 10m --visit      15 min
+  Can it take the reports of 3,000 servers?     activity-stress-test --rate 10 --duration 5m    5 min
+  How many reports per second does it sustain?  activity-stress-test --find-capacity            1 to 4 min
+  What did earlier runs leave?                  purge                                           seconds
+  What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it
-follows each person through the proxy to the results of their cells; with --own-servers it needs no admin rights, and
-starts named servers of whoever the token belongs to instead. activity-stress-test makes users alone, and sends
-the activity reports that running servers send; purge removes what earlier runs left behind.
+stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
+follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
+starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
+enough, Locust runs this same file: locust -f hub_stress_test.py.
 
-Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
+What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
+starts and stops their servers, and deletes them. It writes to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
+admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
+listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
+that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
+connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
+--own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
 
-What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
-stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
-earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
-is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4. What a hub keeps of users that it deletes (unix accounts, home directories, volumes) stays.
-With --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleanup can take back: that
-is reported, and fails the run. With --own-servers it makes no users, but named servers of the token's owner, of which
-all this is true; the owner's other servers are left alone.
+What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
+that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
+was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
+sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
+slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
+succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost, by
-the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready to the page. Every other latency
-runs from sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each ping was
-due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the moment
-they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
-metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
-within 1 %.
+Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
+the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
+143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
-could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
-4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and 143 interrupted by SIGINT
-and SIGTERM, cleaned up.
-
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a proxy, a
-page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
+proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
+names.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import requests
@@ -105,7 +104,7 @@ from urllib3.util.retry import Retry
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-# ==== Constants and exit codes =======================================================================================
+# ==== Constants and exit codes ==============================================================================
 
 __version__ = "0.1.0"
 
@@ -144,7 +143,6 @@ PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
-VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -174,7 +172,7 @@ class ExitCode(enum.IntEnum):
     SIGTERM = 143
 
 
-# ==== Errors, by what the user does next =============================================================================
+# ==== Errors, by what the user does next ====================================================================
 
 
 class HubStressError(Exception):
@@ -212,18 +210,18 @@ class Stopped(Exception):
     """The run was told to stop."""
 
 
-# ==== Pure rules: words and numbers ==================================================================================
+# ==== Pure rules: words and numbers =========================================================================
 
 
 class Secret(str):
-    """A string that shows itself to no repr, so that no traceback, debugger or log can print it by accident."""
+    """A string that no repr shows, so that no traceback, debugger or log can print it by accident."""
 
     def __repr__(self) -> str:
         return "'***'"
 
 
 def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; a dash for None."""
+    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; – for None."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -264,21 +262,22 @@ def without_credentials(url: str) -> str:
 
 def counted(number: float, noun: str, plural: str = "") -> str:
     """A number with its noun: 1 user, 3,000 users, 2 people, 1.5 people."""
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-    return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"
+    digits = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{digits} {noun if digits == '1' else plural or f'{noun}s'}"
 
 
 def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
     """Phase, done, failed, rate, and how long the rest takes at that rate."""
-    of, left = (f" of {total:,}", "") if total else ("", "")
+    of_total, rest = f" of {total:,}" if total else "", ""
     if total and 0 < done < total:
-        left_s = elapsed_s / done * (total - done)
-        left = f", about {f'{left_s:.0f} s' if left_s < 100 else duration_text(left_s)} left"
+        rest_s = elapsed_s / done * (total - done)
+        rest = f", about {f'{rest_s:.0f} s' if rest_s < 100 else duration_text(rest_s)} left"
     some_failed = f", {failed:,} failed" if failed else ""
-    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
+    rate = f"{done / elapsed_s:.1f} per second"
+    return f"{phase}: {done:,}{of_total} done{some_failed} after {elapsed_s:.0f} s, {rate}{rest}"
 
 
-# ==== Pure rules: names ==============================================================================================
+# ==== Pure rules: names =====================================================================================
 
 RUN_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _ANY_RUN = re.compile(rf"{USERNAME_PREFIX}-(?:{RUN_NAME.pattern}-)?(?:0|[1-9][0-9]*)")
@@ -290,12 +289,9 @@ def username(index: int, run: str = "") -> str:
 
 
 def index_of(name: str, run: str = "") -> int | None:
-    """The number in a name of this very run; None for any other name."""
-    prefix = username(0, run)[:-1]
-    digits = name.removeprefix(prefix)
-    if digits == name or not re.fullmatch("0|[1-9][0-9]*", digits):
-        return None
-    return int(digits)
+    """The index in one of this run's user names, else None."""
+    match = re.fullmatch(f"{re.escape(username(0, run)[:-1])}(0|[1-9][0-9]*)", name)
+    return int(match[1]) if match else None
 
 
 def is_test_user(name: str, run: str | None = None) -> bool:
@@ -304,8 +300,8 @@ def is_test_user(name: str, run: str | None = None) -> bool:
 
 
 def first_free_index(names: Iterable[str], run: str = "") -> int:
-    """One more than the highest index in use; gaps are not filled, since a gap may be in use a moment later."""
-    return 1 + max((index for name in names if (index := index_of(name, run)) is not None), default=0)
+    """One more than the highest index in use; gaps are not filled, since others may be about to use them."""
+    return 1 + max((index_of(name, run) or 0 for name in names), default=0)
 
 
 def natural(name: str) -> tuple[str, int]:
@@ -315,31 +311,31 @@ def natural(name: str) -> tuple[str, int]:
 
 
 def names_text(names: Iterable[str]) -> str:
-    """Names in natural order, three and more in a row as the first `to` the last: hub-stress-test-1 to -60."""
-    groups: list[list[str]] = []
+    """Names in natural order, three or more in a row as first `to` last: hub-stress-test-1 to -60."""
+    rows: list[list[str]] = []
     for name in sorted(names, key=natural):
         text, number = natural(name)
-        if groups and natural(groups[-1][-1]) == (text, number - 1):
-            groups[-1].append(name)
+        if rows and natural(rows[-1][-1]) == (text, number - 1):
+            rows[-1].append(name)
         else:
-            groups.append([name])
-    shown = ((f"{one[0]} to -{natural(one[-1])[1]}",) if len(one) > 2 else one for one in groups)
-    return " ".join(name for group in shown for name in group)
+            rows.append([name])
+    texts = (f"{row[0]} to -{natural(row[-1])[1]}" if len(row) > 2 else " ".join(row) for row in rows)
+    return " ".join(texts)
 
 
 def with_few_names(text: str) -> str:
-    """A text in which a list of our names, as a hub gives those that it refuses, is written as `names_text` does."""
+    """A hub's message whose lists of test users are shortened as by `names_text`."""
     name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
-    return re.sub(rf"{name}(?:, {name})+", lambda found: names_text(found[0].split(", ")), text)
+    return re.sub(rf"{name}(?:, {name})+", lambda match: names_text(match[0].split(", ")), text)
 
 
 def thing(own_servers: bool) -> str:
-    """What a run makes and removes, one of them."""
+    """What a run makes and removes."""
     return "server" if own_servers else "user"
 
 
 def things(own_servers: bool) -> str:
-    """What a run makes and removes."""
+    """The plural of `thing`."""
     return f"{thing(own_servers)}s"
 
 
@@ -349,24 +345,24 @@ def purge_command(run: str | None, own_servers: bool = False) -> str:
 
 
 def pods_command(run: str | None, own_servers: bool = False) -> str:
-    """The command that finds the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
+    """The command that lists the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
 
-    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for each hyphen.
+    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for -.
     """
     name = USERNAME_PREFIX if own_servers or not run else username(0, run)[:-2][:36]
     return f"kubectl get pods,pvc -n NAMESPACE | grep -E '{name.replace('-', '-(2d)?')}'"
 
 
 def still_starting(number: int) -> str:
-    """What may be left of so many servers that were stopped while they were starting."""
+    """What may remain of this many servers that were stopped while they were starting."""
     they, their = ("it was", "its") if number == 1 else ("they were", "their")
     return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} spawner may have "
-        "left jobs, pods or containers (squeue, kubectl, docker ps)"
+        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
+        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
     )
 
 
-# ==== Pure rules: conditions =========================================================================================
+# ==== Pure rules: conditions ================================================================================
 
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
@@ -374,12 +370,7 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": oper
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
 KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
-COUNTS = (
-    "errors",
-    "in_front",
-    "reasons",
-    "statuses",
-)  # mappings of the results in which an absent name counts 0
+COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings in results where an absent name counts 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,26 +394,23 @@ class Condition:
     limit: float  # seconds, a share, a number, or a multiple of the baseline's value
     unit: str  # as it was written; x for such a multiple
 
-    def judge(self, found: Json, baseline: Json | None) -> Judgement:
-        """Whether results meet the condition; where nothing was measured, they do."""
-        value, before = metric_value(found, self.metric), None
+    def judge(self, results: Json, baseline: Json | None) -> Judgement:
+        """Whether the condition is met. A metric without data meets every condition."""
+        value, before = metric_value(results, self.metric), None
         limit: float | None = self.limit
         if self.unit == "x":
             before = metric_value(baseline or {}, self.metric)
             limit = None if before is None else before * self.limit
-        held = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
-        return Judgement(self.text, value, held, limit, before)
+        met = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
+        return Judgement(self.text, value, met, limit, before)
 
 
-def metric_value(found: Json, metric: str) -> float | None:
-    """The value of a condition's metric in results, by its path or a short form; None when nothing was measured.
-
-    Where counts are kept by name, as in `http.statuses`, an absent name counts 0.
-    """
+def metric_value(results: Json, metric: str) -> float | None:
+    """The value of a condition's metric, by its path or a short form; None when nothing was measured."""
     name, _, statistic = metric.rpartition(".")
-    of_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
-    for path in (["http", metric] if metric == "throttled" else metric.split("."), of_operation):
-        value: Any = found
+    in_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
+    for path in (["http", metric] if metric == "throttled" else metric.split("."), in_operation):
+        value: Any = results
         for above, key in zip(("", *path), path):
             value = value.get(key, 0 if above in COUNTS else None) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
@@ -431,7 +419,7 @@ def metric_value(found: Json, metric: str) -> float | None:
 
 
 def unit_of(metric: str) -> str:
-    """What a metric's value is in, by its keys: seconds (s), bytes, a share of 1 (%), or nothing for a plain number."""
+    """The unit of a metric, by its keys: seconds (s), bytes, a share of 1 (%), or "" for a plain number."""
     *_, above, key = ("", *metric.split("."))
     if key in STATISTICS:
         return "s" if key in LATENCY_STATISTICS else ""
@@ -445,46 +433,55 @@ def value_text(value: float, metric: str) -> str:
     return texts.get(unit_of(metric), "{:g}".format)(value).replace("%", " %")
 
 
-# ==== The plan, made from one table of options =======================================================================
+# ==== The plan, made from one table of options ==============================================================
 #
-# The fields of Plan are the table: each says how it is written on the command line, for which commands, and under
-# Locust. Parser, help, the results' `options` and Locust's options are made from it. First, what a value may be.
+# A field of Plan is a row of the table: how its option is written, where it can stand, and the rules that it
+# brings with it. The command line, an event's file, the results' `options` and Locust's options are made from
+# these rows. First, what a value may be.
 
 
-def whole_number(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
+def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
+    """What to raise for a text that is not what was expected."""
+    return argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return float(text)
+def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+    """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
+
+    def parse(text: str) -> T:
+        """The value of a text; raises `argparse.ArgumentTypeError`."""
+        if not re.fullmatch(pattern, text) or not (value := value_of(text)):
+            raise bad_value(expected, text)
+        return value
+
+    return parse
 
 
-def duration(text: str) -> float:
-    """Seconds in a duration like 90, 90s, 5m or 1h."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
-    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
-        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
-    return seconds
+whole_number = matching("[0-9]+", "a whole number of at least 1", int)
+positive_number = matching(r"[0-9]*\.?[0-9]+", "a number above 0", float)
+duration = matching(
+    r"[0-9]+(\.[0-9]+)?[smh]?",
+    "a duration like 90, 90s, 5m or 1h",
+    lambda text: float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1], 1),
+)
+run_name = matching(  # hubs lower-case user names
+    f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
+)
+group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """When the n-th (from 0) of many is due, in seconds since the first one, however slowly the hub answers.
 
-    Its stages follow each other: so many per second, for so many seconds. A fixed rate is a stage that need not end.
+    Each stage is a rate per second and its duration in seconds. A fixed rate is a stage that need not end.
     """
 
     stages: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, rate: float | Schedule | None, for_s: float = math.inf) -> Schedule | None:
-        """So many per second, for so long; stages as they are; None without a rate."""
+        """A rate as a schedule; stages as they are; None without a rate."""
         return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
 
     def __str__(self) -> str:
@@ -513,11 +510,11 @@ def _due_within(rate_per_s: float, for_s: float) -> int:
 
 
 def rate_of(text: str) -> float | Schedule:
-    """So many per second, or stages of that, from R:DURATION,…"""
+    """A rate per second, or stages from R:DURATION,…"""
     if ":" not in text:
         return positive_number(text)
     stages = [part.strip().partition(":") for part in text.split(",")]
-    return Schedule(tuple((positive_number(rate), duration(lasts)) for rate, _, lasts in stages))
+    return Schedule(tuple((positive_number(rate), duration(for_s)) for rate, _, for_s in stages))
 
 
 def fastest(rate: float | Schedule | None) -> float:
@@ -527,36 +524,38 @@ def fastest(rate: float | Schedule | None) -> float:
 
 def rate_text(rate: float | Schedule) -> str:
     """2.5 per second; stages follow each other: 1 per second for 60.0 s, then 5 per second for 30.0 s."""
-    stages = rate.stages if isinstance(rate, Schedule) else ((rate, 0.0),)
-    return ", then ".join(
-        f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages
-    )
-
-
-def run_name(text: str) -> str:
-    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
-    if not RUN_NAME.fullmatch(text) or len(text) > 40:
-        raise argparse.ArgumentTypeError(
-            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
-        )
-    return text
+    if not isinstance(rate, Schedule):
+        return f"{rate:.4g} per second"
+    return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise argparse.ArgumentTypeError(
-            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
-        )
+        raise bad_value("a URL like https://hub.example.org/hub/api", without_credentials(text))
     return without_credentials(text).rstrip("/")
 
 
 def token_text(text: str) -> Secret:
-    """A token, wrapped so that it cannot be printed by accident."""
+    """A token. A text that is refused may be a secret too, and is not shown."""
     if not re.fullmatch(r"[!-~]+", text):
         raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
     return Secret(text)
+
+
+def header(text: str) -> tuple[str, Secret]:
+    """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
+    match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
+    name, value = match.groups()
+    if name.lower() in ("authorization", "content-length", "host"):
+        why_not = (
+            "the hub's token is sent in it" if name.lower() == "authorization" else "each request has its own"
+        )
+        raise argparse.ArgumentTypeError(f"the header {name} cannot be set: {why_not}")
+    return name, Secret(value)
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -564,7 +563,7 @@ def mix_of(text: str) -> dict[str, float]:
     parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
     mix = {part[1]: float(part[2]) for part in parts if part}
     if len(mix) != len(parts) or not all(mix.values()):
-        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
+        raise bad_value("NAME=WEIGHT,… like activity=8,read=2", text)
     return mix
 
 
@@ -583,7 +582,7 @@ def profile_value(text: str) -> str | Json:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """Another process of the deployment, and where it shows its figures."""
+    """Another process of the deployment, and the URL of its figures."""
 
     name: str
     url: str
@@ -596,22 +595,21 @@ def watched(text: str) -> Watched:
     """A process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…), not {without_credentials(text)!r}"
-        )
+        raise bad_value("NAME=URL, like proxy=http://proxy:8002/metrics (not hub)", without_credentials(text))
     return Watched(name, url)
 
 
-def results_file(text: str) -> Json:
-    """The results that an earlier run wrote."""
-    try:
-        with open(text, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
-    if not isinstance(found, dict) or found.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
-    return found
+def condition(text: str) -> Condition:
+    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
+    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
+    if not match:
+        raise bad_value("METRIC OP VALUE, like 'server_ready.p95 > 30s'", text)
+    metric, comparison, limit, unit = match.groups()
+    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def writable_file(text: str) -> str:
@@ -629,61 +627,64 @@ def samples_file(text: str) -> str:
     return writable_file(text)
 
 
+@contextlib.contextmanager
+def reading(path: str, kind: str) -> Iterator[str]:
+    """The text of a file, for a `with` block that reads it, whose errors refuse the file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield file.read()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as {kind} ({_in_words(error)})") from None
+
+
+def _in_words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)  # without the file's name
+
+
+def results_file(text: str) -> Json:
+    """The results that an earlier run wrote."""
+    with reading(text, "results") as content:
+        results = json.loads(content)
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+    return results
+
+
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a browser fetched when it opened a page: paths below the server's own, and the statuses that it got."""
+    """What a browser fetched when it opened a page: paths below the server's own, and the statuses it got."""
 
     file: str
     requests: tuple[tuple[str, int], ...]
 
 
-SECRET = re.compile(
-    "token|code|state|auth|key|xsrf|secret", re.IGNORECASE
-)  # parameters that stay in the recording
+SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
 def recording(text: str) -> Recording:
-    """The GETs below one person's server in a HAR file, in order; cookies, tokens and bodies are not taken over."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            entries = [
-                (one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]
-            ]
-        urls = [
-            (urllib.parse.urlsplit(asked["url"]), status)
-            for asked, status in entries
-            if asked["method"] == "GET"
-        ]
-        below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a HAR file ({_in_words(error)})"
-        ) from None
-    owners = collections.Counter(
-        (url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme
-    )
-    rows = [
-        (match[2] + _without_secrets(url.query), status)
-        for match, url, status in below
-        if match and "http" in url.scheme and (url.netloc, match[1]) in dict(owners.most_common(1))
-        if not {"..", "oauth_callback", "logout"} & set(match[2].split("/"))
-    ]
-    if not rows:
-        raise argparse.ArgumentTypeError(
-            f"{text} holds no GET below /user/NAME/: record the page of a person's server"
-        )
-    return Recording(text, tuple(rows))
-
-
-def _in_words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)  # which does not name the file once more
+    """The GETs below one person's server in a HAR file, in order, without cookies, tokens and bodies."""
+    requests_below: dict[tuple[str, str], list[tuple[str, int]]] = collections.defaultdict(list)
+    with reading(text, "a HAR file") as content:
+        for entry in json.loads(content)["log"]["entries"]:
+            method, url = entry["request"]["method"], urllib.parse.urlsplit(entry["request"]["url"])
+            status, below = entry["response"]["status"], BELOW_A_SERVER.search(url.path)
+            if method == "GET" and status >= 200 and below and url.scheme in ("http", "https"):
+                path = below[2] + _without_secrets(url.query)
+                requests_below[url.netloc, below[1]].append((path, status))
+    most = max(requests_below.values(), key=len, default=[])
+    ends = {"..", "oauth_callback", "logout"}
+    requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
+    if not requests:
+        sentence = f"{text} holds no GET below /user/NAME/: record the page of a person's server"
+        raise argparse.ArgumentTypeError(sentence)
+    return Recording(text, tuple(requests))
 
 
 def _without_secrets(query: str) -> str:
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
-    return f"?{kept}" if kept else ""
+    rest = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
+    return f"?{rest}" if rest else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -706,29 +707,20 @@ SIX_TIMES_SEVEN = Code("6*7")
 
 
 def notebook(text: str) -> Notebook:
-    """The code cells of a notebook, or of a Python file in percent format; one tagged raises-exception may raise."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            content = file.read()
-        cells = list(
-            _cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content)
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a notebook ({_in_words(error)})"
-        ) from None
+    """The code cells of an .ipynb or a # %% file in order; those tagged raises-exception may raise."""
+    with reading(text, "a notebook") as content:
+        if text.endswith(".ipynb"):
+            code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
+            tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
+            cells = [
+                Code("".join(cell["source"]), "raises-exception" in tag) for cell, tag in zip(code, tags)
+            ]
+        else:
+            cells = list(_cells_of_script(content))
     cells = [cell for cell in cells if cell.source.strip()]
     if not cells:
         raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
     return Notebook(text, tuple(cells))
-
-
-def _cells_of_notebook(content: Json) -> Iterator[Code]:
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            yield Code(
-                "".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", [])
-            )
 
 
 def _cells_of_script(content: str) -> Iterator[Code]:
@@ -743,12 +735,21 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """Who comes to an event, when, and what they do: a file's text, and what it says as TOML."""
+    """An event's file: its text, and its tables as TOML has them: what stands above the groups, then each."""
 
     path: str
     text: str
-    above: Json
-    people: list[Json]
+    tables: list[Json]
+
+    def error(self, n: int, key: str, sentence: str) -> UsageError:
+        """What is wrong with a key of the n-th table, or with the whole table, with its line."""
+        table = 0
+        for number, line in enumerate(self.text.splitlines(), 1):
+            begins = re.match(r"\s*\[\[\s*people\s*\]\]", line)
+            table += bool(begins)
+            if table == n and (re.match(rf"[\s\[]*[\"']?{key}[\"']?\s*[\]=.]", line) if key else begins):
+                return UsageError(f"--event {self.path}, line {number}: {sentence}")
+        return UsageError(f"--event {self.path}: {sentence}")
 
 
 def event_file(text: str) -> EventFile:
@@ -756,101 +757,63 @@ def event_file(text: str) -> EventFile:
     toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
     if not toml:
         raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
-    try:
-        with open(text, encoding="utf-8") as file:
-            content = file.read()
+    with reading(text, "TOML") as content:
         above = toml.loads(content)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as TOML ({_in_words(error)})") from None
-    people = above.pop("people", None)
+        people = above.pop("people", None)
     if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
         raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
-    return EventFile(text, content, above, people)
+    return EventFile(text, content, [above, *people])
 
 
-def group_name(text: str) -> str:
-    """What a group is called, as in server_ready[students]."""
-    if not re.fullmatch(r"[\w-]+", text):
-        raise argparse.ArgumentTypeError(f"expected letters, digits and hyphens, not {text!r}")
-    return text
-
-
-def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
-    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
-    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}"
-        )
-    metric, comparison, limit, unit = match.groups()
-    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
-
+# ---- Options -------------------------------------------------------------------------------------
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
-STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
-LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
-DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
-Parse = Callable[[str], Any]
-METAVARS: dict[Parse, str] = {
-    whole_number: "N",
-    positive_number: "R",
-    rate_of: "R",
-    duration: "DURATION",
-    run_name: "NAME",
-    endpoint_url: "URL",
-    token_text: "TOKEN",
-    mix_of: "NAME=WEIGHT,…",
-    profile_value: "P",
-    condition: "CONDITION",
-    results_file: "FILE",
-    writable_file: "FILE",
-    samples_file: "FILE",
-    watched: "NAME=URL",
-    recording: "FILE.har",
-    notebook: "FILE",
-    event_file: "FILE.toml",
-    group_name: "NAME",
-    str: "FILE",
+COMMANDS = {
+    "stress-test": "make users, start their servers, measure, remove them",
+    "activity-stress-test": "send the activity reports of running servers, measure",
+    "purge": "remove the users that earlier runs left behind",
 }
+STRESS, ACTIVITY, PURGE = COMMANDS
+LOADS = (STRESS, ACTIVITY)
+EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
+DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a field of the plan is written: on the command line, and as --hub-… under Locust."""
+    """How a field of the plan is written, and the rules that it brings with it."""
 
-    flags: str
+    flags: tuple[str, ...]
+    flag: str  # the long one
+    name: str  # in an event's file
+    key: str  # in the results' `options`
+    metavar: str
     help: str
-    kind: Parse | None  # None: a switch
-    on: Collection[str]  # the commands that have it
-    locust: str | None = None  # the default under Locust, as text; None: not an option there
+    kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
+    default: str  # as text; "" where there is none, or where it needs no help
+    on: Collection[str]  # where it can stand: commands, and the tables of an event's file
+    needs: str = ""  # fields: without any of them it has no meaning
+    excludes: str = ""  # fields that cannot be given beside it,
+    because: str = ""  # and the sentence that says why not, with {} for their flag
+    rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
+    package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
-    locust_name: str = ""  # where it is called otherwise there
+    compared: bool = False  # a baseline with another value is no fair comparison
+    reported: bool = True  # in results and log
+    locust: bool | str = False  # whether Locust has it; text: with another default
+    locust_flag: str = ""
 
-    @property
-    def flag(self) -> str:
-        return self.flags.split()[-1]
-
-    @property
-    def key(self) -> str:
-        """The name in the results' `options`."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def locust_flag(self) -> str:
-        return f"--hub-{self.locust_name or self.flag[2:]}"
-
-    def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
-        settings |= (
-            {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
-        )
-        settings |= {"nargs": "?", "const": self.const} if self.const else {}
-        settings |= {"action": "append"} if self.repeatable else {}
-        parser.add_argument(*self.flags.split(), help=self.help, **settings)
+    def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
+        settings: Json = {"help": self.help, "dest": dest}
+        if self.kind:
+            settings |= {"type": self.kind, "metavar": self.metavar}
+            settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        action = "append" if self.repeatable else "store" if self.kind else "store_true"
+        parser.add_argument(*self.flags, action=action, **settings)
 
     def add_to_locust(self, parser: Any) -> None:
-        """As --hub-…, whose values stay text: that is what a web form holds and what Locust sends to workers."""
+        """As --hub-…, whose values stay text, which a web form holds and Locust sends to workers."""
 
         def check(text: str) -> str:
             if text and self.kind:
@@ -860,31 +823,37 @@ class Option:
         if not self.kind:
             parser.add_argument(self.locust_flag, help=self.help, action="store_true")
             return
-        settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
-        secret = self.flag in ("--endpoint", "--token")  # which a page is not to change
-        settings |= {"include_in_web_ui": False} if self.repeatable or secret else {}
-        parser.add_argument(
-            self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings
-        )
+        default = self.locust if isinstance(self.locust, str) else self.default
+        settings: Json = {"action": "append"} if self.repeatable else {"default": default}
+        if self.repeatable or self.flag in ("--endpoint", "--token"):  # which a page is not to change
+            settings["include_in_web_ui"] = False
+        parser.add_argument(self.locust_flag, help=self.help, metavar=self.metavar, type=check, **settings)
 
 
 def option(
-    flags: str,
+    usage: str,
     help: str,
-    kind: Parse | None = None,
+    kind: Callable[[str], Any] | None = None,
     default: Any = None,
-    on: Collection[str] = COMMANDS,
-    **more: Any,
+    on: Collection[str] = (*COMMANDS, EVENT),
+    **rules: Any,
 ) -> Any:
-    """A field of the plan with its option; without `kind` a switch, whose default is False."""
-    row = Option(flags, help, kind, on, **more)
-    return dataclasses.field(default=default if kind else False, metadata={"option": row})
+    """A field of the plan with its option. A default that is text is shown, and read like a value."""
+    flags = tuple(word for word in usage.split() if word.startswith("-"))
+    flag, text = flags[-1], default if isinstance(default, str) else ""
+    name, metavar = flag[2:], usage.partition(f"{flag} ")[2]
+    package, _ = rules.get("package", ("", ""))
+    help += f" ({text})" * bool(text) + f" (needs {package})" * bool(package)
+    rules = {"locust_flag": f"--hub-{name}"} | rules
+    row = Option(flags, flag, name, name.replace("-", "_"), metavar, help, kind, text, on, **rules)
+    value = kind(text) if kind and text else default if kind else False
+    return dataclasses.field(default=value, metadata={"option": row})
 
 
-for_people = functools.partial(option, on=(STRESS,))
+for_loads = functools.partial(option, on=(*LOADS, EVENT))
 for_requests = functools.partial(option, on=(ACTIVITY,))
-for_loads = functools.partial(option, on=LOADS)
-for_locust = for_groups = functools.partial(option, on=NO_COMMAND)
+for_people = functools.partial(option, on=(STRESS, EVENT))
+for_groups = functools.partial(option, on=(STRESS, EVENT, GROUP), compared=True, locust=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -892,167 +861,122 @@ class Plan:
     """What was asked for: whom, how many, how they arrive, what is sent, when the run has failed."""
 
     command: str = STRESS
-    endpoint: str | None = option(
-        "-e --endpoint",
-        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
-        endpoint_url,
-        locust="",
-    )
-    token: Secret | None = option(
-        "-t --token",
-        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
-        token_text,
-        locust="",
-    )
-    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs")
-    log_to_file: bool | str = option(
-        "--log-to-file", "log to FILE, or to a new file in the temporary directory", str, const=True
-    )
+    # A row for each option: how it is written, what it does, its value and default, its rules.
+    # fmt: off
+    endpoint: str | None = option("-e --endpoint URL",
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True)
+    token: Secret | None = option("-t --token TOKEN",
+        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, on=COMMANDS,
+        reported=False, locust=True)
+    headers: tuple[tuple[str, Secret], ...] = option("--header 'Name: value'",
+        "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
+        repeatable=True, reported=False, locust=True)
+    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
+        excludes="results report samples metrics_port",
+        because="--dry-run measures nothing that {} could show: give one of them")
+    log_to_file: bool | str = option("--log-to-file FILE",
+        "log to FILE, or to a new file in the temporary directory", str, const=True)
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
-    run: str | None = option(
-        "--run",
-        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
-        run_name,
-        locust="locust",
-    )
-    results: str | None = option("--results", "write the results as JSON", writable_file)
-    report: str | None = option("--report", "write a report as one HTML page (needs plotly)", writable_file)
-    fail_if: tuple[Condition, ...] = option(
-        "--fail-if",
-        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces the default, failed > 0",
-        condition,
-        (),
-        locust="",
-        repeatable=True,
-    )
-    baseline: Json | None = option(
-        "--baseline", "results of an earlier run: print old, new and ratio", results_file
-    )
-    count: int = for_loads("-c --count", "users, in stress-test each with a server (100)", whole_number, 100)
-    batch_size: int = option(
-        "-b --batch-size",
-        "servers starting, users made or removed at the same time (10)",
-        whole_number,
-        10,
-        on=(STRESS, PURGE),
-    )
-    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub")
-    profile: str | Json | None = for_people(
-        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, locust=""
-    )
-    own_servers: bool = option(
-        "--own-servers",
+    run: str | None = option("--run NAME",
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
+    results: str | None = option("--results FILE", "write the results as JSON", writable_file)
+    report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
+        package=("plotly", "plotly"))
+    fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
+        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
+        (), repeatable=True, locust=True)
+    baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
+        results_file, reported=False)
+    count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
+        on=(*LOADS, GROUP), compared=True)
+    batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
+    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
+        excludes="stay_s check_proxy",
+        because="{} ends servers, and --keep leaves them running: give one of them")
+    profile: str | Json | None = for_groups("-p --profile P",
+        "a profile's slug, or a JSON object of user options", profile_value)
+    own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE),
-        locust="",
-    )
-    server_timeout_s: float = for_people(
-        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
-    )
-    fail_fast: int = for_people(
-        "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
-    )
-    rate_per_s: float | Schedule | None = for_loads(
-        "--rate",
-        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
-        rate_of,
-    )
-    hold_s: float = for_people(
-        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
-    )
-    within_s: float | None = for_people(
-        "--within", "people come at random moments within this time, however slow the hub", duration
-    )
-    event: tuple[Plan, ...] = for_people(
-        "--event", "who comes, when, and what they do, in groups: see README", event_file, ()
-    )
-    group: str = for_groups("--name", "of a group", group_name, "")
-    after_s: float = for_groups("--after", "a group begins to come so long after the run", duration, 0.0)
-    seed: int | None = for_people("--seed", "draw the moments of --within as this seed did", whole_number)
-    visit: bool = for_people(
-        "--visit", "each person opens the start page of their server", locust="", locust_name="open"
-    )
-    visit_timeout_s: float = for_people(
-        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, locust="30s"
-    )
-    page: Recording | None = for_people(
-        "--page", "each person fetches what a browser did that this HAR file recorded", recording, locust=""
-    )
-    work: bool = for_people(
-        "--work", "each person starts a kernel and runs cells (needs websocket-client)", locust=""
-    )
-    notebook: Notebook | None = for_people(
-        "--notebook",
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True)
+    server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
+        duration, "60s")
+    fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
+        whole_number, 0, const=1)
+    rate_per_s: float | Schedule | None = option("--rate R",
+        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
+        on=(*LOADS, GROUP), compared=True)
+    hold_s: float = for_people("--hold DURATION",
+        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them")
+    within_s: float | None = option("--within DURATION",
+        "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
+        compared=True, excludes="rate_per_s",
+        because="--within and {} both say when people come: give one of them")
+    event: tuple[Plan, ...] = option("--event FILE.toml",
+        "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
+        compared=True, excludes="count within_s rate_per_s",
+        because="the groups of --event say who comes and when: leave out {}")
+    group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
+    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+        on=(GROUP,))
+    seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
+        needs="within_s")
+    visit: bool = for_groups("--visit", "each person opens the start page of their server",
+        locust_flag="--hub-open")
+    visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
+        duration, "30s", needs="visit page work check_proxy", locust=True)
+    page: Recording | None = for_groups("--page FILE.har",
+        "each person fetches what a browser did that this HAR file recorded", recording)
+    work: bool = for_groups("--work", "each person starts a kernel and runs cells",
+        package=("websocket-client", "websocket"))
+    notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook,
-        locust="",
-    )
-    think_s: float = for_people(
-        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, locust="10s"
-    )
-    cell_timeout_s: float = for_people(
-        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, locust="60s"
-    )
-    stay_s: float | None = for_people(
-        "--stay",
+        notebook, needs="work")
+    think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
+        duration, "10s", needs="work")
+    cell_timeout_s: float = for_people("--cell-timeout DURATION",
+        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True)
+    stay_s: float | None = for_groups("--stay DURATION",
         "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration,
-        locust="60s",
-    )
-    check_proxy: bool = for_people(
-        "--check-proxy",
-        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
-    )
-    public_url: str | None = for_people(
-        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
-    )
-    workers: int = for_requests(
-        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
-    )
-    duration_s: float | None = for_loads(
-        "--duration",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)",
-        duration,
-    )
-    processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
-    mix: Mapping[str, float] | None = for_requests(
-        "--mix", "operations by weight (activity=1); read and list are there too", mix_of, locust="activity=1"
-    )
-    operations: str | None = for_requests(
-        "--operations", "a file that registers operations of your own", str, locust=""
-    )
-    find_capacity: bool = for_loads(
-        "--find-capacity",
+        duration, locust="60s")
+    check_proxy: bool = for_people("--check-proxy",
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes")
+    public_url: str | None = for_people("--public-url URL",
+        "where people reach the hub, if not at the endpoint", endpoint_url,
+        needs="visit page work check_proxy", locust=True)
+    workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
+        whole_number, "100")
+    duration_s: float | None = option("--duration DURATION",
+        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+    processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
+    mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
+        "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
+        locust="activity=1")
+    operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
+        str, locust=True)
+    find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-    )
-    max_servers: int | None = for_people(
-        "--max-servers", "with --find-capacity: no more than N servers at one time", whole_number
-    )
-    cleanup_timeout_s: float = option(
-        "--cleanup-timeout",
-        "cleanup gives up after so long without progress (5m)",
-        duration,
-        CLEANUP_TIMEOUT_S,
-    )
-    watch: Sequence[Watched] = for_loads(
-        "--watch",
-        "read this Prometheus page of another process too, without the token; repeatable",
-        watched,
-        (),
-        repeatable=True,
-    )
-    samples: str | None = for_loads(
-        "--samples", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file
-    )
-    metrics_port: int | None = for_loads(
-        "--metrics-port",
-        "while it lasts, serve the run to Prometheus on this port, to other machines too (needs prometheus-client)",
-        whole_number,
-    )
-    scale: float = for_locust(
-        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
-    )
-    visits: int = for_locust("--visits", "how many times a Person comes", whole_number, 1, locust="1")
+        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
+        because="--find-capacity says who comes, and when they leave: leave out {}")
+    max_servers: int | None = option("--max-servers N",
+        "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
+        needs="find_capacity")
+    cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
+        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S)
+    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "read this Prometheus page of another process too, without the token; repeatable", watched, (),
+        repeatable=True)
+    samples: str | None = for_loads("--samples FILE",
+        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
+    metrics_port: int | None = for_loads("--metrics-port N",
+        "serve the run to Prometheus on this port of all interfaces", whole_number,
+        package=("prometheus-client", "prometheus_client"))
+    scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
+        positive_number, "1", on=(), locust=True)
+    visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
+    # fmt: on
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
     @property
@@ -1063,7 +987,7 @@ class Plan:
     @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return any(one.visit or one.page or one.work or one.check_proxy for one in self.groups)
+        return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
 
     @property
     def works(self) -> bool:
@@ -1077,7 +1001,7 @@ class Plan:
 
     @property
     def rehearses(self) -> bool:
-        """Whether people are followed until they can work; those of an event always, if only to a ready server."""
+        """Whether people are followed until they can work, those of an event if only to a ready server."""
         return self.opens or bool(self.event or self.group)
 
     @property
@@ -1091,58 +1015,36 @@ class Plan:
 
         A search for capacity also minds how long requests take.
         """
-        limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
-        limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
-        slow = [condition(limit) for limit in limits] if self.find_capacity else []
+        slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
+        limit = "30s" if self.command == STRESS else "500ms"
+        limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
         leaks = [PROXY_LEAKING] if self.check_proxy else []
-        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *slow)), *leaks)))
+        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
     def options(self) -> Json:
-        """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
-        of_command = [name for name, row in OPTIONS.items() if self.command in row.on]
-        names = [*GROUP_OPTIONS.values()] if self.group else of_command
-        return {
-            OPTIONS[name].key: told(getattr(self, name))
-            for name in names
-            if name not in ("token", "baseline")
-        }
+        """The options of the command, or of a group, with their values, for results and log."""
+        place = GROUP if self.group else self.command
+        rows = {name: row for name, row in OPTIONS.items() if place in row.on and row.reported}
+        return {row.key: _reported(getattr(self, name)) for name, row in rows.items()}
 
 
-def told(value: Any) -> Any:
-    """The value of an option as the results have it."""
+def _reported(value: Any) -> Any:
+    """An option's value as JSON has it: a file by its name, a group by its options."""
+    if isinstance(value, tuple):
+        return [_reported(each) for each in value]
+    if isinstance(value, Plan):
+        return value.options()
     if isinstance(value, (Recording, Notebook)):
         return value.file
-    if isinstance(value, (Watched, Schedule)):
-        return str(value)
     if isinstance(value, Condition):
         return value.text
-    if isinstance(value, Plan):  # of a group
-        return value.options()
-    return [told(one) for one in value] if isinstance(value, tuple) else value
+    return str(value) if isinstance(value, (Schedule, Watched)) else value
 
 
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
 }
-GROUP_KEYS = (
-    *(
-        "name",
-        "count",
-        "within",
-        "rate",
-        "after",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-        "think",
-        "stay",
-    ),
-    "server-timeout",
-)
-GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
-LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
+LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust}
 
 
 # ==== Events, and the recorder that folds them ==============================================================
@@ -6277,28 +6179,11 @@ def differences_to(baseline: Json | None, results: Results) -> list[str]:
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
     pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
-        keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
+        keys = [row.key for row in OPTIONS.values() if row.compared and row.key in results.options]
         pairs |= {
             f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys
         }
     return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
-
-
-COMPARED = (
-    *(
-        "count",
-        "batch_size",
-        "rate_per_s",
-        "within_s",
-        "event",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-    ),
-    *("hold_s", "stay_s", "own_servers", "duration_s", "mix"),
-)
 
 
 DURATIONS = tuple(row.key for row in OPTIONS.values() if row.kind is duration)
@@ -7474,194 +7359,63 @@ def _results_as_json(plan: Plan) -> Json:
     return found
 
 
-# ==== An event as a file =============================================================================================
-#
-# Its keys are the command line's options: those of a group below [[people]], all others above.
-
-
-WHO_COMES = ("count", "within_s", "rate_per_s")  # which the groups say
-OF_A_SEARCH = ("find_capacity", "max_servers", "duration_s")
-ABOVE_GROUPS = {
-    row.flag[2:]: name
-    for name, row in OPTIONS.items()
-    if STRESS in row.on
-    and name not in (*WHO_COMES, *OF_A_SEARCH, "event", "token")  # which has no place in a file
-}
-
-
-def event_of(file: EventFile, given: Json) -> Json:
-    """The fields of the plan that an event's file sets, groups included; what is `given` wins. Raises `UsageError`."""
-    for name in given.keys() & WHO_COMES:
-        raise UsageError(f"the groups of --event say who comes and when: leave out {OPTIONS[name].flag}")
-    fields = _fields_in(file.above, file, 0) | given
-    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(file.people, 1))
-    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
-    if times > 1:
-        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
-    return fields | {"event": groups, "count": sum(group.count for group in groups)}
-
-
-def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:
-    """The plan of the n-th group, whose keys go before those of all."""
-    fields = _fields_in(table, file, n)
-    try:
-        fields |= _by_stages(fields | {"command": STRESS})
-    except UsageError as error:
-        raise _refused(file, n, "count", str(error)) from None
-    needed = {"a name": {"group"}, "a count": {"count"}, "within or rate": {"within_s", "rate_per_s"}}
-    for what in (what for what, names in needed.items() if not names & fields.keys()):
-        raise _refused(file, n, "", f"a group needs {what}")
-    return dataclasses.replace(base, **fields)
-
-
-def _fields_in(table: Json, file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table sets: that of the n-th group, or (0) what is above all."""
-    fields: Json = {}
-    for key, value in table.items():
-        try:
-            name = _field_of(key, in_group=n > 0)
-            fields[name] = value_in_toml(value, OPTIONS[name], file.path)
-        except argparse.ArgumentTypeError as error:
-            raise _refused(file, n, key, f"{key}: {error}") from None
-    return fields
-
-
-def _field_of(key: str, in_group: bool) -> str:
-    """The field of the plan that a key sets; raises `argparse.ArgumentTypeError`."""
-    known, elsewhere = (GROUP_OPTIONS, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, GROUP_OPTIONS)
-    if key in known:
-        return known[key]
-    if key in elsewhere:
-        raise argparse.ArgumentTypeError(
-            f"this key stands {'above the groups' if in_group else 'in a group'}"
-        )
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
-
-
-NUMBERS = (whole_number, positive_number, rate_of, duration)
-
-
-def value_in_toml(value: Any, row: Option, file: str) -> Any:
-    """The value of an option, from a file; raises `argparse.ArgumentTypeError`. Paths begin where the file is."""
-    if row.repeatable:
-        once = dataclasses.replace(row, repeatable=False)
-        return tuple(
-            value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value])
-        )
-    if not row.kind or (row.const and isinstance(value, bool)):
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"expected true or false, not {value!r}")
-        return value
-    if type(value) in (int, float) and row.kind in NUMBERS:
-        value = str(value)
-    if isinstance(value, dict) and row.kind is profile_value:
-        value = json.dumps(value)
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f"expected {METAVARS[row.kind]}, not {value!r}")
-    is_path = "FILE" in METAVARS[row.kind]
-    return row.kind(os.path.join(os.path.dirname(file), value) if is_path else value)
-
-
-def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
-    """What is said of a key of the n-th group (0: above all), or of the whole group, with its line."""
-    seen = 0
-    for number, line in enumerate(file.text.splitlines(), 1):
-        header = re.match(r"\s*\[\[\s*people\s*\]\]", line)
-        seen += bool(header)
-        if seen == n and (
-            re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header
-        ):
-            return UsageError(f"--event {file.path}, line {number}: {sentence}")
-    return UsageError(f"--event {file.path}: {sentence}")
-
-
-# ==== Command line ===================================================================================================
-
-COMMAND_HELP = {
-    STRESS: "make users, start their servers, measure, remove them",
-    ACTIVITY: "send the activity reports of running servers, measure",
-    PURGE: "remove the users that earlier runs left behind",
-}
+# ==== Command line, and an event's file =====================================================================
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses bad usage in one sentence."""
+    """Refuses bad usage in one sentence, and sets only what is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, which sets only what is given.
-
-    Options of all commands stand before or after the command.
-    """
-    only_given: Json = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    """The parser of the command line. Options of all commands can stand before and after the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, **only_given)
+    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
     for name, row in OPTIONS.items():
-        if row.on == COMMANDS and name != "cleanup_timeout_s":
-            row.add_to(parser, dest=name)
+        if set(COMMANDS) <= set(row.on):
+            row.add_to(parser, name)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(command, help=COMMAND_HELP[command], **only_given)
+    for command, help in COMMANDS.items():
+        sub = commands.add_parser(command, help=help)
         for name, row in OPTIONS.items():
-            if command in row.on:
-                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name)
+            if command in row.on:  # a list that a command continues would replace the one before it
+                row.add_to(sub, f"{name}_too" if row.repeatable else name)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program."""
+    """The command line, completed from the environment. Raises `UsageError`; --help and --version end Python.
+
+    Its `given` are the fields of the plan that the command line or an event's file has set.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    lists = [name for name, row in OPTIONS.items() if row.repeatable]
-    given = vars(build_parser().parse_args(words, argparse.Namespace(**{name: [] for name in lists})))
-    for name in lists:
-        given[name] = (*given[name], *given.pop(f"{name}_too", ()))
-    given = {name: value for name, value in given.items() if value != ()}
-    _check_search(given)
-    given |= event_of(given.pop("event"), given) if "event" in given else _by_stages(given)
-    args = argparse.Namespace(**vars(Plan()) | given)
+    given = vars(build_parser().parse_args(words))
+    for name in [name for name, row in OPTIONS.items() if row.repeatable]:
+        if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
+            given[name] = values
+    if file := given.get("event"):
+        given = read_table(file, 0) | given
+        of_groups = {"event", *OPTIONS["event"].excludes.split()}
+        above = Plan(**{name: value for name, value in given.items() if name not in of_groups})
+        groups = event_groups(file, above)
+        fields = given | {"event": groups, "count": sum(group.count for group in groups)}
+    else:
+        fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
+    args = argparse.Namespace(**vars(Plan()) | fields, given=given.keys() & OPTIONS.keys())
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
-
-
-NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "check_proxy")
-
-
-def _check_search(given: Json) -> None:
-    """Nothing, if a search for capacity is not told what it finds out or decides; else raises `UsageError`."""
-    if "find_capacity" not in given:
-        return
-    if isinstance(given.get("rate_per_s"), Schedule):
-        raise UsageError("--find-capacity begins with one rate: --rate R, without stages")
-    for name in NOT_IN_A_SEARCH if given["command"] == STRESS else ():
-        if name in given:
-            raise UsageError(
-                f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}"
-            )
-
-
-def _by_stages(given: Json) -> Json:
-    """What the stages of a rate decide: for how long requests are sent, or how many people come."""
-    stages = given.get("rate_per_s")
-    if not isinstance(stages, Schedule):
-        return {}
-    name, value = ("count", stages.count) if given["command"] == STRESS else ("duration_s", stages.lasts_s)
-    if name in given:
-        raise UsageError(
-            f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}"
-        )
-    return {name: value}
 
 
 def endpoint_from_environment() -> str | None:
@@ -7679,6 +7433,111 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
     return None
 
 
+def read_table(file: EventFile, n: int) -> Json:
+    """The fields of the plan that a table of an event's file sets, read as the command line it stands for.
+
+    Table 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
+    """
+    names = {row.name: name for name, row in OPTIONS.items() if (GROUP if n else EVENT) in row.on}
+    parser, fields = _Parser(add_help=False), Json()
+    for name in names.values():
+        OPTIONS[name].add_to(parser, name)
+    for key, value in file.tables[n].items():
+        try:
+            if key not in names:
+                raise UsageError(_no_such_key(key, names, n))
+            name = names[key]
+            words = _words_for(OPTIONS[name], value, os.path.dirname(file.path))
+            read = vars(parser.parse_args(words)).get(name, getattr(Plan, name))
+            fields[name] = tuple(read) if isinstance(read, list) else read
+        except UsageError as error:
+            sentence = re.sub(r"^argument \S+: ", "", str(error))
+            raise file.error(n, key, f"{key}: {sentence}") from None
+    return fields
+
+
+def _no_such_key(key: str, names: Collection[str], n: int) -> str:
+    if any(row.name == key and (EVENT if n else GROUP) in row.on for row in OPTIONS.values()):
+        return f"this key stands {'above the groups' if n else 'in a group'}"
+    near = difflib.get_close_matches(key, names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"there is no such key here: {hint}"
+
+
+def _words_for(row: Option, value: Any, folder: str) -> list[str]:
+    """The words that a key of an event's file stands for; `false` for none. Paths begin where the file is."""
+    if isinstance(value, bool) and (row.const or not row.kind):
+        return [row.flag] * value
+    if isinstance(value, bool) or not row.kind:
+        raise UsageError(f"expected {row.metavar or 'true or false'}, not {value!r}")
+    values = value if row.repeatable and isinstance(value, list) else [value]
+    texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
+    if row.metavar.startswith("FILE"):
+        texts = [os.path.join(folder, text) for text in texts]
+    return [f"{row.flag}={text}" for text in texts]
+
+
+def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
+    """The plans of an event's groups, whose keys go before those of all. Raises `UsageError`."""
+    groups: list[Plan] = []
+    for n in range(1, len(file.tables)):
+        given = read_table(file, n)
+        fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
+        group = dataclasses.replace(base, **fields)
+        of_all = {"keep"} if base.keep else set()
+        for name, sentence in broken_rules(group, given.keys() | of_all):
+            raise file.error(n, OPTIONS[name].name, sentence)
+        needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
+        for need, names in needed.items():
+            if not any(fields.get(name) for name in names):
+                raise file.error(n, "", f"a group needs {need}")
+        groups.append(group)
+    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
+    if times > 1:
+        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
+    return tuple(groups)
+
+
+# ---- What can be used together -------------------------------------------------------------------
+
+
+def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
+    """What the stages of a rate decide: how many people come, or for how long requests are sent."""
+    if not isinstance(rate, Schedule):
+        return {}
+    return {"count": rate.count} if command == STRESS else {"duration_s": rate.lasts_s}
+
+
+def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Each field of those that were given that cannot be what it is, with the sentence that says why."""
+    given = [name for name in OPTIONS if name in given and getattr(plan, name)]
+    for name in given:
+        row = OPTIONS[name]
+        needs, excludes = row.needs.split(), row.excludes.split()
+        if plan.command not in row.rules_on:
+            needs = excludes = []
+        if needs and not any(getattr(group, need) for group in plan.groups for need in needs):
+            flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
+            yield name, f"{row.flag} has a meaning only with {flags}"
+        for other in (other for other in excludes if other in given):
+            yield other, row.because.format(OPTIONS[other].flag)
+        package, module = row.package
+        if package and not optional(module):
+            yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"
+    for name in decided_by_stages(plan.command, plan.rate_per_s):
+        row = OPTIONS[name]
+        if name in given:
+            yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
+        if plan.find_capacity:
+            yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
+    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
+    if most and first > most:
+        yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
+    if (processes := plan.processes) > (workers := plan.workers):
+        yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     fields = {field.name for field in dataclasses.fields(Plan)}
@@ -7691,115 +7550,58 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     `paths` tells whether there will be results, so that conditions can be on any of their numbers.
     """
     plan = plan_of(args)
-    for name in ("count", "batch_size", "workers"):
-        if (value := getattr(plan, name)) < 1:
-            raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
-    if files := [OPTIONS[name].flag for name in WRITTEN_BY_A_RUN if plan.dry_run and getattr(plan, name)]:
-        raise UsageError(f"--dry-run measures nothing that {files[0]} could show: give one of them")
-    _validate_rehearsal(plan, Plan())
-    for group in plan.event:
+    differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
+    for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
         try:
-            _validate_rehearsal(group, dataclasses.replace(plan, group=group.group))
-        except UsageError as error:
-            raise UsageError(f"--event, group {group.group}: {error}") from None
-    if plan.processes > plan.workers:
-        raise UsageError(
-            f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
-        )
+            if row.kind and isinstance(value, (int, str)):  # as it would have to be on the command line
+                row.kind(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{row.flag}: {error}") from None
+    # The seeds' functions are always called with a count.
+    for _, sentence in broken_rules(plan, getattr(args, "given", {*differs} - {"count"})):
+        raise UsageError(sentence)
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
-        raise UsageError(
-            f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}"
-        )
-    _validate_conditions(plan, paths and not plan.find_capacity)
-    _validate_files(plan)
-    for flag, given, module, package in (
-        ("--report", plan.report, "plotly", "plotly"),
-        ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
-        ("--metrics-port", plan.metrics_port, "prometheus_client", "prometheus-client"),
-    ):
-        if given and not optional(module):
-            raise UsageError(f"{flag} needs {package}, which is not installed: pip install {package}")
+        names = ", ".join(sorted(OPERATIONS))
+        raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {names}")
+    for each in plan.fail_if:
+        if why_not := _why_not_judged(each, plan, paths and not plan.find_capacity):
+            raise UsageError(f"--fail-if {each.text!r}: {why_not}")
     missing = {
-        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
-        "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
+        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": plan.endpoint,
+        "no token: set JUPYTERHUB_API_TOKEN, or give --token": plan.token,
     }
     if None in missing.values() and not plan.dry_run:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
-WRITTEN_BY_A_RUN = ("results", "report", "samples", "metrics_port")
+def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
+    """Why a run cannot judge a condition; "" when it can."""
+    if nearest := instead_of(limit.metric, paths):
+        known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
+        return f"no {limit.metric!r} {known}; nearest is {nearest}"
+    for name in re.findall(r"\[([^]]*)\]", limit.metric):
+        if name not in [group.group for group in plan.event]:
+            return f"there is no group {name!r}"
+    if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
+        return f"the unit {limit.unit!r} does not fit {limit.metric}"
+    return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
 
 
-def _validate_files(plan: Plan) -> None:
-    """Nothing, if the files that are asked for can be written; else raises `UsageError`."""
-    for name, can_be_written in (
-        ("results", writable_file),
-        ("report", writable_file),
-        ("samples", samples_file),
-    ):
-        try:
-            if path := getattr(plan, name):
-                can_be_written(path)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{OPTIONS[name].flag}: {error}") from None
-
-
-def _validate_conditions(plan: Plan, paths: bool) -> None:
-    """Nothing, if each condition can be judged; else raises `UsageError`."""
-    for one in plan.fail_if:
-        if nearest := instead_of(one.metric, paths):
-            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
-            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
-        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
-            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
-        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
-            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
-        if one.unit == "x" and not plan.baseline:
-            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
-
-
-def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
-    """Nothing, if what differs from what is usual can be used together; else raises `UsageError`."""
-    given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
-    together = {*given, *["keep"] * plan.keep}  # which holds for all groups
-    for one, other, why_not in (
-        ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
-        ("stay_s", "keep", "lets each leave, and --keep nobody"),
-        ("check_proxy", "keep", "lets a server end, and --keep keeps all"),
-        ("within_s", "rate_per_s", "and --rate both say when people come"),
-    ):
-        if {one, other} <= together:
-            raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
-    for names, there, others in (
-        (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
-        (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
-        (("max_servers", "duration_s"), plan.find_capacity or plan.command == ACTIVITY, "--find-capacity"),
-        (("seed",), any(group.within_s for group in plan.groups), "--within"),
-    ):
-        for name in names:
-            if name in given and not there:
-                raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
-    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (
-        plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    )
-    if plan.max_servers and round(first) > plan.max_servers:
-        raise UsageError(
-            f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate"
-        )
+# ---- Logging, and the program --------------------------------------------------------------------
 
 
 class _Redacting(logging.Formatter):
-    """Log lines, tracebacks included, from which the token is taken out."""
+    """Log lines, tracebacks included, without the secrets of a run."""
 
-    def __init__(self, *tokens: str | None) -> None:
+    def __init__(self, secrets: Collection[str]) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._tokens = [token for token in tokens if token]
+        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be part of another
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        for token in self._tokens:
-            line = line.replace(token, "***")
+        for secret in self._secrets:
+            line = line.replace(secret, "***")
         return line
 
 
@@ -7808,47 +7610,42 @@ def setup_logging(
 ) -> None:
     """Log to standard error, or to a file, and say where. Raises `UsageError` when that file cannot be used.
 
-    A file that is there already is added to if it is a log of ours, and refused otherwise.
+    A file that is there already is added to if it is a log of this tool, and refused otherwise.
     """
-    tokens = (getattr(args, "token", None), getattr(args, "visit_token", None))
+    plan = plan_of(args) if args else Plan()
     handler: logging.Handler = logging.StreamHandler()
     if log_to_file:
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    handler.setFormatter(_Redacting(*tokens))
+    values = [value for _, value in plan.headers]
+    handler.setFormatter(_Redacting({each for each in (plan.token, plan.visit_token, *values) if each}))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
-        LOG.info("Started with %s", plan_of(args).options())
-    sys.excepthook = _log_uncaught
+        LOG.info("Started with %s", plan.options())
+    sys.excepthook = lambda *error: LOG.critical("This is a bug of hub-stress-test", exc_info=error)
 
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
     import tempfile
 
+    path = str(log_to_file)
+    if log_to_file is True:
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
     try:
-        if log_to_file is True:
-            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-            path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
-        else:
-            path = str(log_to_file)
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
                 file.write(f"{LOG_HEADER}, version {__version__}\n")
             file.seek(0)
-            if not file.readline().startswith(LOG_HEADER):
-                raise UsageError(
-                    f"--log-to-file {path}: this file is there already and is not a log of ours; name another"
-                )
+            ours = file.readline().startswith(LOG_HEADER)
     except OSError as error:
-        raise UsageError(f"--log-to-file {log_to_file}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"--log-to-file {path}: cannot be written ({error.strerror})") from None
+    if not ours:
+        raise UsageError(f"--log-to-file {path}: this file is not a log of hub-stress-test; name another")
     return path
-
-
-def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    LOG.critical("This is a bug of hub-stress-test", exc_info=(kind, error, traceback))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -7881,10 +7678,8 @@ def show(render: Callable[..., str]) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     try:
         print(render(colour=colour), flush=True)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left in the buffer goes nowhere
+    except BrokenPipeError:  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> None:
@@ -8051,7 +7846,7 @@ if locust_is_loading():
         """The plan of a test, from the command line or the web form; raises `UsageError`."""
         options, given = vars(environment.parsed_options), Json()
         for name, row in LOCUST_OPTIONS.items():
-            if name in ("endpoint", "token"):
+            if name in ("endpoint", "token", "headers"):
                 continue
             value = options[row.locust_flag[2:].replace("-", "_")]
             try:
@@ -8074,6 +7869,7 @@ if locust_is_loading():
             )
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
+        given |= {"headers": environment.hub_headers}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
@@ -8173,6 +7969,8 @@ if locust_is_loading():
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
         environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        environment.hub_headers = tuple(map(header, options.hub_header or ()))
+        options.hub_header = None
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
         environment.hub_reports, environment.hub_failed = {}, False
         for kind in environment.user_classes:
