@@ -272,7 +272,7 @@ def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: p
     session.verify, session.cert, session.proxies = "/own/ca.pem", "/own/cert.pem", {"https": "http://proxy:3128"}
     session.get(endpoint + "/user")
     hst.Hub(endpoint, session).state("alice")
-    hst.Hub(endpoint, session.for_cleaning_up()).state("alice")
+    hst.Hub(endpoint, session.clone(own_stop=True)).state("alice")
     assert wire.asked[0][2]["verify"] is True and len(wire.asked) == 4
     for _, _, settings in wire.asked[1:]:
         assert (settings["verify"], settings["cert"]) == ("/own/ca.pem", "/own/cert.pem")
@@ -304,7 +304,7 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, make_h
         session.cut_streams()
         reading.join(0.1)
     assert [(end.ready_at_s, end.running) for end in found] == [(None, True)]
-    assert hst.delete_users([NAME], local.endpoint, session.for_cleaning_up()) and not tool_users(local)
+    assert hst.delete_users([NAME], local.endpoint, session.clone(own_stop=True)) and not tool_users(local)
 
 
 # ==== Answers that were lost =========================================================================================
