@@ -1734,7 +1734,7 @@ class HubSession(requests.Session):
         since cleanup reads users again anyway, and soon checks whether a silent hub is there at all.
         """
         times = {"retry_window_s": 0.0, "gone_after_s": 20.0} if own_stop else {}
-        other = HubSession(token or self.token, wire or self._wire, self._pool_maxsize, **times)
+        other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize, **times)
         other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
         for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
             setattr(other, setting, getattr(self, setting))
