@@ -2749,14 +2749,14 @@ class Monitor(Regularly):
             return None
 
 
-# ==== Users: found, claimed, made ====================================================================================
+# ==== Users: found, claimed, made ===========================================================================
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
     """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
 
-    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short while there
-    is a next one.
+    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short
+    while there is a next one.
     """
     offset: int | None = 0
     while offset is not None:
@@ -2771,14 +2771,9 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def _end_if_stopped(hub: Hub, reply: Reply) -> None:
-    """Raise `Stopped` where it was we who gave a request up."""
+    """Raise `Stopped` if the stop ended a request."""
     if not reply.status and hub.session.stopping.is_set():
         raise Stopped
-
-
-def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return test_users(list_users(hub, record), run)
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
@@ -2786,14 +2781,19 @@ def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
+def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
+    """The models of all users that this tool's naming made (of one run, if named), but admins; else `HubRefused`."""
+    return test_users(list_users(hub, record), run)
+
+
 class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
-    A name is claimed before it is asked for, and given up when the hub says that it was taken, or is not there. If the
-    answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name was free
-    when this run looked, just before. Only a run with the same --run name at the same time could make it too, and such
-    a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose making was not
-    confirmed is not deleted.
+    A name is claimed before it is asked for, and dropped when the hub says that it was taken, or is not there. If
+    the answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name
+    was free when this run looked, just before. Only a run with the same --run name at the same time could make it
+    too. Such a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose
+    making was not confirmed is not deleted.
     """
 
     def __init__(self) -> None:
@@ -2821,28 +2821,17 @@ def make_users(
 ) -> Iterator[list[str]]:
     """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those `taken`.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made by then are in `claims`.
+    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made are in `claims`.
     """
-    indexes = itertools.count(first_free_index(taken, run))
+    names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
     with Progress("creating users", count) as progress:
         while made < count:
-            wanted = [
-                username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))
-            ]
+            wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
             progress.tell(made)
-
-
-def _strange(listed: Iterable[str], claims: Claims) -> str:
-    """The names that look like this tool's, nobody asked for, and were not there before the run."""
-    if claims.known is None:
-        return ""
-    return names_text(
-        name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name)
-    )
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
@@ -2863,28 +2852,28 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
     not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
     unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    listed = [
-        user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")
-    ]
+    users = list_users(hub, record) if unsure else models
+    listed = {user["name"] for user in users if not user.get("admin")}
     made = [name for name in wanted if name in listed]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
-        raise CutShort(
-            f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers"
-        )
-    if unsure and (strange := _strange(listed, claims)):
-        raise CutShort(
-            f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's"
-        )
+        rewrites = "its authenticator rewrites names; test with --own-servers"
+        raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
+    if (
+        unsure and claims.known is not None
+    ):  # then nobody asked for new names like ours that the naming did not make
+        new = {name for name in listed - claims.known if USERNAME_PREFIX in name and not is_test_user(name)}
+        if new:
+            since = f"Since then it has {names_text(new)}, which may be this run's"
+            raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
-        raise CutShort(
-            f"two requests in a row made no user ({reply}): is another run with this --run name under way?"
-        )
+        rival = "is another run with this --run name under way?"
+        raise CutShort(f"two requests in a row made no user ({reply}): {rival}")
     return made
 
 
@@ -7261,13 +7250,13 @@ def _is_standard_output(path: str) -> bool:
         return False
 
 
-# ==== The seeds' functions: thin wrappers, for use as a library ======================================================
+# ==== The seeds' functions: thin wrappers, for use as a library =============================================
 
 
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    """The models of all users that this tool's naming made (of one run, if named), but admins; else `HubRefused`."""
     return find_users(Hub(endpoint, session), Recorder(), run)
 
 
@@ -7298,8 +7287,7 @@ def start_server(
     username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
 ) -> bool:
     """Whether the hub took the request to start this user's server; it may still be starting."""
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    reply = Hub(endpoint, session).start(username, profile, until_s)
+    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
     if reply.status not in (201, 202):
         LOG.error("The server of %s did not start: %s", username, reply)
     return reply.status in (201, 202)
@@ -7319,17 +7307,13 @@ def start_servers(
     """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
 
     As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a row,
-    where True is 1, a stop, or three failures before any server was ready) are absent.
+    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a
+    row, where True is 1, a stop, or three failures before any server was ready) are absent.
     """
-    names = [name for batch in users for name in batch]
-    largest = max((len(batch) for batch in users), default=1)
+    names, largest = _flat(users)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-    site = Site(
-        Hub(endpoint, session),
-        Plan(count=len(names), batch_size=largest, profile=profile, **how),
-        new_recorder(),
-    )
+    plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
+    site = Site(Hub(endpoint, session), plan, new_recorder())
     try:
         take_through(names, site, lambda: None)
     except CutShort as error:
@@ -7346,10 +7330,7 @@ def wait_for_servers_to_start(
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    names = [name for batch in users for name in batch]
-    concurrency = max((len(batch) for batch in users), default=1)
-    ends = _for_each(lambda name: await_ready(name, hub, until_s), names, concurrency)
-    return {name: end.ready_at_s is not None for name, end in ends.items()}
+    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -7406,6 +7387,11 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
 
 
+def _flat(users: Sequence[Sequence[str]]) -> tuple[list[str], int]:
+    """The names in batches of users, and how many the largest batch has."""
+    return [name for batch in users for name in batch], max(map(len, users), default=1)
+
+
 def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
     with ThreadPoolExecutor(concurrency) as pool:
         return dict(zip(names, pool.map(work, names)))
@@ -7427,9 +7413,8 @@ def run_stress_test(
     `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    plan = Plan(STRESS, count=count, batch_size=batch_size, keep=keep, profile=profile, **where, **options)
-    return _results_as_json(plan)
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep, "profile": profile}
+    return _results_as_json(Plan(STRESS, count=count, batch_size=batch_size, **options))
 
 
 def notebook_activity_test(
@@ -7443,19 +7428,17 @@ def notebook_activity_test(
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
-    `UsageError` or `SetupError`; nothing has been changed then.
+    `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, keep=keep, **where, **options))
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep}
+    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, **options))
 
 
 def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
     """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
 
-    Finding nothing is success. With `dry_run` nothing is sent, and the result is the plan. `options` are further
-    fields of `Plan`. Raises `UsageError` or `SetupError`.
+    Finding nothing is success. `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
     return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
@@ -7466,11 +7449,8 @@ def _results_as_json(plan: Plan) -> Json:
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)
-        return {
-            "command": plan.command,
-            "options": plan.options(),
-            "plan": list(map(list, plan_section(plan).rows)),
-        }
+        rows = [list(row) for row in plan_section(plan).rows]
+        return {"command": plan.command, "options": plan.options(), "plan": rows}
     found: Json = as_json(carry_out(plan))
     return found
 
