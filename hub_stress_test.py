@@ -1988,7 +1988,7 @@ def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> Non
 
 
 def get_session(
-    token: str, dry_run: bool = False, pool_maxsize: int = 100, headers: Sequence[tuple[str, str]] = ()
+    token: str, dry_run: bool = False, pool_maxsize: int = 100, *, headers: Sequence[tuple[str, str]] = ()
 ) -> HubSession:
     """A session that sends the token, retries connection failures, 429, 503 and 504 on every method, and counts.
 
@@ -2277,6 +2277,10 @@ def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Sympto
     yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
     yield silent, "Is the hub running, and is this its URL?"
     yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield (
+        reply.seen_status in (401, 403, 407),
+        "If a proxy wants a header, give it with --header 'Name: value'.",
+    )
     yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
 
@@ -4310,7 +4314,11 @@ def _spread_over_processes(
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(load.processes)]
     children = [
-        context.Process(target=_send_in_process, args=(theirs, load, part, session.token), daemon=True)
+        context.Process(
+            target=_send_in_process,
+            args=(theirs, load, part, session.token, list(session.headers.items())),
+            daemon=True,
+        )
         for part, (_, theirs) in enumerate(pipes)
     ]
     with _signals_blocked():
@@ -4373,10 +4381,13 @@ def _lead(
     return busiest
 
 
-def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> None:
+def _send_in_process(
+    pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
+) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
     load_operations(load.operations_file)
-    session, events = get_session(token, pool_maxsize=load.open_workers), collections.deque[Event]()
+    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
+    events = collections.deque[Event]()
 
     def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
         if pipe.poll():  # told to stop, or left alone
