@@ -1507,7 +1507,7 @@ class Traffic:
         )
 
 
-# ==== Pure rules: what the hub's answers mean ========================================================================
+# ==== Pure rules: what the hub's answers mean ===============================================================
 
 
 class ServerState(enum.Enum):
@@ -1524,8 +1524,7 @@ class ServerState(enum.Enum):
 def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known.
 
-    A hub that has restarted checks each server that it remembers, for up to 30 s ("pending": "check"). It does
-    not know the state meanwhile, and answers 500 to a request to stop the server.
+    After a restart, a hub checks each server for up to 30 s ("pending": "check"), and cannot stop it (500).
     """
     if "servers" not in model:
         return ServerState.UNKNOWN
@@ -1539,13 +1538,13 @@ def server_state(model: Json) -> ServerState:
 
 
 def state_after_stop(status: int) -> ServerState:
-    """What `DELETE server` answered. 400 (pending spawn on hubs before 5.1) and 500 mean: read the user again."""
+    """What `DELETE server` answered. 400 (starting, on hubs before 5.1) and 500 mean: read the user again."""
     known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
     return known.get(status, ServerState.UNKNOWN)
 
 
 def state_after_delete(status: int) -> ServerState:
-    """What `DELETE user` answered. 400 (still stopping) and 500 (still starting) mean: read the user again."""
+    """What `DELETE user` answered. 400 (stopping) and 500 (starting) mean: read the user again."""
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
@@ -1553,10 +1552,7 @@ VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server
 
 
 def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
-    """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
-
-    It tells why a start took long: a spawner says that it pulls an image, or waits for a node, when that begins.
-    """
+    """Of messages and the moments at which they came, the one that stood longest: why a start took long."""
     ends = [at_s for at_s, _ in said[1:]] + [until_s]
     return max(zip(said, ends), key=lambda stood: stood[1] - stood[0][0])[0][1] if said else ""
 
@@ -1564,7 +1560,7 @@ def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
 def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
-    A scope that is limited to some users or groups (`users!user=x`) counts only if it is needed for this user.
+    A scope that is limited to some users or groups (`users!user=x`) counts only if it is limited to `user`.
     """
     full = {scope.removesuffix(f"!user={user}") for scope in granted}
     full = {scope for scope in full if "!" not in scope}
@@ -1574,7 +1570,7 @@ def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = ""
 
 
 def named_server_limit(reply: Reply) -> int | None:
-    """How many named servers the hub allows each user, if it refused a start for that; 0 when it allows none."""
+    """How many named servers a user may have (0: none are allowed), if the hub refused a start for that."""
     if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
         return 0
     match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
@@ -1606,14 +1602,11 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
 
 
-# ==== The hub: session and transport =================================================================================
+# ==== The hub: session and transport ========================================================================
 
 RETRIED = frozenset({429, 503, 504})
-NEVER_SENT = (
-    NewConnectionError,
-    ConnectTimeoutError,
-    ssl.SSLCertVerificationError,
-)  # so the hub has not acted
+# After these the hub has not acted.
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
 TIMED_OUT = "no answer in time"
 NO_SUCH_HOST = "host name not found"
 NOT_ACCEPTED = "the certificate was not accepted"
@@ -1706,9 +1699,7 @@ class HubSession(requests.Session):
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
         self.answered_s = self.clock()
-        self.marked: bool | None = (
-            None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
-        )
+        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
         self._token_checked_s, self._token_refused = -math.inf, False
         self._silent = False  # whether a warning said that the hub does not answer
@@ -1751,9 +1742,8 @@ class HubSession(requests.Session):
     ) -> requests.Response:
         """The response to a request. Connection failures, 429, 503 and 504 are retried, on every method.
 
-        Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400
-        "already running", a second stop 204 or 202, a second delete 404. `Call.lost` tells the caller to expect
-        that. Raises what requests raises, or `Stopped`.
+        Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400, a
+        second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
         """
         call = call or Call()
         until_s = call.retry_until_s
@@ -1769,8 +1759,7 @@ class HubSession(requests.Session):
                 response = super().send(request, **settings)
             except requests.RequestException as error:
                 call.lost |= not _never_sent(error)
-                bad_url = isinstance(error, ValueError)
-                if bad_url or not self._back_off(call, until_s):
+                if isinstance(error, ValueError) or not self._back_off(call, until_s):  # of a wrong URL
                     raise
                 continue
             hubs = self._count(response)
@@ -1783,7 +1772,7 @@ class HubSession(requests.Session):
             response.close()
 
     def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
-        """Wait before the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False when there is no next try."""
+        """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
         began_s = self.clock()
         if call.tries > RETRIES or began_s >= until_s:
             return False
@@ -1863,8 +1852,7 @@ class HubSession(requests.Session):
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header by which one can tell, only 502, 503 and 504 are taken for a proxy's:
-        that is what proxies answer for a hub that is away.
+        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
             self.marked = True if self.marked is None else self.marked
@@ -1872,7 +1860,7 @@ class HubSession(requests.Session):
         return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
 
     def token_is_refused(self, endpoint: str) -> bool:
-        """Whether the hub refuses the token for anything: `GET /user` is refused, asked at most every 30 s."""
+        """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
         if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
             self._token_checked_s = self.clock()
             self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
@@ -1990,10 +1978,10 @@ def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> Non
 def get_session(
     token: str, dry_run: bool = False, pool_maxsize: int = 100, *, headers: Sequence[tuple[str, str]] = ()
 ) -> HubSession:
-    """A session that sends the token, retries connection failures, 429, 503 and 504 on every method, and counts.
+    """A session with a token. It retries connection failures, 429, 503 and 504 on every method, and counts.
 
     With `dry_run` a simulated hub answers and nothing is sent. `pool_maxsize` connections are kept open.
-    `headers` (names and values) are sent with every request, also with those that go without the token.
+    `headers` go with every request, even with one that goes without the token.
     """
     session = HubSession(token, SimulatedHub() if dry_run else None, pool_maxsize)
     session.headers.update(headers)
@@ -2035,7 +2023,7 @@ class SimulatedHub(HTTPAdapter):
         return 201 if method == "POST" else 204, None
 
 
-# ==== The hub: its API ===============================================================================================
+# ==== The hub: its API ======================================================================================
 
 
 def user_url(endpoint: str, name: str, *rest: str) -> str:
@@ -2045,7 +2033,7 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub's API: a method for each call, with the answers to expect. It neither measures nor claims nor cleans."""
+    """A hub's API: a method for each call, with the answers to expect."""
 
     endpoint: str
     session: HubSession
@@ -2086,7 +2074,7 @@ class Hub:
         return self.session.ask("POST", f"{self.endpoint}/users", json=body, timeout=timeout_s)
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
+        """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
         timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
         call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
         return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
@@ -2096,7 +2084,7 @@ class Hub:
         return state_in(self.read(name, observer, until_s))
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
+        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
         options = {"profile": profile} if isinstance(profile, str) else profile or None
         call = Call(seen=frozenset({429}), retry_until_s=until_s)
         timeout_s = self._left_s(until_s)
@@ -2110,7 +2098,7 @@ class Hub:
         return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
-        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
+        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no user; see `state_after_stop`."""
         return self.session.ask("DELETE", self.server_url(name))
 
     def delete(self, name: str) -> Reply:
@@ -2123,7 +2111,7 @@ class Hub:
         return self.session.ask("POST", url, json={"note": USERNAME_PREFIX})
 
     def denial(self, reply: Reply) -> str:
-        """What the hub does with a 401 or 403; "" for others. It blames the token only if `GET /user` is refused too."""
+        """What the hub does, by a 401 or 403; else "". The token is blamed only if `GET /user` does so."""
         if reply.status not in (401, 403):
             return ""
         if self.session.token_is_refused(self.endpoint):
@@ -2135,8 +2123,8 @@ class Hub:
 class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
-    A named server is made by its start, even by one that is throttled or fails, and exists until it is removed.
-    Hubs before 3.0 do not list it while it is stopped: `there` are those that were asked for and not seen removed.
+    A start makes a named server, even one that is throttled or fails; it exists until it is removed.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those requested and not seen removed.
     """
 
     there: set[str] = dataclasses.field(default_factory=set)
@@ -2148,7 +2136,7 @@ class OwnServers(Hub):
         return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """A named server in `GET /users/{owner}`, or 404 when it is not there. A 404 for the owner says nothing."""
+        """A named server in `GET /users/{owner}`; 404 when it is not there, but not when its owner is not."""
         reply, servers = self._read_owner(observer, until_s)
         if servers is not None and name not in servers:
             return dataclasses.replace(reply, status=404, data={})
@@ -2157,7 +2145,7 @@ class OwnServers(Hub):
     def _read_owner(
         self, observer: bool = False, until_s: float | None = None
     ) -> tuple[Reply, dict[str, Json] | None]:
-        """`GET /users/{owner}`, and a user model for each named server in it; None when it does not list servers."""
+        """`GET /users/{owner}`, and a user model for each named server in it; None if it lists no servers."""
         reply = super().read(self.owner, observer, until_s)
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
             return reply, None
@@ -2169,7 +2157,7 @@ class OwnServers(Hub):
         return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{owner}/servers/{name}`: as for a user; 400 too if no more are allowed: then none is made."""
+        """`POST /users/{owner}/servers/{name}`: as for a user; 400 also if no more are allowed."""
         self.there.add(name)
         reply = super().start(name, profile, until_s)
         if named_server_limit(reply) is not None:
@@ -2185,7 +2173,7 @@ class OwnServers(Hub):
         return reply
 
     def delete(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}` for good: 204, or 404 when gone; 202 if it has yet to stop."""
+        """`DELETE /users/{owner}/servers/{name}` for good: 204, 404 when gone; 202 if it has yet to stop."""
         reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
         if state_after_delete(reply.hub_status) is ServerState.GONE:
             self.there.discard(name)
@@ -2201,17 +2189,15 @@ def state_in(reply: Reply) -> ServerState:
     return server_state(reply.data)
 
 
-# ==== The hub: checks before a run ===================================================================================
+# ==== The hub: checks before a run ==========================================================================
 
-Symptoms = Iterator[
-    tuple[object, str]
-]  # what may be wrong, each with a sentence; the first that is true is the cause
+Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
 
 
 def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, once it has shown its version and accepted the token for `command`; else `SetupError`.
+    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
 
-    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
+    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
     reply, version = _probe(endpoint, session)
     if not version:
@@ -2261,10 +2247,10 @@ def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Sympto
 
     yield (
         said.startswith(NOT_ACCEPTED),
-        "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE. "
-        "Of a hub with internal_ssl use the public URL.",
+        "If an authority of your own has signed it, name the file with its certificate in "
+        "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
     )
-    yield (  # TLS 1.3 and 1.2 have an alert for that, which gets lost when the server closes the connection at once
+    yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
         silent and re.search("certificate required|handshake failure|eof occurred", said),
         "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
     )
@@ -2277,26 +2263,19 @@ def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Sympto
     yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
     yield silent, "Is the hub running, and is this its URL?"
     yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
-    yield (
-        reply.seen_status in (401, 403, 407),
-        "If a proxy wants a header, give it with --header 'Name: value'.",
-    )
+    yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
     yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
 
 def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
     """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
     reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
-    if reply.status in (401, 403) and len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
-        raise SetupError(
-            f"The hub at {hub.endpoint} refuses the token: JupyterHub {hub.version} takes none of 64 characters. "
-            "Make a shorter one, or upgrade the hub."
-        )
     if reply.status in (401, 403):
-        raise SetupError(
-            f"The hub at {hub.endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has "
-            f"expired, or belongs to another hub. Put {right} into {variable}."
-        )
+        reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
+        if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
+            reason = f"JupyterHub {hub.version} takes none of 64 characters. Make a shorter one, or upgrade."
+        answered = f"refuses the token (GET /user answered {reply.status})"
+        raise SetupError(f"The hub at {hub.endpoint} {answered}: {reason}")
     if reply.status != 200 or not isinstance(reply.data, dict):
         raise SetupError(f"The hub at {hub.endpoint} could not say whose token this is: GET /user: {reply}.")
     return reply.data
@@ -2310,6 +2289,7 @@ def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) 
     name, scopes = str(owner.get("name")), owner.get("scopes")
     needed = needed_scopes(command, own_servers)
     missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
+    own_missing = [f"{scope}!user={name}" for scope in missing]
     not_admin = " If you are not an admin, test with servers of your own: --own-servers."
     otherwise = "" if command == ACTIVITY else not_admin
     yield (
@@ -2319,8 +2299,8 @@ def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) 
     )
     yield (
         own_servers and missing,
-        f"The token lacks what {command} --own-servers needs: {', '.join(f'{one}!user={name}' for one in missing)}. "
-        f"Put {own_token}, without restrictions, into JUPYTERHUB_API_TOKEN.",
+        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
+        "without restrictions, into JUPYTERHUB_API_TOKEN.",
     )
     yield (
         not own_servers and scopes is None and not owner.get("admin"),
@@ -2328,27 +2308,27 @@ def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) 
     )
     yield (
         missing,
-        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into the "
-        f"hub's configuration, beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}",
+        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
+        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+        f"{ROLE_TO_PASTE}",
     )
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
-    """Nothing, if the token for visits may enter servers; else raises `SetupError`. On 1.x nothing tells."""
+    """Raise `SetupError` if the token for visits may not enter servers. On 1.x nothing tells."""
     if not plan.opens or hub.version.startswith("1."):
         return
     variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
     visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
     owner = _owner_of_token(visiting, "the token that opens servers", variable)
     if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
-        lacks = (
-            f"The token{f' in {variable}' if plan.visit_token else ''} lacks what visits need: access:servers"
-        )
+        whose = f"The token in {variable}" if plan.visit_token else "The token"
         if hub.owner:
-            raise SetupError(f"{lacks}!user={hub.owner}.")
+            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
         raise SetupError(
-            f"{lacks}. Test servers see the token that opens them: give a second service this scope alone, restart "
-            f"the hub, and put that service's token into JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
+            "second service this scope alone, restart the hub, and put that service's token into "
+            f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 
 
@@ -2358,10 +2338,7 @@ def public_url(hub: Hub, plan: Plan) -> str:
 
 
 def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
-    """Nothing, if the hub takes the names of all own servers that a run will start; else raises `SetupError`.
-
-    Hubs from 6.0 take up to 30 characters, without two hyphens in a row.
-    """
+    """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
     major, run = hub.version.partition(".")[0], plan.run or ""
     if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
@@ -2370,21 +2347,19 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     if len(longest) > SERVER_NAME_MAX or "--" in longest:
         left = SERVER_NAME_MAX - len(longest) + len(run)
         raise SetupError(
-            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double hyphens, "
-            f"unlike {longest}: --run NAME may have at most {left} characters here. Nothing was changed."
+            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
+            f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
+            "changed."
         )
 
 
 def check_way(hub: Hub, plan: Plan) -> None:
-    """Nothing, if --check-proxy can be done from this machine; else raises `SetupError`.
-
-    Its websockets bypass a proxy that this machine has of its own.
-    """
+    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
     url = public_url(hub, plan)
     if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
         raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: {without_proxy(url)}. "
-            "Nothing was changed."
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
         )
 
 
@@ -2757,10 +2732,9 @@ class Monitor(Regularly):
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
+    """Every user with our prefix in the name, and (from hubs that do not filter) others; else `HubRefused`.
 
-    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short
-    while there is a next one.
+    `next.offset` leads to the next page, since `next.url` may be wrong behind a proxy. A page may be short.
     """
     offset: int | None = 0
     while offset is not None:
@@ -2786,18 +2760,17 @@ def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
 
 
 def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins; else `HubRefused`."""
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
     return test_users(list_users(hub, record), run)
 
 
 class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
-    A name is claimed before it is asked for, and dropped when the hub says that it was taken, or is not there. If
-    the answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name
-    was free when this run looked, just before. Only a run with the same --run name at the same time could make it
-    too. Such a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose
-    making was not confirmed is not deleted.
+    A name is claimed before the request for it, and dropped if the hub says that it was taken or is absent.
+    After a lost answer the claim stands, even when the name is not there yet, since the hub may act late: the
+    name was free just before. Only a run with the same --run name at the same time could make it too. It
+    is noticed when names that we did not create are taken: with `rivals`, only confirmed names are deleted.
     """
 
     def __init__(self) -> None:
@@ -2823,9 +2796,9 @@ class Claims:
 def make_users(
     count: int, batch_size: int, hub: Hub, record: Recorder, claims: Claims, taken: Iterable[str], run: str
 ) -> Iterator[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those `taken`.
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those taken.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made are in `claims`.
+    Names that turn out to be taken are skipped. Raises `HubRefused` or `Stopped`; `claims` has those made.
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
@@ -2841,8 +2814,8 @@ def make_users(
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
     """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
 
-    All names in a 201 were made by this call, whatever they are called. After anything but that or a 409 the hub is
-    listed, since part of the batch may have been made: after a lost answer, but also after a 400 or 500.
+    A 201 lists users that this call made, whatever they are called. After anything but that or a 409 (a lost
+    answer, but also 400 or 500) part of the batch may have been made: the hub's users are listed.
     """
     if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
         return wanted
@@ -7267,7 +7240,7 @@ def _is_standard_output(path: str) -> bool:
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins; else `HubRefused`."""
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
     return find_users(Hub(endpoint, session), Recorder(), run)
 
 
@@ -7281,7 +7254,7 @@ def create_users(
     *,
     run: str = "",
 ) -> list[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+    """The names of exactly `count` new users, in batches, numbered after `existing_users`.
 
     Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
     """
@@ -7315,11 +7288,11 @@ def start_servers(
     fail_fast: int = 0,
     rate_per_s: float | Schedule | None = None,
 ) -> dict[str, Event]:
-    """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
+    """The `server_ready` event of each user; its `reason` is None when the server became ready.
 
-    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a
-    row, where True is 1, a stop, or three failures before any server was ready) are absent.
+    As many start at one time as the largest batch has (closed model), or one every 1 / `rate_per_s` seconds,
+    however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
+    stop, or three failures before any server was ready) are absent.
     """
     names, largest = _flat(users)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
@@ -7418,7 +7391,7 @@ def run_stress_test(
     profile: str | Json | None = None,
     **options: Any,
 ) -> Json:
-    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of failures.
 
     With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
     `UsageError` or `SetupError`; nothing has been changed then.
@@ -7456,7 +7429,7 @@ def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any
 
 
 def _results_as_json(plan: Plan) -> Json:
-    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` for what the command line refuses."""
+    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)

@@ -106,7 +106,7 @@ def gateway(new_hub: LocalHub) -> Iterator[FaultProxy]:
 
 def test_a_gateway_that_demands_a_header_names_the_option(gateway: FaultProxy, new_hub: LocalHub) -> None:
     said = refused(new_hub, gateway.url + "/hub/api")
-    assert "it answers 403 (not JSON but text/html). If a proxy wants a header, give it with --header" in said
+    assert "it answers 403 (not JSON but text/html). If a proxy demands a header: --header" in said
     assert len(gateway.requests) == 1
 
 
@@ -143,7 +143,7 @@ def test_a_token_of_64_characters_is_named_where_the_hub_takes_none() -> None:
     hub.token = secrets.token_hex(32)
     with hub:
         said = refused(hub, hub.endpoint)
-    assert "refuses the token: JupyterHub 6.1.0 takes none of 64 characters" in said
+    assert "(GET /user answered 403): JupyterHub 6.1.0 takes none of 64 characters" in said
 
 
 def test_a_token_is_sent_to_nobody_who_has_not_shown_to_be_a_hub(new_hub: LocalHub) -> None:
