@@ -2326,8 +2326,8 @@ def check_visits(hub: Hub, plan: Plan) -> None:
         if hub.owner:
             raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
         raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
-            "second service this scope alone, restart the hub, and put that service's token into "
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give "
+            "a second service this scope alone, restart the hub, and put that service's token into "
             f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 
