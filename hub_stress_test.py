@@ -102,6 +102,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 from urllib3.util.retry import Retry
 
@@ -1605,6 +1606,7 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
 # ==== The hub: session and transport ========================================================================
 
 RETRIED = frozenset({429, 503, 504})
+BROKEN = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError)
 # After these the hub has not acted.
 NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
 TIMED_OUT = "no answer in time"
@@ -1615,7 +1617,7 @@ WHY: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ..
     ((ReadTimeoutError, requests.Timeout, TimeoutError), TIMED_OUT),
     (ssl.SSLCertVerificationError, f"{NOT_ACCEPTED} ({{}})"),
     (ConnectionError, "connection reset"),
-    (requests.exceptions.ChunkedEncodingError, "the answer broke off"),
+    (ChunkedEncodingError, "the answer broke off"),
     (socket.gaierror, NO_SUCH_HOST),
 )
 
@@ -1683,21 +1685,14 @@ class HubSession(requests.Session):
     Threads share it. `stop()` ends back-offs, pauses and progress streams at once; nothing more is sent then.
     """
 
-    def __init__(
-        self,
-        token: str,
-        wire: BaseAdapter | None = None,
-        pool_maxsize: int = 100,
-        retry_window_s: float = RETRY_WINDOW_S,
-        gone_after_s: float = HUB_GONE_S,
-    ) -> None:
+    def __init__(self, token: str, wire: BaseAdapter | None = None, pool_maxsize: int = 100) -> None:
         super().__init__()
         self.token = token = Secret(token)
         self.headers["Authorization"] = Secret(f"token {token}")
         self.auth = lambda request: request  # so that neither a .netrc file nor the URL replaces the header
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
-        self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
+        self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s = self.clock()
         self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
@@ -1724,13 +1719,14 @@ class HubSession(requests.Session):
         With a stop of its own it is for cleaning up, after this one was stopped: it tries each request once,
         since cleanup reads users again anyway, and soon checks whether a silent hub is there at all.
         """
-        times = {"retry_window_s": 0.0, "gone_after_s": 20.0} if own_stop else {}
-        other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize, **times)
+        other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize)
         other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
         for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
             setattr(other, setting, getattr(self, setting))
         other.traffic = traffic or self.traffic
-        if not own_stop:
+        if own_stop:
+            other.retry_window_s, other.gone_after_s = 0.0, 20.0
+        else:
             other.stopping = self.stopping
         return other
 
@@ -1757,17 +1753,21 @@ class HubSession(requests.Session):
             self.traffic.sent(call.observer, again=call.tries > 1)
             try:
                 response = super().send(request, **settings)
-            except requests.RequestException as error:
-                call.lost |= not _never_sent(error)
-                if isinstance(error, ValueError) or not self._back_off(call, until_s):  # of a wrong URL
+            except OSError as error:  # which requests' own errors are too
+                call.lost |= not any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
+                if not isinstance(error, BROKEN) or not self._back_off(call, until_s):
                     raise
                 continue
-            hubs = self._count(response)
+            hubs = self.is_hubs(response)
+            self.traffic.answered(response.status_code, in_front=not hubs)
+            if hubs:
+                self.answered_s = self.clock()
+            if hubs and self._silent:
+                self._silent = False
+                LOG.warning("The hub answers again")
             call.lost |= not hubs
-            retried = RETRIED - call.seen if hubs else RETRIED
-            if response.status_code not in retried:
-                return response
-            if not self._back_off(call, until_s, _retry_after_s(response)):
+            retried = response.status_code in (RETRIED - call.seen if hubs else RETRIED)
+            if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
                 return response
             response.close()
 
@@ -1782,17 +1782,6 @@ class HubSession(requests.Session):
         if not going_on:
             raise Stopped("the run was stopped")
         return True
-
-    def _count(self, response: requests.Response) -> bool:
-        """Count an answer, and note the moment if it is the hub's; whether it is."""
-        hubs = self.is_hubs(response)
-        self.traffic.answered(response.status_code, in_front=not hubs)
-        if hubs:
-            self.answered_s = self.clock()
-            if self._silent:
-                self._silent = False
-                LOG.warning("The hub answers again")
-        return hubs
 
     def call_of(self, request: object) -> Call:
         """The call with which this thread has just sent a request; of any other request nothing is known."""
@@ -1815,8 +1804,7 @@ class HubSession(requests.Session):
             content = _content_of(response, self.is_hubs(response))
         except Stopped as stop:
             content = {"status": 0, "message": str(stop)}
-        except OSError as error:  # which requests' own errors are too
-            call.lost |= not _never_sent(error)
+        except OSError as error:
             content = {"status": 0, "message": why(error)}
         outcome: Json = {"lost": call.lost, "tries": call.tries, "backoff_s": call.backoff_s}
         return Reply(sent_s=sent_s, answered_s=self.clock(), **content, **outcome)
@@ -1844,10 +1832,12 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                with contextlib.suppress(
-                    RuntimeError, ValueError, OSError, AttributeError
-                ):  # it has just ended
-                    _end_reading(response.raw)
+                raw: Any = response.raw
+                with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # just ended
+                    if hasattr(raw, "shutdown"):
+                        raw.shutdown()
+                    else:  # urllib3 before 2.3
+                        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
 
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
@@ -1906,14 +1896,6 @@ def without_proxy(url: str) -> str:
     return f"if this machine reaches {host} without that proxy too, set no_proxy={host}"
 
 
-def _end_reading(raw: Any) -> None:
-    """Let whoever reads this body go on at once, as at its end; closing it would wait for them."""
-    if hasattr(raw, "shutdown"):
-        raw.shutdown()
-    else:  # urllib3 before 2.3
-        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
-
-
 def in_front(response: requests.Response) -> str:
     """That something in front of the hub gave an answer, and what it calls itself."""
     name = response.headers.get("Server", "")[:40]
@@ -1950,10 +1932,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         inner = [getattr(error, "reason", None), *error.args, error.__cause__, error.__context__]
         error = next((e for e in inner if isinstance(e, BaseException)), None)
-
-
-def _never_sent(error: BaseException) -> bool:
-    return any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
 
 
 def why(error: BaseException) -> str:
@@ -2012,7 +1990,7 @@ class SimulatedHub(HTTPAdapter):
         if path == ["users"]:
             users.update({name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]})
             return 201, [users[name] for name in body["usernames"]]
-        if name not in users:
+        if name not in users or below not in ("", "server", "activity"):
             return 404, {"status": 404, "message": None}
         if method == "GET" or below == "activity":
             return 200, users[name] if method == "GET" else None
@@ -2326,8 +2304,8 @@ def check_visits(hub: Hub, plan: Plan) -> None:
         if hub.owner:
             raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
         raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give "
-            "a second service this scope alone, restart the hub, and put that service's token into "
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
+            "give a second service this scope alone, restart the hub, and put that service's token into "
             f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 

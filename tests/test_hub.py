@@ -124,7 +124,7 @@ def test_the_message_that_stood_longest_is_found(said: list[tuple[float, str]], 
 
 @pytest.mark.parametrize("status", [200, 201, 302, 401, 403, 404, 429, 500, 502, 521])
 def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: FaultProxy, endpoint: str) -> None:
-    session = hst.HubSession("x", retry_window_s=0)
+    session = hst.HubSession("x").clone(own_stop=True)
     assert session.ask("GET", endpoint + "/").status == 200
     proxy.rule = every(matching(None, "users"), Answer(status, b"{}", {"Server": "nginx/1.22"}))
     reply = session.ask("POST", endpoint + "/users", json={})
@@ -140,7 +140,7 @@ def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: Fa
 def test_where_the_version_is_stripped_only_gateway_errors_are_lost(
     status: int, lost: bool, proxy: FaultProxy, endpoint: str
 ) -> None:
-    session = hst.HubSession("x", retry_window_s=0)
+    session = hst.HubSession("x").clone(own_stop=True)
     session.marked = False
     proxy.rule = every(matching(None, "users"), Answer(status, b"{}"))
     assert session.ask("POST", endpoint + "/users", json={}).lost is lost

@@ -417,7 +417,7 @@ def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the
     ("status", "said"), [(403, "403"), (500, "500"), (503, "something in front of the hub answered 503")]
 )
 def test_on_1x_nobody_elses_token_enters_a_server_when_the_hub_makes_none(status: int, said: str) -> None:
-    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status), retry_window_s=0.0), "1.5.1")
+    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status)).clone(own_stop=True), "1.5.1")
     public = hst.PublicSide(hub, hst.Plan(visit=True, visit_token=hst.Secret("the-second")))
     assert public.browser("ann") == Reason(Kind.REFUSED, f"the hub made no token for the user ({said})")
 
