@@ -1598,9 +1598,7 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
     if location and endpoint.startswith("http:") and location.startswith("https:"):
         endpoint = "https:" + endpoint.removeprefix("http:")
-    if endpoint.endswith("/hub/api"):
-        return endpoint
-    return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
+    return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
 # ==== The hub: session and transport ========================================================================
@@ -2817,13 +2815,11 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
         asked = next((name for name in wanted if name not in made), wanted[0])
         rewrites = "its authenticator rewrites names; test with --own-servers"
         raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
-    if (
-        unsure and claims.known is not None
-    ):  # then nobody asked for new names like ours that the naming did not make
-        new = {name for name in listed - claims.known if USERNAME_PREFIX in name and not is_test_user(name)}
-        if new:
-            since = f"Since then it has {names_text(new)}, which may be this run's"
-            raise CutShort(f"the hub was asked for users: {reply}. {since}")
+    known = listed if claims.known is None else claims.known
+    strange = {name for name in listed - known if USERNAME_PREFIX in name and not is_test_user(name)}
+    if unsure and strange:
+        since = f"Since then it has {names_text(strange)}, which may be this run's"
+        raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
@@ -7215,6 +7211,9 @@ def _is_standard_output(path: str) -> bool:
 # ==== The seeds' functions: thin wrappers, for use as a library =============================================
 
 
+Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
+
+
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
@@ -7257,7 +7256,7 @@ def start_server(
 
 @timeit
 def start_servers(
-    users: Sequence[Sequence[str]],
+    users: Batches,
     endpoint: str,
     session: HubSession,
     profile: str | Json | None = None,
@@ -7284,11 +7283,7 @@ def start_servers(
 
 
 def wait_for_servers_to_start(
-    users: Sequence[Sequence[str]],
-    endpoint: str,
-    session: HubSession,
-    *,
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    users: Batches, endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
@@ -7349,7 +7344,7 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
 
 
-def _flat(users: Sequence[Sequence[str]]) -> tuple[list[str], int]:
+def _flat(users: Batches) -> tuple[list[str], int]:
     """The names in batches of users, and how many the largest batch has."""
     return [name for batch in users for name in batch], max(map(len, users), default=1)
 
