@@ -68,9 +68,7 @@ import difflib
 import enum
 import functools
 import gzip
-import heapq
 import html
-import http.client
 import importlib
 import importlib.util
 import io
@@ -82,7 +80,6 @@ import operator
 import os
 import random
 import re
-import selectors
 import signal
 import socket
 import ssl
@@ -93,12 +90,12 @@ import time
 import types
 import typing
 import urllib.parse
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
@@ -129,7 +126,6 @@ THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub name
 HEAD_START_S = 0.02  # of throttled starts before new ones
 FIRST_STARTS = 3  # at most so many fail before any server is ready: a hub may exit after five in a row
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
-OPEN_STARTS_MAX = 1000  # threads, and so servers that can be starting at one time in the open model
 LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
 OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
@@ -167,7 +163,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Json = dict[str, Any]  # what was just read from JSON, or is about to be written
 T = TypeVar("T")
 R = TypeVar("R")
-Walk = Iterator[float]  # something that goes on by itself; it yields the moments at which to go on
 
 
 class ExitCode(enum.IntEnum):
@@ -1199,6 +1194,7 @@ class Event:
     asked_s: float | None = None  # when the last try was sent
     message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
     group: str = ""  # of people to which the person belongs
+    phases: Phases | None = None  # of a start, by the events of Kubernetes
 
     @property
     def outcome(self) -> str:
@@ -1552,12 +1548,6 @@ def state_after_delete(status: int) -> ServerState:
 VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server has it
 
 
-def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
-    """Of messages and the moments at which they came, the one that stood longest: why a start took long."""
-    ends = [at_s for at_s, _ in said[1:]] + [until_s]
-    return max(zip(said, ends), key=lambda stood: stood[1] - stood[0][0])[0][1] if said else ""
-
-
 def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
@@ -1599,6 +1589,153 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     if location and endpoint.startswith("http:") and location.startswith("https:"):
         endpoint = "https:" + endpoint.removeprefix("http:")
     return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
+
+
+# ==== Pure rules: what is said while a server starts =========================================================
+
+Said = Sequence[tuple[float, Json]]  # the events of a progress stream, and when each arrived
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Where the start of a server spent its time, by the events of Kubernetes, in order; or means of many starts."""
+
+    silent_s: float
+    node_s: float
+    volumes_s: float
+    image_s: float
+    container_s: float
+    server_s: float
+    new_node: int  # whether it waited for a new node, or how many did
+    images_pulled: int
+
+
+PHASES = {
+    "silent_s": "before Kubernetes said anything",
+    "node_s": "waiting for a node",
+    "volumes_s": "attaching volumes",
+    "image_s": "pulling the image",
+    "container_s": "starting the container",
+    "server_s": "the server's own start",
+}
+
+
+def kube_events(said: Said) -> list[tuple[float, Json]]:
+    """The Kubernetes events among what was said, by the cluster's own clock in seconds, in its order.
+
+    KubeSpawner hands them over late, some twice, and out of order; some it loses.
+    """
+    events = []
+    for _, message in said:
+        if raw := message.get("raw_event"):
+            moment = raw.get("lastTimestamp") or raw.get("eventTime") or raw.get("firstTimestamp")
+            with contextlib.suppress(ValueError, AttributeError):  # one without a time tells no phase
+                events.append((datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp(), raw))
+    return sorted(events, key=lambda event: event[0])
+
+
+def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
+    """Where a start spent its time that was asked for and ready at these moments; None without Kubernetes events.
+
+    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the last
+    event that was.
+    """
+    events = kube_events(said)
+    if not events:
+        return None
+    arrived = [(at_s, kube_events([(at_s, message)])) for at_s, message in said]
+    behind_s = min(at_s - event[0][0] for at_s, event in arrived if event)
+    moments = [(min(max(at_s + behind_s, asked_s), ready_s), raw) for at_s, raw in events]
+    pulling, image_s, pulled = dict[str, float](), 0.0, 0
+    begin_s = scheduled_s = moments[0][0]
+    containers_s: float | None = None
+    started_s = moments[-1][0]
+    for at_s, raw in moments:
+        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), raw.get("reason")
+        if reason == "Scheduled":
+            scheduled_s = at_s
+        elif reason in ("Pulling", "Pulled", "Created", "Started"):
+            containers_s = at_s if containers_s is None else containers_s
+        if reason == "Pulling":
+            pulling[path] = at_s
+        elif reason == "Pulled" and path in pulling:
+            image_s, pulled = image_s + at_s - pulling.pop(path), 1
+        elif reason == "Started" and path.startswith("spec.containers"):
+            started_s = at_s
+            break
+    containers_s = max(scheduled_s, started_s if containers_s is None else containers_s)
+    started_s = max(started_s, containers_s + image_s)
+    return Phases(
+        silent_s=begin_s - asked_s,
+        node_s=scheduled_s - begin_s,
+        volumes_s=containers_s - scheduled_s,
+        image_s=image_s,
+        container_s=started_s - containers_s - image_s,
+        server_s=ready_s - started_s,
+        new_node=int(any(raw.get("reason") == "TriggeredScaleUp" for _, raw in events)),
+        images_pulled=pulled,
+    )
+
+
+def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
+    """What a start spent most of its time with: its longest phase, or the message that stood longest; "" if none."""
+    if phases := phases_of(said, asked_s, ready_s):
+        name = max(PHASES, key=lambda name: getattr(phases, name))
+        return f"{PHASES[name]}, {duration_text(getattr(phases, name))}"
+    ends = [at_s for at_s, _ in said[1:]] + [ready_s]
+    lasted = [(end_s - at_s, str(message["message"])) for (at_s, message), end_s in zip(said, ends)]
+    return max(lasted, default=(0.0, ""))[1]
+
+
+def last_word(said: Said) -> str:
+    """What a start was waiting for: the last warning of Kubernetes that still holds, or else the last message.
+
+    What follows a failure is the hub's own clean-up; a node that was found ends the warnings about nodes.
+    """
+    events = [raw for _, raw in kube_events(said) if raw.get("reason") != "Killing"]
+    scheduled = any(raw.get("reason") == "Scheduled" for raw in events)
+    warnings = [raw for raw in events if raw.get("type") == "Warning"]
+    warnings = [raw for raw in warnings if not (scheduled and raw.get("reason") == "FailedScheduling")]
+    if events:
+        return str((warnings or events)[-1].get("message"))
+    return str(said[-1][1]["message"]) if said else ""
+
+
+API_ERROR = re.compile(r"\((\d{3})\)\s*Reason: .*HTTP response body: (\{.*\})", re.DOTALL)
+NOT_IN_TIME = re.compile(r"pod \S+ did not start in (\d+) seconds!")
+PASSING = (  # what differs from server to server
+    (r"\d{4}-\d\d-\d\dT[\d:.]+Z \[\w+\] ", ""),
+    (r"(<user>)---[0-9a-f]{8}", r"\1"),
+    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uid>"),
+    (r"\b\d{1,3}(\.\d{1,3}){3}\b", "<ip>"),
+)
+
+
+def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
+    """Why a start failed after so long: what the hub says of it, and what it was waiting for.
+
+    The hub's own time-out comes without words, that of KubeSpawner with some: they are one.
+    """
+    text = message.removeprefix("Spawn failed:").strip()
+    if error := API_ERROR.search(text):
+        with contextlib.suppress(ValueError):
+            return f"{json.loads(error[2]).get('message')} ({error[1]})"
+    in_time = NOT_IN_TIME.search(text)
+    if text and not in_time:
+        return text
+    seconds = int(in_time[1]) if in_time else round(lasted_s, -1 if lasted_s > 100 else None)
+    waiting = last_word(said)
+    if not in_time and not waiting and lasted_s < 5:
+        return "the hub gives no reason"
+    return f"did not start in {seconds:.0f} s" + (f": {waiting}" if waiting else "")
+
+
+def without_name(text: str, user: str) -> str:
+    """A reason without the user's or their pod's name, and all else that differs from server to server."""
+    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
+    for pattern, instead in PASSING:
+        plain = re.sub(pattern, instead, plain)
+    return plain
 
 
 # ==== The hub: session and transport ========================================================================
@@ -2397,158 +2534,74 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-class Gathering:
-    """People who stay until the last of them has settled down, and for `hold_s` after that."""
-
-    def __init__(self, hold_s: float = 0.0) -> None:
-        self.hold_s, self.leave_s = hold_s, math.inf
-        self._settled: set[str] = set()
-
-    def settle(self, name: str) -> None:
-        """This person has done what the others wait for, or has left."""
-        self._settled.add(name)
-
-    def break_up(self, begun: int, now_s: float) -> bool:
-        """Whether all who have begun have just settled down, so that the moment to leave is known."""
-        if self.leave_s < math.inf or len(self._settled) < begun:
-            return False
-        self.leave_s = now_s + self.hold_s
-        return True
+def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
+    """Do this in a thread for which the program does not wait. Raises `CutShort` where the system starts no more."""
+    try:
+        threading.Thread(target=act, args=args, name=name, daemon=True).start()
+    except RuntimeError:
+        raise CutShort(
+            f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit -u, or a "
+            "container's limit of processes), or spread the people over several machines with Locust"
+        ) from None
 
 
-class Driver:
-    """Takes walks on in threads: decides which one begins when, and does what is due next.
+class Team:
+    """Threads that work at the same time, and the loop that waits for them, ticking ten times a second.
 
-    Walks begin when they are due (open model), or, without that, as soon as there is place (closed model). At most
-    `limit` are in their first stretch at the same time; an open model that is short of places is late. A walk that
-    waits needs no thread; `wake` lets it go on before its time. Those that wait for the end of the gathering go on when
-    it breaks up, which needs all to have begun.
+    The end of a `with` block waits for all of them, or for the end of the run. `changed` announces that a thread
+    has ended, or that a place is free.
     """
 
-    def __init__(
-        self,
-        session: HubSession,
-        limit: int,
-        due_s: Callable[[int], float] | None = None,  # of the n-th
-        until_s: float = math.inf,
-        gathering: Gathering | None = None,
-        may_begin: Callable[[], bool] = lambda: True,
-        threads: int = 0,  # at most; 0: as many as the limit
-        places: Callable[[int], int] = lambda limit: limit,  # how many of them there are now
-    ) -> None:
-        self._session, self._limit, self._due_at, self._until_s = session, limit, due_s, until_s
-        self._places, self._may_begin = places, may_begin
-        self._gathering = gathering or Gathering()
-        self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
-        self._changed = threading.Condition()
-        self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
-        self._entries: dict[
-            Walk, int
-        ] = {}  # of each walk that waits: its tie-breaker there; others are out of date
-        self._woken: set[Walk] = set()  # while they were acting
-        self._numbers = itertools.count()
-        self._begun = self._beginning = self._acting = 0
+    def __init__(self, session: HubSession, on_tick: Callable[[], None] = lambda: None) -> None:
+        self.changed, self.running = threading.Condition(), 0
+        self._session, self._on_tick, self._tick_s = session, on_tick, session.clock()
         self._error: Exception | None = None
+        session.answered_s = session.clock()
 
-    def run(self, begin: Callable[[T, float], Walk], items: Sequence[T], on_tick: Callable[[], None]) -> None:
-        """Begin a walk for each item, with the moment at which it is due, and return when all have ended.
+    def start(self, act: Callable[..., object], *args: Any) -> None:
+        """Do this in a thread of its own. Raises `CutShort` where the system starts no more threads."""
+        with self.changed:
+            self.running += 1
+        start_thread("hub-stress-test", self._do, act, *args)
 
-        It ends earlier when told to stop, or when the hub is gone; nothing begins after `until_s`, or when it no longer
-        may. `on_tick` is called ten times a second. Raises what a walk raised.
+    def wait_for(self, ready: Callable[[], bool], at_s: float = math.inf) -> bool:
+        """Wait until `ready`, asked after each change and at `at_s`; False when the run ends before.
+
+        It ends when told to stop, or when the hub is gone. Raises what a thread raised.
         """
-        session, count = self._session, len(items)
-        session.answered_s = tick_s = session.clock()
+        session = self._session
+        while not session.stopping.is_set() and not session.hub_is_gone:
+            if session.clock() >= self._tick_s:
+                self._tick_s = session.clock() + 0.1
+                session.cut_streams()
+                self._on_tick()
+            with self.changed:
+                left_s = max(0.0, min(at_s, self._tick_s) - session.clock())
+                is_ready = self.changed.wait_for(lambda: self._error or ready(), left_s)
+            if self._error:
+                raise self._error
+            if is_ready:
+                return True
+        return False
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait_for(lambda: not self.running)
+            self._on_tick()
+
+    def _do(self, act: Callable[..., object], *args: Any) -> None:
         try:
-            while not session.stopping.is_set() and not session.hub_is_gone and not self._error:
-                with self._changed:
-                    now_s = session.clock()
-                    while (due_s := self._next_due_s(count, now_s)) <= now_s < self._until_s:
-                        walk = begin(items[self._begun], due_s)
-                        self._begun, self._beginning = self._begun + 1, self._beginning + 1
-                        self._submit(walk, first=True)
-                    if self._all_begun(count, now_s):
-                        self._end_gathering(now_s)
-                    next_s = self._let_go_on(now_s, due_s)
-                    if next_s is None:
-                        break
-                    self._changed.wait(max(0.0, min(next_s, tick_s + 0.1) - session.clock()))
-                if session.clock() >= tick_s + 0.1:
-                    tick_s = session.clock()
-                    session.cut_streams()
-                    on_tick()
-            on_tick()
-        finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._error:
-            raise self._error
-
-    def wake(self, walk: Walk) -> None:
-        """Let a walk go on now, or, if it is going on, once more as soon as it waits."""
-        with self._changed:
-            if walk in self._entries:
-                self._wait(walk, 0.0)
-                self._changed.notify()
-            else:
-                self._woken.add(walk)
-
-    def _all_begun(self, count: int, now_s: float) -> bool:
-        return self._begun == count or now_s >= self._until_s or not self._may_begin()
-
-    def _next_due_s(self, count: int, now_s: float) -> float:
-        """When the next of so many walks is to begin; infinity when none is, or no place is free."""
-        if self._all_begun(count, now_s) or self._beginning >= self._places(self._limit):
-            return math.inf
-        return self._due_at(self._begun) if self._due_at else now_s
-
-    def _end_gathering(self, now_s: float) -> None:
-        """Once the moment to leave is known, nobody waits longer than that."""
-        gathering = self._gathering
-        if gathering.break_up(self._begun, now_s):
-            if gathering.hold_s:
-                LOG.info("Holding the servers for %g s", gathering.hold_s)
-            for number, walk in [
-                (number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s
-            ]:
-                if self._entries.get(walk) == number:
-                    self._wait(walk, gathering.leave_s)
-
-    def _let_go_on(self, now_s: float, next_s: float) -> float | None:
-        """Let those go on whose moment has come; the next moment at which something is due, None when all is done."""
-        while self._due and self._due[0][0] <= now_s:
-            _, number, walk = heapq.heappop(self._due)
-            if self._entries.get(walk) == number:
-                del self._entries[walk]
-                self._submit(walk, first=False)
-        next_s = min(next_s, self._due[0][0] if self._entries else math.inf)
-        return next_s if self._acting or self._entries or next_s < math.inf else None
-
-    def _submit(self, walk: Walk, first: bool) -> None:
-        self._acting += 1
-        self._woken.discard(walk)
-        self._pool.submit(self._go_on, walk, first)
-
-    def _go_on(self, walk: Walk, first: bool) -> None:
-        """In a thread: take one walk on until it waits or ends."""
-        at_s: float | None = None
-        try:
-            if not first or self._session.clock() < self._until_s:
-                at_s = next(walk, None)
+            act(*args)
+        except Stopped:
+            pass
         except Exception as error:
-            self._error = error
-        with self._changed:
-            self._acting -= 1
-            self._beginning -= first
-            if at_s is not None:
-                leave_s = self._gathering.leave_s  # which may just have become known
-                if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
-                    at_s = leave_s
-                self._wait(walk, 0.0 if walk in self._woken else at_s)
-            if at_s is not None or not self._due_at or not self._acting or self._beginning == self._limit - 1:
-                self._changed.notify()
-
-    def _wait(self, walk: Walk, at_s: float) -> None:
-        self._entries[walk] = number = next(self._numbers)
-        heapq.heappush(self._due, (at_s, number, walk))
+            self._error = self._error or error
+        with self.changed:
+            self.running -= 1
+            self.changed.notify()
 
 
 class Regularly:
@@ -2568,10 +2621,9 @@ class Regularly:
         self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
         self._places = threading.Semaphore(at_most)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
 
     def __enter__(self) -> None:
-        self._thread.start()
+        start_thread(self._what, self._run)
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -2584,9 +2636,13 @@ class Regularly:
         for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
             if self._done.wait(max(0.0, due_s - time.monotonic())):
                 return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._do, args=(due_s,), name=self._what, daemon=True).start()
-            else:
+            if not self._places.acquire(blocking=False):
+                self._skip()
+                continue
+            try:
+                start_thread(self._what, self._do, due_s)
+            except CutShort:
+                self._places.release()
                 self._skip()
 
     def _do(self, due_s: float) -> None:
@@ -2875,126 +2931,140 @@ class BrowserWire(HTTPAdapter):
         )
 
 
+class Failed(Exception):
+    """A step of a person has failed; `final` when trying again is no use."""
+
+    def __init__(self, reason: Reason, final: bool = False) -> None:
+        super().__init__(reason.text)
+        self.reason, self.final = reason, final
+
+
 class PublicSide:
     """The way that people take to their servers: where it begins, what was sent there, and their open kernels."""
 
     def __init__(self, hub: Hub, plan: Plan) -> None:
         self.url = public_url(hub, plan)
-        self.traffic, self.wires = Traffic(), Wires()
+        self.traffic, self.kernels = Traffic(), set[Kernel]()
         self.reached = False  # whether any visit has come through
         self.browser_tried = threading.Lock()  # held once somebody has tried what a browser sends
         self.warnings: list[str] = []
         self._hub, self._token = hub, plan.visit_token
 
-    def browser(self, name: str) -> HubSession | Reason:
-        """A session with connections of this person's own. On 1.x a server is entered with its user's token."""
+    def browser(self, name: str) -> HubSession:
+        """A session with this person's own connections. On 1.x its token is the user's. Raises `Failed`."""
         token: str | None = self._token
         if self._hub.needs_users_tokens:
             made = self._hub.make_token(name)
             if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
-                return Reason(
-                    Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})"
-                )
+                text = f"the hub made no token for the user ({made.status or made.message})"
+                raise Failed(Reason(Kind.REFUSED, text))
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
         browser.of_servers = True
         return browser
 
-    def server_in(self, reply: Reply) -> str | Reason:
-        """The URL of the server in a user model, or why people cannot go there; the token goes to no other host."""
+    def server_in(self, reply: Reply) -> str:
+        """The URL of the server in a user model; the token goes to no other host. Raises `Failed`."""
         if state_in(reply) is not ServerState.READY:
-            return Reason(Kind.VANISHED, "the hub no longer says that the server is ready")
-        told = reply.data["servers"][""].get("url") or reply.data.get("server")
-        url = urllib.parse.urljoin(self.url, str(told))
+            raise Failed(Reason(Kind.VANISHED, "the hub no longer says that the server is ready"))
+        path = reply.data["servers"][""].get("url") or reply.data.get("server")
+        url = urllib.parse.urljoin(self.url, str(path))
         there, here = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.url)
         same_host = there.hostname == here.hostname or (there.hostname or "").endswith(f".{here.hostname}")
-        return url if told and same_host and there.scheme in (here.scheme, "https") else ELSEWHERE
+        if not path or not same_host or there.scheme not in (here.scheme, "https"):
+            text = "the hub places the server on another host than people come to (see --public-url)"
+            raise Failed(Reason(Kind.ROUTE, text), final=True)
+        return url
+
+    def close_kernels(self) -> None:
+        """Break the connections to all kernels, so that whoever waits for one goes on at once."""
+        for kernel in list(self.kernels):
+            kernel.abort()
 
 
-ELSEWHERE = Reason(
-    Kind.ROUTE, "the hub places the server on another host than people come to (see --public-url)"
-)
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
 NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
 
 
-def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Reason | None, bool]:
-    """Why an answer is not the page that was asked for at `url` (None: it is), and whether it is no use to try again.
+def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> None:
+    """Raises `Failed` if an answer is not the page that was asked for at `url`.
 
-    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has just begun
-    answers 404 until the hub has given it its routes.
+    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has just
+    begun answers 404 until the hub has given it its routes.
     """
     here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
+    to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
+    kind, final = Kind.ROUTE, False
     if reply.status == 200:
-        return None, True
+        return
     if not reply.status:
-        return Reason(Kind.ROUTE, f"no page: {reply.message}"), False
-    if reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
-        versions = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}"
-        return Reason(
-            Kind.REFUSED, f"{versions}: such a server lets in its own user only ({reply.status})"
-        ), True
-    if "/hub/api/oauth2/authorize" in there.path:
-        return Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"), True
-    if "/hub/" in there.path:
-        return NO_ROUTE, False
-    if (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname):
-        return Reason(Kind.ROUTE, "a redirect to http: the proxy does not pass X-Forwarded-Proto"), True
-    if reply.location:
-        return Reason(Kind.ROUTE, f"the page redirects elsewhere ({reply.status})"), True
-    if reply.status == 403:
-        return Reason(
-            Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"
-        ), True
-    if reply.status == 503:
-        return Reason(Kind.ROUTE, "nobody listens there (503)"), False
-    return Reason(Kind.ROUTE, f"the server's page was answered {reply.status}"), reply.status == 404 and bool(
-        reply.version
-    )
+        text = f"no page: {reply.message}"
+    elif reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
+        kind, final = Kind.REFUSED, True
+        text = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}: "
+        text += f"such a server lets in its own user only ({reply.status})"
+    elif "/hub/api/oauth2/authorize" in there.path:
+        kind, final, text = Kind.REFUSED, True, "the server does not know the token (302 to log in)"
+    elif "/hub/" in there.path:
+        text = NO_ROUTE.text
+    elif to_http:
+        final, text = True, "a redirect to http: the proxy does not pass X-Forwarded-Proto"
+    elif reply.location:
+        final, text = True, f"the page redirects elsewhere ({reply.status})"
+    elif reply.status == 403:
+        kind, final = Kind.REFUSED, True
+        text = "the server does not let the token in (403: does it have access:servers?)"
+    elif reply.status == 503:
+        text = "nobody listens there (503)"
+    else:
+        final = reply.status == 404 and bool(reply.version)
+        text = f"the server's page was answered {reply.status}"
+    raise Failed(Reason(kind, text), final)
 
 
-@dataclasses.dataclass
-class Execution:
-    """A cell that a kernel was asked to run. It has ended when the kernel has replied and is idle again."""
+TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
 
-    request: str  # the message's id
-    ended_s: float | None = None
-    error: str = ""  # the name of the exception
-    awaited: set[str] = dataclasses.field(
-        default_factory=lambda: {"execute_reply", "idle"}
-    )  # in whatever order
 
-    def hear(self, kind: str, message: Json, at_s: float) -> None:
-        """Take note of a message of the kernel, if it is about this cell."""
-        content = message.get("content", {})
-        if message.get("parent_header", {}).get("msg_id") != self.request:
-            return
-        self.awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
-        if content.get("status", "ok") != "ok" or kind == "error":
-            self.error = str(content.get("ename") or content.get("status"))
-        if not self.awaited and self.ended_s is None:
-            self.ended_s = at_s
+def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
+    """An open websocket of websocket-client; no redirect is followed. Raises `Failed`, or `TimeoutError`."""
+    websocket = importlib.import_module("websocket")
+    context = tls_context(trusted(browser, url.replace("ws", "http", 1)))
+    socket = websocket.WebSocket(sslopt={"context": context}, skip_utf8_validation=True)
+    usual, failure = requests.utils.default_headers(), ""
+    headers = {name: value for name, value in browser.headers.items() if name not in usual}
+    try:
+        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
+        status = socket.handshake_response.status
+    except websocket.WebSocketBadStatusException as error:
+        status = error.status_code
+    except (TimeoutError, websocket.WebSocketTimeoutException) as error:
+        raise TimeoutError from error
+    except (OSError, websocket.WebSocketException) as error:
+        failure = f"the websocket could not be opened: {why(error)}"
+        status = getattr(socket.handshake_response, "status", 0)  # of a redirect
+    if status == 101:
+        return socket
+    socket.shutdown()
+    passes = ": does the proxy pass upgrades?" if status == 400 else ""
+    raise Failed(Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})" if status else failure))
 
 
 class Kernel:
-    """A kernel behind its websocket, which runs one cell at a time. `wake` is called when something has come of it."""
+    """A kernel behind its websocket, which runs one cell at a time. What goes wrong raises `Failed`."""
 
-    def __init__(self, socket: Any, wake: Callable[[], None]) -> None:
-        self.socket, self.number = socket, socket.sock.fileno()
-        self.trouble: Reason | None = None  # why nothing more comes of this kernel
-        self._wake, self._lock = wake, threading.Lock()
-        self._execution, self._opened_s = Execution(""), time.monotonic()
+    def __init__(self, socket: Any, clock: Callable[[], float]) -> None:
+        self._socket, self._clock, self._opened_s = socket, clock, clock()
+        self._timeouts = (TimeoutError, importlib.import_module("websocket").WebSocketTimeoutException)
 
-    @property
-    def ended(self) -> bool:
-        return self.trouble is not None
+    def run(self, code: Code, number: int, until_s: float) -> None:
+        """Run a cell, the person's n-th: it has ended when the kernel has replied and is idle again.
 
-    def execute(self, source: str) -> Execution:
-        """Send a cell; what becomes of it is noted as it comes."""
-        self._execution = Execution(os.urandom(16).hex())
-        content = {"code": source, "silent": False, "store_history": False, "allow_stdin": False}
-        header = {"msg_id": self._execution.request, "msg_type": "execute_request", "version": "5.3"}
+        Raises `TimeoutError`.
+        """
+        request = os.urandom(16).hex()
+        content = {"code": code.source, "silent": False, "store_history": False, "allow_stdin": False}
+        header = {"msg_id": request, "msg_type": "execute_request", "version": "5.3"}
         header |= {"session": USERNAME_PREFIX, "username": ""}
         message = {
             "channel": "shell",
@@ -3003,200 +3073,88 @@ class Kernel:
             "metadata": {},
             "content": content,
         }
-        with self._lock:
-            try:
-                self.socket.settimeout(SEND_TIMEOUT_S)
-                self.socket.send(json.dumps(message))
-                self.socket.settimeout(0)
-            except Exception:  # of websocket-client, ssl or the socket
-                self._fail(self._lost())
-        return self._execution
-
-    def read(self) -> None:
-        """Take all that has arrived; websocket-client answers pings meanwhile."""
         try:
-            while not self.trouble:
-                with self._lock:
-                    opcode, data = self.socket.recv_data()
-                if opcode == CLOSED:
-                    self._fail(self._lost())
-                elif opcode == TEXT:
-                    self._hear(json.loads(data))
-        except (BlockingIOError, ssl.SSLWantReadError):
+            self._socket.settimeout(SEND_TIMEOUT_S)
+            self._socket.send(json.dumps(message))
+        except Exception:  # of websocket-client, ssl or the socket
+            raise Failed(self._lost()) from None
+        awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
+        while awaited:
+            kind, answer = self._next(until_s)
+            if not kind:
+                raise TimeoutError
+            content = answer.get("content", {})
+            if answer.get("parent_header", {}).get("msg_id") == request:
+                awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
+                if content.get("status", "ok") != "ok" or kind == "error":
+                    raised = str(content.get("ename") or content.get("status"))
+        if raised and not code.may_raise:
+            raise Failed(Reason(Kind.CELL, f"cell {number} raised {raised}"))
+
+    def listen(self, until_s: float) -> None:
+        """Keep the connection until then: pings are answered, and the end of the kernel is noticed."""
+        while self._next(until_s)[0]:
             pass
-        except Exception:  # of websocket-client, ssl, the socket, or a message that is none
-            self._fail(self._lost())
 
     def close(self) -> None:
         """Close the connection; the kernel stays."""
-        with self._lock:
-            self.trouble = self.trouble or CONNECTION_LOST
-            for end in (self.socket.send_close, self.socket.shutdown):
-                with contextlib.suppress(Exception):  # the other side may be gone
-                    end()
+        for end in (self._socket.send_close, self._socket.shutdown):
+            with contextlib.suppress(Exception):  # the other side may be gone
+                end()
 
-    def _hear(self, message: Json) -> None:
-        kind, state = (
-            message.get("msg_type") or message.get("header", {}).get("msg_type"),
-            message.get("content", {}),
-        )
-        execution = self._execution
-        had_ended = execution.ended_s is not None
-        execution.hear(str(kind), message, time.monotonic())
-        if kind == "status" and state.get("execution_state") in ("restarting", "autorestarting", "dead"):
-            self._fail(Reason(Kind.KERNEL, "the kernel died"))
-        elif kind == "shutdown_reply":
-            self._fail(Reason(Kind.CELL, "somebody shut the kernel down"))
-        elif execution.ended_s is not None and not had_ended:
-            self._wake()
+    def abort(self) -> None:
+        """Break the connection, so that whoever waits for the kernel goes on at once."""
+        with contextlib.suppress(Exception):  # it may be closed already
+            self._socket.abort()
+
+    def _next(self, until_s: float) -> tuple[str, Json]:
+        """The next message and its type, which is empty when none has come until then."""
+        while (left_s := until_s - self._clock()) > 0:
+            try:
+                self._socket.settimeout(left_s)
+                opcode, data = self._socket.recv_data(control_frame=True)
+                message = json.loads(data) if opcode == TEXT else {}
+                kind = str(message.get("msg_type") or message.get("header", {}).get("msg_type") or "")
+                state = message.get("content", {}).get("execution_state")
+            except self._timeouts:
+                continue
+            except Exception:  # of websocket-client, ssl, the socket, or a message that is none
+                raise Failed(self._lost()) from None
+            if opcode == CLOSED:
+                raise Failed(self._lost())
+            if kind == "status" and state in ("restarting", "autorestarting", "dead"):
+                raise Failed(Reason(Kind.KERNEL, "the kernel died"))
+            if kind == "shutdown_reply":
+                raise Failed(Reason(Kind.CELL, "somebody shut the kernel down"))
+            if kind:
+                return kind, message
+        return "", {}
 
     def _lost(self) -> Reason:
-        return dataclasses.replace(CONNECTION_LOST, open_s=time.monotonic() - self._opened_s)
-
-    def _fail(self, reason: Reason) -> None:
-        self.trouble = self.trouble or reason
-        self._wake()
-
-
-TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
-NO_KERNEL = Reason(Kind.CELL, "no kernel in time")
-CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
-
-
-def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
-    """An open websocket that never blocks, or the `Reason` why there is none. No redirect is followed."""
-    websocket = importlib.import_module("websocket")
-    socket = websocket.WebSocket(
-        sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))},
-        skip_utf8_validation=True,
-    )
-    headers = {"Authorization": f"token {session.token}"}
-    try:
-        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
-        status = socket.handshake_response.status
-    except websocket.WebSocketBadStatusException as error:
-        status = error.status_code
-    except (OSError, websocket.WebSocketException) as error:
-        if isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException)):  # it waits for the kernel
-            return NO_KERNEL
-        status = getattr(socket.handshake_response, "status", 0)  # a redirect
-        if not status:
-            return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
-    if status != 101:
-        socket.shutdown()
-        passes = ": does the proxy pass upgrades?" if status == 400 else ""
-        return Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})")
-    socket.settimeout(0)
-    return socket
-
-
-class Wire(Protocol):
-    """A connection on which something may come at any time."""
-
-    number: int  # its file descriptor
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more comes."""
-
-    def read(self) -> None:
-        """Take all that has arrived, without waiting; wake whoever waits for it."""
-
-    def close(self) -> None:
-        """End the connection."""
-
-
-class Wires:
-    """Reads all open connections in one thread, so that nobody who waits for a cell, or thinks, needs one."""
-
-    def __init__(self) -> None:
-        self._wires: dict[
-            int, Wire
-        ] = {}  # by file descriptor, which may serve somebody else once it is closed
-        self._changing, self._ended = threading.Lock(), False
-        self._selector: selectors.BaseSelector | None = None  # from the first one on
-
-    def open(
-        self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]
-    ) -> Kernel | Reason:
-        """The kernel behind a websocket's URL, or why it cannot be reached."""
-        socket = handshake(url, session, timeout_s)
-        if isinstance(socket, Reason):
-            return socket
-        kernel = Kernel(socket, wake)
-        self.add(kernel)
-        kernel.read()  # what came with the handshake may be waiting in the TLS layer, where no selector sees it
-        return kernel
-
-    def add(self, wire: Wire) -> None:
-        """Read this one too, from now on; after the end of all it is closed."""
-        with self._changing:
-            if self._ended:
-                wire.close()
-                return
-            self._forget(wire.number)
-            self._wires[wire.number] = wire
-            if not self._selector:
-                self._selector = selectors.DefaultSelector()
-                threading.Thread(target=self._run, args=(self._selector,), name="wires", daemon=True).start()
-            self._selector.register(wire.number, selectors.EVENT_READ)
-
-    def close(self, wire: Wire) -> None:
-        with self._changing:
-            if self._wires.get(wire.number) is wire:
-                self._forget(wire.number)
-        wire.close()
-
-    def end(self) -> None:
-        """Close all connections that are open, and open no more."""
-        with self._changing:
-            self._ended, wires = True, list(self._wires.values())
-        for wire in wires:
-            self.close(wire)
-
-    def _forget(self, number: int) -> None:
-        if self._wires.pop(number, None) and self._selector:
-            self._selector.unregister(number)
-
-    def _run(self, selector: selectors.BaseSelector) -> None:
-        while not self._ended:
-            for key, _ in selector.select(0.1):
-                wire = self._wires.get(key.fd)
-                if wire:
-                    wire.read()
-                    if wire.ended:
-                        self.close(wire)
-        with self._changing:
-            self._selector = None
-            selector.close()
+        return Reason(Kind.WIRE, "the connection was lost", open_s=self._clock() - self._opened_s)
 
 
 # ==== Steps of a person, each a function =============================================================================
 #
-# A step is a generator. It yields the events that it leaves, and, where it has to wait (a person stays, or thinks), the
-# moment at which to go on: whoever drives it waits, not the step. So the same steps run in threads and in greenlets.
+# A person is a thread, or under Locust a greenlet, that runs plain, blocking steps.
 
 
 class Turns:
     """Which of the starts that the hub has throttled retries next.
 
-    Each start that ends frees a place on the hub, and the throttled start that was due first takes it: sleeping for
-    the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
+    Each start that ends frees a place on the hub, and the throttled start that was due first takes it: sleeping
+    for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._freed = self._taken = 0
+        self.freed = self._taken = 0
         self._waiting: list[float] = []
-
-    @property
-    def freed(self) -> int:
-        return self._freed
 
     def free(self) -> bool:
         """A place is free; whether a throttled start waits for it."""
         with self._changed:
-            self._freed += 1
+            self.freed += 1
             self._changed.notify_all()
             return bool(self._waiting)
 
@@ -3207,7 +3165,7 @@ class Turns:
             self._waiting.append(due_s)
             try:
                 while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
-                    if self._freed > self._taken and due_s == min(self._waiting):
+                    if self.freed > self._taken and due_s == min(self._waiting):
                         self._taken += 1
                         break
                     self._changed.wait(min(left_s, 0.2))
@@ -3218,8 +3176,8 @@ class Turns:
 class FirstStarts:
     """The starts of a run until one server is ready. Three failures before that end the run.
 
-    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A start
-    that merely takes long does not count, nor one that is throttled or gets no answer.
+    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A
+    start that merely takes long does not count, nor one that is throttled or gets no answer.
     """
 
     def __init__(self) -> None:
@@ -3242,18 +3200,36 @@ class FirstStarts:
             self.check()
 
 
+class Gathering:
+    """People who stay until the last of them has settled, and for `hold_s` after that."""
+
+    def __init__(self, hold_s: float, clock: Callable[[], float]) -> None:
+        self.leave_s, self.known = math.inf, threading.Event()  # the moment to leave, and whether it is known
+        self._hold_s, self._clock, self._expected = hold_s, clock, math.inf
+        self._settled, self._changing = set[str](), threading.Lock()
+
+    def settle(self, name: str = "", expected: float | None = None) -> None:
+        """This person has done what the others wait for, or has left; or so many people are `expected` to."""
+        with self._changing:
+            self._expected = self._expected if expected is None else expected
+            self._settled |= {name} if name else set()
+            if len(self._settled) >= self._expected and not self.known.is_set():
+                if self._hold_s and self._expected:
+                    LOG.info("Holding the servers for %g s", self._hold_s)
+                self.leave_s = self._clock() + self._hold_s
+                self.known.set()
+
+
 @dataclasses.dataclass
 class Removal:
     """How far users have been removed, and what the hub said."""
 
     gone: set[str] = dataclasses.field(default_factory=set)
-    interrupted: set[str] = dataclasses.field(
-        default_factory=set
-    )  # whose server was stopped while it was starting
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # servers stopped while starting, by user
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one, for each user
     stopping_s: dict[str, float] = dataclasses.field(
         default_factory=dict
-    )  # since when the hub stops their server
+    )  # since when the hub stops a server
 
     def note(self, name: str, reply: Reply, task: str) -> None:
         """What the hub answered to a request to stop a server or delete a user."""
@@ -3274,13 +3250,12 @@ class Removal:
     def in_the_way(self, left: Iterable[str], now_s: float) -> str:
         """Why these users are still there, as far as the hub tells."""
         since_s = min((at_s for name, at_s in self.stopping_s.items() if name in left), default=None)
-        reasons = (
-            []
-            if since_s is None
-            else [f"the hub has been stopping servers for {duration_text(now_s - since_s)}"]
-        )
-        said = [self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s]
-        return "; ".join(reasons + [text for text, _ in collections.Counter(said).most_common(2)])
+        lasts = duration_text(now_s - since_s) if since_s is not None else ""
+        reasons = [f"the hub has been stopping servers for {lasts}"] if lasts else []
+        refused = [
+            self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s
+        ]
+        return "; ".join(reasons + [text for text, _ in collections.Counter(refused).most_common(2)])
 
 
 @dataclasses.dataclass
@@ -3292,15 +3267,31 @@ class Site:
     record: Recorder
     turns: Turns = dataclasses.field(default_factory=Turns)
     first_starts: FirstStarts = dataclasses.field(default_factory=FirstStarts)
-    states: dict[str, ServerState] = dataclasses.field(
-        default_factory=dict
-    )  # each user's, as far as steps know
-    gathering: Gathering = dataclasses.field(default_factory=Gathering)
+    states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
+    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # what was said to whom until now
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
+        self.gathering = Gathering(self.plan.hold_s, self.hub.session.clock)
+
+
+@dataclasses.dataclass
+class Attempt:
+    """A step under way: what its event will say. Moments are seconds of a monotonic clock."""
+
+    due_s: float
+    sent_s: float
+    ended_s: float | None = None  # None: when the step's block ends
+    reason: Reason | None = None
+    tries: int = 1
+    backoff_s: float = 0.0
+    throttled: int = 0
+    throttled_s: float | None = None
+    asked_s: float | None = None
+    message: str = ""
+    phases: Phases | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -3310,28 +3301,72 @@ class Visitor:
     name: str
     due_s: float
     plan: Plan
-    wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
+    site: Site
+    on_started: Callable[[], None] = lambda: None  # called once, when the start of their server has ended
     since_s: float = 0.0  # when their last step ended
     works_s: float = 0.0  # when they got to work
     url: str = ""  # of their server
     browser: HubSession | None = None
     kernel: Kernel | None = None
     kernel_url: str = ""
+    said: list[tuple[float, Json]] = dataclasses.field(
+        default_factory=list
+    )  # while their server was starting
 
-    def leaves_s(self, site: Site) -> float:
+    @contextlib.contextmanager
+    def step(self, name: str, due_s: float | None = None) -> Iterator[Attempt]:
+        """Time a step and record it. Raise `Failed` inside to fail it; a stop records nothing.
+
+        A `TimeoutError` is that of a cell, or of its kernel.
+        """
+        now_s = self.clock()
+        attempt, failure = Attempt(now_s if due_s is None else due_s, now_s), None
+        try:
+            yield attempt
+        except TimeoutError:
+            lasted = duration_text(self.plan.cell_timeout_s)
+            failure = Failed(Reason(Kind.CELL, f"no result after {lasted}"))
+        except Failed as error:
+            failure = error
+        attempt.reason = failure.reason if failure else None
+        self.add(name, attempt)
+        if failure:
+            raise failure
+
+    def add(self, name: str, attempt: Attempt) -> None:
+        """Record a step that has ended; see `record`."""
+        ended_s = self.clock() if attempt.ended_s is None else attempt.ended_s
+        self.record(Event(name, self.name, **vars(attempt) | {"ended_s": ended_s}))
+
+    def record(self, event: Event) -> None:
+        """Record what has ended; raises `Stopped` when it was we who cut it short."""
+        if self.site.hub.session.stopping.is_set():
+            raise Stopped
+        self.since_s = event.ended_s
+        self.site.record.add(dataclasses.replace(event, group=self.plan.group))
+
+    def clock(self) -> float:
+        return self.site.hub.session.clock()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; raises `Stopped` when told to stop meanwhile."""
+        if not self.site.hub.session.pause(min(seconds, threading.TIMEOUT_MAX)):
+            raise Stopped
+
+    @property
+    def leaves_s(self) -> float:
         """When they leave: so long after they got to work, or when all do."""
-        return self.works_s + self.plan.stay_s if self.plan.stay_s else site.gathering.leave_s
+        return self.works_s + self.plan.stay_s if self.plan.stay_s else self.site.gathering.leave_s
 
-    def go_home(self, site: Site) -> None:
+    def go_home(self) -> None:
         """Close what they have open."""
-        site.gathering.settle(self.name)
+        self.on_started()
+        self.site.gathering.settle(self.name)
         if self.kernel:
-            site.public.wires.close(self.kernel)
+            self.site.public.kernels.discard(self.kernel)
+            self.kernel.close()
         if self.browser:
             self.browser.close()
-
-
-Act = Callable[[Visitor, Site], Iterator["Event | float"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3341,48 +3376,55 @@ class Readiness:
     ready_at_s: float | None = None  # None when it did not become ready
     reason: Reason | None = None
     running: bool = True  # whether something may be running on the hub
-    message: str = ""  # what the hub said for longest while the server was starting
 
 
-def come(person: Visitor, site: Site) -> Iterator[Event | float]:
+def come(person: Visitor) -> None:
     """Ask for a server, as often as the hub throttles, and follow it until it is ready or has failed.
 
-    Leaves `start_server`, unless no answer came, and `server_ready`. After that it goes on at once: the driver sees
-    that the start has ended. Raises `CutShort`.
+    Records `start_server`, unless no answer came, and `server_ready`. Raises `Failed` or `CutShort`.
     """
-    session = site.hub.session
+    site, session = person.site, person.site.hub.session
     site.first_starts.check()
     site.states[person.name] = ServerState.STARTING  # from now on something may be running
-    reply, asked = _ask_for_server(person, site)
+    site.starting[person.name] = person.said
+    reply, asked = ask_for_server(person)
     if reply.seen_status:
-        yield asked
-    end = _follow(person, reply, site)
+        person.add("start_server", asked)
+    end = _follow(person, reply)
     if reply.status != 429 and site.turns.free():
         session.pause(HEAD_START_S)
     if end.ready_at_s is not None or not end.running:
         site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
-    ended_s = session.clock() if end.ready_at_s is None else end.ready_at_s
-    reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
-    ready = dataclasses.replace(
-        asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message
-    )
-    yield dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0)
+    ready = dataclasses.replace(asked, ended_s=end.ready_at_s, tries=asked.throttled + 1, backoff_s=0.0)
+    reason = ready.reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
+    if end.ready_at_s is None:
+        ready.message = last_word(person.said)
+    else:
+        moments = (asked.asked_s or person.due_s, end.ready_at_s)
+        ready.phases, ready.message = phases_of(person.said, *moments), longest_wait(person.said, *moments)
+    person.add("server_ready", ready)
+    del site.starting[person.name]
     site.first_starts.note(reason)
-    yield ended_s
+    person.on_started()
+    if reason:
+        raise Failed(reason)
 
 
-def _ask_for_server(person: Visitor, site: Site) -> tuple[Reply, Event]:
-    """As `_ask_until_taken`; a named server of one's own is claimed. Raises `CutShort` when no more are allowed."""
-    if not isinstance(site.hub, OwnServers):
-        return _ask_until_taken(person, site)
-    site.claims.ask([person.name])
-    reply, asked = _ask_until_taken(person, site)
-    limit = named_server_limit(reply)
+def ask_for_server(person: Visitor) -> tuple[Reply, Attempt]:
+    """The hub's answer other than 429, or its last 429 when time is up; a named server of one's own is claimed.
+
+    Raises `CutShort` when the hub allows no more of those.
+    """
+    claims, own = person.site.claims, isinstance(person.site.hub, OwnServers)
+    if own:
+        claims.ask([person.name])
+    reply, asked = _ask_until_taken(person)
+    limit = named_server_limit(reply) if own else None
     if limit is not None:
-        site.claims.settle([person.name], [])
-        raise CutShort(too_many(limit, site.plan.count))
-    if reply.status in (201, 202, 429):
-        site.claims.settle([person.name], [person.name])
+        claims.settle([person.name], [])
+        raise CutShort(too_many(limit, person.site.plan.count))
+    if own and reply.status in (201, 202, 429):
+        claims.settle([person.name], [person.name])
     return reply, asked
 
 
@@ -3394,46 +3436,38 @@ def too_many(limit: int, count: int) -> str:
         )
     wanted = f", and this run is to start {count}" if count else ""
     return (
-        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, remove "
-        "some of yours, or have an admin raise named_server_limit_per_user"
+        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, "
+        "remove some of yours, or have an admin raise named_server_limit_per_user"
     )
 
 
-def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
-    """The hub's answer other than 429, or its last 429 when time is up; and the event of the start request."""
-    session, plan = site.hub.session, person.plan
-    sent_s, until_s = session.clock(), person.due_s + plan.server_timeout_s
-    refusals: list[float] = []
-    backoff_s = 0.0
+def _ask_until_taken(person: Visitor) -> tuple[Reply, Attempt]:
+    site, session = person.site, person.site.hub.session
+    until_s = person.due_s + person.plan.server_timeout_s
+    asked = Attempt(person.due_s, session.clock(), tries=0)
     while True:
-        freed, asked_s = site.turns.freed, session.clock()
-        reply = site.hub.start(person.name, plan.profile, until_s)
-        backoff_s += reply.backoff_s
+        freed, asked.asked_s = site.turns.freed, session.clock()
+        reply = site.hub.start(person.name, person.plan.profile, until_s)
+        asked.backoff_s += reply.backoff_s
         if reply.status == 429:
-            refusals.append(reply.answered_s)
+            asked.throttled += 1
+            asked.throttled_s = asked.throttled_s or reply.answered_s
         if reply.status != 429 or reply.answered_s >= until_s or session.stopping.is_set():
             break
         retry_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
         site.turns.wait(person.due_s, freed, retry_s, session)
-        backoff_s += session.clock() - reply.answered_s
+        asked.backoff_s += session.clock() - reply.answered_s
         if session.clock() >= until_s:
             break
-    event = dataclasses.replace(
-        reply.event("start_server", person.name, ok=(201, 202)),
-        due_s=person.due_s,
-        sent_s=sent_s,
-        tries=len(refusals) + reply.tries,
-        backoff_s=backoff_s,
-        throttled=len(refusals),
-        throttled_s=refusals[0] if refusals else None,
-        asked_s=asked_s,
-    )
-    return reply, event
+    event = reply.event("start_server", ok=(201, 202))
+    asked.ended_s, asked.reason, asked.tries = event.ended_s, event.reason, asked.throttled + reply.tries
+    return reply, asked
 
 
-def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
+def _follow(person: Visitor, reply: Reply) -> Readiness:
     """What became of a start that was answered with `reply`."""
-    waited = f"after {duration_text(person.plan.server_timeout_s)}"
+    hub, timeout_s = person.site.hub, person.plan.server_timeout_s
+    waited = f"after {duration_text(timeout_s)}"
     if reply.status == 201:
         return Readiness(reply.answered_s)
     if reply.status == 429:
@@ -3443,55 +3477,68 @@ def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
     if reply.hub_status == 404:
         text = "the hub no longer knows the user: it may have restarted"
         return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
-    if denial := site.hub.denial(reply):
+    if denial := hub.denial(reply):
         return Readiness(reason=Reason(Kind.REFUSED, f"the hub {denial}"), running=False)
-    end = await_ready(person.name, site.hub, person.due_s + person.plan.server_timeout_s)
+    end = await_ready(person.name, hub, person.due_s + timeout_s, person.said)
     if end.ready_at_s is not None or end.reason:
         return end
-    if reply.status == 202 or reply.message == TIMED_OUT:
-        last_word = f"; the hub said: {end.message}" if end.message else ""
-        late = Reason(Kind.LATE, f"not ready {waited}{last_word}")
-        reason = late if end.running else Reason(Kind.VANISHED, "it vanished while starting")
-    elif reply.status:
-        reason = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
+    if reply.front:
+        reason = Reason(Kind.FRONT, reply.message)
+    elif reply.status != 202 and reply.message != TIMED_OUT:
+        refused = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
+        reason = refused if reply.status else Reason(Kind.AWAY, f"no answer to the start: {reply}")
+    elif end.running:
+        waiting = last_word(person.said)
+        reason = Reason(Kind.LATE, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else ""))
     else:
-        unanswered = Reason(Kind.AWAY, f"no answer to the start: {reply}")
-        reason = Reason(Kind.FRONT, reply.message) if reply.front else unanswered
+        reason = Reason(Kind.VANISHED, "it vanished while starting")
     return dataclasses.replace(end, reason=reason)
 
 
-def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
+def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
+    """What servers that were starting when a run was interrupted waited for."""
+    words = ((name, last_word(said)) for name, said in starting.items())
+    waits = collections.Counter(
+        without_name(word, name) if word else "nothing was said of it" for name, word in words
+    )
+    for word, number in waits.most_common(3):
+        yield f"{counted(number, 'server was', 'servers were')} still starting when the run was interrupted: {word}"
+
+
+def await_ready(
+    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]] | None = None
+) -> Readiness:
     """How the start of a server ended, or that it had not by `until_s` (then without a reason).
 
-    From the progress stream, which ends with an event `ready` or `failed` (whose message is the hub's reason); where
-    no stream can be had, from the user model, which does not know why.
+    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to `said`;
+    where no stream can be had, from the user model, which does not know why.
     """
-    session = hub.session
-    pause_s, stopped, said = 0.1, False, list[tuple[float, str]]()
+    session, said = hub.session, [] if said is None else said
+    began_s, pause_s, stopped = session.clock(), 0.1, False
     while session.clock() < until_s and not session.stopping.is_set():
         moment_s, event = follow_progress(name, hub, until_s, said)
-        message = said[-1][1] if said else ""
         if event.get("ready"):
-            return Readiness(moment_s, message=longest_message(said, moment_s))
+            return Readiness(moment_s)
         if event.get("failed"):
-            text = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
-            return Readiness(reason=Reason(Kind.SPAWN, text), running=False, message=message)
+            text = spawn_failure(str(event.get("message") or ""), said, moment_s - began_s)
+            return Readiness(reason=Reason(Kind.SPAWN, text), running=False)
         state = hub.state(name, observer=True, until_s=until_s)
         if state is ServerState.READY:
-            return Readiness(session.clock(), message=longest_message(said, session.clock()))
+            return Readiness(session.clock())
         if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
-            return Readiness(running=False, message=message)
+            return Readiness(running=False)
         stopped = state is ServerState.STOPPED  # the hub may tell the reason a moment later
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
-    return Readiness(message=said[-1][1] if said else "")
+    return Readiness()
 
 
-def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float, str]]) -> tuple[float, Json]:
+def follow_progress(
+    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]
+) -> tuple[float, Json]:
     """The event that ends a progress stream, empty if none did by `until_s`; and its moment.
 
-    What the hub says before goes to `said`. The stream is read to its end, which follows at once, so that its
-    connection can be used again.
+    The stream is read to its end, which follows at once, so that its connection can be used again.
     """
     moment_s, last = until_s, Json()
     for event in hub.progress(name, until_s):
@@ -3499,91 +3546,77 @@ def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float,
             moment_s, last = hub.session.clock(), event
         elif (
             not last and event.get("message") and event.get("progress") != 0
-        ):  # 0 is the hub's own "Server requested"
-            said.append((hub.session.clock(), str(event["message"])))
+        ):  # 0: the hub's "Server requested"
+            said.append((hub.session.clock(), event))
     return moment_s, last
 
 
-def without_name(text: str, user: str) -> str:
-    """A reason without the user's or their pod's name, so that the same ones can be counted."""
-    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
-    return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
-
-
-def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort`."""
-    ready_s, sent_s = person.since_s, site.hub.session.clock()
-    reply, reason, tries = yield from until_open(person, site, ready_s + person.plan.visit_timeout_s)
-    ended_s = reply.answered_s if reason is None else site.hub.session.clock()
-    message = reply.message if isinstance(reply.data, dict) else ""
-    yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=message)
-    if reason is None and person.browser and site.public.browser_tried.acquire(blocking=False):
-        if (refused := why_browsers_are_refused(person.url, person.browser)) and site.plan.works:
+def visit(person: Visitor) -> None:
+    """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort` too."""
+    public = person.site.public
+    with person.step("visit", person.since_s) as attempt:
+        get_in(person, attempt, person.since_s + person.plan.visit_timeout_s)
+    if person.browser and public.browser_tried.acquire(blocking=False):
+        refused = why_browsers_are_refused(person.url, person.browser)
+        if refused and person.site.plan.works:
             raise CutShort(refused)
-        site.public.warnings += [refused] if refused else []
+        public.warnings += [refused] if refused else []
 
 
-def until_open(
-    person: Visitor, site: Site, until_s: float
-) -> Generator[float, None, tuple[Reply, Reason | None, int]]:
-    """Try the start page until it comes, nothing else can come, or time is up: the last answer, and how many tries."""
-    clock, public, pause_s, first_s = site.hub.session.clock, site.public, 0.1, site.hub.session.clock()
-    for tries in itertools.count(1):
-        reply, reason, final = open_page(person, site, tries > 1, until_s)
-        late = clock() + pause_s >= until_s
-        nobody_came = (
-            reason is NO_ROUTE and not public.reached and (late or clock() > first_s + FIRST_VISIT_S)
-        )
-        if nobody_came and site.hub.state(person.name) is ServerState.READY:
-            raise CutShort(
-                f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's own port? "
-                "Then name where people reach the hub with --public-url. Or has the proxy no route to the server?"
-            )
-        if reason is None or final or late:
-            break
-        yield clock() + pause_s
+def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
+    """Try the start page until it comes; raises `Failed` when nothing else can come, or time is up."""
+    site, pause_s, first_s = person.site, 0.1, person.clock()
+    for attempt.tries in itertools.count(1):
+        try:
+            reply = open_page(person, attempt, until_s)
+            site.public.reached, attempt.ended_s = True, reply.answered_s
+            return
+        except Failed as failure:
+            late = person.clock() + pause_s >= until_s
+            nobody_came = not site.public.reached and (late or person.clock() > first_s + FIRST_VISIT_S)
+            if (
+                failure.reason == NO_ROUTE
+                and nobody_came
+                and site.hub.state(person.name) is ServerState.READY
+            ):
+                raise CutShort(
+                    f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's "
+                    "own port? Then name where people reach the hub with --public-url. Or has the proxy no route "
+                    "to the server?"
+                ) from None
+            if failure.final or late:
+                raise
+        person.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 1.0)
-    public.reached |= reason is None
-    return reply, reason, tries
 
 
-def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple[Reply, Reason | None, bool]:
-    """The last answer on the way to the start page, or none by `until_s`, and what `judge_visit` says of it.
-
-    Redirects below the server's URL are followed, others are answers.
-    """
+def open_page(person: Visitor, attempt: Attempt, until_s: float) -> Reply:
+    """The start page; raises `Failed`. Redirects below the server's URL are followed, others are answers."""
+    hub, public = person.site.hub, person.site.public
     if not person.browser:
-        model = site.hub.read(person.name, until_s=until_s)
-        place = site.public.server_in(model)
-        if isinstance(place, Reason):
-            return model, place, place is ELSEWHERE
-        browser = site.public.browser(person.name)
-        if isinstance(browser, Reason):
-            return model, browser, False
-        person.url, person.browser = place, browser
+        person.url = public.server_in(hub.read(person.name, until_s=until_s))
+        person.browser = public.browser(person.name)
     url = person.url
     for _ in range(REDIRECTS_MAX):
-        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - site.hub.session.clock()))
-        reply = person.browser.ask("GET", url, call=once(again=again), timeout=left_s)
+        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - person.clock()))
+        reply = person.browser.ask("GET", url, call=once(again=attempt.tries > 1), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
         url = target
-    if reply.status == 200 and not reply.version and _lets_in_anybody(url, person.browser):
-        return reply, NO_SERVER, True
-    return reply, *judge_visit(reply, url, site.hub.version)
-
-
-def _lets_in_anybody(url: str, browser: HubSession) -> bool:
-    """Whether a page comes without the token too."""
-    return browser.ask("GET", url, call=once(), headers={"Authorization": None}).status == 200
+    attempt.message = reply.message if isinstance(reply.data, dict) else ""
+    judge_visit(reply, url, hub.version)
+    anonymous = {"Authorization": None}
+    if not reply.version and person.browser.ask("GET", url, call=once(), headers=anonymous).status == 200:
+        raise Failed(NO_SERVER, final=True)
+    return reply
 
 
 def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     """Why a server refuses what browsers send, though it takes the same with a token; "" when it does not.
 
-    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site allows that
-    origin. Of who has a token it does not ask that, so a proxy that loses the Host header is seen by browsers alone.
+    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site allows
+    that origin. Of who has a token it does not ask that, so only browsers notice a proxy that loses the Host header.
     """
     place = urllib.parse.urlsplit(url)
     origin = f"{place.scheme}://{place.netloc.rpartition('@')[2]}".lower()
@@ -3602,12 +3635,12 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     )
 
 
-def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
+def load_page(person: Visitor) -> None:
     """Fetch what a browser fetched, in its order and over as many connections, up to the first failure."""
     browser, recorded = person.browser, person.plan.page
     if not browser or not recorded:
         return
-    sent_s, bad = browser.clock(), list[tuple[Reason, str]]()
+    bad = list[tuple[str, str]]()  # what failed, and its path
 
     def fetch(part: tuple[str, int]) -> None:
         """The body is read, not kept. What fails ends the page; so does a stop."""
@@ -3620,49 +3653,43 @@ def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
                     pass
             status = response.status_code
             if status >= 500 or (status >= 400 > before) or (response.is_redirect and before < 300):
-                bad.append((Reason(Kind.ROUTE, f"a part of the page was answered {status}"), path))
+                bad.append((f"a part of the page was answered {status}", path))
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
-            bad.append((Reason(Kind.ROUTE, f"a part of the page did not come: {why(error)}"), path))
+            bad.append((f"a part of the page did not come: {why(error)}", path))
 
-    with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-        list(connections.map(fetch, recorded.requests))
-    reason, path = bad[0] if bad else (None, "")
-    yield Event("page", person.name, sent_s, sent_s, browser.clock(), reason, message=path.partition("?")[0])
+    with person.step("page") as attempt:
+        with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
+            list(connections.map(fetch, recorded.requests))
+        if bad:
+            text, path = bad[0]
+            attempt.message = path.partition("?")[0]
+            raise Failed(Reason(Kind.ROUTE, text))
 
 
-def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
+def start_kernel(person: Visitor) -> None:
     """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
-    browser, plan = person.browser, person.plan
+    browser, timeout_s = person.browser, person.plan.cell_timeout_s
     if not browser:
         return
-    sent_s = browser.clock()
-    until_s = sent_s + plan.cell_timeout_s
-    reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=plan.cell_timeout_s)
-    if reply.status == 201 and isinstance(reply.data, dict):
-        person.kernel_url = (
-            f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
-        )
+    with person.step("kernel_ready") as attempt:
+        until_s = attempt.sent_s + timeout_s
+        reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=timeout_s)
+        if reply.status != 201 or not isinstance(reply.data, dict):
+            attempt.message = reply.message
+            if reply.message == TIMED_OUT:
+                raise TimeoutError
+            if reply.status == 404:
+                text = "the server is no Jupyter (404 for kernels): use --visit and --page"
+                raise Failed(Reason(Kind.REFUSED, text))
+            text = f"the server did not start a kernel ({reply.status or reply.message})"
+            raise Failed(Reason(Kind.REFUSED, text))
+        kernel_id = urllib.parse.quote(str(reply.data.get("id")), safe="")
+        person.kernel_url = f"{person.url}api/kernels/{kernel_id}"
         url = f"ws{person.kernel_url.removeprefix('http')}/channels"
-        kernel = site.public.wires.open(url, browser, max(0.1, until_s - browser.clock()), person.wake)
-    elif reply.message == TIMED_OUT:
-        kernel = NO_KERNEL
-    elif reply.status == 404:
-        kernel = Reason(Kind.REFUSED, "the server is no Jupyter (404 for kernels): use --visit and --page")
-    else:
-        kernel = Reason(Kind.REFUSED, f"the server did not start a kernel ({reply.status or reply.message})")
-    if isinstance(kernel, Reason):
-        reason = too_late(plan) if kernel is NO_KERNEL else kernel
-        yield Event(
-            "kernel_ready", person.name, sent_s, sent_s, browser.clock(), reason, message=reply.message
-        )
-        return
-    person.kernel = kernel
-    yield from run_cell("kernel_ready", 1, cells_of(plan)[0], person, kernel, site, sent_s)
-
-
-def too_late(plan: Plan) -> Reason:
-    """Nothing came of a cell, or of its kernel, in time."""
-    return Reason(Kind.CELL, f"no result after {duration_text(plan.cell_timeout_s)}")
+        websocket = open_websocket(url, browser, max(0.1, until_s - person.clock()))
+        person.kernel = Kernel(websocket, browser.clock)
+        person.site.public.kernels.add(person.kernel)
+        person.kernel.run(cells_of(person.plan)[0], 1, until_s)
 
 
 def cells_of(plan: Plan) -> Sequence[Code]:
@@ -3670,119 +3697,135 @@ def cells_of(plan: Plan) -> Sequence[Code]:
     return plan.notebook.cells if plan.notebook else (SIX_TIMES_SEVEN,)
 
 
-def run_cell(
-    step: str, number: int, code: Code, person: Visitor, kernel: Kernel, site: Site, sent_s: float
-) -> Generator[Event | float, None, Reason | None]:
-    """Run one cell to its result; the step counts from `sent_s`, and fails after the cell time-out. Why it failed."""
-    clock, until_s = site.hub.session.clock, sent_s + person.plan.cell_timeout_s
-    execution = kernel.execute(code.source)
-    while execution.ended_s is None and not kernel.trouble and clock() < until_s:
-        yield until_s
-    reason = None
-    if execution.ended_s is None:
-        reason = kernel.trouble or too_late(person.plan)
-    elif execution.error and not code.may_raise:
-        reason = Reason(Kind.CELL, f"cell {number} raised {execution.error}")
-    yield Event(step, person.name, sent_s, sent_s, execution.ended_s or clock(), reason)
-    return reason
-
-
-def get_to_work(person: Visitor, site: Site) -> Iterator[Event | float]:
+def get_to_work(person: Visitor) -> None:
     """What a person waits before they can work: everything up to here."""
     person.works_s = person.since_s
-    yield Event("at_work", person.name, person.due_s, person.due_s, person.since_s)
+    person.add("at_work", Attempt(person.due_s, person.due_s, person.since_s))
 
 
-def work(person: Visitor, site: Site) -> Iterator[Event | float]:
+def work(person: Visitor) -> None:
     """Run the cells after the first one, thinking before each; then stay, with the connection open, until it is time.
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    clock, plan, kernel, cells = site.hub.session.clock, person.plan, person.kernel, cells_of(person.plan)
+    plan, kernel, cells, gathering = person.plan, person.kernel, cells_of(person.plan), person.site.gathering
     if not kernel:
         return
     if not plan.notebook or plan.find_capacity:
-        site.gathering.settle(person.name)
+        gathering.settle(person.name)
     for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
-        yield from think(person, kernel, site, clock() + plan.think_s)
-        if kernel.trouble or clock() >= person.leaves_s(site):
+        think(person, kernel, person.clock() + plan.think_s)
+        if person.clock() >= person.leaves_s:
             break
-        failed = yield from run_cell("cell", number, code, person, kernel, site, clock())
-        if failed:
-            return
-    site.gathering.settle(person.name)
-    yield from think(person, kernel, site, math.inf)
-    if kernel.trouble:
-        yield Event("cell", person.name, clock(), clock(), clock(), kernel.trouble)
-    elif plan.stay_s and person.browser:
+        with person.step("cell") as attempt, knowing_the_server(person):
+            kernel.run(code, number, attempt.sent_s + plan.cell_timeout_s)
+    gathering.settle(person.name)
+    think(person, kernel, math.inf)
+    if plan.stay_s and person.browser:
         person.browser.ask("DELETE", person.kernel_url, call=once())
 
 
-def think(person: Visitor, kernel: Kernel, site: Site, until_s: float) -> Iterator[float]:
-    """Wait until then, or until it is time to leave, or something is wrong with the kernel."""
-    while not kernel.trouble and site.hub.session.clock() < (due_s := min(until_s, person.leaves_s(site))):
-        yield due_s
+def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
+    """Listen to the kernel until then, or until it is time to leave. What goes wrong is the failure of a cell."""
+    while (now_s := person.clock()) < (due_s := min(until_s, person.leaves_s)):
+        try:
+            kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
+        except Failed as failure:
+            with person.step("cell"), knowing_the_server(person):
+                raise failure
 
 
-def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Keep the server, then look whether it is there, and answers if it was visited. Raises `HubRefused`."""
-    session = site.hub.session
-    person.works_s = began_s = person.works_s or person.since_s
-    site.gathering.settle(person.name)
-    while session.clock() < person.leaves_s(site):
-        yield person.leaves_s(site)
-    look_until_s = session.clock() + RETRY_WINDOW_S
-    while (state := state_in(reply := site.hub.read(person.name))) is ServerState.UNKNOWN:
-        if session.clock() > look_until_s or reply.status in (401, 403):
-            task = "say whether the servers that were held are still there"
-            raise HubRefused(task, reply, site.hub.denial(reply))
-        yield session.clock() + 1.0
-    lost = (
-        None
-        if state is ServerState.READY
-        else Reason(Kind.LOST, "it became ready, and was gone while it was held")
-    )
-    if not lost and person.browser:
-        _, lost, _ = yield from until_open(person, site, session.clock() + person.plan.visit_timeout_s)
-        if lost and lost.kind is not Kind.REFUSED:
-            lost = Reason(Kind.LOST, f"it no longer answered at the end of the hold: {lost.text}")
-    yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
+@contextlib.contextmanager
+def knowing_the_server(person: Visitor) -> Iterator[None]:
+    """Name a connection that breaks as what it is when the server has ended: by the hub, and by the server itself."""
+    try:
+        yield
+    except Failed as failure:
+        if failure.reason.kind not in (Kind.WIRE, Kind.KERNEL) or not person.browser:
+            raise
+        state = person.site.hub.state(person.name)
+        page = person.browser.ask("GET", f"{person.url}api", call=once(observer=True))
+        if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
+            lost = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
+        elif state is ServerState.READY and page.seen_status in (0, 502, 503, 504):
+            lost = (
+                "nobody answers there, and the hub has not noticed (evicted, out of memory, its node lost?)"
+            )
+        else:
+            raise
+        raise Failed(Reason(Kind.LOST, f"the server ended while it was in use: {lost}")) from None
 
 
-def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Stop the server, if there is one, and wait until it has stopped.
+def stay(person: Visitor) -> None:
+    """Keep the server, then look whether it is there, and answers if it was visited. Raises `HubRefused` too."""
+    hub, gathering = person.site.hub, person.site.gathering
+    person.works_s = person.works_s or person.since_s
+    with person.step("stay") as attempt:
+        attempt.due_s = attempt.sent_s = person.works_s
+        gathering.settle(person.name)
+        if not person.plan.stay_s:
+            gathering.known.wait()
+        person.sleep(person.leaves_s - person.clock())
+        look_until_s = person.clock() + RETRY_WINDOW_S
+        while (state := state_in(reply := hub.read(person.name))) is ServerState.UNKNOWN:
+            if person.clock() > look_until_s or reply.status in (401, 403):
+                task = "say whether the servers that were held are still there"
+                raise HubRefused(task, reply, hub.denial(reply))
+            person.sleep(1.0)
+        if state is not ServerState.READY:
+            raise Failed(Reason(Kind.LOST, "it became ready, and was gone while it was held"))
+        if person.browser:
+            try:
+                get_in(person, attempt, person.clock() + person.plan.visit_timeout_s)
+            except Failed as failure:
+                if failure.reason.kind is Kind.REFUSED:
+                    raise
+                text = f"it no longer answered at the end of the hold: {failure.reason.text}"
+                raise Failed(Reason(Kind.LOST, text)) from None
 
-    A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
-    Where it can, the spawner may have begun what outlives it: a pod, a job in a queue.
+
+def stop(person: Visitor) -> None:
+    """Stop the server, if there is one, and wait until it has stopped."""
+    ask_to_stop(person)
+    states, until_s = person.site.states, person.clock() + SERVER_LIFECYCLE_TIMEOUT
+    while states.get(person.name) is ServerState.STOPPING and person.clock() < until_s:
+        person.sleep(0.5)
+        states[person.name] = person.site.hub.state(person.name)
+
+
+def ask_to_stop(person: Visitor) -> None:
+    """Have the hub stop the server, if there is one.
+
+    A start cannot be stopped on hubs before 5.1, which answer 400; then nobody knows the server's state. Where it
+    can, the spawner may have begun what outlives it: a pod, a job in a queue.
     """
-    states, session = site.states, site.hub.session
-    if states.get(person.name) is ServerState.STARTING:
-        states[person.name] = site.hub.state(person.name)  # it may be ready by now
-    if (state := states.get(person.name)) in (ServerState.STARTING, ServerState.READY):
-        reply = site.hub.stop(person.name)
-        states[person.name] = state_after_stop(reply.hub_status)
-        site.removal.note(person.name, reply, "stop servers")
+    site, name = person.site, person.name
+    if site.states.get(name) is ServerState.STARTING:
+        site.states[name] = site.hub.state(name)  # it may be ready by now
+    if (state := site.states.get(name)) in (ServerState.STARTING, ServerState.READY):
+        reply = site.hub.stop(name)
+        site.states[name] = state_after_stop(reply.hub_status)
+        site.removal.note(name, reply, "stop servers")
         if state is ServerState.STARTING and reply.hub_status in (0, 202, 204):
-            site.removal.interrupted.add(person.name)
-        yield reply.event("stop_server", person.name, ok=(202, 204, 404))
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while states.get(person.name) is ServerState.STOPPING and session.clock() < until_s:
-        yield session.clock() + 0.5
-        states[person.name] = site.hub.state(person.name)
+            site.removal.interrupted.add(name)
+        person.record(reply.event("stop_server", name, ok=(202, 204, 404)))
 
 
-def delete(person: Visitor, site: Site) -> Iterator[Event | float]:
+def delete(person: Visitor) -> None:
     """Delete the user, if there is no server; else it is left to cleaning up."""
-    if site.states.get(person.name) is ServerState.STOPPED:
-        reply = site.hub.delete(person.name)
-        site.states[person.name] = state_after_delete(reply.hub_status)
-        site.removal.note(person.name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
-        yield reply.event(
-            "delete_user", person.name, ok=(202, 204, 404)
-        )  # 202: one's own server has yet to stop
+    site, name = person.site, person.name
+    if site.states.get(name) is ServerState.STOPPED:
+        reply = site.hub.delete(name)
+        site.states[name] = state_after_delete(reply.hub_status)
+        site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
+        ok = (202, 204, 404)  # 202: a server of one's own has yet to stop
+        person.record(reply.event("delete_user", name, ok=ok))
 
 
 # ==== The table of steps, and a person's journey through them ========================================================
+
+
+Act = Callable[[Visitor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3858,42 +3901,35 @@ def title_of(name: str, own_servers: bool = False) -> str:
     return title.replace("user", "server") if own_servers else title
 
 
-def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) -> Walk:
-    """Take a person through these steps (None: those of the plan), recording each; the moments at which to go on.
+def journey(person: Visitor) -> None:
+    """Take a person through the steps of their plan, in order, up to the first that fails; leaving always follows.
 
-    After a failed step the later ones are not tried, but for those that always are. A stop ends it without a record:
-    it was we who cut the step short.
+    A stop ends it without a record: it was we who cut the step short. Raises `Stopped` or `CutShort`.
     """
     failed = False
     try:
-        for step in [step for step in STEPS.values() if step.wanted(person.plan)] if steps is None else steps:
-            if not step.act or (failed and not step.always):
-                continue
-            for news in _whatever_happens(step, step.act, person, site):
-                if site.hub.session.stopping.is_set():
-                    return
-                if not isinstance(news, Event):
-                    yield news
-                    continue
-                site.record.add(dataclasses.replace(news, group=person.plan.group))
-                if news.step == step.name:
-                    person.since_s = news.ended_s
-                    failed |= news.reason is not None
+        for step in STEPS.values():
+            if step.act and step.wanted(person.plan) and (step.always or not failed):
+                failed |= not take(step.name, step.act, person)
     finally:
-        person.go_home(site)
+        person.go_home()
 
 
-def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iterator[Event | float]:
-    """What a step yields; when it raises what nobody expected, that is a failure of this person."""
-    began_s = site.hub.session.clock()
+def take(name: str, act: Act, person: Visitor) -> bool:
+    """Take one step; whether it succeeded. What nobody expected is a failure of this person."""
+    began_s = person.clock()
     try:
-        yield from act(person, site)
+        act(person)
+        return True
+    except Failed:
+        return False
     except (HubStressError, Stopped):
         raise
     except Exception as error:
-        LOG.exception("The step %s failed for %s", step.name, person.name)
+        LOG.exception("The step %s failed for %s", name, person.name)
         reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
-        yield Event(step.name, person.name, person.due_s, began_s, site.hub.session.clock(), reason)
+        person.add(name, Attempt(person.due_s, began_s, reason=reason))
+        return False
 
 
 class Streak:
@@ -3910,32 +3946,38 @@ class Streak:
                 self.reached = True
 
 
-def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) -> None:
-    """Take people through their journeys, as the plan has them arrive. Raises `CutShort`."""
-    plan, session, started_s = site.plan, site.hub.session, site.hub.session.clock()
-    people = arrivals(plan)
-    most = min(len(names), OPEN_STARTS_MAX)
-    limit = most if plan.is_open else plan.batch_size
-    streak = Streak(plan.fail_fast, plan.goal)
+def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = lambda: None) -> None:
+    """Send people through their journeys, and wait for all of them. Raises `CutShort`.
+
+    They start when they are due (open model), or while fewer than the plan's batch size are starting (closed model).
+    """
+    plan, session, begun = site.plan, site.hub.session, 0
+    began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
     site.record.listen(streak)
 
-    def begin(n: int, due_s: float) -> Walk:
-        person = Visitor(names[n], due_s, people[n][1])
-        walk = journey(person, site)
-        person.wake = functools.partial(driver.wake, walk)
-        return walk
+    def has_place(due_s: float) -> bool:
+        if plan.is_open:
+            return session.clock() >= due_s or streak.reached
+        return len(starting) < site.first_starts.places(plan.batch_size) or streak.reached
 
-    site.gathering.hold_s = plan.hold_s
-    driver = Driver(
-        session,
-        limit,
-        (lambda n: started_s + people[n][0]) if plan.is_open else None,
-        gathering=site.gathering,
-        may_begin=lambda: not streak.reached,
-        threads=most if plan.opens else limit,
-        places=(lambda limit: limit) if plan.is_open else site.first_starts.places,
-    )
-    driver.run(begin, range(len(names)), on_tick)
+    def started(name: str) -> None:
+        with team.changed:
+            starting.discard(name)
+            team.changed.notify()
+
+    try:
+        with Team(session, on_tick) as team:
+            for name, (after_s, group) in zip(names, arrivals(plan)):
+                due_s = began_s + after_s
+                if not team.wait_for(functools.partial(has_place, due_s), due_s) or streak.reached:
+                    break
+                due_s = due_s if plan.is_open else session.clock()
+                starting.add(name)
+                begun += 1
+                team.start(journey, Visitor(name, due_s, group, site, functools.partial(started, name)))
+            site.gathering.settle(expected=begun)
+    finally:
+        site.gathering.known.set()  # those who wait for it when a run ends early go on
 
 
 def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
@@ -4040,17 +4082,22 @@ def let_go(
     """
     site = Site(hub, Plan(), record, states=states, removal=removal)
 
-    def leave(name: str, due_s: float) -> Walk:
+    def leave(name: str) -> None:
         was_gone = states[name] is ServerState.GONE
-        next(
-            journey(Visitor(name, due_s, site.plan), site, (STEPS["stop_server"], STEPS["delete_user"])), None
-        )
+        person = Visitor(name, hub.session.clock(), site.plan, site)
+        if take("stop_server", ask_to_stop, person):
+            take("delete_user", delete, person)
         if states[name] is ServerState.GONE and not was_gone:
             removal.gone.add(name)
-        yield from ()
 
-    names = sorted(states, key=lambda name: states[name] is ServerState.STARTING)
-    Driver(hub.session, concurrency).run(leave, names, on_tick)
+    with Team(hub.session, on_tick) as team:
+        for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
+            if not team.wait_for(lambda: team.running < concurrency):
+                break
+            try:
+                team.start(leave, name)
+            except CutShort:  # no thread is left: one after the other, then
+                leave(name)
 
 
 # ==== Load: operations, closed and open model; pings =================================================================
@@ -4202,40 +4249,41 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
+    numbers, schedule, clock = itertools.count(part, load.processes), load.schedule, session.clock
     until_s = started_s + load.duration_s if load.duration_s else math.inf
+    last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
+    workers = load.workers * load.processes
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
         name = choose(load.mix, n)
         perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
-    def one_request(n: int, due_s: float) -> Walk:
-        send(n, load.users[n % len(load.users)], due_s)
-        yield from ()
+    def send_when_due(schedule: Schedule) -> None:
+        """Take the next number, and send that request when it is due (open model)."""
+        while (n := next(numbers)) < load.planned and clock() < last_s:
+            due_s = started_s + schedule.due_s(n)
+            if not session.pause(due_s - clock()):
+                return
+            send(n, load.users[n % len(load.users)], due_s)
 
-    def one_worker(share: Sequence[str], due_s: float) -> Walk:
-        """One request for each user of a share, each after a random 0 to 1 s."""
+    def send_share(worker: int) -> None:
+        """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
+        share = load.users[worker::workers]
         for n, user in enumerate(itertools.cycle(share) if load.duration_s else share):
-            yield session.clock() + random.random()
-            if session.clock() >= until_s:
+            if not session.pause(random.random()) or clock() >= until_s:
                 return
             send(n, user)
 
     cpu_s = time.process_time()
-    session.pause(started_s - session.clock())
-    if schedule := load.schedule:
-        last_s = started_s + schedule.lasts_s + OPEN_GRACE_S
-        driver = Driver(
-            session,
-            load.open_workers,
-            lambda n: started_s + schedule.due_s(part + n * load.processes),
-            last_s,
-        )
-        driver.run(one_request, range(part, load.planned, load.processes), on_tick)
-    else:
-        workers = load.workers * load.processes
-        shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
-        Driver(session, load.workers).run(one_worker, shares, on_tick)
-    return (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
+    session.pause(started_s - clock())
+    with Team(session, on_tick) as team:
+        if schedule:
+            for _ in range(load.open_workers):
+                team.start(send_when_due, schedule)
+        else:
+            for worker in range(part, min(workers, len(load.users)), load.processes):
+                team.start(send_share, worker)
+    return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
 def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
@@ -4380,59 +4428,13 @@ PROOF_SHARE, CLEAN_SHARE = (
     0.1,
 )  # of the handshakes: as many connections lost prove a leak, or that there is none
 EVENTS = "api/events/subscribe"  # a websocket of every server
-CLOSED_UNANSWERED, UNANSWERED = "closed without an answer", "no answer"
-
-
-class Handshake:
-    """The handshake of a websocket, for whose answer nobody has to wait. Raises `OSError` when it cannot be sent.
-
-    `reply` is what came of it, 0 without a status; the connection is closed then, and `wake` is called.
-    """
-
-    def __init__(self, url: str, session: HubSession, wake: Callable[[], None]) -> None:
-        self.reply: Reply | None = None
-        self._heard = b""
-        self._clock, self._wake, self.sent_s = session.clock, wake, session.clock()
-        place = urllib.parse.urlsplit(url)
-        if place.scheme == "https":
-            context = tls_context(trusted(session, url))
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                place.netloc, context=context
-            )
-        else:
-            self._connection = http.client.HTTPConnection(place.netloc)
-        self._connection.timeout = SEND_TIMEOUT_S
-        key = base64.b64encode(os.urandom(16)).decode()
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-        headers |= {"Sec-WebSocket-Key": key, "Authorization": f"token {session.token}"}
-        try:
-            self._connection.request("GET", place.path, headers=headers)
-        except OSError:
-            self._connection.close()
-            raise
-        self._connection.sock.settimeout(0)
-        self.number = self._connection.sock.fileno()
-
-    @property
-    def ended(self) -> bool:
-        return self.reply is not None
-
-    def read(self) -> None:
-        """Take what has arrived, until the first line of an answer is there, or the connection has ended."""
-        try:
-            while b"\n" not in self._heard and (data := self._connection.sock.recv(4096)):
-                self._heard += data
-        except (BlockingIOError, ssl.SSLWantReadError):  # a part of the answer, or of TLS
-            return
-        except (OSError, AttributeError):  # the latter when it was closed meanwhile
-            pass
-        found = re.match(rb"HTTP/1\.\d (\d{3})\b.*\n", self._heard)
-        status, message = (int(found[1]), "") if found else (0, CLOSED_UNANSWERED)
-        self.reply = Reply(status, self.sent_s, self._clock(), message=message)
-        self._wake()
-
-    def close(self) -> None:
-        self._connection.close()
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+}
+CLOSED_UNANSWERED, UNANSWERED = "connection reset", TIMED_OUT  # as `why` calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4521,34 +4523,32 @@ def judge_proxy(
     return found(UNDECIDED, f"{asked}; {grown_text}: other people's traffic counts too")
 
 
-def check_proxy(person: Visitor, site: Site, monitor: Monitor) -> Generator[float, None, ProxyCheck]:
+def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     """Have a server end by itself and ask for it over websockets, then for one that was stopped. Raises `CutShort`.
 
     The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
     """
-    ended, page, clock, before = list[Reply](), 0, site.hub.session.clock, list[Snapshot]()
+    site, ended, page, before = person.site, list[Reply](), 0, list[Snapshot]()
     for _ in range(2):
-        if not (yield from reach_server(person, site)):
+        if not reach_server(person):
             return ProxyCheck(UNDECIDED, None, "no server became ready to try it with")
-        yield from wait_until(clock() + CHECK_CALM_S, clock)
+        person.sleep(CHECK_CALM_S)
         monitor.look()
         before = [*monitor.snapshots]
-        page = yield from shut_down(person, site)
+        page = shut_down(person)
         if page in (0, 200):
             return ProxyCheck(UNDECIDED, None, "the server did not end by itself when it was asked to")
-        replies = yield from knock_often(
-            person, site, CHECK_ENDED - len(ended), lambda seen: noticed(seen[-1])
-        )
-        ended = [one for one in replies if not noticed(one)]
+        replies = knock(person, CHECK_ENDED - len(ended), lambda replies: noticed(replies[-1]))
+        ended = [reply for reply in replies if not noticed(reply)]
         site.hub.state(person.name, observer=True)  # which shows that the hub is there
         site.states[person.name] = ServerState.STOPPED
         if len(ended) >= CHECK_LEAST:
             break
     soon = monitor.look()
-    yield from wait_until(clock() + (CHECK_AGAIN_S if before else 0.0), clock)
+    person.sleep(CHECK_AGAIN_S if before else 0.0)
     later = monitor.look()
     site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
-    stopped = yield from knock_often(person, site, CHECK_STOPPED, unanswered)
+    stopped = knock(person, CHECK_STOPPED, unanswered)
     return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
 
@@ -4562,64 +4562,34 @@ def unanswered(replies: Sequence[Reply]) -> bool:
     return sum(one.message == UNANSWERED for one in replies) >= CHECK_UNANSWERED
 
 
-def reach_server(person: Visitor, site: Site) -> Generator[float, None, bool]:
+def reach_server(person: Visitor) -> bool:
     """Start this person's server, if it is not ready, and open its page; whether that worked."""
-    person.due_s = person.since_s = site.hub.session.clock()
-    for act in (visit,) if site.states.get(person.name) is ServerState.READY else (come, visit):
-        for news in act(person, site):
-            if not isinstance(news, Event):
-                yield news
-            elif news.reason:
-                return False
-            else:
-                person.since_s = news.ended_s
-    return True
+    person.due_s = person.since_s = person.clock()
+    is_ready = person.site.states.get(person.name) is ServerState.READY
+    return (is_ready or take("server_ready", come, person)) and take("visit", visit, person)
 
 
-def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
-    """Wait until then, however often one is woken."""
-    while clock() < at_s:
-        yield at_s
-
-
-def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
-    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
-    clock, browser = site.hub.session.clock, person.browser
+def shut_down(person: Visitor) -> int:
+    """Have the server end by itself; its page's status then: 0 when it did not, 200 when it is still there."""
+    browser, until_s = person.browser, person.clock() + SHUTDOWN_S
     if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
         return 0
-    until_s = clock() + SHUTDOWN_S
-    while (page := browser.ask("GET", f"{person.url}api", call=once())).status == 200 and clock() < until_s:
-        yield clock() + 0.5
-    return page.status
+    while True:
+        page = browser.ask("GET", f"{person.url}api", call=once())
+        if page.status != 200 or person.clock() > until_s:
+            return page.status
+        person.sleep(0.5)
 
 
-def knock(url: str, person: Visitor, site: Site) -> Generator[float, None, Reply]:
-    """What a websocket's handshake is answered within `UNANSWERED_S`; the connection is closed on any answer."""
-    clock, public = site.hub.session.clock, site.public
-    public.traffic.sent(observer=False)
-    sent_s = clock()
-    try:
-        handshake = Handshake(url, person.browser or site.hub.session, person.wake)
-    except OSError as error:
-        return Reply(0, sent_s, clock(), message=why(error))
-    public.wires.add(handshake)
-    while not handshake.reply and clock() < sent_s + UNANSWERED_S:
-        yield sent_s + UNANSWERED_S
-    public.wires.close(handshake)
-    if handshake.reply and handshake.reply.status:
-        public.traffic.answered(handshake.reply.status)
-    return handshake.reply or Reply(0, sent_s, clock(), message=UNANSWERED)
-
-
-def knock_often(
-    person: Visitor, site: Site, at_most: int, enough: Callable[[Sequence[Reply]], bool]
-) -> Generator[float, None, list[Reply]]:
-    """What so many websockets to a server that is gone were answered, one after the other; fewer if that is enough."""
-    clock, replies, next_s = site.hub.session.clock, list[Reply](), 0.0
+def knock(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
+    """What websockets to a server that is gone are answered, each on a connection of its own, until it is enough."""
+    browser, replies, next_s = person.browser or person.site.hub.session, list[Reply](), 0.0
     while len(replies) < at_most and not (replies and enough(replies)):
-        yield from wait_until(next_s, clock)
-        next_s = clock() + 1 / HANDSHAKES_PER_S
-        replies.append((yield from knock(f"{person.url}{EVENTS}", person, site)))
+        person.sleep(next_s - person.clock())
+        next_s = person.clock() + 1 / HANDSHAKES_PER_S
+        url = f"{person.url}{EVENTS}"
+        replies.append(browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
+        browser.close()
     return replies
 
 
@@ -4792,7 +4762,7 @@ class Interruption:
                 stop()
 
         self._leave = leave
-        threading.Thread(target=watch, name="interruption", daemon=True).start()
+        start_thread("interruption", watch)
 
     def end(self) -> int | None:
         """The signal that came, if any; one that comes later changes nothing, since all is done."""
@@ -4896,24 +4866,15 @@ class Run:
         goal, record = self.plan.goal, self.site.record
         title = "people at work" if self.plan.rehearses else "starting servers"
         with Progress(title, len(names)) as progress:
-            take_through(
+            send_people(
                 names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL))
             )
 
     def begin_anew(self, plan: Plan, record: Recorder) -> None:
         """Have other people come, by this plan, and apart from those before them."""
-        before = self.site
-        before.public.wires.end()
-        self.site = Site(
-            self.hub,
-            plan,
-            record,
-            states=before.states,
-            claims=before.claims,
-            first_starts=before.first_starts,
-        )
-        self.site.removal = before.removal
-        self.site.public.traffic = before.public.traffic
+        before, traffic = self.site, self.site.public.traffic
+        self.site = dataclasses.replace(before, plan=plan, record=record, turns=Turns())
+        self.site.public.traffic = traffic
 
     def let_leave(self, names: Sequence[str]) -> None:
         """Remove these users now. Raises `CutShort` when some stay."""
@@ -4929,23 +4890,21 @@ class Run:
         """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
         LOG.info("Checking the proxy: %s", CHECK_COSTS)
         name = next(filter(self._is_at_work, names), None) or self.make_users(1, 1)[0]
-        person = Visitor(name, self.session.clock(), self.plan.groups[0])
+        site = dataclasses.replace(
+            self.site, record=Recorder()
+        )  # what the check does is no result of the load
+        site.public = self.site.public
+        person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
 
-        def begin(person: Visitor, due_s: float) -> Walk:
-            walk = check()
-            person.wake = functools.partial(driver.wake, walk)
-            return walk
-
-        def check() -> Walk:
+        def check() -> None:
             try:
-                found = yield from check_proxy(person, self.site, self.monitor)
+                result = check_proxy(person, self.monitor)
+                self.proxy_check = None if self.session.stopping.is_set() else result
             finally:
-                person.go_home(self.site)
-            if not self.session.stopping.is_set():
-                self.proxy_check = found
+                person.go_home()
 
-        driver = Driver(self.session, 1)
-        driver.run(begin, [person], lambda: None)
+        with Team(self.session) as team:
+            team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
 
@@ -4983,9 +4942,11 @@ class Run:
             self.troubles.append(
                 f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent"
             )
+        if self.session.stopping.is_set():
+            self.warnings += still_waiting(self.site.starting.copy())
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
-        self.site.public.wires.end()
+        self.site.public.close_kernels()
         self.look()
         ours = self.claims.ours
         if self.plan.keep:
@@ -5023,7 +4984,7 @@ def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
     if plan.find_capacity:
-        measure_people(run)
+        search_people(run)
         return
     who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
     run.announce(f"{who}, {pace_text(plan.options())}")
@@ -5045,8 +5006,7 @@ def activity(run: Run) -> None:
     load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         if plan.find_capacity:
-            run.capacity = measure_capacity(load, plan, session, run.record)
-            say_if_unfound(run, load.mix)
+            search_requests(run, load)
             return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
@@ -5164,134 +5124,135 @@ def next_rate(
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
-    """Search for the highest rate that the hub sustains; `record` gets the events of that step, else of the last."""
-    first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
-    steps: list[CapacityStep] = []
-    best = Recorder()
-    while (
-        (rate := next_rate(steps, first_rate_per_s))
-        and not session.stopping.is_set()
-        and not session.hub_is_gone
-    ):
-        beside, seen = session.clone(traffic=Traffic()), Recorder(*record.listeners)
-        step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(step_load, beside, seen)
-        session.traffic.add(beside.traffic.counts)
-        if session.stopping.is_set():
-            break
-        steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))
-        LOG.info("At %.4g per second: %s", rate, steps[-1].held or "sustained")
-        best = seen if not steps[-1].held or sustained_rate(steps) is None else best
-        _drain_hub(Hub(load.endpoint, session), load.users[0])
-    record.take_over(best)
-    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    reports_per_s = (sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
-    servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
-    return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None)
+Trial = tuple[CapacityStep, Recorder, Sequence[str]]  # what a rate showed, the events, and the users
 
 
-def _capacity_step(
-    load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float
-) -> CapacityStep:
-    """Judge one rate by its own requests alone."""
-    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
-    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
-    found["failed_rate"] = failed / count if count else None
-    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent, of_people = (
-        load.planned - count,
-        plan.command == STRESS,
-    )  # who come late, but come, up to --fail-fast
-    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
-    if not held and unsent > 0:
-        planned = counted(load.planned, "person", "people") if of_people else counted(load.planned, "request")
-        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
-        held = f"{unsent:,} of {planned} {why_not}"
-    return CapacityStep(
-        rate_per_s=fastest(load.rate_per_s),
-        sent_per_s=count / (load.duration_s or math.nan),
-        p95_s=metric_value(found, next(iter(load.mix)) + ".p95"),
-        failed=failed,
-        held="the generator could not send this rate" if bound else held,
-        generator_bound=bound,
-    )
-
-
-def measure_people(run: Run) -> None:
-    """Search for how many people the hub takes who come at a rate; `run` has the answer, however the search ends."""
-    plan, session, for_s = run.plan, run.session, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    steps: list[CapacityStep] = []
-    best, most = Recorder(), plan.max_servers or math.inf
-    rate: float | None = (first_rate_per_s := fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S)
-    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+def search(run: Run, first_rate_per_s: float, grain_per_s: float, attempt: Callable[[float], Trial]) -> None:
+    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends."""
+    plan, session, steps, best = run.plan, run.session, list[CapacityStep](), Recorder()
+    most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
+    rate: float | None = first_rate_per_s
     try:
-        while rate := next_rate(steps, first_rate_per_s, 1 / for_s):
-            if (people := round(rate * for_s)) > most:
+        while not session.stopping.is_set() and not session.hub_is_gone:
+            rate = next_rate(steps, first_rate_per_s, grain_per_s)
+            if rate is None or rate > most_per_s * 1.0001:
                 break
-            names = run.make_users(people, plan.batch_size)
-            step, seen = _people_step(run, names, for_s)
+            step, seen, users = attempt(rate)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            LOG.info("At %.4g people a minute: %s", 60 * rate, step.held or "they got through")
+            LOG.info("At %s: %s", pace_of_step(step, plan), step.held or "sustained")
             best = seen if not step.held or sustained_rate(steps) is None else best
-            run.let_leave(names)
-            _drain_hub(run.hub, names[0])
+            if plan.command == STRESS:
+                run.let_leave(users)
+            _drain_hub(run.hub, users[0])
     finally:
         run.record.take_over(best)
-        sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-        limit = (
-            Limit.MAX_SERVERS.value
-            if rate and rate * for_s > most
-            else broken[0].limited_by
-            if broken
-            else None
+        run.capacity = capacity_of(plan, steps, rate, rate is not None and rate > most_per_s)
+        if steps and run.capacity.rate_per_s is None:
+            run.warnings.append(nothing_sustained(plan, steps, best))
+
+
+def capacity_of(plan: Plan, steps: list[CapacityStep], next_per_s: float | None, too_many: bool) -> Capacity:
+    """What a search has found that would try `next_per_s` next, unless that needs too many servers."""
+    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
+    finished = next_per_s is None
+    if plan.command == ACTIVITY:
+        mix = plan.mix or DEFAULT_MIX
+        reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
+        return Capacity(
+            sustained, int(reports_per_s * SERVER_REPORTS_EVERY_S) or None, bound, steps, finished
         )
-        answer: Json = {"people_per_minute": sustained and 60 * sustained, "limited_by": limit}
-        run.capacity = Capacity(sustained, None, bound, steps, finished=rate is None, **answer)
-        say_if_unfound(run, PERSONAL)
+    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
+    limit = lowest.limited_by if lowest else None
+    limit = Limit.MAX_SERVERS.value if too_many else limit
+    return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
-def say_if_unfound(run: Run, names: Collection[str]) -> None:
-    """Say, where no rate was sustained, what the lowest one met, and the most usual failure of these operations."""
-    if not run.capacity or run.capacity.rate_per_s or not run.capacity.steps:
-        return
-    lowest, failures = min(run.capacity.steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
-    for name, seen in run.record.summarise().items():
-        failures.update(seen.errors if name in names else {})
-    of_people = f"{counted(60 * lowest.rate_per_s, 'person', 'people')} a minute"
-    rate = of_people if run.plan.command == STRESS else f"{counted(lowest.rate_per_s, 'request')} per second"
+def pace_of_step(step: CapacityStep, plan: Plan) -> str:
+    """The rate of a step: 12 people a minute, or 16 requests per second."""
+    if plan.command == STRESS:
+        return f"{counted(60 * step.rate_per_s, 'person', 'people')} a minute"
+    return f"{counted(step.rate_per_s, 'request')} per second"
+
+
+def nothing_sustained(plan: Plan, steps: Sequence[CapacityStep], seen: Recorder) -> str:
+    """What the lowest rate met, and the most usual failure."""
+    lowest, failures = min(steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
+    names = PERSONAL if plan.command == STRESS else plan.mix or DEFAULT_MIX
+    for name, operation in seen.summarise().items():
+        failures.update(operation.errors if name in names else {})
     most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
-    run.warnings.append(f"no rate was sustained, not even {rate}: {lowest.held}{most}")
+    return f"no rate was sustained, not even {pace_of_step(lowest, plan)}: {lowest.held}{most}"
 
 
-def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
-    """What people show who come at a fixed rate for so long, and what was seen of them."""
+def search_requests(run: Run, load: Load) -> None:
+    """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
+
+    def attempt(rate: float) -> Trial:
+        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
+        part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
+        cpu_share = spread_load(part, beside, seen)
+        run.session.traffic.add(beside.traffic.counts)
+        return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
+
+    search(run, fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S, 0.0, attempt)
+
+
+def search_people(run: Run) -> None:
+    """How many people does the hub take who come at a rate? New ones come in each step."""
+    plan, for_s = run.plan, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+
+    def attempt(rate: float) -> Trial:
+        names = run.make_users(round(rate * for_s), plan.batch_size)
+        return *_try_people(run, names, for_s), names
+
+    search(run, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s, attempt)
+
+
+def _try_people(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
     session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
     seen = new_recorder(*run.record.listeners)
     run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
-    looks, counted = len(monitor.snapshots), session.traffic.counts.copy()
+    looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
     with run.pinging(names[0]):
         run.start_servers(names)
     monitor.look()
-    cpu_share, traffic = (time.process_time() - cpu_s) / (session.clock() - began_s), Traffic()
-    traffic.add(session.traffic.counts - counted)
+    cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
+    traffic.add(session.traffic.counts - before)
     load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
-    step = _capacity_step(load, seen, traffic, run.plan, cpu_share)
+    step = judge_step(load, seen, traffic, run.plan, cpu_share)
     if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
         step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
     if step.held:
-        own, in_front = (
-            hub_figures(monitor.snapshots[looks:], math.inf, 0),
-            traffic.counts[-429] > traffic.throttled,
-        )
+        own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
+        in_front = traffic.counts[-429] > traffic.throttled
         limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
         step = dataclasses.replace(step, limited_by=limit.value)
     return step, seen
+
+
+def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+    """Judge one rate by its own requests alone."""
+    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
+    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
+    found["failed_rate"] = failed / count if count else None
+    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
+    unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
+    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
+    if bound:
+        held = "the generator could not send this rate"
+    elif not held and unsent > 0 and of_people:
+        people = counted(load.planned, "person", "people")
+        held = f"{unsent:,} of {people} never came, after failures in a row"
+    elif not held and unsent > 0:
+        held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
+    sent_per_s = count / (load.duration_s or math.nan)
+    p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
+    return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
 def waits_of(people: People, goal: str) -> list[float]:
@@ -7276,7 +7237,7 @@ def start_servers(
     plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
     site = Site(Hub(endpoint, session), plan, new_recorder())
     try:
-        take_through(names, site, lambda: None)
+        send_people(names, site)
     except CutShort as error:
         LOG.error("%s", error)
     return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
@@ -7954,7 +7915,7 @@ if locust_is_loading():
             with self._cleaning, _second_signal_leaves(self):
                 if self._cleaned is None:
                     self._cutting.kill()
-                    self.site.public.wires.end()
+                    self.site.public.close_kernels()
                     ours = set(self.claims.ours) - left_already
                     hub = dataclasses.replace(self.site.hub, session=self.session.clone(own_stop=True))
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
@@ -8093,12 +8054,10 @@ if locust_is_loading():
                 )  # has left, but stays in Locust's count, which it would otherwise fill up again
                 return
             self._visits += 1
-            name, clock, awake = self.new_user(), time.monotonic, threading.Event()
-            person = Visitor(name, clock(), self.plan, awake.set)
             try:
-                for at_s in journey(person, self.site):
-                    awake.wait(min(3600.0, max(0.0, at_s - clock())))
-                    awake.clear()
+                journey(Visitor(self.new_user(), time.monotonic(), self.plan, self.site))
+            except Stopped:
+                pass
             except CutShort as error:
                 SAY.error("%s", error)
                 self.shared.cut_short = True

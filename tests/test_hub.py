@@ -109,19 +109,6 @@ def test_a_likely_endpoint_is_recognised(endpoint: str, location: str | None, gu
     assert hst.likely_endpoint(endpoint, location) == guess
 
 
-@pytest.mark.parametrize(
-    ("said", "until_s", "longest"),
-    [
-        ([], 9.0, ""),
-        ([(0.0, "requested")], 9.0, "requested"),
-        ([(0.0, "requested"), (1.0, "pulling"), (7.0, "started")], 8.0, "pulling"),
-        ([(0.0, "requested"), (1.0, "pulling"), (2.0, "started")], 8.0, "started"),
-    ],
-)
-def test_the_message_that_stood_longest_is_found(said: list[tuple[float, str]], until_s: float, longest: str) -> None:
-    assert hst.longest_message(said, until_s) == longest
-
-
 @pytest.mark.parametrize("status", [200, 201, 302, 401, 403, 404, 429, 500, 502, 521])
 def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: FaultProxy, endpoint: str) -> None:
     session = hst.HubSession("x").clone(own_stop=True)
