@@ -1146,7 +1146,7 @@ GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag
 LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
 
 
-# ==== Events, and the recorder that folds them =======================================================================
+# ==== Events, and the recorder that folds them ==============================================================
 
 
 class Kind(enum.Enum):
@@ -1174,26 +1174,26 @@ class Reason:
 
     kind: Kind
     text: str
-    open_s: float | None = dataclasses.field(default=None, compare=False)  # of a websocket: until it broke
+    open_s: float | None = dataclasses.field(default=None, compare=False)  # how long a websocket was open
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One step for one person, and what came of it. Moments are seconds of a monotonic clock."""
+    """One step for one person, and its outcome. Moments are seconds of a monotonic clock."""
 
     step: str
     user: str
     due_s: float
     sent_s: float
     ended_s: float
-    reason: Reason | None = None  # why it failed; None when it succeeded
+    reason: Reason | None = None  # None when it succeeded
     tries: int = 1
     backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
     throttled: int = 0  # how often the hub answered 429
     throttled_s: float | None = None  # the first 429
     asked_s: float | None = None  # when the last try was sent
     message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
-    group: str = ""  # of people to which the person belongs
+    group: str = ""  # the person's group of an event
     phases: Phases | None = None  # of a start, by the events of Kubernetes
 
     @property
@@ -1211,7 +1211,7 @@ class Event:
         return max(0.0, self.sent_s - self.due_s)
 
 
-ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples, below which a percentile is but the maximum
+People = Mapping[str, Mapping[str, Event]]  # by name, and by step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1226,35 +1226,22 @@ class Statistics:
     p99: float | None = None
     max: float | None = None
 
-    def enough(self, name: str, samples: int) -> float | None:
-        """A statistic, but None for a percentile of so few samples that it is but the maximum."""
-        value: float | None = getattr(self, name)
-        return value if samples >= ENOUGH.get(name, 1) else None
-
 
 class Distribution:
-    """A latency histogram with buckets 1 % wide, so that an hour costs no more memory than a minute.
-
-    Count, mean, minimum and maximum are exact; a percentile (nearest rank) is within 0.5 %. What failed is counted
-    beside it.
-    """
+    """Durations in buckets 1 % wide: memory does not grow with time, and percentiles are within 0.5 %."""
 
     GROWTH = math.log(1.01)
-    SMALLEST_S = 1e-6
 
     def __init__(self) -> None:
-        self.count = self.failed = 0
-        self.total_s = 0.0
-        self.min_s = math.inf
-        self.max_s = -math.inf
-        self.buckets: collections.Counter[int] = collections.Counter()
+        self.count, self.total_s, self.min_s, self.max_s = 0, 0.0, math.inf, -math.inf
+        self.buckets = collections.Counter[int]()
+        self.failed = 0  # events that have no latency, since they failed
 
     def add(self, seconds: float) -> None:
         self.count += 1
         self.total_s += seconds
-        self.min_s = min(self.min_s, seconds)
-        self.max_s = max(self.max_s, seconds)
-        self.buckets[math.floor(math.log(max(seconds, self.SMALLEST_S)) / self.GROWTH)] += 1
+        self.min_s, self.max_s = min(self.min_s, seconds), max(self.max_s, seconds)
+        self.buckets[math.floor(math.log(max(seconds, 1e-6)) / self.GROWTH)] += 1
 
     def merge(self, other: Distribution) -> None:
         self.count += other.count
@@ -1263,39 +1250,41 @@ class Distribution:
         self.min_s, self.max_s = min(self.min_s, other.min_s), max(self.max_s, other.max_s)
         self.buckets.update(other.buckets)
 
-    def percentile(self, percent: float) -> float | None:
-        """The smallest duration that `percent` of all do not exceed; None when there are none."""
-        rank = math.ceil(percent / 100 * self.count)
-        seen = 0
-        for bucket in sorted(self.buckets):
-            seen += self.buckets[bucket]
-            if seen >= rank:
-                return min(max(math.exp((bucket + 0.5) * self.GROWTH), self.min_s), self.max_s)
-        return None
-
     def summary(self) -> Statistics:
+        """Percentiles are nearest ranks; the other statistics are exact."""
         if not self.count:
             return Statistics()
-        percentiles = {f"p{percent}": self.percentile(percent) for percent in (50, 90, 95, 99)}
-        return Statistics(min=self.min_s, mean=self.total_s / self.count, max=self.max_s, **percentiles)
+        buckets = sorted(self.buckets)
+        up_to = list(itertools.accumulate(self.buckets[bucket] for bucket in buckets))
+
+        def percentile(percent: int) -> float:
+            bucket = buckets[bisect.bisect_left(up_to, math.ceil(percent / 100 * self.count))]
+            return min(max(math.exp((bucket + 0.5) * self.GROWTH), self.min_s), self.max_s)
+
+        p50, p90, p95, p99 = map(percentile, (50, 90, 95, 99))
+        return Statistics(self.min_s, self.total_s / self.count, p50, p90, p95, p99, self.max_s)
+
+
+ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples; of fewer, a percentile is but the maximum
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What is known of one operation, in the results."""
+    """One operation in the results."""
 
     count: int
     failed: int
     rate_per_s: float | None
-    latency_s: Statistics
+    latency_s: Statistics  # of those that succeeded
     lateness_s: Statistics
     backoff_s: float
     errors: dict[str, int]
-    skipped: int = 0  # were due, and not sent since too many before them were under way
+    skipped: int  # were due, and not sent since too many before them were under way
 
     def enough(self, statistic: str) -> float | None:
-        """A statistic of what succeeded, if there were enough of them."""
-        return self.latency_s.enough(statistic, self.count - self.failed)
+        """A statistic of the latency; None for a percentile of too few samples."""
+        value: float | None = getattr(self.latency_s, statistic)
+        return value if self.count - self.failed >= ENOUGH.get(statistic, 1) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1312,94 +1301,88 @@ class OperationTimeline:
 
 
 class Fold:
-    """The events of one operation, folded: all together, and in spans of time by when they were due.
+    """The events of one operation, by spans of time in which they were due.
 
-    There are never more than `SPANS`: two neighbours become one then, so that an hour costs no more memory than a few
-    minutes.
+    Beyond `SPANS`, two neighbours become one, so that an hour takes no more memory than minutes.
     """
 
     SPANS = 200
 
     def __init__(self) -> None:
-        self.latency, self.lateness = Distribution(), Distribution()
-        self.span_s = 1.0
-        self.spans: collections.defaultdict[int, Distribution] = collections.defaultdict(Distribution)
-        self.count = self.late = self.skipped = 0
-        self.backoff_s = 0.0
-        self.reasons: collections.Counter[Reason] = collections.Counter()
+        self.span_s, self.spans = 1.0, collections.defaultdict[int, Distribution](Distribution)
+        self.count = self.failed = self.late = self.skipped = 0
+        self.lateness, self.backoff_s = Distribution(), 0.0
+        self.errors, self.kinds = collections.Counter[str](), set[Kind]()
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
     def add(self, event: Event) -> None:
-        self.count += 1
-        self.late += event.lateness_s > LATE_SEND_S
-        self.backoff_s += event.backoff_s
-        self.first_due_s = min(self.first_due_s, event.due_s)
-        self.last_ended_s = max(self.last_ended_s, event.ended_s)
-        self.lateness.add(event.lateness_s)
         span = self.spans[int(event.due_s // self.span_s)]
+        self.count += 1
         if event.reason is None:
-            self.latency.add(event.latency_s)
             span.add(event.latency_s)
         else:
             span.failed += 1
-            self.reasons[event.reason] += 1
+            self.failed += 1
+            self.errors[event.reason.text] += 1
+            self.kinds.add(event.reason.kind)
+        self.late += event.lateness_s > LATE_SEND_S
+        self.lateness.add(event.lateness_s)
+        self.backoff_s += event.backoff_s
+        self.first_due_s = min(self.first_due_s, event.due_s)
+        self.last_ended_s = max(self.last_ended_s, event.ended_s)
         if len(self.spans) > self.SPANS:
-            self._widen()
-
-    def _widen(self) -> None:
-        spans, self.span_s = self.spans, 2 * self.span_s
-        self.spans = collections.defaultdict(Distribution)
-        for number, span in spans.items():
-            self.spans[number // 2].merge(span)
+            narrow, self.span_s = self.spans, 2 * self.span_s
+            self.spans = collections.defaultdict(Distribution)
+            for number, span in narrow.items():
+                self.spans[number // 2].merge(span)
 
     def summary(self) -> Operation:
-        span_s = self.last_ended_s - self.first_due_s
-        errors: collections.Counter[str] = collections.Counter()
-        for reason, number in self.reasons.items():
-            errors[reason.text] += number
+        latency, took_s = Distribution(), self.last_ended_s - self.first_due_s
+        for span in self.spans.values():
+            latency.merge(span)
         return Operation(
             count=self.count,
-            failed=self.reasons.total(),
-            rate_per_s=self.count / span_s if span_s > 0 else None,
-            latency_s=self.latency.summary(),
+            failed=self.failed,
+            rate_per_s=self.count / took_s if took_s > 0 else None,
+            latency_s=latency.summary(),
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
-            errors=dict(errors),
+            errors=dict(self.errors),
             skipped=self.skipped,
         )
 
     def timeline(self, began_s: float) -> OperationTimeline:
         numbers = sorted(self.spans)
         spans = [self.spans[number] for number in numbers]
-        shown = [span.summary() for span in spans]
+        latencies = [span.summary() for span in spans]
         return OperationTimeline(
             span_s=self.span_s,
             at_s=[rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
             count=[span.count for span in spans],
             failed=[span.failed for span in spans],
-            p50_s=[rounded(one.p50) for one in shown],
-            p95_s=[rounded(one.p95) for one in shown],
-            max_s=[rounded(one.max) for one in shown],
+            p50_s=[rounded(latency.p50) for latency in latencies],
+            p95_s=[rounded(latency.p95) for latency in latencies],
+            max_s=[rounded(latency.max) for latency in latencies],
         )
 
 
 class Recorder:
-    """Takes events from any thread: folds them, keeps those of each person's way, hands each on to whoever listens.
+    """Takes events from any thread: folds them, keeps those of `people_steps`, calls the listeners with each.
 
-    Those of a group are folded for the group too, as server_ready[students]. `people` has a row for each person, in
-    the order in which their first event came: the step's name to its event.
+    Events of a group are folded for the group too, as server_ready[students].
     """
 
     def __init__(self, *listeners: Callable[[Event], None], people_steps: Collection[str] = ()) -> None:
         self._lock = threading.Lock()
-        self.people: dict[str, dict[str, Event]] = {}
-        self._folds: dict[str, Fold] = {}
+        self._folds = collections.defaultdict[str, Fold](Fold)
+        self.people: dict[str, dict[str, Event]] = {}  # in the order of their first events
         self.listeners, self._people_steps = [*listeners], people_steps
 
     def add(self, event: Event) -> None:
         with self._lock:
-            for name in (event.step, f"{event.step}[{event.group}]")[: 2 if event.group else 1]:
-                self._folds.setdefault(name, Fold()).add(event)
+            self._folds[event.step].add(event)
+            if event.group:
+                self._folds[f"{event.step}[{event.group}]"].add(event)
             if event.step in self._people_steps:
                 self.people.setdefault(event.user, {})[event.step] = event
         for listener in self.listeners:
@@ -1412,31 +1395,30 @@ class Recorder:
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
         with self._lock:
-            self._folds.setdefault(step, Fold()).skipped += 1
+            self._folds[step].skipped += 1
 
     def take_over(self, other: Recorder) -> None:
-        """Have what another recorder has folded, of the operations that this one has not seen."""
+        """Import the operations of another recorder that this one does not have."""
         with self._lock:
             self._folds = other._folds | self._folds
+
+    def _of(self, names: Iterable[str]) -> list[Fold]:
+        return [self._folds[name] for name in {*names} if name in self._folds]
 
     def count(self, names: Iterable[str]) -> int:
         return sum(fold.count for fold in self._of(names))
 
     def failures(self, names: Iterable[str]) -> int:
-        return sum(fold.reasons.total() for fold in self._of(names))
+        return sum(fold.failed for fold in self._of(names))
 
-    def _of(self, names: Iterable[str]) -> list[Fold]:
-        return [self._folds[name] for name in self._folds.keys() & set(names)]
+    def late_share(self, names: Collection[str]) -> float:
+        """The share of these operations' requests that were sent too late; see `LATE_SEND_S`."""
+        return sum(fold.late for fold in self._of(names)) / max(1, self.count(names))
 
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
         with self._lock:
-            return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
-
-    def late_share(self, names: Iterable[str]) -> float:
-        """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
-        count = self.count(names)
-        return sum(fold.late for fold in self._of(names)) / count if count else 0.0
+            return set[Kind]().union(*(fold.kinds for fold in self._folds.values()))
 
     def summarise(self) -> dict[str, Operation]:
         with self._lock:
@@ -1449,7 +1431,7 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Http:
-    """The requests of a run to the hub, and, apart from them, those to servers, in the results."""
+    """The requests of a run to the hub in the results; those to servers are apart."""
 
     requests: int
     retries: int
@@ -1458,21 +1440,19 @@ class Http:
     observer_requests: int
     observer_share: float | None
     servers: Http | None = None
-    in_front: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # of the statuses, those not given by the hub
+    in_front: dict[str, int] = dataclasses.field(default_factory=dict)  # of the statuses, not by the hub
 
 
 class Traffic:
-    """Every request that went to the hub, counted where it is sent; `observer` ones only to watch.
+    """All requests to the hub, counted as they are sent; those of an observer are sent only to watch.
 
-    `counts` has them by what they were ("requests", "retries", "observer_requests"), by the status of their answer, and
-    by its negative where something in front of the hub gave that answer.
+    The keys of `counts`: "requests", "retries", "observer_requests", an answer's status, and the negative of
+    the status if something in front of the hub gave the answer.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.counts: collections.Counter[str | int] = collections.Counter()
+        self.counts = collections.Counter[str | int]()
 
     def add(self, counts: Mapping[str | int, int]) -> None:
         with self._lock:
@@ -1608,6 +1588,15 @@ class Phases:
     server_s: float
     new_node: int  # whether it waited for a new node, or how many did
     images_pulled: int
+
+
+def mean_phases(starts: Sequence[Phases]) -> Phases | None:
+    """The mean of each phase, and how many starts waited for a new node or pulled an image; None without starts."""
+    totals = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
+    means = {
+        name: total / len(starts) if name in PHASES else total for name, total in totals.items() if starts
+    }
+    return Phases(**means) if means else None
 
 
 PHASES = {
@@ -2652,19 +2641,28 @@ class Regularly:
             self._places.release()
 
 
-# ==== The hub's own figures ==========================================================================================
+# ==== The hub's own figures =================================================================================
 
-_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
-    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
-    "server_stop_seconds_count|running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+CPU, MEMORY, FILES = "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"
+LOOP, BEGAN = "event_loop_interval_seconds_bucket", "process_start_time_seconds"
+_OWN_FIGURES = re.compile(  # behind whatever prefix the hub's operator has chosen
+    f"(?:.*_)?({CPU}|{MEMORY}|{FILES}|{LOOP}|{BEGAN}|server_stop_seconds_count|running_servers|"
+    "nodejs_active_handles_total|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
 )
+AFTERMATH = {
+    "open_files": (FILES, ""),
+    "rss_bytes": (MEMORY, ""),
+    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
+    "active_handles": ("nodejs_active_handles_total", ""),
+}
+FILES_TO_MENTION = 20  # open files more than before
 NO_METRICS_SCOPE = "the token lacks the scope read:metrics"
-LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
+LOOP_INTERVAL_S = 0.05  # the resolution of a hub's event-loop lag
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The hub's own figures at one moment of our monotonic clock, by name and label."""
+    """A process's own figures at one moment of our monotonic clock, by name and label."""
 
     at_s: float
     figures: Mapping[tuple[str, str], float]
@@ -2672,18 +2670,9 @@ class Snapshot:
     def get(self, name: str, label: str = "") -> float:
         return self.figures.get((name, label), 0.0)
 
-
-AFTERMATH = {
-    "open_files": ("process_open_fds", ""),
-    "rss_bytes": ("process_resident_memory_bytes", ""),
-    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
-    "active_handles": ("nodejs_active_handles_total", ""),
-}
-
-
-def restarted(before: Snapshot, after: Snapshot) -> bool:
-    """Whether the hub began anew between two snapshots."""
-    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
+    def labels(self, name: str) -> list[str]:
+        """With which labels the figure is there."""
+        return [label for known, label in self.figures if known == name]
 
 
 def metrics_url(endpoint: str) -> str:
@@ -2692,24 +2681,23 @@ def metrics_url(endpoint: str) -> str:
 
 
 def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
-    """The figures that matter here, among the samples (name, labels, value) of a hub's metrics page."""
-    figures: dict[tuple[str, str], float] = {}
+    """The figures that matter here, among the samples (name, labels, value) of a metrics page."""
+    figures: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
     for full_name, labels, value in samples:
         match = _OWN_FIGURES.fullmatch(full_name)
-        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
-            continue
-        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
-        if "handler" in labels:
-            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
-        figures[match[1], label] = figures.get((match[1], label), 0.0) + value
-    return Snapshot(at_s, figures)
+        if match and labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
+            label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
+            if "handler" in labels:
+                label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
+            figures[match[1], label] += value
+    return Snapshot(at_s, dict(figures))
 
 
 class Monitor(Regularly):
-    """While the `with` block runs, reads a process's own metrics every 5 seconds, and once before and after.
+    """While the `with` block runs, reads a process's own metrics: at once, and every 5 seconds.
 
-    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
-    page of another process is read without the token, and without other headers that are meant for the hub.
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will
+    do). The page of another process is read without the token and other headers that are meant for the hub.
     """
 
     def __init__(self, url: str, session: HubSession, is_hub: bool = True) -> None:
@@ -2720,11 +2708,10 @@ class Monitor(Regularly):
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.clone(own_stop=True, traffic=None if is_hub else Traffic())
-        self._parser = (
-            importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
-        )
         self._looking = threading.Lock()
-        if not self._parser:
+        if optional("prometheus_client"):
+            self._parser = importlib.import_module("prometheus_client.parser")
+        else:
             self.missing = "prometheus-client is not installed: pip install prometheus-client"
             LOG.info("The hub's own figures are not read, since %s", self.missing)
 
@@ -2733,9 +2720,9 @@ class Monitor(Regularly):
         super().__enter__()
 
     def look(self) -> Snapshot | None:
-        """One more snapshot, or None when none could be had."""
+        """Take one more snapshot; None when the page could not be read."""
         with self._looking:
-            if self.missing or not self._parser:
+            if self.missing:
                 return None
             sent_s = self._session.clock()
             try:
@@ -2743,13 +2730,13 @@ class Monitor(Regularly):
                     "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
                 )
                 hubs = not self._is_hub or self._session.is_hubs(response)
-                page = response.text if response.status_code == 200 and hubs else ""
-                families = list(self._parser.text_string_to_metric_families(page))
+                good = response.status_code == 200 and hubs
+                families = list(self._parser.text_string_to_metric_families(response.text if good else ""))
             except (requests.RequestException, ValueError) as error:
                 LOG.debug("The hub's metrics could not be read: %s", why(error))
                 return None
-            if response.status_code == 200 and hubs:
-                samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
+            if good:
+                samples = [sample[:3] for family in families for sample in family.samples]
                 self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
                 return self.snapshots[-1]
             if response.status_code == 403 and hubs:
@@ -2758,6 +2745,171 @@ class Monitor(Regularly):
                 answered = f"answered {response.status_code}" if hubs else in_front(response)
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path}: {answered}"
             return None
+
+
+def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
+    """How much a counter has grown; after a restart it began at 0 again."""
+    total = 0.0
+    for before, after in zip(snapshots, snapshots[1:]):
+        restarted = before.get(BEGAN) != after.get(BEGAN)
+        total += after.get(name, label) - (0.0 if restarted else before.get(name, label))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnDurations:
+    """How often the hub did something, and how long it took by its own clock."""
+
+    count: float
+    mean_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFigures:
+    """What the hub says of itself between the first and the last snapshot."""
+
+    cpu_s: float
+    cpu_share: float  # of a processor
+    cpu_share_max: float  # over some 5 seconds of the load, without cleaning up
+    rss_before_bytes: float
+    rss_max_bytes: float
+    rss_after_bytes: float
+    rss_per_server_bytes: float | None
+    event_loop_lag_p95_s: float | None
+    event_loop_lag_max_s: float | None
+    event_loop_samples: int
+    running_servers_max: float
+    requests: dict[str, OwnDurations]
+    spawns: dict[str, OwnDurations]
+
+    @property
+    def late_s(self) -> float | None:
+        """The event loop's lag, if it is long: p95, also of few samples, since a very late loop takes few."""
+        lag_s = self.event_loop_lag_p95_s
+        return lag_s if lag_s and lag_s > LATE_LOOP_S else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests waited for the hub's one thread, which gets less CPU time on a busy machine."""
+        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
+
+
+def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
+    """What the hub says of itself; None without two snapshots."""
+    if len(snapshots) < 2:
+        return None
+    first, last = snapshots[0], snapshots[-1]
+    rss = [shot.get(MEMORY) for shot in snapshots]
+    loop = sorted((float(bound), grown(snapshots, LOOP, bound)) for bound in last.labels(LOOP))
+    lags = [quantile(loop, share) for share in (0.95, 1.0)]
+    lag_p95_s, lag_max_s = (None if lag is None else max(lag, LOOP_INTERVAL_S) for lag in lags)
+    cpu_s = grown(snapshots, CPU)
+    cpu_share = cpu_s / (last.at_s - first.at_s)
+    under_load = [shot for shot in snapshots if shot.at_s < load_ended_s + 1.0]
+    return HubFigures(
+        cpu_s=cpu_s,
+        cpu_share=cpu_share,
+        cpu_share_max=max((share for _, share in cpu_shares(under_load)), default=cpu_share),
+        rss_before_bytes=rss[0],
+        rss_max_bytes=max(rss),
+        rss_after_bytes=rss[-1],
+        rss_per_server_bytes=(max(rss) - rss[0]) / servers_ready if servers_ready else None,
+        event_loop_lag_p95_s=lag_p95_s,
+        event_loop_lag_max_s=lag_max_s,
+        event_loop_samples=int(loop[-1][1]) if loop else 0,
+        running_servers_max=max(0.0, *(shot.get("running_servers") for shot in snapshots)),
+        requests=_own_durations(snapshots, "request_duration_seconds"),
+        spawns=_own_durations(snapshots, "server_spawn_duration_seconds"),
+    )
+
+
+def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
+    """A quantile of a histogram (upper bounds, counts up to there), linear between bounds; None if empty."""
+    rank = share * buckets[-1][1] if buckets else 0.0
+    lower, below = 0.0, 0.0
+    for upper, count in buckets:
+        if count >= rank > 0:
+            within = (rank - below) / (count - below)
+            return lower if math.isinf(upper) else lower + (upper - lower) * within
+        lower, below = upper, count
+    return None
+
+
+def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDurations]:
+    durations = {}
+    for label in snapshots[-1].labels(f"{name}_count"):
+        if (count := grown(snapshots, f"{name}_count", label)) > 0:
+            durations[label] = OwnDurations(count, grown(snapshots, f"{name}_sum", label) / count)
+    return durations
+
+
+def cpu_shares(snapshots: Sequence[Snapshot]) -> list[tuple[float, float]]:
+    """The share of a processor used up to each moment, over stretches of at least 1 s where there is shot."""
+    shares: list[tuple[float, float]] = []
+    since = 0
+    for at in range(1, len(snapshots)):
+        stretch = snapshots[since : at + 1]
+        took_s = stretch[-1].at_s - stretch[0].at_s
+        if took_s >= 1.0 or (at == len(snapshots) - 1 and not shares):
+            shares.append((stretch[-1].at_s, grown(stretch, CPU) / max(took_s, 1e-3)))
+            since = at
+    return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class HubTimeline:
+    """A process's CPU share, memory and open files, in seconds since the run began."""
+
+    cpu_at_s: list[float | None]
+    cpu_share: list[float | None]
+    at_s: list[float | None]
+    rss_bytes: list[float]
+    running_servers: list[float]
+    open_files: list[float]
+
+
+def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline | None:
+    """The process at each snapshot; None when there is none."""
+    if not snapshots:
+        return None
+    shares = cpu_shares(snapshots)
+    return HubTimeline(
+        cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
+        cpu_share=[rounded(share) for _, share in shares],
+        at_s=[rounded(shot.at_s - began_s) for shot in snapshots],
+        rss_bytes=[shot.get(MEMORY) for shot in snapshots],
+        running_servers=[
+            max(0.0, shot.get("running_servers")) for shot in snapshots
+        ],  # hubs miscount at times
+        open_files=[shot.get(FILES) for shot in snapshots],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A figure before a run, at its most, and after cleaning up; `after` is None when users were kept."""
+
+    before: float
+    peak: float
+    after: float | None
+    grown: float | None
+
+
+Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
+
+
+def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
+    """What a run left in the processes that were watched; None without two snapshots of any."""
+    aftermath: dict[str, dict[str, Change]] = {}
+    for process, snapshots in looks.items():
+        if len(snapshots) > 1:
+            aftermath[process] = changes = {}
+            for key, (name, label) in AFTERMATH.items():
+                if any(shot.labels(name) for shot in snapshots):
+                    values = [shot.get(name, label) for shot in snapshots]
+                    rest = (None, None) if kept else (values[-1], values[-1] - values[0])
+                    changes[key] = Change(values[0], max(values), *rest)
+    return aftermath or None
 
 
 # ==== Users: found, claimed, made ===========================================================================
@@ -5304,48 +5456,7 @@ def _drain_hub(hub: Hub, user: str) -> None:
         quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
 
 
-# ==== Results: a fold over the events ================================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnDurations:
-    """How often the hub did something, and how long it took by its own clock."""
-
-    count: float
-    mean_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class HubFigures:
-    """What the hub says of itself between the first and the last look at its metrics page.
-
-    `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
-    """
-
-    cpu_s: float
-    cpu_share: float
-    cpu_share_max: float
-    rss_before_bytes: float
-    rss_max_bytes: float
-    rss_after_bytes: float
-    rss_per_server_bytes: float | None
-    event_loop_lag_p95_s: float | None
-    event_loop_lag_max_s: float | None
-    event_loop_samples: int
-    running_servers_max: float
-    requests: dict[str, OwnDurations]
-    spawns: dict[str, OwnDurations]
-
-    @property
-    def late_s(self) -> float | None:
-        """By how much the event loop was late (p95, also of few samples: it takes few when very late), if by much."""
-        lag_s = self.event_loop_lag_p95_s
-        return lag_s if lag_s and lag_s > LATE_LOOP_S else None
-
-    @property
-    def busy(self) -> bool:
-        """Whether requests had to wait for the hub's one thread; on a busy machine that gets less of a processor."""
-        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
+# ==== Results: a fold over the events =======================================================================
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5368,11 +5479,9 @@ class Users:
     deleted: int
     kept: int
     left_behind: list[str]
-    in_the_way: str = ""  # of removing what is left behind, like the next one also with --own-servers
+    in_the_way: str = ""  # why some cannot be removed; this and what follows also with --own-servers
     stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
-    stops_failed: int | None = (
-        None  # servers that the hub failed to stop meanwhile, by its metrics; None: unknown
-    )
+    stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5387,7 +5496,7 @@ class Slow:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A server that failed or was lost, and the last that the hub said of it."""
+    """A server or person that failed, and the last that the hub said of it."""
 
     user: str
     reason: str
@@ -5396,7 +5505,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """What became of the servers: `ready` are all that became ready, of which `lost` were gone while they were held."""
+    """The outcome of the servers: of the `ready` ones, `lost` were gone while they were held."""
 
     requested: int
     ready: int
@@ -5409,16 +5518,17 @@ class Servers:
     throttling_began_s: float | None
     slowest: list[Slow]
     usual_message: (
-        str  # what the hub said of every server that it said anything of; "" when it told them apart
+        str  # what the hub said of all servers that it said anything of; "" when it told them apart
     )
     removed: int = 0  # with --own-servers, like the next two; else the users say it
     kept: int = 0
     left_behind: Sequence[str] = ()
+    phases: Phases | None = None  # the means of those that became ready; None without Kubernetes' events
 
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
-    """What became of the people of a rehearsal: `failed` counts those with any failed step, also after `at_work`."""
+    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`."""
 
     expected: int
     at_work: int
@@ -5444,31 +5554,7 @@ class ServersTimeline:
     failed_s: list[float | None]  # after it was ready
     lost_s: list[float | None]
     left_s: list[float | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class HubTimeline:
-    """A process's CPU share, memory and open files, in seconds since the run began."""
-
-    cpu_at_s: list[float | None]
-    cpu_share: list[float | None]
-    at_s: list[float | None]
-    rss_bytes: list[float]
-    running_servers: list[float]
-    open_files: list[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A figure before a run, at its most, and after everything is removed; `after` is None when users were kept."""
-
-    before: float
-    peak: float
-    after: float | None
-    grown: float | None
-
-
-Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
+    phases: list[dict[str, float] | None]  # of a start on Kubernetes, in their order, in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5523,7 +5609,7 @@ class Results:
 
     @property
     def cleaned(self) -> CleanUp:
-        """What became of them."""
+        """The outcome of cleaning up users, or with --own-servers servers."""
         if self.own_servers and (servers := self.servers):
             return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, self.users.in_the_way)
         users = self.users
@@ -5547,27 +5633,24 @@ def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
 
 
 def instead_of(metric: str, paths: bool = True) -> str:
-    """The known metric, by its path if there are `paths`, that is most like this one; "" where this one is known."""
-    of_operations = (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
-    known = ["failed", "failed_rate", "throttled", *of_operations]
-    known += (
-        [path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code")] if paths else []
-    )
-    of_all = re.sub(
-        r"\[[^]]*\]", "", metric
-    )  # server_ready.p95 for the server_ready[students].p95 of a group
-    if any(re.fullmatch(re.escape(one).replace("NAME", "[^.]+"), of_all) for one in known):
+    """The known metric that is most like this one, a path only if `paths`; "" where this one is known."""
+    known = ["failed", "failed_rate", "throttled"]
+    known += (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
+    if paths:
+        known += (path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code"))
+    of_all = re.sub(r"\[[^]]*\]", "", metric)  # server_ready.p95 for a group's server_ready[students].p95
+    if any(re.fullmatch(re.escape(name).replace("NAME", "[^.]+"), of_all) for name in known):
         return ""
     return difflib.get_close_matches(metric, known, 1, 0.0)[0]
 
 
-def as_json(thing: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The same as JSON has it: records become objects."""
-    if dataclasses.is_dataclass(thing):
-        return {field.name: as_json(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
-    if isinstance(thing, Mapping):
-        return {name: as_json(value) for name, value in thing.items()}
-    return [as_json(one) for one in thing] if isinstance(thing, (list, tuple)) else thing
+    if dataclasses.is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: as_json(inner) for name, inner in value.items()}
+    return [as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
@@ -5588,29 +5671,170 @@ def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: b
     return ExitCode.FAILED if cut_short or failed else ExitCode.OK
 
 
+def _failures_of(
+    ends: Iterable[Event | None], never: str, number: int
+) -> tuple[dict[str, int], list[Failure]]:
+    """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`.
+
+    Reasons of spawns that differ in what they count, like 2/3 nodes and 1/3 nodes, are one: the first.
+    """
+    failures, alike = list[Failure](), dict[str, str]()
+    for end in ends:
+        if end and end.reason:
+            text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.LATE)
+            text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
+            failures.append(Failure(end.user, text, end.message))
+    reasons = collections.Counter(failure.reason for failure in failures)
+    reasons[never] = number
+    return {reason: count for reason, count in reasons.most_common() if count}, failures
+
+
+def people_of(rows: People, expected: int, cut_short: bool, group: str = "") -> Rehearsed:
+    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
+    people = [row for row in rows.values() if not group or any(end.group == group for end in row.values())]
+    at_work = [row for row in people if "at_work" in row]
+    failed = [[row[step] for step in PERSONAL if step in row and row[step].reason] for row in people]
+    ends = [steps[0] if steps else row.get("at_work") for steps, row in zip(failed, people)]
+    never = "cut short before getting to work" if cut_short else "never came"
+    reasons, failures = _failures_of(ends, never, expected - len(ends) + ends.count(None))
+    until_work_s = {}
+    for step in ("at_work", *PERSONAL[: PERSONAL.index("at_work")]):
+        if took_s := [row[step].latency_s for row in at_work if step in row]:
+            until_work_s[step] = sum(took_s) / len(at_work)
+    return Rehearsed(expected, len(at_work), sum(reasons.values()), reasons, failures, until_work_s)
+
+
+def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
+    """The outcome of the servers of so many people."""
+    ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
+    ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
+    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].outcome == "lost"]
+    never = "never started, or cut short" if cut_short else "never started"
+    reasons, failures = _failures_of([*ends, *lost], never, requested - len(ends))
+    throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
+    messages = {end.message for end in ends if end.message}
+    return Servers(
+        requested=requested,
+        ready=len(ready),
+        failed=requested - len(ready),
+        lost=len(lost),
+        given_up=sum(end.reason.kind is Kind.LATE for end in ends if end.reason),
+        reasons=reasons,
+        failures=failures,
+        throttled=sum(end.throttled > 0 for end in ends),
+        throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
+        slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
+        usual_message=messages.pop() if len(messages) == 1 else "",
+        phases=mean_phases([end.phases for end in ready if end.phases]),
+    )
+
+
+def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> ServersTimeline:
+    """The moments of each server, in the order in which they were due."""
+
+    def since(at_s: float | None) -> float | None:
+        return None if at_s is None else rounded(max(0.0, at_s - began_s))
+
+    def moments(row: Mapping[str, Event]) -> Json:
+        start, leaving = row["server_ready"], row.get("stop_server")
+        good_s = {name: end.ended_s for name, end in row.items() if end.reason is None}
+        bad = [row[name] for name in PERSONAL[1:] if name in row and row[name].reason]
+        return {
+            "user": start.user,
+            "due_s": since(start.due_s),
+            "throttled_s": since(start.throttled_s),
+            "asked_s": since(start.asked_s),
+            "ended_s": since(start.ended_s),
+            "ready": start.reason is None,
+            "opened_s": since(good_s.get("visit")),
+            "loaded_s": since(good_s.get("page")),
+            "works_s": since(good_s.get("at_work")),
+            "failed_s": since(next((end.ended_s for end in bad if end.outcome != "lost"), None)),
+            "lost_s": since(next((end.ended_s for end in bad if end.outcome == "lost"), None)),
+            "phases": start.phases and {name: rounded(getattr(start.phases, name)) for name in PHASES},
+            "left_s": since(leaving.sent_s if leaving and leaving.sent_s < load_ended_s else None),
+        }
+
+    rows = [row for row in people.values() if "server_ready" in row]
+    lines = [moments(row) for row in sorted(rows, key=lambda row: row["server_ready"].due_s)]
+    names = [field.name for field in dataclasses.fields(ServersTimeline)]
+    return ServersTimeline(**{name: [line[name] for line in lines] for name in names})
+
+
+def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
+    """Each condition of a plan, judged by results; default ones only where something was measured."""
+    judged = [(each, each.judge(found, plan.baseline)) for each in plan.conditions]
+    return [result for each, result in judged if each in plan.fail_if or result.value is not None]
+
+
+def _users_in(run: Run) -> Users:
+    """The outcome of the users; with --own-servers there are none.
+
+    A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only
+    its metrics tell. A run that stopped none is not to blame.
+    """
+    cleaned, snapshots = run.cleaned, run.monitor.snapshots
+    stopped = run.record.count(["stop_server"])
+    failures = grown(snapshots, "server_stop_seconds_count", "failure") if stopped else 0.0
+    made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left))
+    users = Users(
+        created=0 if run.plan.command == PURGE else made,
+        deleted=cleaned.deleted,
+        kept=cleaned.kept,
+        left_behind=list(cleaned.left),
+        in_the_way=cleaned.in_the_way,
+        stopped_while_starting=len(run.site.removal.interrupted),
+        stops_failed=int(failures) if len(snapshots) > 1 else None,
+    )
+    if run.plan.own_servers:
+        return dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=[])
+    return users
+
+
+def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
+    """How many failed, of how many: people, servers, requests, or what was to be removed."""
+    plan = run.plan
+    if people:
+        return people.failed, plan.count
+    if plan.command == PURGE:
+        return len(run.cleaned.left), len(run.existing)
+    if servers and not plan.find_capacity:
+        return servers.failed + servers.lost, plan.count
+    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
+    return run.record.failures(mix), run.record.count(mix)
+
+
 def results_of(run: Run) -> Results:
     """What a run found; the conditions are judged by all the rest."""
-    plan, rows, snapshots = run.plan, run.record.people, run.monitor.snapshots
+    plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
-    comes = plan.command == STRESS and not plan.find_capacity
-    servers = _servers_in(run, comes, cut_short)
-    people = people_of(rows, plan.count, cut_short) if comes and plan.rehearses else None
+    expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
+    servers = servers_of(rows, expected, cut_short) if expected or plan.own_servers else None
+    if servers and plan.own_servers:
+        removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
+        servers = dataclasses.replace(servers, **removed)
+    people = people_of(rows, expected, cut_short) if expected and plan.rehearses else None
+    groups = {each.group: people_of(rows, each.count, cut_short, each.group) for each in plan.event}
     failed, tried = _failed_of(run, servers, people)
-    restarts = sum(map(restarted, snapshots, snapshots[1:]))
-    figures = hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0)
+    began = [shot.get(BEGAN) for shot in snapshots]
+    restarts = sum(map(operator.ne, began, began[1:]))
+    warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
+    if restarts:
+        warnings.append(f"the hub restarted during the run{f', {restarts} times' if restarts > 1 else ''}")
+    looks = {name: monitor.snapshots for name, monitor in run.monitors.items()}
+    lines = {name: hub_timeline(each, run.began_s) for name, each in looks.items()}
     on_the_way = run.site.public.traffic.summarise() if plan.opens else None
-    looks = {name: one.snapshots for name, one in run.monitors.items()}
-    found = Results(
+    results = Results(
         schema=1,
         tool={"name": "hub-stress-test", "version": __version__},
         command=plan.command,
         hub=HubSide(
-            run.hub.endpoint,
-            run.hub.version,
-            restarts if snapshots else None,
-            figures,
-            run.monitor.missing or None,
-            run.session.proxy_to(run.hub.endpoint) or None,
+            endpoint=run.hub.endpoint,
+            version=run.hub.version,
+            restarts=restarts if snapshots else None,
+            metrics=hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0),
+            metrics_missing=run.monitor.missing or None,
+            proxy=run.session.proxy_to(run.hub.endpoint) or None,
         ),
         started=utc(run.started),
         finished=utc(datetime.now(timezone.utc)),
@@ -5624,330 +5848,34 @@ def results_of(run: Run) -> Results:
         operations=run.record.summarise(),
         http=dataclasses.replace(run.session.traffic.summarise(), servers=on_the_way),
         capacity=run.capacity,
-        aftermath=aftermath_of(looks, bool(run.cleaned.kept)),
+        aftermath=aftermath_of(looks, bool(cleaned.kept)),
         proxy_check=run.proxy_check,
-        warnings=[*run.troubles, *run.warnings, *run.site.public.warnings, *_restart_warning(restarts)],
+        warnings=warnings,
         advice=[],
-        timeline=_timeline_in(run, bool(servers)),
-        groups={one.group: people_of(_only(one, rows), one.count, cut_short) for one in plan.event} or None,
+        timeline=RunTimeline(
+            operations=run.record.timeline(run.began_s),
+            servers=servers_timeline(rows, run.began_s, run.load_ended_s) if servers else None,
+            hub=lines.pop("hub"),
+            watched={name: line for name, line in lines.items() if line},
+            load_ended_s=rounded(run.load_ended_s - run.began_s),
+        ),
+        groups=groups or None,
     )
-    return _judged(found, run)
+    return _judged(results, run)
 
 
-def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
-    """Each condition of a plan, judged by results; those that nobody asked for mind only what was measured."""
-    values = ((one, one.judge(found, plan.baseline)) for one in plan.conditions)
-    return [judgement for one, judgement in values if one in plan.fail_if or judgement.value is not None]
-
-
-def _judged(found: Results, run: Run) -> Results:
+def _judged(results: Results, run: Run) -> Results:
     """The same with its conditions, its exit code, and what to look at next."""
-    plan, data = run.plan, as_json(found)
-    conditions = [] if run.capacity else judgements_of(plan, data)
-    unfound = run.capacity is not None and run.capacity.rate_per_s is None
-    not_ours = (
-        plan.command == PURGE and run.interrupted_by is not None
-    )  # an interrupted purge made none of them
-    bad = unfound or any(one.held for one in conditions)
-    left = bool(found.users.stops_failed or (run.cleaned.left and not not_ours))
+    plan, capacity = run.plan, run.capacity
+    conditions = [] if capacity else judgements_of(plan, as_json(results))
+    bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
+    not_ours = plan.command == PURGE and run.interrupted_by is not None  # which made none of what is left
+    left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
-    kinds, time_out_s = run.record.kinds(), time_out_in_front(run.record.people)
-    next_steps = (
-        list(advice(found, kinds, time_out_s)) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
-    )
-    return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
-
-
-def _servers_in(run: Run, comes: bool, cut_short: bool) -> Servers | None:
-    """What became of the servers; with --own-servers also what became of them at the end."""
-    servers = servers_of(run.record.people, run.plan.count, cut_short) if comes else None
-    if not run.plan.own_servers:
-        return servers
-    cleaned, none = run.cleaned, servers_of({}, 0, cut_short)
-    return dataclasses.replace(
-        servers or none, removed=cleaned.deleted, kept=cleaned.kept, left_behind=cleaned.left
-    )
-
-
-def _users_in(run: Run) -> Users:
-    left, cleaned = list(run.cleaned.left), run.cleaned
-    rest: Json = {
-        "in_the_way": cleaned.in_the_way,
-        "stopped_while_starting": len(run.site.removal.interrupted),
-    }
-    rest["stops_failed"] = _stops_failed(run)
-    if run.plan.own_servers:
-        return Users(0, 0, 0, [], **rest)
-    made = max(len(run.claims.confirmed), cleaned.deleted + len(left))
-    return Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, left, **rest)
-
-
-def _stops_failed(run: Run) -> int | None:
-    """How many servers the hub failed to stop, ours or others', since this run began; None where nobody knows.
-
-    The hub answers 204 all the same, forgets the server, and deletes the user. A run that stopped none is not to blame.
-    """
-    if len(run.monitor.snapshots) < 2:
-        return None
-    stopped = run.record.count(["stop_server"])
-    return int(grown(run.monitor.snapshots, "server_stop_seconds_count", "failure")) if stopped else 0
-
-
-def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
-    """How many failed, of how many, of what the run is about: people, servers, requests, or what was to be removed."""
-    plan = run.plan
-    if people:
-        return people.failed, plan.count
-    if plan.command == PURGE:
-        return len(run.cleaned.left), len(run.existing)
-    if servers and not plan.find_capacity:
-        return servers.failed + servers.lost, plan.count
-    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    return run.record.failures(mix), run.record.count(mix)
-
-
-def _timeline_in(run: Run, of_servers: bool) -> RunTimeline:
-    lines = {name: hub_timeline(one.snapshots, run.began_s) for name, one in run.monitors.items()}
-    return RunTimeline(
-        operations=run.record.timeline(run.began_s),
-        servers=servers_timeline(run.record.people, run.began_s, run.load_ended_s) if of_servers else None,
-        hub=lines.pop("hub"),
-        watched={name: line for name, line in lines.items() if line},
-        load_ended_s=rounded(run.load_ended_s - run.began_s),
-    )
-
-
-def _restart_warning(times: int) -> Iterator[str]:
-    if times:
-        yield f"the hub restarted during the run{f', {times} times' if times > 1 else ''}"
-
-
-People = Mapping[str, Mapping[str, Event]]
-
-
-def _only(group: Plan, rows: People) -> People:
-    return {
-        user: row for user, row in rows.items() if any(event.group == group.group for event in row.values())
-    }
-
-
-def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
-    """What became of so many people: each got to work or failed; one who failed after that is counted in both."""
-    ends = [
-        next((row[step] for step in PERSONAL if step in row and row[step].reason), None)
-        for row in rows.values()
-    ]
-    bad = [(end, end.reason.text) for end in ends if end and end.reason]
-    reasons = collections.Counter(text for _, text in bad)
-    at_work = sum("at_work" in row for row in rows.values())
-    never = expected - sum(bool(end) or "at_work" in row for end, row in zip(ends, rows.values()))
-    reasons["cut short before getting to work" if cut_short else "never came"] = never
-    return Rehearsed(
-        expected=expected,
-        at_work=at_work,
-        failed=reasons.total(),
-        reasons={reason: number for reason, number in reasons.most_common() if number},
-        failures=[Failure(end.user, text, end.message) for end, text in bad],
-        until_work_s=_until_work_s([row for row in rows.values() if "at_work" in row]),
-    )
-
-
-def _until_work_s(rows: Sequence[Mapping[str, Event]]) -> dict[str, float]:
-    before = PERSONAL[: PERSONAL.index("at_work")]
-    steps = [name for name in ("at_work", *before) if any(name in row for row in rows)]
-    return {name: sum(row[name].latency_s for row in rows if name in row) / len(rows) for name in steps}
-
-
-def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
-    """What became of the servers of so many people."""
-    ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
-    ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
-    lost = [row["stay"] for row in people.values() if "stay" in row and _is_lost(row["stay"])]
-    bad = [(end, end.reason.text) for end in [*ends, *lost] if end.reason]
-    reasons = collections.Counter(text for _, text in bad)
-    never = "never started, or cut short" if cut_short else "never started"
-    reasons[never] = requested - len(ends)
-    throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
-    messages = {end.message for end in ends if end.message}
-    return Servers(
-        requested=requested,
-        ready=len(ready),
-        failed=requested - len(ready),
-        lost=len(lost),
-        given_up=sum(end.reason.kind is Kind.LATE for end in ends if end.reason),
-        reasons={reason: number for reason, number in reasons.most_common() if number},
-        failures=[Failure(end.user, text, end.message) for end, text in bad],
-        throttled=sum(end.throttled > 0 for end in ends),
-        throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
-        slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
-        usual_message=messages.pop() if len(messages) == 1 else "",
-    )
-
-
-def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> ServersTimeline:
-    """The moments of each server, in the order in which they were due."""
-    rows = [row for row in people.values() if "server_ready" in row]
-    rows.sort(key=lambda row: row["server_ready"].due_s)
-    ends = [row["server_ready"] for row in rows]
-
-    def since(at_s: float | None) -> float | None:
-        return None if at_s is None else rounded(max(0.0, at_s - began_s))
-
-    def ended(*steps: str, lost: bool = False, bad: bool = False) -> list[float | None]:
-        """When each person's first of these steps ended, well or badly; None where it did not."""
-        ends = ([row[step] for step in steps if step in row] for row in rows)
-        good_or_bad = (
-            [end for end in each if bool(end.reason) == bad and _is_lost(end) == lost] for each in ends
-        )
-        return [since(each[0].ended_s) if each else None for each in good_or_bad]
-
-    def sent(step: str, row: Mapping[str, Event]) -> float | None:
-        """When the step began, if that was before cleaning up."""
-        return since(row[step].sent_s) if step in row and row[step].sent_s < load_ended_s else None
-
-    return ServersTimeline(
-        user=[end.user for end in ends],
-        due_s=[since(end.due_s) for end in ends],
-        throttled_s=[since(end.throttled_s) for end in ends],
-        asked_s=[since(end.asked_s) for end in ends],
-        ended_s=[since(end.ended_s) for end in ends],
-        ready=[end.reason is None for end in ends],
-        opened_s=ended("visit"),
-        loaded_s=ended("page"),
-        works_s=ended("at_work"),
-        failed_s=ended(*PERSONAL[1:], bad=True),
-        lost_s=ended("stay", bad=True, lost=True),
-        left_s=[sent("stop_server", row) for row in rows],
-    )
-
-
-def _is_lost(end: Event) -> bool:
-    return end.reason is not None and end.reason.kind is Kind.LOST
-
-
-# ---- the hub's own figures ----
-
-FILES_TO_MENTION = 20  # open files more than before
-
-
-def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
-    """What a run left in the processes that were watched; None without two looks at any."""
-    return {
-        name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1
-    } or None
-
-
-def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
-    changes = {}
-    for name, (figure, label) in AFTERMATH.items():
-        if any(figure == known for one in snapshots for known, _ in one.figures):
-            values = [one.get(figure, label) for one in snapshots]
-            after = None if kept else values[-1]
-            changes[name] = Change(
-                values[0], max(values), after, None if after is None else after - values[0]
-            )
-    return changes
-
-
-def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
-    """How much a counter has grown; after a restart of the hub it began at 0 again."""
-    total = 0.0
-    for before, after in zip(snapshots, snapshots[1:]):
-        total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
-    return total
-
-
-Buckets = Sequence[tuple[float, float]]  # of a histogram: upper bound, and count up to there
-
-
-def quantile(buckets: Buckets, share: float) -> float | None:
-    """A quantile of a histogram, straight between the bounds of its buckets."""
-    total = buckets[-1][1] if buckets else 0.0
-    lower, below = 0.0, 0.0
-    for upper, count in buckets:
-        if total and count >= share * total:
-            return (
-                lower
-                if math.isinf(upper)
-                else lower + (upper - lower) * (share * total - below) / (count - below)
-            )
-        lower, below = upper, count
-    return None
-
-
-def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
-    """What the hub says of itself; None without two looks at it."""
-    if len(snapshots) < 2:
-        return None
-    first, last = snapshots[0], snapshots[-1]
-    rss = [one.get("process_resident_memory_bytes") for one in snapshots]
-    under_load = [one for one in snapshots if one.at_s < load_ended_s + 1.0]
-    loop = _buckets(snapshots)
-    lags = [quantile(loop, share) for share in (0.95, 1.0)]
-    cpu_s = grown(snapshots, "process_cpu_seconds_total")
-    cpu_share = cpu_s / (last.at_s - first.at_s)
-    return HubFigures(
-        cpu_s=cpu_s,
-        cpu_share=cpu_share,
-        cpu_share_max=max((share for _, share in cpu_shares(under_load)), default=cpu_share),
-        rss_before_bytes=rss[0],
-        rss_max_bytes=max(rss),
-        rss_after_bytes=rss[-1],
-        rss_per_server_bytes=max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
-        event_loop_lag_p95_s=None if lags[0] is None else max(lags[0], LOOP_INTERVAL_S),
-        event_loop_lag_max_s=None if lags[1] is None else max(lags[1], LOOP_INTERVAL_S),
-        event_loop_samples=int(loop[-1][1]) if loop else 0,
-        running_servers_max=max(0.0, *(one.get("running_servers") for one in snapshots)),
-        requests=_own_durations(snapshots, "request_duration_seconds"),
-        spawns=_own_durations(snapshots, "server_spawn_duration_seconds"),
-    )
-
-
-def _buckets(snapshots: Sequence[Snapshot]) -> Buckets:
-    """The intervals of the hub's event loop between the first and the last snapshot."""
-    name = "event_loop_interval_seconds_bucket"
-    bounds = [label for known, label in (snapshots[-1].figures if snapshots else ()) if known == name]
-    return sorted((float(bound), grown(snapshots, name, bound)) for bound in bounds)
-
-
-def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDurations]:
-    labels = [label for known, label in snapshots[-1].figures if known == f"{name}_count"]
-    counts = {label: grown(snapshots, f"{name}_count", label) for label in labels}
-    return {
-        label: OwnDurations(count, grown(snapshots, f"{name}_sum", label) / count)
-        for label, count in counts.items()
-        if count > 0
-    }
-
-
-def cpu_shares(snapshots: Sequence[Snapshot], least_s: float = 1.0) -> list[tuple[float, float]]:
-    """The share of a processor that the hub used up to each moment, over stretches of at least `least_s`."""
-    shares: list[tuple[float, float]] = []
-    since = 0
-    for at in range(1, len(snapshots)):
-        took_s = snapshots[at].at_s - snapshots[since].at_s
-        if took_s >= least_s or (at == len(snapshots) - 1 and not shares):
-            stretch = snapshots[since : at + 1]
-            shares.append(
-                (snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3))
-            )
-            since = at
-    return shares
-
-
-def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline | None:
-    """The hub's CPU share and memory at each look; None when there was no look."""
-    if not snapshots:
-        return None
-    shares = cpu_shares(snapshots)
-    return HubTimeline(
-        cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
-        cpu_share=[rounded(share) for _, share in shares],
-        at_s=[rounded(one.at_s - began_s) for one in snapshots],
-        rss_bytes=[one.get("process_resident_memory_bytes") for one in snapshots],
-        running_servers=[max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
-        open_files=[one.get("process_open_fds") for one in snapshots],
-    )
+    next_steps: list[str] = []
+    if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
+        next_steps += advice(results, run.record.kinds(), time_out_in_front(run.record.people))
+    return dataclasses.replace(results, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
 # ==== What it means: where the time went, and what to look at next ===================================================

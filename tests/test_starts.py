@@ -133,3 +133,22 @@ def test_a_failed_start_says_why(message: str, events: list[Any], lasted_s: floa
 )
 def test_what_differs_from_server_to_server_is_no_part_of_a_reason(one: str, other: str) -> None:
     assert hst.without_name(one, "hub-stress-test-7") == hst.without_name(other, "hub-stress-test-12")
+
+
+def test_the_means_of_starts_and_how_many_waited_for_a_new_node() -> None:
+    cold, warm = phases(*ON_A_NEW_NODE), phases(said(1, "Scheduled"), said(2, "Started", MAIN), ready_s=4.0)
+    assert cold and warm
+    mean = hst.mean_phases([cold, warm])
+    assert seconds(mean) == [1, 10, 1.5, 4.5, 1, 2] and mean and (mean.new_node, mean.images_pulled) == (1, 1)
+    assert hst.mean_phases([]) is None
+
+
+def test_spawn_failures_that_differ_in_what_they_count_are_one_reason() -> None:
+    def failed(n: int, text: str, kind: hst.Kind) -> hst.Event:
+        return hst.Event("server_ready", f"hub-stress-test-{n}", 0.0, 0.0, 1.0, hst.Reason(kind, text))
+
+    texts = ["used: memory=20G (403)", "used: memory=21G (403)", "used: memory=20G (429)"]
+    events = [failed(n, text, hst.Kind.SPAWN) for n, text in enumerate(texts)]
+    events += [failed(n, f"cell {n} raised", hst.Kind.CELL) for n in (3, 4)]
+    reasons = hst.servers_of({event.user: {"server_ready": event} for event in events}, 5, False).reasons
+    assert reasons == {texts[0]: 2, texts[2]: 1, "cell 3 raised": 1, "cell 4 raised": 1}
