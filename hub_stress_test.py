@@ -98,6 +98,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 from urllib3.util.retry import Retry
 
@@ -1385,7 +1386,7 @@ class Traffic:
         )
 
 
-# ==== Pure rules: what the hub's answers mean ========================================================================
+# ==== Pure rules: what the hub's answers mean ===============================================================
 
 
 class ServerState(enum.Enum):
@@ -1402,8 +1403,7 @@ class ServerState(enum.Enum):
 def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known.
 
-    A hub that has restarted checks each server that it remembers, for up to 30 s ("pending": "check"). Until it has
-    found the server or shut it down, it does not know the state either, and answers 500 to a request to stop it.
+    After a restart, a hub checks each server for up to 30 s ("pending": "check"), and cannot stop it (500).
     """
     if "servers" not in model:
         return ServerState.UNKNOWN
@@ -1417,13 +1417,13 @@ def server_state(model: Json) -> ServerState:
 
 
 def state_after_stop(status: int) -> ServerState:
-    """What `DELETE server` answered: 400 (pending spawn on hubs before 5.1) and 500 mean that one has to look again."""
+    """What `DELETE server` answered. 400 (starting, on hubs before 5.1) and 500 mean: read the user again."""
     known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
     return known.get(status, ServerState.UNKNOWN)
 
 
 def state_after_delete(status: int) -> ServerState:
-    """What `DELETE user` answered: 400 (still stopping) and 500 (still starting) mean that one has to look again."""
+    """What `DELETE user` answered. 400 (stopping) and 500 (starting) mean: read the user again."""
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
@@ -1433,16 +1433,17 @@ VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server
 def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
-    One that is limited to some users or groups (`users!user=x`) does not count, unless it is needed for this user only.
+    A scope that is limited to some users or groups (`users!user=x`) counts only if it is limited to `user`.
     """
-    have = {scope for one in granted if "!" not in (scope := one.removesuffix(f"!user={user}"))}
-    if "start:servers" in have:  # hubs from 6.0
-        have.add("servers")
-    return sorted(set(needed) - have)
+    full = {scope.removesuffix(f"!user={user}") for scope in granted}
+    full = {scope for scope in full if "!" not in scope}
+    if "start:servers" in full:  # hubs from 6.0
+        full.add("servers")
+    return sorted(set(needed) - full)
 
 
 def named_server_limit(reply: Reply) -> int | None:
-    """How many named servers the hub allows each user, if it refused a start for that; 0 when it allows none."""
+    """How many named servers a user may have (0: none are allowed), if the hub refused a start for that."""
     if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
         return 0
     match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
@@ -1461,11 +1462,7 @@ c.JupyterHub.load_roles = [
 
 VISIT_ROLE_TO_PASTE = """\
 c.JupyterHub.load_roles.append(
-    {
-        "name": "hub-stress-test-visits",
-        "scopes": ["access:servers"],
-        "services": ["hub-stress-test-visits"],
-    }
+    {"name": "hub-stress-test-visits", "scopes": ["access:servers"], "services": ["hub-stress-test-visits"]}
 )"""
 
 
@@ -1473,9 +1470,7 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
     if location and endpoint.startswith("http:") and location.startswith("https:"):
         endpoint = "https:" + endpoint.removeprefix("http:")
-    if endpoint.endswith("/hub/api"):
-        return endpoint
-    return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
+    return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
 # ==== Pure rules: what is said while a server starts =========================================================
@@ -1634,14 +1629,23 @@ def without_name(text: str, user: str) -> str:
     return plain
 
 
-# ==== The hub: session and transport =================================================================================
+# ==== The hub: session and transport ========================================================================
 
 RETRIED = frozenset({429, 503, 504})
-NEVER_SENT = (
-    NewConnectionError,
-    ConnectTimeoutError,
-    ssl.SSLCertVerificationError,
-)  # and so the hub has not acted
+BROKEN = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError)
+# After these the hub has not acted.
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
+TIMED_OUT = "no answer in time"
+NO_SUCH_HOST = "host name not found"
+NOT_ACCEPTED = "the certificate was not accepted"
+WHY: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (ConnectionRefusedError, "connection refused"),
+    ((ReadTimeoutError, requests.Timeout, TimeoutError), TIMED_OUT),
+    (ssl.SSLCertVerificationError, f"{NOT_ACCEPTED} ({{}})"),
+    (ConnectionError, "connection reset"),
+    (ChunkedEncodingError, "the answer broke off"),
+    (socket.gaierror, NO_SUCH_HOST),
+)
 
 
 @dataclasses.dataclass
@@ -1659,12 +1663,6 @@ class Call:
 def once(observer: bool = False, again: bool = False) -> Call:
     """A call without retries; `again` when it is itself a retry."""
     return Call(observer, retry_until_s=0.0, tries=int(again))
-
-
-def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call:
-    """The call that a request is part of; it is kept with the request, so that whoever holds its answer finds it."""
-    call: Call = vars(request).setdefault("hub_call", Call()) if request else Call(tries=1)
-    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1686,7 +1684,7 @@ class Reply:
 
     @property
     def hub_status(self) -> int:
-        """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
+        """The status, but 0 for a 404 without JSON: a proxy says so when the hub is away."""
         return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
 
     @property
@@ -1703,141 +1701,151 @@ class Reply:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
         kind = Kind.REFUSED if self.status else Kind.FRONT if self.front else Kind.AWAY
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
-        return Event(
-            step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s
-        )
-
-
-class Transport(BaseAdapter):
-    """What happens on the wire, around another adapter: a time-out on every request, retries, counts.
-
-    Connection failures and the statuses 429, 503 and 504 are retried, on every method. Repeating a POST or DELETE is
-    safe on a hub: a second create answers 409, a second start 202 or 400 "already running", a second stop 204 or 202,
-    a second delete 404. `Call.lost` tells the caller to expect that.
-    """
-
-    def __init__(self, wire: BaseAdapter, session: HubSession) -> None:
-        super().__init__()
-        self.wire, self._session = wire, session
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        call, session = call_of(request), self._session
-        if call.retry_until_s is None:
-            call.retry_until_s = session.clock() + session.retry_window_s
-        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
-        while True:
-            call.tries += 1
-            session.traffic.sent(call.observer, again=call.tries > 1)
-            try:
-                response = self.wire.send(request, *args, **kwargs)
-                if not kwargs.get("stream"):
-                    response.content  # noqa: B018  # which reads it, and may break off
-            except requests.RequestException as error:
-                call.lost |= not _never_sent(error)
-                if not self._may_retry(call):
-                    raise
-                session.back_off(call, None)
-                continue
-            session.answered(response)
-            hubs = session.is_hubs(response)
-            call.lost |= not hubs
-            retried = RETRIED - call.seen if hubs else RETRIED
-            if response.status_code not in retried or not self._may_retry(call):
-                return response
-            session.back_off(call, _retry_after_s(response))
-            response.close()
-
-    def close(self) -> None:
-        self.wire.close()
-
-    def _may_retry(self, call: Call) -> bool:
-        return call.tries <= RETRIES and self._session.clock() < (call.retry_until_s or 0.0)
+        times = (self.sent_s, self.sent_s, self.answered_s)
+        return Event(step, user, *times, failure, self.tries, self.backoff_s)
 
 
 class HubSession(requests.Session):
-    """The session that talks to the hub: its transport retries and counts, no redirect is followed, no cookie is kept.
+    """The session that talks to the hub: it retries and counts, follows no redirect and keeps no cookie.
 
-    Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
+    Threads share it. `stop()` ends back-offs, pauses and progress streams at once; nothing more is sent then.
     """
 
-    def __init__(
-        self,
-        token: str,
-        wire: BaseAdapter | None = None,
-        pool_maxsize: int = 100,
-        retry_window_s: float = RETRY_WINDOW_S,
-        gone_after_s: float = HUB_GONE_S,
-    ) -> None:
+    def __init__(self, token: str, wire: BaseAdapter | None = None, pool_maxsize: int = 100) -> None:
         super().__init__()
         self.token = token = Secret(token)
         self.headers["Authorization"] = Secret(f"token {token}")
-        self.auth = _keep_as_it_is  # so that neither a .netrc file nor the URL replaces the header
+        self.auth = lambda request: request  # so that neither a .netrc file nor the URL replaces the header
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
-        self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
+        self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s = self.clock()
-        self.marked: bool | None = (
-            None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
-        )
+        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
-        self._asked_for_token_s, self._token_refused = -math.inf, False
-        self._silent = False  # whether that the hub is away was said
+        self._token_checked_s, self._token_refused = -math.inf, False
+        self._silent = False  # whether a warning said that the hub does not answer
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
-        self._simulated, self._pool_maxsize = wire, pool_maxsize
-        transport = Transport(wire or HTTPAdapter(pool_maxsize=pool_maxsize), self)
-        self.mount("http://", transport)
-        self.mount("https://", transport)
+        self._of_thread = threading.local()
+        self._wire, self._pool_maxsize = wire, pool_maxsize
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
+
+    def clone(
+        self,
+        *,
+        token: str | None = None,
+        wire: BaseAdapter | None = None,
+        traffic: Traffic | None = None,
+        own_stop: bool = False,
+    ) -> HubSession:
+        """A session on the same hub with the same settings, headers, counts and stop, but for what is given.
+
+        With a stop of its own it is for cleaning up, after this one was stopped: it tries each request once,
+        since cleanup reads users again anyway, and soon checks whether a silent hub is there at all.
+        """
+        other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize)
+        other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
+            setattr(other, setting, getattr(self, setting))
+        other.traffic = traffic or self.traffic
+        if own_stop:
+            other.retry_window_s, other.gone_after_s = 0.0, 20.0
+        else:
+            other.stopping = self.stopping
+        return other
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None: a redirect is an answer like another, and the token goes nowhere else."""
+        """None: never follow a redirect, since the token must not leave this hub."""
+
+    def send(
+        self, request: requests.PreparedRequest, *, call: Call | None = None, **settings: Any
+    ) -> requests.Response:
+        """The response to a request. Connection failures, 429, 503 and 504 are retried, on every method.
+
+        Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400, a
+        second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
+        """
+        call = call or Call()
+        until_s = call.retry_until_s
+        until_s = self.clock() + self.retry_window_s if until_s is None else until_s
+        self._of_thread.sent = request, call
+        settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
+        if self.stopping.is_set():
+            raise Stopped("the run was stopped before this was sent")
+        while True:
+            call.tries += 1
+            self.traffic.sent(call.observer, again=call.tries > 1)
+            try:
+                response = super().send(request, **settings)
+            except OSError as error:  # which requests' own errors are too
+                call.lost |= not any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
+                if not isinstance(error, BROKEN) or not self._back_off(call, until_s):
+                    raise
+                continue
+            hubs = self.is_hubs(response)
+            self.traffic.answered(response.status_code, in_front=not hubs)
+            if hubs:
+                self.answered_s = self.clock()
+            if hubs and self._silent:
+                self._silent = False
+                LOG.warning("The hub answers again")
+            call.lost |= not hubs
+            retried = response.status_code in (RETRIED - call.seen if hubs else RETRIED)
+            if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
+                return response
+            response.close()
+
+    def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
+        """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
+        began_s = self.clock()
+        if call.tries > RETRIES or began_s >= until_s:
+            return False
+        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
+        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
+        call.backoff_s += self.clock() - began_s
+        if not going_on:
+            raise Stopped("the run was stopped")
+        return True
+
+    def call_of(self, request: object) -> Call:
+        """The call with which this thread has just sent a request; of any other request nothing is known."""
+        sent, call = getattr(self._of_thread, "sent", (None, None))
+        return call if call and sent is request else Call(tries=1)
 
     def exchange(
-        self,
-        method: str,
-        url: str,
-        call: Call,
-        *,
-        stream: bool = False,
-        timeout: float | None = None,
-        **parts: Any,
+        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0, **parts: Any
     ) -> requests.Response:
-        """The response to one call; `parts` are those of a `requests.Request`. Raises what requests raises."""
+        """The response to one call; `parts` are those of a `requests.Request`. Raises as `send` does."""
         request = self.prepare_request(requests.Request(method, url, **parts))
-        vars(request)["hub_call"] = call
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
-        return self.send(request, timeout=timeout, **settings)
+        return self.send(request, call=call, timeout=timeout, **settings)
 
     def ask(self, method: str, url: str, *, call: Call | None = None, **parts: Any) -> Reply:
         """The final answer, or why there is none; never raises. `parts` are those of `exchange`."""
         sent_s, call = self.clock(), call or Call()
-        if self.stopping.is_set():
-            return Reply(0, sent_s, sent_s, message="the run was stopped before this was sent")
         try:
             response = self.exchange(method, url, call, **parts)
-            return _read_reply(response, call, sent_s, self.clock(), self.is_hubs(response))
-        except Stopped:
-            return Reply(0, sent_s, self.clock(), message="the run was stopped", lost=call.lost)
-        except OSError as error:  # which requests' own errors are too
-            lost = call.lost or not _never_sent(error)
-            return Reply(0, sent_s, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
+            content = _content_of(response, self.is_hubs(response))
+        except Stopped as stop:
+            content = {"status": 0, "message": str(stop)}
+        except OSError as error:
+            content = {"status": 0, "message": why(error)}
+        outcome: Json = {"lost": call.lost, "tries": call.tries, "backoff_s": call.backoff_s}
+        return Reply(sent_s=sent_s, answered_s=self.clock(), **content, **outcome)
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call, timeout_s = (
-            Call(observer=True, retry_until_s=until_s),
-            min(STREAM_TIMEOUT_S, until_s - self.clock()),
-        )
+        call = Call(observer=True, retry_until_s=until_s)
+        timeout_s = max(0.05, min(STREAM_TIMEOUT_S, until_s - self.clock()))
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=max(0.05, timeout_s)) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=timeout_s) as response:
+                if response.status_code != 200 or not self.is_hubs(response):
+                    return
                 self._streams[response] = until_s
                 try:
-                    for line in (
-                        response.iter_lines()
-                        if response.status_code == 200 and self.is_hubs(response)
-                        else ()
-                    ):
+                    for line in response.iter_lines():
                         self.answered_s = self.clock()  # a keep-alive, too, shows that the hub is there
                         if line.startswith(b"data:"):
                             yield json.loads(line.removeprefix(b"data:"))
@@ -1850,26 +1858,17 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                with contextlib.suppress(
-                    RuntimeError, ValueError, OSError, AttributeError
-                ):  # it has just ended
-                    _end_reading(response.raw)
-
-    def answered(self, response: requests.Response) -> None:
-        """Count an answer, and note the moment if it is the hub's."""
-        hubs = self.is_hubs(response)
-        self.traffic.answered(response.status_code, in_front=not hubs)
-        if hubs:
-            self.answered_s = self.clock()
-            if self._silent:
-                self._silent = False
-                LOG.warning("The hub answers again")
+                raw: Any = response.raw
+                with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # just ended
+                    if hasattr(raw, "shutdown"):
+                        raw.shutdown()
+                    else:  # urllib3 before 2.3
+                        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
 
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header by which one can tell, only 502, 503 and 504 are taken for a proxy's: that is
-        what proxies answer for a hub that is away.
+        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
             self.marked = True if self.marked is None else self.marked
@@ -1877,9 +1876,9 @@ class HubSession(requests.Session):
         return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
 
     def token_is_refused(self, endpoint: str) -> bool:
-        """Whether the hub refuses the token even where nothing more is asked of it: `GET /user`, at most every 30 s."""
-        if self.clock() > self._asked_for_token_s + TOKEN_CHECK_EVERY_S:
-            self._asked_for_token_s = self.clock()
+        """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
+        if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
+            self._token_checked_s = self.clock()
             self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
         return self._token_refused
 
@@ -1893,68 +1892,28 @@ class HubSession(requests.Session):
 
     @property
     def hub_is_gone(self) -> bool:
-        """Whether the hub has not answered anything for so long that sending more is no use."""
+        """Whether the hub has been silent for so long that sending more is no use."""
         return self.clock() - self.answered_s > self.gone_after_s
 
     def pause(self, seconds: float) -> bool:
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
         return not (self.stopping.wait(seconds) if seconds > 0 else self.stopping.is_set())
 
-    def back_off(self, call: Call, asked_s: float | None) -> None:
-        """Wait before the next try, as long as the hub asked or for 0, 1, 2, 4, 8 s; raises `Stopped` when told to."""
-        began_s = self.clock()
-        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        left_s = (call.retry_until_s or 0.0) - began_s
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, left_s))
-        call.backoff_s += self.clock() - began_s
-        if not going_on:
-            raise Stopped
-
     def stop(self) -> None:
         """No further request; everything that waits goes on at once."""
         self.stopping.set()
         self.cut_streams()
 
-    def sibling(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
-        """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
-        how = (
-            {"pool_maxsize": self._pool_maxsize}
-            | how
-            | ({"wire": self._simulated} if self._simulated else {})
-        )
-        other = HubSession(token or self.token, **how)
-        other.traffic = traffic or self.traffic
-        other.headers.update(self.headers)
-        other.headers["Authorization"] = Secret(f"token {other.token}")
-        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
-            setattr(other, setting, getattr(self, setting))
-        return other
-
     def proxy_to(self, url: str) -> str:
-        """This machine's own proxy on the way to a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
-        settings = self.merge_environment_settings(url, {}, None, None, None)
-        proxy, scheme = (
-            requests.utils.select_proxy(url, settings["proxies"]),
-            urllib.parse.urlsplit(url).scheme,
-        )
+        """This machine's own proxy for a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
+        proxies = self.merge_environment_settings(url, {}, None, None, None)["proxies"]
+        proxy = requests.utils.select_proxy(url, proxies)
         if not proxy:
             return ""
-        variables = [name for kind in (scheme, "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
-        named = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
-        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{named}"
-
-    def for_cleaning_up(self) -> HubSession:
-        """A session on the same hub, which the stop of this one does not reach.
-
-        It tries once, since cleanup looks again anyway, and soon looks whether a silent hub is there at all.
-        """
-        return self.sibling(retry_window_s=0.0, gone_after_s=20.0)
-
-    def beside(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
-        """A session on the same hub with counts of its own (or these), which stops with this one."""
-        other = self.sibling(traffic or Traffic(), token, **how)
-        other.stopping = self.stopping
-        return other
+        kinds = (urllib.parse.urlsplit(url).scheme, "all")
+        variables = [name for kind in kinds for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+        variable = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
+        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{variable}"
 
 
 def without_proxy(url: str) -> str:
@@ -1963,54 +1922,27 @@ def without_proxy(url: str) -> str:
     return f"if this machine reaches {host} without that proxy too, set no_proxy={host}"
 
 
-def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
-
-
-def _end_reading(raw: Any) -> None:
-    """Let whoever reads this body go on at once, as at its end; closing it would wait for them."""
-    if hasattr(raw, "shutdown"):
-        raw.shutdown()
-    else:  # urllib3 before 2.3
-        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
-
-
 def in_front(response: requests.Response) -> str:
     """That something in front of the hub gave an answer, and what it calls itself."""
     name = response.headers.get("Server", "")[:40]
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
 
-def _read_reply(
-    response: requests.Response, call: Call, sent_s: float, answered_s: float, hubs: bool
-) -> Reply:
+def _content_of(response: requests.Response, hubs: bool) -> Json:
+    """The fields of a `Reply` in an answer of the hub's, or (else) of something in front of it."""
+    status, location = response.status_code, response.headers.get("Location")
     if not hubs:
-        location, status = response.headers.get("Location"), response.status_code
-        lost: Json = {"lost": True, "tries": call.tries, "backoff_s": call.backoff_s}
-        return Reply(
-            0, sent_s, answered_s, message=in_front(response), location=location, front=status, **lost
-        )
+        return {"status": 0, "message": in_front(response), "location": location, "front": status}
+    data, message = None, ""
     try:
         data = response.json() if response.content else None
+        message = (data.get("message") or "") if isinstance(data, dict) else ""
     except ValueError:
-        data = None
-    message = data.get("message") if isinstance(data, dict) else None
-    if data is None and response.content:
         kind = response.headers.get("Content-Type", "").partition(";")[0]
         message = f"not JSON but {kind}" if kind else "not JSON"
-    return Reply(
-        response.status_code,
-        sent_s,
-        answered_s,
-        data,
-        message or "",
-        call.lost,
-        call.tries,
-        call.backoff_s,
-        _retry_after_s(response),
-        response.headers.get("Location"),
-        version=response.headers.get(VERSION_HEADER, ""),
-    )
+    version, retry_after_s = response.headers.get(VERSION_HEADER, ""), _retry_after_s(response)
+    body: Json = {"data": data, "message": message, "version": version}
+    return body | {"status": status, "location": location, "retry_after_s": retry_after_s}
 
 
 def _retry_after_s(response: requests.Response) -> float | None:
@@ -2028,107 +1960,74 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in inner if isinstance(e, BaseException)), None)
 
 
-def _never_sent(error: BaseException) -> bool:
-    return any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
-
-
-TIMED_OUT = "no answer in time"
-NO_SUCH_HOST = "host name not found"
-NOT_ACCEPTED = "the certificate was not accepted"
-
-
 def why(error: BaseException) -> str:
     """Why no answer came, in a few words without addresses or objects."""
     for cause in _causes(error):
-        if isinstance(cause, ConnectionRefusedError):
-            return "connection refused"
-        if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
-            return TIMED_OUT
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"{NOT_ACCEPTED} ({cause})"
-        if isinstance(cause, ssl.SSLError):
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLCertVerificationError):
             return f"TLS failed ({(cause.reason or str(cause)).lower().replace('_', ' ')})"
+        for kind, words in WHY:
+            if isinstance(cause, kind):
+                return words.format(cause)
         if str(cause).startswith("Tunnel connection failed: "):
             return f"this machine's proxy refused ({str(cause).partition(': ')[2]})"
-        if isinstance(cause, ConnectionError):
-            return "connection reset"
-        if isinstance(cause, requests.exceptions.ChunkedEncodingError):
-            return "the answer broke off"
-        if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
-            return NO_SUCH_HOST
     return type(error).__name__ if isinstance(error, requests.RequestException) else str(error)
 
 
 def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> None:
     """A response hook: one debug line with method, path, status and seconds."""
-    request = resp.request
-    LOG.debug(
-        "%s %s: %d in %.3f s",
-        request.method,
-        request.path_url,
-        resp.status_code,
-        resp.elapsed.total_seconds(),
-    )
+    method, path, seconds = resp.request.method, resp.request.path_url, resp.elapsed.total_seconds()
+    LOG.debug("%s %s: %d in %.3f s", method, path, resp.status_code, seconds)
 
 
-def get_session(token: str, dry_run: bool = False, pool_maxsize: int = 100) -> HubSession:
-    """A session that sends the token, retries connection failures, 429, 503 and 504 on every method, and counts.
+def get_session(
+    token: str, dry_run: bool = False, pool_maxsize: int = 100, *, headers: Sequence[tuple[str, str]] = ()
+) -> HubSession:
+    """A session with a token. It retries connection failures, 429, 503 and 504 on every method, and counts.
 
     With `dry_run` a simulated hub answers and nothing is sent. `pool_maxsize` connections are kept open.
+    `headers` go with every request, even with one that goes without the token.
     """
     session = HubSession(token, SimulatedHub() if dry_run else None, pool_maxsize)
+    session.headers.update(headers)
     if LOG.isEnabledFor(logging.DEBUG):
         session.hooks["response"].append(log_response_time)
     return session
 
 
-class SimulatedHub(BaseAdapter):
-    """An adapter of requests that answers as an empty hub would: every server is ready at once, nothing is sent."""
+class SimulatedHub(HTTPAdapter):
+    """Answers as an empty hub would, and sends nothing: every server is ready at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()
         self._users: dict[str, Json] = {}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).split("/")
-        path = path[path.index("users") :] if "users" in path else path[-1:]
-        body = json.loads(request.body or "null")
-        with self._lock:
-            status, data = self._answer(request.method or "", path, body)
+        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).partition("/hub/api/")[2]
+        status, data = self._answer(request.method or "", path.split("/"), json.loads(request.body or "null"))
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
-    def close(self) -> None:
-        pass
-
     def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
-        users, unknown = self._users, (404, {"status": 404, "message": None})
-        match method, path:
-            case _, ["users", name, *_] if name not in users:
-                return unknown
-            case "GET", ["users"]:
-                return 200, list(users.values())
-            case "POST", ["users"]:
-                users |= {name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]}
-                return 201, [users[name] for name in body["usernames"]]
-            case "GET", ["users", name]:
-                return 200, users[name]
-            case "DELETE", ["users", name]:
-                return 204, users.pop(name) and None
-            case "POST", ["users", name, "server"]:
-                users[name]["servers"] = {"": {"pending": None, "ready": True}}
-                return 201, None
-            case "DELETE", ["users", name, "server"]:
-                return 204, users[name]["servers"].clear()
-            case "POST", ["users", _, "activity"]:
-                return 200, None
-        return unknown
+        users, (_, name, below) = self._users, (*path, "", "")[:3]
+        if path == ["users"] and method == "GET":
+            return 200, list(users.values())
+        if path == ["users"]:
+            users.update({name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]})
+            return 201, [users[name] for name in body["usernames"]]
+        if name not in users or below not in ("", "server", "activity"):
+            return 404, {"status": 404, "message": None}
+        if method == "GET" or below == "activity":
+            return 200, users[name] if method == "GET" else None
+        if below == "server":
+            users[name]["servers"] = {"": {"pending": None, "ready": True}} if method == "POST" else {}
+        else:
+            del users[name]
+        return 201 if method == "POST" else 204, None
 
 
-# ==== The hub: its API ===============================================================================================
+# ==== The hub: its API ======================================================================================
 
 
 def user_url(endpoint: str, name: str, *rest: str) -> str:
@@ -2138,25 +2037,27 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub's API: a method for each call, with the answers to expect. It neither measures nor claims nor cleans."""
+    """A hub's API: a method for each call, with the answers to expect."""
 
     endpoint: str
     session: HubSession
     version: str = ""
+    owner: str = ""  # whose named servers take the place of users; "": nobody's
     reading: ClassVar[dict[str, int]] = {}  # parameters of reading a user
 
     def owner_of(self, name: str) -> str:
         """The user whose server it is."""
-        return name
+        return self.owner or name
 
     def server_url(self, name: str, *rest: str) -> str:
-        """The URL of a user's server, or of what follows below it."""
-        return user_url(self.endpoint, name, "server", *rest)
+        """The URL of a server, or of what follows below it."""
+        place = (self.owner, "servers", name) if self.owner else (name, "server")
+        return user_url(self.endpoint, *place, *rest)
 
     @property
     def needs_users_tokens(self) -> bool:
         """Whether servers let in nobody but their users."""
-        return self.version.startswith("1.")
+        return self.version.startswith("1.") and not self.owner
 
     def page_of_users(self, offset: int) -> Reply:
         """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
@@ -2173,16 +2074,13 @@ class Hub:
 
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
-        timeout_s = max(len(names), DEFAULT_TIMEOUT)
-        return self.session.ask(
-            "POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s
-        )
+        body, timeout_s = {"usernames": list(names)}, max(len(names), DEFAULT_TIMEOUT)
+        return self.session.ask("POST", f"{self.endpoint}/users", json=body, timeout=timeout_s)
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
+        """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
         timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
-        call = Call(observer, retry_until_s=until_s)
-        url = user_url(self.endpoint, name)
+        call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
         return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
@@ -2190,63 +2088,51 @@ class Hub:
         return state_in(self.read(name, observer, until_s))
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
+        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
         options = {"profile": profile} if isinstance(profile, str) else profile or None
         call = Call(seen=frozenset({429}), retry_until_s=until_s)
         timeout_s = self._left_s(until_s)
         return self.session.ask("POST", self.server_url(name), call=call, json=options, timeout=timeout_s)
+
+    def _left_s(self, until_s: float) -> float:
+        return max(0.05, until_s - self.session.clock())
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
         """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
         return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
-        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
+        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no user; see `state_after_stop`."""
         return self.session.ask("DELETE", self.server_url(name))
 
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
+        return self.session.ask("DELETE", user_url(self.endpoint, name))
+
+    def make_token(self, name: str) -> Reply:
+        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
+        url = user_url(self.endpoint, name, "tokens")
+        return self.session.ask("POST", url, json={"note": USERNAME_PREFIX})
+
     def denial(self, reply: Reply) -> str:
-        """What the hub does with a 401 or 403, the token blamed only if `GET /user` is refused too; "" for others."""
+        """What the hub does, by a 401 or 403; else "". The token is blamed only if `GET /user` does so."""
         if reply.status not in (401, 403):
             return ""
         if self.session.token_is_refused(self.endpoint):
             return f"no longer accepts the token ({reply.status})"
         return f"denies this{f': {reply.message}' if reply.message else ' without a reason'} ({reply.status})"
 
-    def make_token(self, name: str) -> Reply:
-        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
-        return self.session.ask(
-            "POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX}
-        )
-
-    def _left_s(self, until_s: float) -> float:
-        return max(0.05, until_s - self.session.clock())
-
-    def delete(self, name: str) -> Reply:
-        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
-        return self.session.ask("DELETE", user_url(self.endpoint, name))
-
 
 @dataclasses.dataclass(frozen=True)
 class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
-    A named server is made by its start, also by one that is throttled or fails, and is there until it is removed. Hubs
-    before 3.0 do not list it while it is stopped: `there` are those that were asked for and not seen removed.
+    A start makes a named server, even one that is throttled or fails; it exists until it is removed.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those requested and not seen removed.
     """
 
-    owner: str = ""
     there: set[str] = dataclasses.field(default_factory=set)
     reading = {"include_stopped_servers": 1}
-
-    def owner_of(self, name: str) -> str:
-        return self.owner
-
-    def server_url(self, name: str, *rest: str) -> str:
-        return user_url(self.endpoint, self.owner, "servers", name, *rest)
-
-    @property
-    def needs_users_tokens(self) -> bool:
-        return False
 
     def page_of_users(self, offset: int) -> Reply:
         """All named servers in `GET /users/{owner}`."""
@@ -2254,7 +2140,7 @@ class OwnServers(Hub):
         return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """A named server in `GET /users/{owner}`, or 404 when it is not there. A 404 for the owner says nothing."""
+        """A named server in `GET /users/{owner}`; 404 when it is not there, but not when its owner is not."""
         reply, servers = self._read_owner(observer, until_s)
         if servers is not None and name not in servers:
             return dataclasses.replace(reply, status=404, data={})
@@ -2263,225 +2149,189 @@ class OwnServers(Hub):
     def _read_owner(
         self, observer: bool = False, until_s: float | None = None
     ) -> tuple[Reply, dict[str, Json] | None]:
-        """`GET /users/{owner}`, and the named servers in it: None when there is no word on them."""
+        """`GET /users/{owner}`, and a user model for each named server in it; None if it lists no servers."""
         reply = super().read(self.owner, observer, until_s)
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
             return reply, None
-        listed = {name: {"": _or_stopped(one)} for name, one in (reply.data["servers"] or {}).items() if name}
-        servers: dict[str, Json] = {name: {} for name in self.there.copy()} | listed
+        servers: dict[str, Json] = {name: {} for name in self.there.copy()}
+        for name, server in (reply.data["servers"] or {}).items():
+            if name:  # hubs before 3.0 do not say `stopped`
+                stopped = not server.get("ready") and not server.get("pending")
+                servers[name] = {"": server | {"stopped": stopped}}
         return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{owner}/servers/{name}`: as for a user; 400 too if no more are allowed: then none is made."""
+        """`POST /users/{owner}/servers/{name}`: as for a user; 400 also if no more are allowed."""
         self.there.add(name)
         reply = super().start(name, profile, until_s)
-        return self._unless(named_server_limit(reply) is not None, name, reply)
+        if named_server_limit(reply) is not None:
+            self.there.discard(name)
+        return reply
 
     def stop(self, name: str) -> Reply:
         """`DELETE /users/{owner}/servers/{name}`: as for a user, 404 when it is gone."""
         self.there.add(name)
         reply = super().stop(name)
-        return self._unless(reply.hub_status == 404, name, reply)
-
-    def delete(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}` for good: 204, or 404 when gone; 202 if it has yet to stop."""
-        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
-        return self._unless(state_after_delete(reply.hub_status) is ServerState.GONE, name, reply)
-
-    def _unless(self, gone: bool, name: str, reply: Reply) -> Reply:
-        if gone:
+        if reply.hub_status == 404:
             self.there.discard(name)
         return reply
 
-
-def _or_stopped(server: Json) -> Json:
-    """A named server with `stopped`, which hubs before 3.0 do not say."""
-    return server | {"stopped": not server.get("ready") and not server.get("pending")}
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{owner}/servers/{name}` for good: 204, 404 when gone; 202 if it has yet to stop."""
+        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
+        if state_after_delete(reply.hub_status) is ServerState.GONE:
+            self.there.discard(name)
+        return reply
 
 
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
     if reply.hub_status == 404:
         return ServerState.GONE
-    return (
-        server_state(reply.data)
-        if reply.status == 200 and isinstance(reply.data, dict)
-        else ServerState.UNKNOWN
-    )
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        return ServerState.UNKNOWN
+    return server_state(reply.data)
+
+
+# ==== The hub: checks before a run ==========================================================================
+
+Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
 
 
 def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, once it has shown its version and accepted the token for `command`; else `SetupError`.
+    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
 
-    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
+    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
-    version = _hub_version(endpoint, session)
+    reply, version = _probe(endpoint, session)
+    if not version:
+        raise SetupError(_no_hub(endpoint, reply, session))
     session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
-    reply = session.ask("GET", f"{endpoint}/user", call=once())
-    if reply.status in (401, 403):
-        right = _own_token(endpoint) if own_servers else "the token of the hub-stress-test service"
-        if len(session.token) == 64 and version in ("5.5.3", "6.1.0"):
-            raise SetupError(
-                f"The hub at {endpoint} refuses the token: JupyterHub {version} takes none of 64 characters. Make a "
-                "shorter one, or upgrade the hub."
-            )
-        raise SetupError(
-            f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
-            f"or belongs to another hub. Put {right} into JUPYTERHUB_API_TOKEN."
-        )
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user: {reply}.")
-    if own_servers:
-        _check_rights_to_own_servers(reply.data, endpoint, command)
-        return OwnServers(endpoint, session, version, reply.data["name"])
-    _check_rights(reply.data, command)
-    return Hub(endpoint, session, version)
+    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
+    hub = Hub(endpoint, session, version)
+    owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
+    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
+        if symptom:
+            raise SetupError(sentence)
+    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
 
 
-def _hub_version(endpoint: str, session: HubSession) -> str:
-    reply, proxy = _probe(endpoint, session), session.proxy_to(endpoint)
-    if version := _version_in(reply):
-        return version
+def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
+    """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
+    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
+    return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
+
+
+def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
+    """What was found in place of a hub, and what to do."""
+    proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
-    if not reply.seen_status:
-        what = (
-            "The server does not prove who it is"
-            if reply.message.startswith(NOT_ACCEPTED)
-            else "Nothing answers"
-        )
-        raise SetupError(f"{what} at {where}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
-    remedy = f"; {without_proxy(endpoint)}" if proxy else ""
-    raise SetupError(
-        f"No hub API at {where}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}{remedy}"
-    )
-
-
-def _wants_certificate(reply: Reply) -> bool:
-    """Whether a server ended the handshake as one does that lets in nobody without a certificate.
-
-    TLS 1.3 and 1.2 have an alert for that, which may get lost when the server closes the connection at once.
-    """
-    return any(end in reply.message for end in ("certificate required", "handshake failure", "eof occurred"))
-
-
-def _why_nothing(endpoint: str, reply: Reply, session: HubSession) -> str:
-    url = urllib.parse.urlsplit(endpoint)
+    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
     if reply.message.startswith(NOT_ACCEPTED):
-        return (
-            "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE. Of a "
-            "hub with internal_ssl use the public URL."
-        )
-    if _wants_certificate(reply):
-        return "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL."
-    if session.proxy_to(endpoint):
-        return f"Is the proxy right? Else {without_proxy(endpoint)}."
-    if reply.message == NO_SUCH_HOST and "." not in (url.hostname or ""):
-        return "This name exists only inside the cluster: from outside, use the hub's public URL."
-    if _speaks_tls(endpoint, session):
-        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
-    return "Is the hub running, and is this its URL?"
-
-
-def _speaks_tls(endpoint: str, session: HubSession) -> bool:
-    """Whether an http endpoint is in truth one of https."""
-    if not endpoint.startswith("http:"):
-        return False
-    reply = _probe("https:" + endpoint.removeprefix("http:"), session)
-    return bool(_version_in(reply)) or reply.message.startswith(NOT_ACCEPTED)
-
-
-def _probe(endpoint: str, session: HubSession) -> Reply:
-    """What `GET /` answers; sent without the token, which nobody gets before a hub has shown itself."""
-    return session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
-
-
-def _version_in(reply: Reply) -> str | None:
-    return str(reply.data["version"]) if isinstance(reply.data, dict) and reply.data.get("version") else None
-
-
-def _what_came(reply: Reply) -> str:
+        return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
+    if not reply.seen_status:
+        return f"Nothing answers at {where}: {reply.message}. {remedy}"
+    answers = reply.message if reply.front else f"it answers {reply}"
+    if reply.status == 200 and not reply.message:
+        answers = "it answers JSON without a version"
     if reply.location:
-        return f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
-    if reply.front:
-        return reply.message
-    return (
-        f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
+        answers = f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
+    return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
+
+
+def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
+    """Why no hub has shown its version, with remedies."""
+    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
+    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+
+    def is_hub(url: str) -> bool:
+        other, version = _probe(url, session)
+        return bool(version) or other.message.startswith(NOT_ACCEPTED)
+
+    yield (
+        said.startswith(NOT_ACCEPTED),
+        "If an authority of your own has signed it, name the file with its certificate in "
+        "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
     )
-
-
-def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
-    guess = likely_endpoint(endpoint, reply.location)
-    if guess.startswith("https:") and endpoint.startswith("http:"):
-        return f"Use https: --endpoint {guess}"
-    if reply.status == 400 and _speaks_tls(endpoint, session):
-        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
-    if guess != endpoint and _version_in(_probe(guess, session)):
-        return f"The hub's API is at --endpoint {guess}"
-    return "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
-
-
-def _check_rights(owner: Json, command: str) -> None:
-    """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
-    otherwise = (
-        ""
-        if command == ACTIVITY
-        else " If you are not an admin, test with servers of your own: --own-servers."
+    yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
+        silent and re.search("certificate required|handshake failure|eof occurred", said),
+        "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
     )
-    if "scopes" not in owner:
-        if not owner.get("admin"):
-            raise SetupError(
-                f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users."
-                f"{otherwise}"
-            )
-        return
-    if missing := missing_scopes(owner["scopes"], needed_scopes(command)):
-        raise SetupError(
-            f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into the "
-            f"hub's configuration, beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
-        )
+    yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
+    yield (
+        said == NO_SUCH_HOST and "." not in host,
+        "This name exists only inside the cluster: from outside, use the hub's public URL.",
+    )
+    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
+    yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
+    yield silent, "Is the hub running, and is this its URL?"
+    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
+    yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
 
-def _check_rights_to_own_servers(owner: Json, endpoint: str, command: str) -> None:
-    """A token of 1.x, or without restrictions, may do all that its user may."""
-    name = str(owner.get("name"))
-    if owner.get("kind") == "service":
-        raise SetupError(
-            f"The token belongs to the service {name}, which has no servers of its own: put {_own_token(endpoint)} "
-            "into JUPYTERHUB_API_TOKEN."
-        )
-    needed = needed_scopes(command, own_servers=True)
-    if "scopes" in owner and (missing := missing_scopes(owner["scopes"], needed, name)):
-        raise SetupError(
-            f"The token lacks what {command} --own-servers needs: {', '.join(f'{one}!user={name}' for one in missing)}."
-            f" Put {_own_token(endpoint)}, without restrictions, into JUPYTERHUB_API_TOKEN."
-        )
+def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
+    """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
+    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
+    if reply.status in (401, 403):
+        reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
+        if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
+            reason = f"JupyterHub {hub.version} takes none of 64 characters. Make a shorter one, or upgrade."
+        answered = f"refuses the token (GET /user answered {reply.status})"
+        raise SetupError(f"The hub at {hub.endpoint} {answered}: {reason}")
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        raise SetupError(f"The hub at {hub.endpoint} could not say whose token this is: GET /user: {reply}.")
+    return reply.data
 
 
-def _own_token(endpoint: str) -> str:
-    return f"one that you make at {endpoint.removesuffix('/api')}/token"
+def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
+    """Why a token will not do for a command.
+
+    Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
+    """
+    name, scopes = str(owner.get("name")), owner.get("scopes")
+    needed = needed_scopes(command, own_servers)
+    missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
+    own_missing = [f"{scope}!user={name}" for scope in missing]
+    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = "" if command == ACTIVITY else not_admin
+    yield (
+        own_servers and owner.get("kind") == "service",
+        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
+        "JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        own_servers and missing,
+        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
+        "without restrictions, into JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        not own_servers and scopes is None and not owner.get("admin"),
+        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
+    )
+    yield (
+        missing,
+        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
+        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+        f"{ROLE_TO_PASTE}",
+    )
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
-    """Nothing, if the token for visits may enter servers; else raises `SetupError`. On 1.x nothing tells."""
+    """Raise `SetupError` if the token for visits may not enter servers. On 1.x nothing tells."""
     if not plan.opens or hub.version.startswith("1."):
         return
-    reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user")
-    whose = "The token in JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "The token"
-    if reply.status in (401, 403):
+    variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
+    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
+    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
+        whose = f"The token in {variable}" if plan.visit_token else "The token"
+        if hub.owner:
+            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
         raise SetupError(
-            f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}."
-        )
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(
-            f"The hub at {hub.endpoint} could not say whose token visits use: GET /user: {reply}."
-        )
-    owner = hub.owner_of("")
-    if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}, owner):
-        if owner:
-            raise SetupError(f"{whose} lacks what visits need: access:servers!user={owner}.")
-        raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
-            "second service this scope alone, restart the hub, and put that service's token into "
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
+            "give a second service this scope alone, restart the hub, and put that service's token into "
             f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 
@@ -2492,10 +2342,7 @@ def public_url(hub: Hub, plan: Plan) -> str:
 
 
 def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
-    """Nothing, if the hub takes the names of all servers of one's own that a run will start; else raises `SetupError`.
-
-    Hubs from 6.0 take up to 30 characters, without two hyphens in a row.
-    """
+    """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
     major, run = hub.version.partition(".")[0], plan.run or ""
     if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
@@ -2504,21 +2351,19 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     if len(longest) > SERVER_NAME_MAX or "--" in longest:
         left = SERVER_NAME_MAX - len(longest) + len(run)
         raise SetupError(
-            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double hyphens, "
-            f"unlike {longest}: --run NAME may have at most {left} characters here. Nothing was changed."
+            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
+            f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
+            "changed."
         )
 
 
 def check_way(hub: Hub, plan: Plan) -> None:
-    """Nothing, if --check-proxy can be done from this machine; else raises `SetupError`.
-
-    Its websockets bypass a proxy that this machine has of its own.
-    """
+    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
     url = public_url(hub, plan)
     if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
         raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: {without_proxy(url)}. "
-            "Nothing was changed."
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
         )
 
 
@@ -2764,7 +2609,7 @@ class Monitor(Regularly):
         self._url, self._is_hub = url, is_hub
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
-        self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
+        self._session = session.clone(own_stop=True, traffic=None if is_hub else Traffic())
         self._looking = threading.Lock()
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
@@ -2969,14 +2814,13 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Afterma
     return aftermath or None
 
 
-# ==== Users: found, claimed, made ====================================================================================
+# ==== Users: found, claimed, made ===========================================================================
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
+    """Every user with our prefix in the name, and (from hubs that do not filter) others; else `HubRefused`.
 
-    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short while there
-    is a next one.
+    `next.offset` leads to the next page, since `next.url` may be wrong behind a proxy. A page may be short.
     """
     offset: int | None = 0
     while offset is not None:
@@ -2991,14 +2835,9 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def _end_if_stopped(hub: Hub, reply: Reply) -> None:
-    """Raise `Stopped` where it was we who gave a request up."""
+    """Raise `Stopped` if the stop ended a request."""
     if not reply.status and hub.session.stopping.is_set():
         raise Stopped
-
-
-def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return test_users(list_users(hub, record), run)
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
@@ -3006,14 +2845,18 @@ def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
+def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    return test_users(list_users(hub, record), run)
+
+
 class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
-    A name is claimed before it is asked for, and given up when the hub says that it was taken, or is not there. If the
-    answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name was free
-    when this run looked, just before. Only a run with the same --run name at the same time could make it too, and such
-    a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose making was not
-    confirmed is not deleted.
+    A name is claimed before the request for it, and dropped if the hub says that it was taken or is absent.
+    After a lost answer the claim stands, even when the name is not there yet, since the hub may act late: the
+    name was free just before. Only a run with the same --run name at the same time could make it too. It
+    is noticed when names that we did not create are taken: with `rivals`, only confirmed names are deleted.
     """
 
     def __init__(self) -> None:
@@ -3039,37 +2882,26 @@ class Claims:
 def make_users(
     count: int, batch_size: int, hub: Hub, record: Recorder, claims: Claims, taken: Iterable[str], run: str
 ) -> Iterator[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those `taken`.
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those taken.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made by then are in `claims`.
+    Names that turn out to be taken are skipped. Raises `HubRefused` or `Stopped`; `claims` has those made.
     """
-    indexes = itertools.count(first_free_index(taken, run))
+    names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
     with Progress("creating users", count) as progress:
         while made < count:
-            wanted = [
-                username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))
-            ]
+            wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
             progress.tell(made)
 
 
-def _strange(listed: Iterable[str], claims: Claims) -> str:
-    """The names that look like this tool's, nobody asked for, and were not there before the run."""
-    if claims.known is None:
-        return ""
-    return names_text(
-        name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name)
-    )
-
-
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
     """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
 
-    All names in a 201 were made by this call, whatever they are called. After anything but that or a 409 the hub is
-    listed, since part of the batch may have been made: after a lost answer, but also after a 400 or 500.
+    A 201 lists users that this call made, whatever they are called. After anything but that or a 409 (a lost
+    answer, but also 400 or 500) part of the batch may have been made: the hub's users are listed.
     """
     if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
         return wanted
@@ -3083,28 +2915,26 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
     not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
     unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    listed = [
-        user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")
-    ]
+    users = list_users(hub, record) if unsure else models
+    listed = {user["name"] for user in users if not user.get("admin")}
     made = [name for name in wanted if name in listed]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
-        raise CutShort(
-            f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers"
-        )
-    if unsure and (strange := _strange(listed, claims)):
-        raise CutShort(
-            f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's"
-        )
+        rewrites = "its authenticator rewrites names; test with --own-servers"
+        raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
+    known = listed if claims.known is None else claims.known
+    strange = {name for name in listed - known if USERNAME_PREFIX in name and not is_test_user(name)}
+    if unsure and strange:
+        since = f"Since then it has {names_text(strange)}, which may be this run's"
+        raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
-        raise CutShort(
-            f"two requests in a row made no user ({reply}): is another run with this --run name under way?"
-        )
+        rival = "is another run with this --run name under way?"
+        raise CutShort(f"two requests in a row made no user ({reply}): {rival}")
     return made
 
 
@@ -3184,7 +3014,7 @@ class PublicSide:
                 raise Failed(Reason(Kind.REFUSED, text))
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
-        browser = self._hub.session.beside(self.traffic, token, wire=wire)
+        browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
         browser.of_servers = True
         return browser
 
@@ -4399,7 +4229,7 @@ def perform(
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
-        call = call_of(response.request)
+        call = session.call_of(response.request)
         if str(response.url).startswith(endpoint) and not session.is_hubs(response):
             reason = Reason(Kind.FRONT, in_front(response))
         elif not response.ok and response.status_code not in fine:
@@ -4407,7 +4237,7 @@ def perform(
     except Stopped:
         return None
     except requests.RequestException as error:
-        reason, call = Reason(Kind.AWAY, why(error)), call_of(error.request)
+        reason, call = Reason(Kind.AWAY, why(error)), session.call_of(error.request)
     except Exception as error:
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
         reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
@@ -4533,7 +4363,11 @@ def _spread_over_processes(
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(load.processes)]
     children = [
-        context.Process(target=_send_in_process, args=(theirs, load, part, session.token), daemon=True)
+        context.Process(
+            target=_send_in_process,
+            args=(theirs, load, part, session.token, list(session.headers.items())),
+            daemon=True,
+        )
         for part, (_, theirs) in enumerate(pipes)
     ]
     with _signals_blocked():
@@ -4596,10 +4430,13 @@ def _lead(
     return busiest
 
 
-def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> None:
+def _send_in_process(
+    pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
+) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
     load_operations(load.operations_file)
-    session, events = get_session(token, pool_maxsize=load.open_workers), collections.deque[Event]()
+    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
+    events = collections.deque[Event]()
 
     def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
         if pipe.poll():  # told to stop, or left alone
@@ -5170,7 +5007,7 @@ class Run:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
-            session, unsure = self.session.for_cleaning_up(), self.claims.unconfirmed.copy()
+            session, unsure = self.session.clone(own_stop=True), self.claims.unconfirmed.copy()
             states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
             session.pause(LATE_ACT_S if unsure else 0)
@@ -5407,7 +5244,7 @@ def search_requests(run: Run, load: Load) -> None:
     """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
 
     def attempt(rate: float) -> Trial:
-        beside, seen = run.session.beside(), Recorder(*run.record.listeners)
+        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
         part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(part, beside, seen)
         run.session.traffic.add(beside.traffic.counts)
@@ -7145,13 +6982,16 @@ def _is_standard_output(path: str) -> bool:
         return False
 
 
-# ==== The seeds' functions: thin wrappers, for use as a library ======================================================
+# ==== The seeds' functions: thin wrappers, for use as a library =============================================
+
+
+Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
 
 
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
     return find_users(Hub(endpoint, session), Recorder(), run)
 
 
@@ -7165,7 +7005,7 @@ def create_users(
     *,
     run: str = "",
 ) -> list[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+    """The names of exactly `count` new users, in batches, numbered after `existing_users`.
 
     Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
     """
@@ -7182,8 +7022,7 @@ def start_server(
     username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
 ) -> bool:
     """Whether the hub took the request to start this user's server; it may still be starting."""
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    reply = Hub(endpoint, session).start(username, profile, until_s)
+    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
     if reply.status not in (201, 202):
         LOG.error("The server of %s did not start: %s", username, reply)
     return reply.status in (201, 202)
@@ -7191,7 +7030,7 @@ def start_server(
 
 @timeit
 def start_servers(
-    users: Sequence[Sequence[str]],
+    users: Batches,
     endpoint: str,
     session: HubSession,
     profile: str | Json | None = None,
@@ -7200,20 +7039,16 @@ def start_servers(
     fail_fast: int = 0,
     rate_per_s: float | Schedule | None = None,
 ) -> dict[str, Event]:
-    """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
+    """The `server_ready` event of each user; its `reason` is None when the server became ready.
 
-    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a row,
-    where True is 1, a stop, or three failures before any server was ready) are absent.
+    As many start at one time as the largest batch has (closed model), or one every 1 / `rate_per_s` seconds,
+    however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
+    stop, or three failures before any server was ready) are absent.
     """
-    names = [name for batch in users for name in batch]
-    largest = max((len(batch) for batch in users), default=1)
+    names, largest = _flat(users)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-    site = Site(
-        Hub(endpoint, session),
-        Plan(count=len(names), batch_size=largest, profile=profile, **how),
-        new_recorder(),
-    )
+    plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
+    site = Site(Hub(endpoint, session), plan, new_recorder())
     try:
         send_people(names, site)
     except CutShort as error:
@@ -7222,18 +7057,11 @@ def start_servers(
 
 
 def wait_for_servers_to_start(
-    users: Sequence[Sequence[str]],
-    endpoint: str,
-    session: HubSession,
-    *,
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    users: Batches, endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    names = [name for batch in users for name in batch]
-    concurrency = max((len(batch) for batch in users), default=1)
-    ends = _for_each(lambda name: await_ready(name, hub, until_s), names, concurrency)
-    return {name: end.ready_at_s is not None for name, end in ends.items()}
+    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -7290,6 +7118,11 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
 
 
+def _flat(users: Batches) -> tuple[list[str], int]:
+    """The names in batches of users, and how many the largest batch has."""
+    return [name for batch in users for name in batch], max(map(len, users), default=1)
+
+
 def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
     with ThreadPoolExecutor(concurrency) as pool:
         return dict(zip(names, pool.map(work, names)))
@@ -7305,15 +7138,14 @@ def run_stress_test(
     profile: str | Json | None = None,
     **options: Any,
 ) -> Json:
-    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of failures.
 
     With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
     `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    plan = Plan(STRESS, count=count, batch_size=batch_size, keep=keep, profile=profile, **where, **options)
-    return _results_as_json(plan)
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep, "profile": profile}
+    return _results_as_json(Plan(STRESS, count=count, batch_size=batch_size, **options))
 
 
 def notebook_activity_test(
@@ -7327,34 +7159,29 @@ def notebook_activity_test(
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
-    `UsageError` or `SetupError`; nothing has been changed then.
+    `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, keep=keep, **where, **options))
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep}
+    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, **options))
 
 
 def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
     """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
 
-    Finding nothing is success. With `dry_run` nothing is sent, and the result is the plan. `options` are further
-    fields of `Plan`. Raises `UsageError` or `SetupError`.
+    Finding nothing is success. `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
     return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
 
 
 def _results_as_json(plan: Plan) -> Json:
-    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` for what the command line refuses."""
+    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)
-        return {
-            "command": plan.command,
-            "options": plan.options(),
-            "plan": list(map(list, plan_section(plan).rows)),
-        }
+        rows = [list(row) for row in plan_section(plan).rows]
+        return {"command": plan.command, "options": plan.options(), "plan": rows}
     found: Json = as_json(carry_out(plan))
     return found
 
@@ -7813,7 +7640,7 @@ if locust_is_loading():
                     self._cutting.kill()
                     self.site.public.close_kernels()
                     ours = set(self.claims.ours) - left_already
-                    hub = dataclasses.replace(self.site.hub, session=self.session.for_cleaning_up())
+                    hub = dataclasses.replace(self.site.hub, session=self.session.clone(own_stop=True))
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
                     thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
                     thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
