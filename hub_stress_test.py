@@ -3086,7 +3086,7 @@ def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
     context = tls_context(trusted(browser, url.replace("ws", "http", 1)))
     socket = websocket.WebSocket(sslopt={"context": context}, skip_utf8_validation=True)
     usual, failure = requests.utils.default_headers(), ""
-    headers = {name: value for name, value in browser.headers.items() if name not in usual}
+    headers = {name: value for name, value in browser.headers.items() if usual.get(name) != value}
     try:
         socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
         status = socket.handshake_response.status
@@ -4840,7 +4840,9 @@ class Run:
 
     def __init__(self, plan: Plan, closing: contextlib.ExitStack, interruption: Interruption) -> None:
         self.plan = plan = seeded(plan)
-        self.session = get_session(plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2)
+        self.session = get_session(
+            plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2, headers=plan.headers
+        )
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
         self.record = new_recorder() if plan.command == STRESS else Recorder()
         self.troubles: list[str] = []  # what cut the run short
@@ -7566,10 +7568,11 @@ if locust_is_loading():
     class FastSession:
         """What operations need of a session, over Locust's fast client, which reports each request as `operation`."""
 
-        def __init__(self, user: FastHttpUser, token: str) -> None:
+        def __init__(self, client: Any, plan: Plan) -> None:
             self.operation: str | None = None
-            self._client = user.client
-            self._headers = {"Authorization": f"token {token}", "Accept-Encoding": "identity"}
+            self._client = client
+            self._headers = {"Authorization": f"token {plan.token}", "Accept-Encoding": "identity"}
+            self._headers |= dict(plan.headers)
 
         def request(
             self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any
@@ -7590,7 +7593,7 @@ if locust_is_loading():
         def __init__(self, environment: Any, worker: int) -> None:
             plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
             self.run = f"{plan.run}-{worker}"
-            self.session = get_session(plan.token or "", pool_maxsize=1000)
+            self.session = get_session(plan.token or "", pool_maxsize=1000, headers=plan.headers)
             hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
             check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
@@ -7739,7 +7742,7 @@ if locust_is_loading():
 
         def on_start(self) -> None:
             super().on_start()
-            self.username, self.session = self.new_user(), FastSession(self, self.plan.token or "")
+            self.username, self.session = self.new_user(), FastSession(self.client, self.plan)
             self._interval_s: float = SERVER_REPORTS_EVERY_S / self.plan.scale
             self._number = random.randrange(1000)  # where in the mix this one begins
             self._due_s: float = time.monotonic() + random.random() * self._interval_s
@@ -7817,7 +7820,7 @@ if locust_is_loading():
     def _check(environment: Any) -> None:
         """Whether the hub accepts the token for what the user classes will do; else raises `HubStressError`."""
         plan = locust_plan(environment)
-        session = get_session(plan.token or "")
+        session = get_session(plan.token or "", headers=plan.headers)
         check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
 
     def _start(environment: Any, **_: Any) -> None:
