@@ -918,6 +918,8 @@ class Plan:
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
         compared=True, excludes="count within_s rate_per_s",
         because="the groups of --event say who comes and when: leave out {}")
+    once: bool = option("--once", "with --event: one person of each group, at once, to try it",
+        on=(STRESS,), compared=True, needs="event")
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
     after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
         on=(GROUP,))
@@ -1009,6 +1011,16 @@ class Plan:
     def is_open(self) -> bool:
         """Whether people come when they are due, however slow the hub: the open model."""
         return any(group.rate_per_s or group.within_s for group in self.groups)
+
+    @property
+    def removed_at_once(self) -> int:
+        """How many users are removed at the same time: as many a second as came, if each takes two seconds."""
+        if self.command != STRESS:
+            return self.batch_size
+        paces = (
+            fastest(group.rate_per_s) or group.count / (group.within_s or math.inf) for group in self.groups
+        )
+        return max(self.batch_size, min(100, math.ceil(2 * sum(paces))))
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -4988,7 +5000,7 @@ class Run:
         """Remove users, for whom `states` are what is thought of their servers, from the hub."""
         hub, plan, removal = dataclasses.replace(self.hub, session=session), self.plan, self.site.removal
         self.cleaned = remove_users(
-            states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, removal
+            states, ours, hub, self.record, plan.removed_at_once, plan.cleanup_timeout_s, removal
         )
 
     def clean_up(self) -> None:
@@ -7237,6 +7249,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         of_groups = {"event", *OPTIONS["event"].excludes.split()}
         above = Plan(**{name: value for name, value in given.items() if name not in of_groups})
         groups = event_groups(file, above)
+        if given.get("once"):
+            alone: Json = {"count": 1, "after_s": 0.0, "within_s": 1.0, "rate_per_s": None}
+            groups = tuple(dataclasses.replace(group, **alone) for group in groups)
         fields = given | {"event": groups, "count": sum(group.count for group in groups)}
     else:
         fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
@@ -7345,7 +7360,7 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
         needs, excludes = row.needs.split(), row.excludes.split()
         if plan.command not in row.rules_on:
             needs = excludes = []
-        if needs and not any(getattr(group, need) for group in plan.groups for need in needs):
+        if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
         for other in (other for other in excludes if other in given):

@@ -78,6 +78,16 @@ def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> Non
     )
 
 
+def test_once_one_person_of_each_group_comes_at_once(file: Path) -> None:
+    plan, usual = plan_for(file, "--once"), plan_for(file)
+    assert plan.count == 2 and plan.options()["once"]
+    alone = {"count": 1, "within_s": 1.0, "rate_per_s": None, "after_s": 0.0}
+    assert plan.event == tuple(dataclasses.replace(group, **alone) for group in usual.event)
+    assert all(at_s <= 1.0 for at_s, _ in hst.arrivals(plan))
+    with pytest.raises(hst.UsageError, match="--once has a meaning only with --event"):
+        hst.validate(hst.parse_args(["stress-test", "--once", "-e", "http://x/hub/api", "-t", "x"]))
+
+
 def test_the_command_line_wins_over_what_stands_above_the_groups(file: Path) -> None:
     plan = plan_for(file, "--hold", "9s", "--fail-if", "failed > 7", "--think", "2s")
     assert (plan.hold_s, [one.text for one in plan.fail_if]) == (9.0, ["failed > 7"])

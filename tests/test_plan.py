@@ -808,3 +808,18 @@ def test_a_run_sends_as_many_requests_as_its_plan_says(new_hub: LocalHub) -> Non
     assert "7 reads" in planned and {line for line in sent if re.fullmatch("GET .*-[0-9]", line)} == {
         f"GET /hub/api/users/hub-stress-test-{n}" for n in range(1, 8)
     }
+
+
+@pytest.mark.parametrize(
+    ("plan", "number"),
+    [
+        (hst.Plan(count=300, batch_size=50), 50),
+        (hst.Plan(count=300, rate_per_s=10.0), 20),
+        (hst.Plan(count=300, within_s=10.0), 60),
+        (hst.Plan(count=300, within_s=300.0), 10),
+        (hst.Plan(count=9000, within_s=10.0), 100),
+        (hst.Plan(hst.ACTIVITY, rate_per_s=50.0), 10),
+    ],
+)
+def test_users_are_removed_as_fast_as_they_came(plan: hst.Plan, number: int) -> None:
+    assert plan.removed_at_once == number
