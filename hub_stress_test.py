@@ -6157,81 +6157,64 @@ def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline |
 
 # ==== What it means: where the time went, and what to look at next ===================================================
 
-HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
-NEGLIGIBLE_S = 0.02  # on a request, for which the way to the hub and back does not deserve a mention
+HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
+WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
+WAITS |= {"kernel_ready": "the kernel"}
+NEGLIGIBLE_S = 0.02  # too little to mention
 
 
 def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
-    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of its time.
+    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of it.
 
     A request that waits for the hub's one thread is not on the hub's clock.
     """
-    outside_s = whole_s - inside_s
+    outside_s, waiting = whole_s - inside_s, "most of it was spent waiting for the hub"
     if outside_s < whole_s / 2:
         return "most of it was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
     if hub.busy:
-        used = f"which used up to {share_text(hub.cpu_share_max)} of a processor"
-        return f"most of it was spent waiting for the hub's one thread, {used}"
+        return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
     if hub.late_s:
-        late = (
-            f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a processor"
-        )
-        return f"most of it was spent waiting for the hub, {late}: a busy machine, or a slow disk or database"
+        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
+        return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
         return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
 
 
 def time_spent(results: Results) -> Iterator[str]:
-    """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
+    """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    if results.people:
-        yield from _until_work(results.people.until_work_s)
-    if not own:
-        return
-    ready, started = operations.get("server_ready"), own.spawns.get("success")
-    # a capacity's operations are those of one step, the hub's figures those of all
-    if ready and ready.latency_s.mean and started and not results.capacity:
-        wait_s = ready.latency_s.mean
-        asked = operations.get("start_server")  # the mean of all, whose servers became ready or not
-        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, max(0.0, wait_s - started.mean_s))
-        rest_s = wait_s - throttled_s - started.mean_s
-        parts = [f"the hub took {duration_text(min(started.mean_s, wait_s))} to start the server"]
-        parts += [f"throttling took {duration_text(throttled_s)}"] if throttled_s > NEGLIGIBLE_S else []
-        parts += [f"everything else took {duration_text(rest_s)}"] if rest_s > NEGLIGIBLE_S else []
-        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
+    if results.people and (means := results.people.until_work_s):
+        waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
+        at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
+        yield f"{at_work}: {', '.join(waits)}"
+    ready, start = operations.get("server_ready"), own and own.spawns.get("success")
+    # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
+    if ready and ready.latency_s.mean and start and not results.capacity:
+        wait_s, asked = ready.latency_s.mean, operations.get("start_server")
+        start_s = min(start.mean_s, wait_s)
+        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s - start_s)
+        rest = {"throttling": throttled_s, "everything else": wait_s - start_s - throttled_s}
+        parts = [f"{what} took {duration_text(s)}" for what, s in rest.items() if s > NEGLIGIBLE_S]
+        start_text = f"the hub took {duration_text(start_s)} to start the server"
+        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join([start_text, *parts])}"
     for name, handler in HANDLERS.items():
-        seen, inside = operations.get(name), own.requests.get(handler)
-        if results.hub.restarts:  # whoever waited for a hub that was away waited in front of nothing
-            continue
-        if seen and seen.latency_s.mean and inside and (name == "ping" or not results.capacity):
-            whole_s = seen.latency_s.mean
+        operation, inside = operations.get(name), own and own.requests.get(handler)
+        comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
+        if own and inside and comparable and operation and (whole_s := operation.latency_s.mean):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
-            took = took if inside.mean_s <= whole_s else ""  # its clock has other people's requests, too
+            took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
             where = where_time_went(whole_s, inside.mean_s, own)
             yield f"a mean {title_of(name)} of {duration_text(whole_s)}{took}: {where}"
 
 
-def _until_work(means: Mapping[str, float]) -> Iterator[str]:
-    parts = {
-        "server_ready": "the server",
-        "visit": "the start page",
-        "page": "the rest of it",
-        "kernel_ready": "the kernel",
-    }
-    took = ", ".join(f"{parts[name]} {duration_text(mean)}" for name, mean in means.items() if name in parts)
-    if means:
-        yield f"people waited {duration_text(means['at_work'])} on average until they could work: {took}"
-
-
 def time_out_in_front(people: People) -> float | None:
-    """How long all websockets had been open that broke; None when it differs, or they broke at the same moment."""
+    """How long all broken websockets had been open; None when that differs, or they broke together."""
     ends = [end for row in people.values() for end in row.values()]
-    broken = [
-        (end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None
-    ]
+    reasons = ((end.reason, end.ended_s) for end in ends if end.reason)
+    broken = [(reason.open_s, at_s) for reason, at_s in reasons if reason.open_s is not None]
     if len(broken) < 3:
         return None
     open_s, moments_s = map(sorted, zip(*broken))
@@ -6240,69 +6223,64 @@ def time_out_in_front(people: People) -> float | None:
     return open_s[len(open_s) // 2] if alike else None
 
 
-def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> Iterator[str]:
-    """What to look at next, when a run has failed in such ways."""
-    servers, own, in_front = results.servers, results.hub.metrics, results.http.in_front
-    if Kind.AWAY in kinds and results.hub.proxy:
-        yield f"some requests through {results.hub.proxy} got no answer: {without_proxy(results.hub.endpoint)}"
-    elif Kind.AWAY in kinds and not results.hub.restarts:
-        yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
-    if Kind.FULL in kinds:
-        yield "the hub allows no more servers: raise its active_server_limit"
-    elif servers and servers.throttled:
-        yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
-    yield from _without_servers(results, kinds)
-    if Kind.LATE in kinds:
-        yield "some servers were still starting: see the hub's log and the spawner's events, or raise --server-timeout"
-    elif servers and servers.failures:
-        named = things(results.own_servers)
-        yield f"see the hub's log for the {named} named above; on Kubernetes, the events of their pods"
-    if Kind.LOST in kinds:
-        yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
-    if Kind.ROUTE in kinds:
-        yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
-    if time_out_s is not None:
-        lasted = f"{time_out_s:.0f} s"
-        yield f"all websockets that broke had been open for {lasted}: something in front has a time-out of {lasted}"
-    elif Kind.WIRE in kinds:
-        yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
-    if results.leaking:
-        yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; upgrade it"
-    if Kind.KERNEL in kinds:
-        yield "kernels ended: that is what a memory limit does; see the servers' logs, and their memory limit"
-    if own and own.cpu_share_max > BUSY:
-        yield (
-            f"the hub's process used {share_text(own.cpu_share_max)} of a processor, and it can use only one: "
-            "give it a faster one, or less to do"
-        )
-    if results.hub.restarts:
-        yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
+def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
+    """What to look at next after a run that failed in these ways: each sentence whose rule applies."""
+    servers, hub, in_front = results.servers, results.hub, results.http.in_front
+    failures = servers.failures if servers else []
+    reasons = {one.reason for one in failures}
+    words = " ".join([*results.warnings, *reasons])
+    causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
+    cause = next((cause for cause in causes if re.search(cause, words)), "")
+    no_account, no_login, no_name = (cause == each for each in causes)
+    chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
+    alike = servers and not servers.ready and len(failures) > len(reasons) == 1
+    cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    if denied > (results.hub.metrics_missing == NO_METRICS_SCOPE):
-        yield "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says which"
-    if in_front.keys() & {"429"}:
-        yield "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
-    if in_front.keys() & {"401", "403"}:
-        yield "something in front of the hub denies requests: let this machine, and POST and DELETE, through to the hub"
-    if any(status >= "500" for status in in_front):
-        yield "errors from 500 on came from what stands in front of the hub: look at the proxy's and the ingress's logs"
-
-
-def _without_servers(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
-    """What to do on a hub where fake users as they are cannot have servers."""
-    servers, options = results.servers, results.options
-    reasons = {one.reason for one in servers.failures} if servers else set()
-    said = " ".join([*results.warnings, *reasons])
-    chosen = any(group.get("profile") for group in options.get("event") or [options])
-    alike = servers is not None and not servers.ready and len(servers.failures) > len(reasons) == 1
-    if re.search("getpwnam|does not exist on the system", said):
-        yield "the hub's users need unix accounts: make some with these names, or test with --own-servers"
-    elif "login again" in said:
-        yield "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with --own-servers"
-    elif "Invalid username" in said:
-        yield "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers"
-    elif Kind.SPAWN in kinds and alike and not chosen:
-        yield "all starts failed alike: if people choose options before a start, choose them with --profile"
+    away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
+    rules: dict[str, object] = {
+        f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
+        "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed "
+        "starts": away and not hub.proxy and not hub.restarts,
+        "the hub allows no more servers: raise its active_server_limit": Kind.FULL in kinds,
+        "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller "
+        "-b)": servers and servers.throttled and Kind.FULL not in kinds,
+        "the hub's users need unix accounts: make some with these names, or test with "
+        "--own-servers": no_account,
+        "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
+        "--own-servers": no_login,
+        "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with "
+        "--own-servers": no_name,
+        "all starts failed alike: if people choose options before a start, choose them with "
+        "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
+        "some servers were still starting: see the hub's log and the spawner's events, or raise "
+        "--server-timeout": Kind.LATE in kinds,
+        f"see the hub's log for the {things(results.own_servers)} named above; on Kubernetes, the events of "
+        "their pods": failures and Kind.LATE not in kinds,
+        "servers were lost while held: an idle culler? a node that went away? the hub's log says who "
+        "stopped them": Kind.LOST in kinds,
+        "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
+        "logs": Kind.ROUTE in kinds,
+        f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
+        f"{lasted}": time_out_s is not None,
+        "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
+        "connections open": Kind.WIRE in kinds and time_out_s is None,
+        "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
+        "upgrade it": results.leaking,
+        "kernels ended: that is what a memory limit does; see the servers' logs, and their memory "
+        "limit": Kind.KERNEL in kinds,
+        f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
+        "faster core, or reduce its load": cpu_share > BUSY,
+        "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)": hub.restarts,
+        "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
+        "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
+        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+        "cluster": "429" in in_front,
+        "something in front of the hub denies requests: let this machine, and POST and DELETE, through to "
+        "the hub": in_front.keys() & {"401", "403"},
+        "errors from 500 on came from what stands in front of the hub: look at the proxy's and the "
+        "ingress's logs": any(status >= "500" for status in in_front),
+    }
+    return [sentence for sentence, applies in rules.items() if applies]
 
 
 # ==== Sections, and the summary as text ==============================================================================

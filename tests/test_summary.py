@@ -427,7 +427,7 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
             ["see the hub's log for the users", "servers were lost while held: an idle culler"],
         ),
         (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise its concurrent_spawn_limit"]),
-        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93 % of a processor"]),
+        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub is CPU-bound: it used 93 % of a processor"]),
         (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
         (
             set(),
