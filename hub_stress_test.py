@@ -6283,7 +6283,9 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     return [sentence for sentence, applies in rules.items() if applies]
 
 
-# ==== Sections, and the summary as text ==============================================================================
+# ==== Sections, and the summary as text ===========================================================================
+
+Row = tuple[str, str]  # a label and a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6301,73 +6303,73 @@ class Section:
 
 ENTITLED = {ExitCode.OK: "PASSED", ExitCode.FAILED: "FAILED", ExitCode.LEFT_BEHIND: "LEFT SOMETHING BEHIND"}
 REASONS_SHOWN = 5
-ENOUGH_SERVERS = 50  # before the hub's memory can be divided among them
 NAMES_SHOWN = 3
+ENOUGH_SERVERS = 50  # to divide the hub's memory among them
 
 
 def verdict_of(results: Results) -> tuple[str, str]:
     """The word and the sentence that a run comes down to."""
-    servers, capacity = results.servers, results.capacity
     word = ENTITLED.get(ExitCode(results.exit_code), "INTERRUPTED")
+    servers, people, operations = results.servers, results.people, results.operations
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
-    if capacity:
-        return word, _capacity_sentence(capacity)
-    if people := results.people:
+    if results.capacity:
+        return word, _capacity_sentence(results.capacity)
+    if people:
         later = people.failed + people.at_work - people.expected
-        afterwards = f"; {later} failed afterwards" if later else ""
-        waited = _waited(results.operations.get("at_work"))
-        leaks = "; the proxy lost connections afterwards" if results.leaking else ""
-        expected = counted(people.expected, "person", "people")
-        return word, f"{people.at_work:,} of {expected} got to work{afterwards}{waited}{leaks}"
+        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
+        sentence += f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        return word, sentence + "; the proxy lost connections afterwards" * results.leaking
     if servers:
-        lost = f"; {counted(servers.lost, 'was', 'were')} lost while held" if servers.lost else ""
-        waited = _waited(results.operations.get("server_ready"))
-        return word, f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready{lost}{waited}"
-    load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
-    count, failed = (
-        sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed")
-    )
-    what = "activity report" if load == ["activity"] or not load else "request"
-    return word, f"{count - failed:,} of {counted(count, what)} {'was' if count == 1 else 'were'} accepted"
+        sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
+        sentence += f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
+        return word, sentence + waits_text(operations.get("server_ready"))
+    load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
+    count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
+    requests_text = counted(count, "activity report" if load in ([], ["activity"]) else "request")
+    return word, f"{count - failed:,} of {requests_text} {'was' if count == 1 else 'were'} accepted"
 
 
-def _waited(ready: Operation | None) -> str:
-    if not ready or ready.latency_s.max is None:
+def waits_text(operation: Operation | None) -> str:
+    """How long half, nearly all, and the last of those that succeeded waited; empty when none did."""
+    if not operation or operation.latency_s.max is None:
         return ""
-    most = ready.enough("p95")
-    nearly_all = f", 95 % at most {duration_text(most)}" if most is not None else ""
-    return f"; half waited {duration_text(ready.latency_s.p50)}{nearly_all}, the last {duration_text(ready.latency_s.max)}"
+    p95_s = operation.enough("p95")
+    nearly_all = "" if p95_s is None else f", 95 % at most {duration_text(p95_s)}"
+    half, last = duration_text(operation.latency_s.p50), duration_text(operation.latency_s.max)
+    return f"; half waited {half}{nearly_all}, the last {last}"
 
 
 def _capacity_sentence(capacity: Capacity) -> str:
     if capacity.rate_per_s is None:
-        why_not = (
+        cause = (
             "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
         )
-        return f"the capacity was not found: {why_not if capacity.finished else 'the search did not finish'}"
-    least = "at least " if capacity.generator_bound or not capacity.finished else ""
+        return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
+    at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
     if capacity.people_per_minute:
-        of_300 = f"a class of 300 in {duration_text(300 * 60 / capacity.people_per_minute)}"
         people = counted(capacity.people_per_minute, "person", "people")
-        return f"this hub takes {least}{people} a minute: {of_300}"
-    servers = capacity.servers_reporting_every_300_s
-    meaning = (
+        of_300 = duration_text(300 * 60 / capacity.people_per_minute)
+        return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
+    servers, requests_text = (
+        capacity.servers_reporting_every_300_s,
+        counted(round(capacity.rate_per_s), "request"),
+    )
+    reports = (
         f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
     )
-    return f"this hub sustains {least}{counted(round(capacity.rate_per_s), 'request')} per second{meaning}"
+    return f"this hub sustains {at_least}{requests_text} per second{reports}"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
     """What makes a comparison pointless: another command or hub, other people, or something else that they do."""
     if not baseline:
         return []
-    hubs, options = (
-        (baseline.get("hub", {}), as_json(results.hub)),
-        (baseline.get("options", {}), results.options),
-    )
+    hub, options = as_json(results.hub), (baseline.get("options", {}), results.options)
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
-    pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
+    pairs |= {
+        f"the hub's {key}": (baseline.get("hub", {}).get(key), hub[key]) for key in ("endpoint", "version")
+    }
     if baseline.get("command") == results.command:
         keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
         pairs |= {
@@ -6410,45 +6412,38 @@ def _option_text(key: str, value: Any) -> str:
 
 def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
-    differences = differences_to(baseline, results)
-    through = f", through {results.hub.proxy}" if results.hub.proxy else ""
-    http = results.http
-    monitoring = (
-        f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
-    )
+    hub = results.hub
+    through = f", through {hub.proxy}" if hub.proxy else ""
+    asked_for = results.options["fail_if"]  # the default condition is told by the rest
+    told = [one for one in results.conditions if asked_for or one.condition != FAILED.text]
+    values = {one.condition: _value_text(one, results) for one in told}
     rows = [
-        *_tested(results),
+        *_tested_rows(results),
         *(("because", reason) for reason in results.warnings),
-        *(("because", f"{one.condition}: it is {_value_text(one, results)}") for one in _told(results, True)),
-        *(("baseline", difference) for difference in differences),
-        ("hub", f"{results.hub.version} at {results.hub.endpoint}" + through),
-        *_server_facts(results),
-        *_errors(results.operations, results.own_servers),
-        ("requests", f"{http.requests:,}{' to the hub' if http.servers else ''}, of which {monitoring}"),
-        *_server_requests(http.servers),
+        *(("because", f"{one.condition}: it is {values[one.condition]}") for one in told if one.held),
+        *(("baseline", difference) for difference in differences_to(baseline, results)),
+        ("hub", f"{hub.version} at {hub.endpoint}{through}"),
+        *_server_rows(results),
+        *_failed_rows(results),
+        *(_slowest_rows(results.servers) if results.servers else ()),
+        *_request_rows(results),
         ("duration", duration_text(results.duration_s)),
-        *_hub_facts(results),
+        *_hub_rows(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
-        *_cleanup_facts(results),
-        *_proxy_facts(results.proxy_check),
-        *_aftermath_facts(results.aftermath or {}),
+        *_cleanup_rows(results),
+        *_proxy_rows(results),
         *(
-            ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
-            for one in _told(results, False)
+            ("condition", f"{one.condition}: not met, it is {values[one.condition]}")
+            for one in told
+            if not one.held
         ),
-        *(("next", one) for one in results.advice),
+        *(("next", sentence) for sentence in results.advice),
     ]
     return Section("Summary", rows)
 
 
-def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
-    if http:
-        answers = ", ".join(f"{number:,} × {status}" for status, number in http.statuses.items())
-        retries = counted(http.retries, "retry", "retries")
-        yield "requests", f"{http.requests:,} to servers, of which {retries}: {answers}"
-
-
-def _tested(results: Results) -> Iterator[tuple[str, str]]:
+def _tested_rows(results: Results) -> Iterator[Row]:
+    """What a search for capacity tried, and what its result means."""
     capacity = results.capacity
     if not capacity:
         return
@@ -6459,120 +6454,112 @@ def _tested(results: Results) -> Iterator[tuple[str, str]]:
         lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
         yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"
     else:
-        sent = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
-        yield "tested", f"{sent} only: starting servers, memory and nodes were not. {latencies}"
-    if reporting := capacity.servers_reporting_every_300_s:
-        default_s = SERVER_REPORTS_EVERY_S
-        every_s = max(default_s, math.ceil(default_s * MANY_SERVERS / (REPORTS_SHARE * reporting)))
-        servers = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
-        yield "activity", f"{servers} take at most {share_text(REPORTS_SHARE)} of this"
+        mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
+        yield "tested", f"{mix} only: starting servers, memory and nodes were not. {latencies}"
+    if servers := capacity.servers_reporting_every_300_s:
+        usual_s = SERVER_REPORTS_EVERY_S
+        every_s = max(usual_s, math.ceil(usual_s * MANY_SERVERS / (REPORTS_SHARE * servers)))
+        reports = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
+        yield "activity", f"{reports} take at most {share_text(REPORTS_SHARE)} of this"
     if capacity.limited_by:
         yield "limit", capacity.limited_by
 
 
-def _told(results: Results, held: bool) -> list[Judgement]:
-    """The conditions worth a line: all that were asked for; the default one is told by the rest."""
-    asked = results.options["fail_if"]
-    return [one for one in results.conditions if one.held is held and (asked or one.condition != FAILED.text)]
-
-
 def _value_text(judged: Judgement, results: Results | None = None) -> str:
+    """The value of a condition's metric; of too few samples, or beside a baseline, with these."""
     metric = condition(judged.condition).metric
-    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
-    text = functools.partial(value_text, metric=metric)
     if judged.value is None:
         return "not measured"
-    seen = results.operations.get(name) if results else None
-    few = ""
-    if seen and statistic in ENOUGH and (samples := seen.count - seen.failed) < ENOUGH[statistic]:
-        few = f" (of {counted(samples, 'sample')})"
-    if not judged.baseline or judged.limit is None:
-        return f"{text(judged.value)}{few}"
-    ratio = f"{judged.value / judged.baseline:.3g}x of {text(judged.baseline)}"
-    return f"{text(judged.value)}{few}, {ratio}; the limit is {text(judged.limit)}"
+    text = value_text(judged.value, metric)
+    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
+    operation = results.operations.get(name) if results else None
+    if operation and operation.count - operation.failed < ENOUGH.get(statistic, 0):
+        text += f" (of {counted(operation.count - operation.failed, 'sample')})"
+    if judged.baseline and judged.limit is not None:
+        ratio = f"{judged.value / judged.baseline:.3g}x of {value_text(judged.baseline, metric)}"
+        text += f", {ratio}; the limit is {value_text(judged.limit, metric)}"
+    return text
 
 
-def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
-    servers, options = results.servers, results.options
-    if not servers or results.command == PURGE or results.capacity:
+def _server_rows(results: Results) -> Iterator[Row]:
+    """What became of servers and people."""
+    servers, people, options = results.servers, results.people, results.options
+    if not servers or not servers.requested:  # of a purge, or a search
         return
-    throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
-    since = (
-        f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
-    )
-    counts = (
-        f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
-    )
-    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}{throttled}{since}"
-    if given_up := _given_up(results):
-        yield "given up", given_up
-    if options["hold"] and "stay" in results.operations and not results.people:
-        yield (
-            "hold",
-            f"{duration_text(options['hold'])}; who stayed is the hub's word, --visit asks the servers too",
-        )
-    if people := results.people:
+    counts = f"{servers.ready} ready, {servers.failed} failed" + f", {servers.lost} lost" * bool(servers.lost)
+    if servers.throttled:
+        began = duration_text(servers.throttling_began_s)
+        counts += f"; {servers.throttled} throttled, from {began} after the first start on"
+    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}"
+    own = results.hub.metrics
+    if not servers.ready and servers.given_up and own and (started := own.spawns.get("success")):
+        by_the_hub = f"by the hub's own clock {started.count:.0f} of them became ready, after "
+        by_the_hub += f"{duration_text(started.mean_s)} on average"
+        if started.count > servers.given_up:  # others start servers too
+            by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
+        timed_out = f"{counted(servers.given_up, 'server')} timed out after {duration_text(options['server_timeout'])}"
+        yield "given up", f"{timed_out}; {by_the_hub}"
+    if options["hold"] and "stay" in results.operations and not people:
+        hold = duration_text(options["hold"])
+        yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
+    if people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
-        waited = _waited(results.operations.get(f"at_work[{group['name']}]"))
-        pace = pace_text(options | group | {"event": None})
-        came_to = f"{came.expected} expected, {pace}; {came.at_work} at work, {came.failed} failed{waited}"
-        yield "people", f"{group['name']}: {came_to}"
-    told = people or servers
-    for reason, number in list(told.reasons.items())[:REASONS_SHOWN]:
-        yield (
-            "failed",
-            f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}",
-        )
-    if others := sum(list(told.reasons.values())[REASONS_SHOWN:]):
+        waits = waits_text(results.operations.get(f"at_work[{group['name']}]"))
+        pace = f"{came.expected} expected, {pace_text(options | group | {'event': None})}"
+        yield "people", f"{group['name']}: {pace}; {came.at_work} at work, {came.failed} failed{waits}"
+
+
+def _failed_rows(results: Results) -> Iterator[Row]:
+    """Why people or servers failed, the commonest reasons first, each with some names."""
+    failing = results.people or results.servers
+    if not failing:
+        return
+    reasons = list(failing.reasons.items())
+    for reason, number in reasons[:REASONS_SHOWN]:
+        users = sorted((one.user for one in failing.failures if one.reason == reason), key=natural)
+        shown = users[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
+        more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
+        yield "failed", f"{number} × {reason}" + (f" ({', '.join(shown)}{more})" if users else "")
+    if others := sum(number for _, number in reasons[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
-    slowest = [
-        f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest
-    ]
-    if any(_why_slow(one, servers) for one in servers.slowest):
-        yield from (("slowest", one) for one in slowest)
+
+
+def _slowest_rows(servers: Servers) -> Iterator[Row]:
+    """The slowest servers: how often each was throttled, and what the hub said for longest if not of all servers."""
+    slowest: list[str] = []
+    for server in servers.slowest:
+        causes = [f"throttled {server.throttled} ×"] if server.throttled else []
+        if server.message not in ("", servers.usual_message):
+            causes.append(f"longest at: {server.message}")
+        slowest.append(
+            f"{duration_text(server.ready_s)}, {server.user}{': ' if causes else ''}{', '.join(causes)}"
+        )
+    if any(": " in sentence for sentence in slowest):
+        yield from (("slowest", sentence) for sentence in slowest)
     elif slowest:
-        yield "slowest", "; ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in slowest)
+        yield "slowest", "; ".join(sentence.replace(" ", "\N{NO-BREAK SPACE}") for sentence in slowest)
 
 
-def _given_up(results: Results) -> str:
-    """What became of servers that nobody waited for any longer, by the hub's own clock; "" where some became ready."""
-    servers, own = results.servers, results.hub.metrics
-    came = own.spawns.get("success") if own else None
-    if not servers or servers.ready or not servers.given_up or not came:
-        return ""
-    after = f"{counted(servers.given_up, 'was', 'were')} given up after {duration_text(results.options['server_timeout'])}"
-    if came.count > servers.given_up:  # others start servers too
-        return f"{after}; the hub counted {counted(round(came.count), 'successful start')}"
-    mean = duration_text(came.mean_s)
-    return f"{after}; by the hub's own clock {came.count:.0f} of them became ready, after {mean} on average"
-
-
-def _named(users: Sequence[str]) -> str:
-    shown = sorted(users, key=natural)[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
-    more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
-    return f" ({', '.join(shown)}{more})" if users else ""
-
-
-def _why_slow(server: Slow, servers: Servers) -> str:
-    """How often it was throttled, and what the hub said for longest if that tells it from the other servers."""
-    reasons = [f"throttled {server.throttled} ×"] if server.throttled else []
-    reasons += (
-        [f"longest at: {server.message}"]
-        if server.message and server.message != servers.usual_message
-        else []
-    )
-    return ": " + ", ".join(reasons) if reasons else ""
-
-
-def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[tuple[str, str]]:
+def _request_rows(results: Results) -> Iterator[Row]:
+    """Why requests failed, by operation, and how many were sent; people's steps have failed elsewhere."""
+    operations, http = results.operations, results.http
     for name in in_order(operations):
-        if name not in PERSONAL and "[" not in name:  # which are told of people, servers and all
+        if name not in PERSONAL and "[" not in name:
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
-                yield "errors", f"{title_of(name, own_servers)}: {number} × {reason}"
+                yield "errors", f"{title_of(name, results.own_servers)}: {number} × {reason}"
+    monitoring = f"{share_text(http.observer_share or 0)} monitoring"
+    retries = counted(http.retries, "retry", "retries")
+    to_hub = " to the hub" if http.servers else ""
+    yield "requests", f"{http.requests:,}{to_hub}, of which {monitoring}, {retries}"
+    if servers := http.servers:
+        answers = ", ".join(f"{number:,} × {status}" for status, number in servers.statuses.items())
+        retries = counted(servers.retries, "retry", "retries")
+        yield "requests", f"{servers.requests:,} to servers, of which {retries}: {answers}"
 
 
-def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
+def _hub_rows(results: Results) -> Iterator[Row]:
+    """The hub's own figures, or why they were not read."""
     own, missing = results.hub.metrics, results.hub.metrics_missing
     if missing:
         yield (
@@ -6581,87 +6568,76 @@ def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
         )
     if not own:
         return
-    most_s = own.event_loop_lag_max_s
-    usual_s = own.event_loop_lag_p95_s if own.event_loop_samples >= 20 else None
-    usual = f"{_lag_text(usual_s)} (p95), " if usual_s is not None else ""
-    lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
-    many = results.servers is not None and results.servers.ready >= ENOUGH_SERVERS
-    each = (
-        f", {bytes_text(own.rss_per_server_bytes)} a server"
-        if many and own.rss_per_server_bytes is not None
-        else ""
+    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor"
+    if own.cpu_share_max > own.cpu_share:
+        cpu += f", under load up to {share_text(own.cpu_share_max)}"
+    memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after"
+    if results.servers and results.servers.ready >= ENOUGH_SERVERS and own.rss_per_server_bytes is not None:
+        memory += f", {bytes_text(own.rss_per_server_bytes)} a server"
+    lags = {"p95": own.event_loop_lag_p95_s, "max": own.event_loop_lag_max_s}
+    if own.event_loop_samples < ENOUGH["p95"]:
+        del lags["p95"]
+    lag = ", ".join(
+        f"{'≤ ' if lag_s <= LOOP_INTERVAL_S else ''}{duration_text(lag_s)} ({name})"
+        for name, lag_s in lags.items()
+        if lag_s is not None
     )
-    memory = (
-        f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
+    yield "hub's own", f"{cpu}; {memory}" + (f"; event loop late by {lag}" if lag else "")
+
+
+def _cleanup_rows(results: Results) -> Iterator[Row]:
+    """What was removed, what is still there and how to remove it, and what may be left where the hub does not look."""
+    cleaned, users, run, own_servers = (
+        results.cleaned,
+        results.users,
+        results.options["run"],
+        results.own_servers,
     )
-    most = f", under load up to {share_text(own.cpu_share_max)}" if own.cpu_share_max > own.cpu_share else ""
-    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor{most}"
-    yield "hub's own", f"{cpu}; {memory}{lag}"
-
-
-def _lag_text(seconds: float) -> str:
-    return f"≤ {duration_text(seconds)}" if seconds <= LOOP_INTERVAL_S else duration_text(seconds)
-
-
-def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
-    cleaned, remedy = results.cleaned, purge_command(results.options["run"], results.own_servers)
-    what = thing(results.own_servers)
-    done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
-    traces = list(_traces(results))
-    if cleaned.kept:
-        yield "cleanup", f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"
-    elif cleaned.left:
-        yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
-        yield "cleanup", names_text(cleaned.left)
-        if cleaned.in_the_way:
-            yield "cleanup", cleaned.in_the_way
-        yield "cleanup", f"{'when that is solved, ' if cleaned.in_the_way else ''}remove them with: {remedy}"
-    else:
-        yield "cleanup", f"{done}, none left{' on the hub' if traces else ''}"
-    yield from (("cleanup", sentence) for sentence in traces)
-
-
-def _traces(results: Results) -> Iterator[str]:
-    """What may be left where the hub does not look."""
-    users = results.users
-    if users.stopped_while_starting:
-        yield still_starting(users.stopped_while_starting)
-    if number := users.stops_failed or 0:
-        they, their = ("it was", "its pod") if number == 1 else ("they were", "their pods")
-        yield (
-            f"the hub failed to stop {counted(number, 'server')} during this run, though it said that {they} stopped: "
-            f"{their} and volumes may still be there. "
-            f"Look with: {pods_command(results.options['run'], results.own_servers)}"
+    remedy, what = purge_command(run, own_servers), thing(own_servers)
+    done = f"{counted(cleaned.deleted, what)} {'removed' if own_servers else 'deleted'}"
+    traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
+    if failed := users.stops_failed:
+        they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
+        traces.append(
+            f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
+            f"stopped: {their} and volumes may still be there. Look with: {pods_command(run, own_servers)}"
         )
+    if cleaned.kept:
+        sentences = [f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"]
+    elif cleaned.left:
+        then = "when that is solved, " if cleaned.in_the_way else ""
+        sentences = [
+            f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:",
+            names_text(cleaned.left),
+        ]
+        sentences += [cleaned.in_the_way] * bool(cleaned.in_the_way) + [f"{then}remove them with: {remedy}"]
+    else:
+        sentences = [f"{done}, none left{' on the hub' if traces else ''}"]
+    yield from (("cleanup", sentence) for sentence in (*sentences, *traces))
 
 
-def _whose(name: str) -> str:
-    return "the hub" if name == "hub" else name
-
-
-PORTS = 28_232  # from which a machine takes one for each connection, unless it is told otherwise
-TABS_IMAGINED, ASKING_PER_MINUTE = 300, 2
-PROJECTION = (
-    f"Each failed reconnect of an open tab adds one, for an hour. If {TABS_IMAGINED} open tabs kept reconnecting twice "
-    f"a minute to ended servers that still have a route, the proxy's {PORTS // 1000},000 ports would last "
-    f"{PORTS / (TABS_IMAGINED * ASKING_PER_MINUTE):.0f} minutes; then every page of the hub answers 503"
+PROJECTION = (  # Linux has 28,232 ports for outgoing connections: 28,232 / (300 * 2 per minute) = 47 minutes
+    "Each failed reconnect of an open tab adds one, for an hour. If 300 open tabs kept reconnecting twice a minute to "
+    "ended servers that still have a route, the proxy's 28,000 ports would last 47 minutes; then every page of the "
+    "hub answers 503"
 )
 
 
-def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
-    """What the check of the proxy has shown."""
+def _proxy_rows(results: Results) -> Iterator[Row]:
+    """What the check of the proxy has shown; connections to the hub that the proxy keeps, as its error pages prove."""
+    check, changes = results.proxy_check, (results.aftermath or {}).get("hub", {})
     if check and check.verdict != UNDECIDED:  # which is a warning
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
-
-
-def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
-    """Connections to the hub that its proxy keeps: as many as the error pages that it fetched."""
-    changes = aftermath.get("hub", {})
     files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
-    number, fetched = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
-    if files and number > FILES_TO_MENTION and fetched >= PROOF_SHARE * number:
-        more = f"the hub has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
-        yield "aftermath", f"{more}: its proxy fetched as many error pages, and keeps these connections open"
+    more, fetched = (change.grown or 0.0 if change else 0.0 for change in (files, pages))
+    if files and more > FILES_TO_MENTION and fetched >= PROOF_SHARE * more:
+        counts = (
+            f"the hub has {more:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        )
+        yield (
+            "aftermath",
+            f"{counts}: its proxy fetched as many error pages, and keeps these connections open",
+        )
 
 
 def in_order(operations: Collection[str]) -> list[str]:
@@ -6671,102 +6647,85 @@ def in_order(operations: Collection[str]) -> list[str]:
 
 
 def _label(name: str, own_servers: bool) -> str:
-    """What a row of a table is about: an operation, or, below that, one of its groups."""
+    """The title of an operation in a table; of a group's, which stands below it, the group."""
     _, bracket, group = name.partition("[")
     return f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{group[:-1]}" if bracket else title_of(name, own_servers)
 
 
 def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
     """A row for each operation, with a dash where too few succeeded for a statistic."""
-    columns = ("mean", "p50", "p95", "p99", "max")
-    rows = [
-        (
-            _label(name, own_servers),
-            str(operations[name].count),
-            str(operations[name].failed),
-            *(duration_text(operations[name].enough(column)) for column in columns),
-        )
-        for name in in_order(operations)
-    ]
+    columns, rows = ("mean", "p50", "p95", "p99", "max"), []
+    for name in in_order(operations):
+        one = operations[name]
+        cells = (duration_text(one.enough(column)) for column in columns)
+        rows.append((_label(name, own_servers), str(one.count), str(one.failed), *cells))
     return Section("Latency", rows, ("operation", "count", "failed", *columns))
 
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    unit, factor, goal = ("a minute", 60, "server ready p95") if of_people else ("per s", 1, "p95")
-    rows = [
-        (
-            f"{factor * step.rate_per_s:.4g}",
-            f"{factor * step.sent_per_s:.4g}",
-            duration_text(step.p95_s),
-            str(step.failed),
-            step.held or "none: sustained",
+    factor, header = 1, ("tried per s", "sent per s", "p95", "failed", "condition met")
+    if of_people:
+        factor, header = (
+            60,
+            ("tried a minute", "came a minute", "server ready p95", "failed", "condition met"),
         )
-        for step in capacity.steps
-    ]
-    header = (f"tried {unit}", f"{'came' if of_people else 'sent'} {unit}", goal, "failed", "condition met")
+    rows = []
+    for step in capacity.steps:
+        rates = (f"{factor * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
     return Section("Capacity", rows, header, left=(4,))
 
 
 def comparison_section(baseline: Json, results: Results) -> Section:
-    """Old, new and ratio of what both runs measured; a dash for a percentile of too few samples."""
-    columns, now = ("p50", "p95", "max"), as_json({"operations": results.operations})
-    rows = []
+    """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
+    columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
     for name in in_order(results.operations):
-        if name in baseline.get("operations", {}):
-            old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, now))
-            cells = (comparison(baseline, now, f"{name}.{column}") for column in columns)
-            rows.append((_label(name, results.own_servers), *cells, f"{old:g}→{new:g}"))
-    before = (baseline.get("capacity") or {}).get("rate_per_s")
-    after = results.capacity and results.capacity.rate_per_s
+        if name not in baseline.get("operations", {}):
+            continue
+        both, cells = (baseline["operations"][name], now[name]), []
+        for column in columns:
+            enough = (run["count"] - run["failed"] >= ENOUGH.get(column, 1) for run in both)
+            old, new = (run["latency_s"][column] if many else None for run, many in zip(both, enough))
+            ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
+            cells.append(f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio)
+        rows.append((_label(name, results.own_servers), *cells, "→".join(str(run["failed"]) for run in both)))
+    before, after = ((run.get("capacity") or {}).get("rate_per_s") for run in (baseline, as_json(results)))
     if before and after:
         rows.append(("capacity per s", f"{before:.4g}→{after:.4g} {after / before:.2f}x", "", "", ""))
     return Section("Against the baseline", rows, ("against baseline", *columns, "failed"))
 
 
-def comparison(baseline: Json, results: Json, metric: str) -> str:
-    """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
-    old, new = (_enough(run, metric) for run in (baseline, results))
-    ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
-    return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
-
-
-def _enough(run: Json, metric: str) -> float | None:
-    name, _, statistic = metric.partition(".")
-    measured = run["operations"][name]
-    return (
-        metric_value(run, metric)
-        if measured["count"] - measured["failed"] >= ENOUGH.get(statistic, 1)
-        else None
-    )
+def tables_of(results: Results, baseline: Json | None) -> list[Section]:
+    """The tables below the facts, in the summary and in the report."""
+    tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
+    tables += [latency_section(results.operations, results.own_servers)] if results.operations else []
+    return tables + ([comparison_section(baseline, results)] if baseline else [])
 
 
 def render_summary(
     results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100
 ) -> str:
     """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
-    word, sentence = verdict_of(results)
-    sections = [facts(results, baseline)]
-    if results.capacity:
-        sections.append(capacity_section(results.capacity, results.command == STRESS))
-    if results.operations:
-        sections.append(latency_section(results.operations, results.own_servers))
-    if baseline:
-        sections.append(comparison_section(baseline, results))
-    return render_page(f"{word}: {sentence}", sections, colour=colour, width=width)
+    sections = [facts(results, baseline), *tables_of(results, baseline)]
+    return render_page(": ".join(verdict_of(results)), sections, colour=colour, width=width)
 
 
 def render_page(headline: str, sections: Iterable[Section], *, colour: bool = False, width: int = 100) -> str:
     """A sentence, and sections below it."""
-    page = textwrap.wrap(headline, width, subsequent_indent="  ", **_UNBROKEN)
+    wrap = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    page = wrap(headline, subsequent_indent="  ")
     for number, section in enumerate(sections):
-        page += [""] * (number > 0) + list(
-            _as_table(section) if section.header else _as_prose(section, width)
-        )
+        page += [""] if number else []
+        if section.header:
+            page += _table_lines(section)
+            continue
+        indent = max(len(row[0]) for row in section.rows) + 2
+        for label, sentence in labelled_once(section.rows):
+            page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
     return "\n".join(map(_coloured, page) if colour else page)
 
 
-_UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _COLOURS = {
     "PASSED": 32,
     "FAILED": 31,
@@ -6784,29 +6743,20 @@ def _coloured(line: str) -> str:
     return f"\033[1;{_COLOURS[word]}m{word}\033[0m{line[len(word) :]}" if word in _COLOURS else line
 
 
-def _as_prose(section: Section, width: int) -> Iterator[str]:
-    """Sentences behind their labels, a label that repeats left out."""
-    indent = max(len(row[0]) for row in section.rows) + 2
-    for label, sentence in labelled_once(section.rows):
-        head = label.ljust(indent) + sentence
-        yield from textwrap.wrap(head, width, subsequent_indent=" " * indent, **_UNBROKEN)
-
-
 def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
     """Labels and sentences, a label that repeats left out."""
     for before, (label, sentence) in zip([("", ""), *rows], rows):
         yield ("" if label == before[0] else label, sentence)
 
 
-def _as_table(section: Section) -> Iterator[str]:
+def _table_lines(section: Section) -> Iterator[str]:
     lines = [section.header, *section.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(section.header))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
-        cells = (
-            cell.ljust(width) if column in section.left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths))
-        )
-        yield "  ".join(cells).rstrip()
+        cells = enumerate(zip(line, widths))
+        yield "  ".join(
+            cell.ljust(width) if n in section.left else cell.rjust(width) for n, (cell, width) in cells
+        ).rstrip()
 
 
 # ==== The plan in words, for a dry run ===============================================================================
@@ -6986,317 +6936,274 @@ def plan_section(plan: Plan) -> Section:
     return Section("Plan", rows)
 
 
-# ==== The report =====================================================================================================
+# ==== The report ==================================================================================================
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; --card: #f8fafc }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #0f172a; --ink: #e2e8f0; --faint: #94a3b8; --line: #334155; --card: #1e293b } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1160px; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.35rem; line-height: 1.3; margin: .5rem 0 }
-h1 b { padding: .1em .5em; border-radius: .3em; color: #fff }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin: 1.2rem 0 0 }
-p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
-.PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED { background: #a16207 }
-.words td:first-child { white-space: nowrap }
-@media (max-width: 700px) { .words td:first-child { white-space: normal }
-  .scroll { font-size: .7rem } .scroll td, .scroll th { padding-right: .25rem } }
+:root { color-scheme: light dark }
+body { max-width: 1160px; margin: 0 auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif;
+  background: Canvas; color: CanvasText }
+h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } h3 { font-size: .95rem; margin: 1rem 0 0 }
+h1 b { padding: .1em .5em; border-radius: .3em; color: #fff; background: #b91c1c }
+b.PASSED { background: #15803d } b.INTERRUPTED { background: #a16207 }
+p, th { color: #777; font-weight: normal }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-.left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
-.words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
-.plot { width: 100%; min-width: 0 }
-.js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
-.js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
-.js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884 }
+.left, .words td { text-align: left; vertical-align: top }
+.words td + td { white-space: normal; overflow-wrap: anywhere }
 """
-BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
-CYAN, TEAL, VIOLET, BROWN = "#06b6d4", "#0f766e", "#8b5cf6", "#a8763e"
-READY = "rgba(34,163,85,.3)"
-LAYOUT: dict[str, Any] = {
-    "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
-    "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
-    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
-    "font": {"family": "system-ui, sans-serif", "size": 12},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hovermode": "closest",
-    "showlegend": True,
+BLUE, AMBER, RED = "#3b82f6", "#f59e0b", "#ef4444"
+LINES = (RED, "#8b5cf6", "#0f766e", "#a8763e")  # the hub's, and those of whatever else is watched
+STATES = {  # with its colour, each state of a server; a later one is drawn on top
+    "asked": "#94a3b8",
+    "throttled": AMBER,
+    "starting": BLUE,
+    "failed": RED,
+    "ready": "rgba(34,163,85,.3)",
+    "opening": "#06b6d4",
+    "loading the page": "#0f766e",
+    "starting a kernel": "#8b5cf6",
+    "at work": "#22a355",
+    "failed after it was ready": RED,
+    "lost": "#a21caf",
 }
 Trace = dict[str, Any]  # of plotly
-Moments = Sequence["float | None"]
-
-
-class Page:
-    """An HTML page that is being put together, with its plots."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._plots: list[tuple[str, list[Trace], dict[str, Any]]] = []
-
-    def add(self, element: str, text: str) -> None:
-        self._parts.append(f"<{element}>{html.escape(text)}</{element}>")
-
-    def open(self, tag: str) -> None:
-        self._parts.append(tag)
-
-    def section(self, section: Section) -> None:
-        """A heading and a table, which scrolls by itself; rows without a header are sentences."""
-        self.add("h2", section.title)
-        lines = [("th", section.header)] if section.header else []
-        lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
-        body = "".join(
-            "<tr>"
-            + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row))
-            + "</tr>"
-            for kind, row in lines
-        )
-        kind = "" if section.header else "words"
-        self._parts.append(f'<div class="scroll"><table class="{kind}">{body}</table></div>')
-
-    @staticmethod
-    def _cell(kind: str, text: str, left: bool) -> str:
-        return f"<{kind}{' class=left' if left else ''}>{html.escape(text)}</{kind}>"
-
-    def plot(self, traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> None:
-        """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
-        name = f"plot-{len(self._plots)}"
-        self._parts.append(f'<div class="plot" id="{name}" style="height:{height}px"></div>')
-        own = {
-            "height": height,
-            "yaxis": {"title": {"text": y_title}, "rangemode": "tozero", "tickformat": ","},
-        }
-        self._plots.append((name, list(traces), LAYOUT | own | layout))
-
-    def render(self, title: str, plotly_js: str) -> str:
-        draw = "".join(
-            f"Plotly.newPlot({_script(name)},{_script(traces)},{_script(layout)},"
-            "{responsive: true, displayModeBar: false});"
-            for name, traces, layout in self._plots
-        )
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(self._parts)}"
-            f"<script>{plotly_js}</script><script>{draw}</script></body></html>\n"
-        )
-
-
-def _script(data: Any) -> str:
-    """JSON that can stand in a script element, whatever names and messages it holds."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+Span = tuple[int, float, float]  # which server was in a state, from when to when
 
 
 def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
-    page, timeline = Page(), results.timeline
     word, sentence = verdict_of(results)
-    page.open(f'<h1><b class="{word.split()[0]}">{html.escape(word)}</b>')
-    page.add("span", " " + re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence))
-    page.open("</h1>")
-    versions = f"{results.tool['name']} {results.tool['version']}"
-    page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
-    page.section(facts(results, baseline))
-    if results.capacity:
-        page.section(capacity_section(results.capacity, results.command == STRESS))
-    if timeline.servers and timeline.servers.user:
-        _plot_servers(page, timeline.servers, timeline.load_ended_s or 0.0)
-    _plot_watch(page, results)
-    if results.operations:
-        page.section(latency_section(results.operations, results.own_servers))
-        _plot_latency(page, results)
-    for section in _appendix(results, baseline):
-        page.section(section)
-    title = f"hub-stress-test: {word}: {sentence}"
-    return page.render(title, importlib.import_module("plotly.offline").get_plotlyjs())
+    unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
+    tool = f"{results.tool['name']} {results.tool['version']} {results.command}"
+    body: list[str | Json] = [
+        f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
+        element("p", f"{tool}, {results.started} to {results.finished}"),
+        section_html(facts(results, baseline)),
+        *_server_plots(results.timeline),
+        *_watch_plots(results.timeline),
+    ]
+    for section in (*tables_of(results, baseline), *_appendix(results)):
+        body.append(section_html(section))
+        if section.title == "Latency":
+            body += _latency_plot(results)
+    return page_html(f"hub-stress-test: {word}: {sentence}", body)
 
 
-def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
-    if baseline:
-        yield comparison_section(baseline, results)
-    if own := results.hub.metrics:
-        durations = [(f"spawn: {name}", one) for name, one in own.spawns.items()] + list(own.requests.items())
-        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations]
-        yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
-    if results.conditions:
-        judged = [
-            (one.condition, "met" if one.held else "not met", _value_text(one, results))
-            for one in results.conditions
-        ]
-        yield Section("Conditions", judged, ("the run fails if", "", "it is"))
-    given = {name.replace("_", "-"): value for name, value in results.options.items()}
-    for group in given.pop("event", None) or ():
-        words = ((key.replace("_", "-"), value) for key, value in group.items() if value and key != "name")
-        given[f"group {group['name']}"] = [key if value is True else f"{key} {value}" for key, value in words]
-    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    texts = {
-        name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()
-    }
-    shown = [(name, texts[name]) for name, value in given.items() if value not in (None, False, [])]
-    yield Section("Options and versions", shown)
-
-
-def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting (throttled), starting, ready, in use, failed and lost at so many moments."""
-    due, asked, ended = (
-        sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s)
+def page_html(title: str, body: Sequence[str | Json]) -> str:
+    """A page of HTML and plots, with plotly inside."""
+    parts, script = [], importlib.import_module("plotly.offline").get_plotlyjs()
+    draw = ""
+    for n, part in enumerate(body):
+        if isinstance(part, str):
+            parts.append(part)
+            continue
+        parts.append(f'<div class="plot" id="plot-{n}" style="height:{part["layout"]["height"]}px"></div>')
+        values = json.dumps(part, separators=(",", ":")).replace(
+            "<", "\\u003c"
+        )  # whatever names and messages hold
+        draw += f'Plotly.newPlot("plot-{n}",{values});'
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}"
+        f"<script>{script}</script><script>{draw}</script></body></html>\n"
     )
-    ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
-    lost, works = (sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.works_s))
-    ends = [
-        min((at for at in both if at is not None), default=None)
-        for both in zip(servers.lost_s, servers.left_s)
-    ]
-    over = sorted(at for at, good in zip(ends, servers.ready) if at is not None and good)
-    gone = sorted(at for at, began in zip(ends, servers.works_s) if at is not None and began is not None)
-    moments = [until_s * n / points for n in range(points + 1)]
-    count = bisect.bisect_right
-    return {
-        "at_s": [round(at, 3) for at in moments],
-        "waiting": [count(due, at) - count(asked, at) for at in moments],
-        "starting": [count(asked, at) - count(ended, at) for at in moments],
-        "at work": [count(works, at) - count(gone, at) for at in moments],
-        "ready": [count(ready, at) - count(over, at) - count(works, at) + count(gone, at) for at in moments],
-        "failed": [count(ended, at) - count(ready, at) for at in moments],
-        "lost": [count(lost, at) for at in moments],
+
+
+def element(tag: str, text: str, kind: str = "") -> str:
+    """An HTML element with this text, of a class or none."""
+    return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
+
+
+def section_html(section: Section) -> str:
+    """A heading and a table, which scrolls by itself; rows without a header are sentences."""
+    lines = [section.header, *section.rows] if section.header else list(labelled_once(section.rows))
+    rows = ""
+    for n, line in enumerate(lines):
+        tag = "th" if section.header and n == 0 else "td"
+        cells = (element(tag, cell, "left" * (column in section.left)) for column, cell in enumerate(line))
+        rows += f"<tr>{''.join(cells)}</tr>"
+    kind = "numbers" if section.header else "words"
+    return f'{element("h2", section.title)}<div class="scroll"><table class="{kind}">{rows}</table></div>'
+
+
+def plot(data: Sequence[Trace], height: int, y_title: str, **layout: Any) -> Json:
+    """A plot whose x axis is the time since the run began."""
+    axis = {"rangemode": "tozero", "tickformat": ",", "gridcolor": "#8884", "zerolinecolor": "#8888"}
+    usual = {
+        "height": height,
+        "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
+        "xaxis": axis | {"title": {"text": "seconds since the run began"}},
+        "yaxis": axis | {"title": {"text": y_title}},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#777"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "x unified",
+        "showlegend": True,
     }
-
-
-def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
-    page.add("h2", "Servers")
-    curves = server_curves(servers, until_s)
-    kinds = {
-        "failed": RED,
-        "lost": LOST,
-        "at work": GREEN,
-        "ready": READY,
-        "starting": BLUE,
-        "waiting": AMBER,
-    }
-    kinds = {kind: colour for kind, colour in kinds.items() if any(curves[kind])}
-    stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
-    traces = [
-        stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()
-    ]
-    page.plot(traces, 260, "servers", hovermode="x unified")
-    page.add("h3", "How long each waited, in the order in which they were due")
-    asked, ended, good = servers.asked_s, servers.ended_s, servers.ready
-    taken = [at if held is None else held for held, at in zip(servers.throttled_s, asked)]
-    left = [
-        min(at for at in (until_s, *ends) if at is not None) for ends in zip(servers.lost_s, servers.left_s)
-    ]
-    opened, works, failed = servers.opened_s, servers.works_s, servers.failed_s
-    loaded = [page or start for page, start in zip(servers.loaded_s, opened)]
-    bars = [
-        _bars("asked", GREY, servers.due_s, taken, servers.user),
-        _bars("throttled", AMBER, servers.throttled_s, asked, servers.user),
-        _bars("starting", BLUE, [at if ok else None for at, ok in zip(asked, good)], ended, servers.user),
-        _bars("failed", RED, [None if ok else at for at, ok in zip(asked, good)], ended, servers.user),
-        _bars("ready", READY, [at if ok else None for at, ok in zip(ended, good)], left, servers.user),
-        _bars("opening", CYAN, [at if ok else None for at, ok in zip(ended, good)], opened, servers.user),
-        _bars("loading the page", TEAL, opened, loaded, servers.user),
-        _bars("starting a kernel", VIOLET, loaded, works, servers.user),
-        _bars("at work", GREEN, works, left, servers.user),
-        _bars("failed after it was ready", RED, failed, left, servers.user),
-        _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
-    ]
-    shown = [bar for bar in bars if bar["x"]]
-    page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
-
-
-def _bars(name: str, colour: str, begins: Moments, ends: Moments, users: Sequence[str]) -> Trace:
-    """A horizontal bar for each server that has a beginning: one line with gaps, since there may be thousands."""
-    spans = enumerate(zip(begins, ends))
-    shown = [(n, a, b) for n, (a, b) in spans if a is not None and b is not None and b >= a]
-    said = [f"{users[n]}: {name} for {duration_text(end - begin)}" for n, begin, end in shown]
-    x = [at for _, begin, end in shown for at in (begin, end, None)]
-    y = [at for n, _, _ in shown for at in (n + 1, n + 1, None)]
-    text = [one for words in said for one in (words, words, "")]
-    width = max(1.0, min(9.0, 380 / len(users)))
-    return _line(name, x, y, colour, width=width) | {"text": text, "hoverinfo": "text"}
+    return {"data": data, "layout": usual | layout, "config": {"responsive": True, "displayModeBar": False}}
 
 
 def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **line: Any) -> Trace:
     return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | line}
 
 
-def _plot_watch(page: Page, results: Results) -> None:
-    """What everybody else felt, beside how busy the hub was."""
-    ping, hub = results.timeline.operations.get("ping"), results.timeline.hub
+def _appendix(results: Results) -> Iterator[Section]:
+    if own := results.hub.metrics:
+        durations = {f"spawn: {name}": one for name, one in own.spawns.items()} | own.requests
+        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations.items()]
+        yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
+    if judged := results.conditions:
+        rows = [
+            (one.condition, "met" if one.held else "not met", _value_text(one, results)) for one in judged
+        ]
+        yield Section("Conditions", rows, ("the run fails if", "", "it is"))
+    given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
+    texts = {
+        name: ", ".join(value) if name in ("fail_if", "watch") else _option_text(name, value)
+        for name, value in given.items()
+    }
+    texts |= {"hub": results.hub.version, "tool": results.tool["version"]}
+    yield Section("Options and versions", [(name.replace("_", "-"), text) for name, text in texts.items()])
+
+
+def spans_of(servers: ServersTimeline) -> dict[str, list[Span]]:
+    """When each server was in each state; infinite where that had no end."""
+    spans: dict[str, list[Span]] = {state: [] for state in STATES}
+    for n, row in enumerate(zip(*vars(servers).values())):
+        (
+            _,
+            due_s,
+            throttled_s,
+            asked_s,
+            ended_s,
+            ready,
+            opened_s,
+            loaded_s,
+            works_s,
+            failed_s,
+            lost_s,
+            left_s,
+        ) = row
+        asked_s = due_s if asked_s is None else asked_s
+        over_s = min(at_s for at_s in (lost_s, left_s, math.inf) if at_s is not None)
+        of_server = {
+            "asked": (due_s, asked_s if throttled_s is None else throttled_s),
+            "throttled": (throttled_s, asked_s),
+            "starting": (asked_s, ended_s),
+            "failed": (None if ready else ended_s, math.inf),
+            "ready": (ended_s if ready else None, over_s),
+            "opening": (ended_s, opened_s),
+            "loading the page": (opened_s, loaded_s or opened_s),
+            "starting a kernel": (loaded_s or opened_s, works_s),
+            "at work": (works_s, over_s),
+            "failed after it was ready": (failed_s, over_s),
+            "lost": (lost_s, math.inf),
+        }
+        for state, (began_s, end_s) in of_server.items():
+            if began_s is not None and end_s is not None and began_s <= end_s:
+                spans[state].append((n, began_s, end_s))
+    return spans
+
+
+def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
+    """How many servers were waiting (throttled), starting, at work, ready, failed and lost at so many moments."""
+    moments = [until_s * n / points for n in range(points + 1)]
+    curves: dict[str, list[float]] = {"at_s": [round(at_s, 3) for at_s in moments]}
+    for state, spans in spans_of(servers).items():
+        begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
+        curves[state] = [
+            bisect.bisect_right(begins, at_s) - bisect.bisect_right(ends, at_s) for at_s in moments
+        ]
+    curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
+    curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
+    return {
+        name: curves[name] for name in ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
+    }
+
+
+def _server_plots(timeline: RunTimeline) -> Iterator[str | Json]:
+    """How many servers were in each state, and how long each was, in the order in which they were due."""
+    servers, until_s = timeline.servers, timeline.load_ended_s or 0.0
+    if not servers or not servers.user:
+        return
+    at_s, *curves = server_curves(servers, until_s).items()
+    colours = STATES | {"waiting": AMBER}
+    stack = {"x": at_s[1], "stackgroup": "one", "mode": "none"}
+    areas = [stack | {"name": state, "y": y, "fillcolor": colours[state]} for state, y in curves if any(y)]
+    yield element("h2", "Servers")
+    yield plot(areas, 260, "servers")
+    bars, width = [], max(1.0, min(9.0, 380 / len(servers.user)))
+    for state, spans in spans_of(servers).items():
+        x: list[float | None] = []
+        y: list[int | None] = []
+        text: list[str] = []
+        for n, began_s, end_s in spans:  # one line with gaps, since there may be thousands
+            end_s = max(began_s, min(end_s, until_s))
+            hover = f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"
+            x += (began_s, end_s, None)
+            y += (n + 1, n + 1, None)
+            text += (hover, hover, "")
+        bars += (
+            [_line(state, x, y, STATES[state], width=width) | {"text": text, "hoverinfo": "text"}]
+            if x
+            else []
+        )
+    yield element("h3", "How long each waited, in the order in which they were due")
+    yield plot(
+        bars, 460, "server", hovermode="closest", yaxis={"title": {"text": "server"}, "autorange": "reversed"}
+    )
+
+
+def _latency_traces(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
+    """An operation's median and a high statistic over time, in ms, and a mark on the axis where some failed."""
+    for statistic, dash in (("p50", "dot"), (high, "solid")):
+        values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
+        line = _line(f"{title} {statistic}", seen.at_s, values, colour, dash=dash)
+        yield line | {"mode": "lines+markers", "marker": {"size": 4}}
+    failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
+    if failed:
+        marks = _line(f"{title} failed", list(failed), [0] * len(failed), RED)
+        yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
+
+
+def _watch_plots(timeline: RunTimeline) -> Iterator[str | Json]:
+    """What everybody else felt, beside how busy the hub and other processes were; their open files."""
+    ping = timeline.operations.get("ping")
     if not ping:
         return
-    page.add("h2", "What everybody else felt, and how busy the hub was")
-    for sentence in time_spent(results):
-        page.add("p", sentence[:1].upper() + sentence[1:] + ".")
-    pings = (("ping p50", ping.p50_s, BLUE), ("ping max", ping.max_s, AMBER))
-    traces = [_line(name, ping.at_s, milliseconds(values), colour) for name, values, colour in pings]
-    traces += _failed_marks("ping", ping)
-    if not hub:
-        page.plot(traces, 280, "ping, ms", hovermode="x unified")
-        return
-    watched = {"hub": hub} | results.timeline.watched
-    busy = [
-        _cpu_line(name, one, colour) for (name, one), colour in zip(watched.items(), itertools.cycle(LINES))
-    ]
-    busy[0] |= {"fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
+    pings, busy, files = list(_latency_traces("ping", ping, BLUE, "max")), [], []
+    watched = {"the hub": timeline.hub} | timeline.watched if timeline.hub else {}
+    for (name, process), colour in zip(watched.items(), itertools.cycle(LINES)):
+        share = [round(100 * (one or 0.0)) for one in process.cpu_share]
+        title = "hub's CPU" if name == "the hub" else f"CPU of {name}"
+        line = _line(title, [process.at_s[0], *process.cpu_at_s], [*share[:1], *share], colour, shape="vh")
+        busy.append(line | {"yaxis": "y2"})
+        files.append(_line(name, process.at_s, process.open_files, colour))
+    most = max([105, *(share for line in busy for share in line["y"])])
     right = {
         "title": {"text": "CPU, % of a processor"},
         "overlaying": "y",
         "side": "right",
         "showgrid": False,
     }
-    right |= {"range": [0, max([105, *(share for line in busy for share in line["y"])])], "dtick": 25}
-    margin = LAYOUT["margin"] | {"r": 56}
-    page.plot([*traces, *busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
-    page.add("h3", "Open files, connections among them")
-    lines = zip(watched.items(), itertools.cycle(LINES))
-    files = [_line(_whose(name), one.at_s, one.open_files, colour) for (name, one), colour in lines]
-    page.plot(files, 230, "open files", hovermode="x unified")
+    right |= {"range": [0, most], "dtick": 25, "automargin": True}
+    yield element("h2", "What everybody else felt, and how busy the hub was")
+    yield plot([*pings, *busy], 280, "ping, ms", yaxis2=right)
+    if files:
+        yield element("h3", "Open files, connections among them")
+        yield plot(files, 230, "open files")
 
 
-LINES = (RED, VIOLET, TEAL, BROWN)  # the hub's, and those of whatever else is watched
-
-
-def _cpu_line(name: str, seen: HubTimeline, colour: str) -> Trace:
-    share = [round(100 * (one or 0.0)) for one in seen.cpu_share]
-    title = "hub's CPU" if name == "hub" else f"CPU of {name}"
-    line = _line(title, [seen.at_s[0], *seen.cpu_at_s], [*share[:1], *share], colour, shape="vh", width=1)
-    return line | {"yaxis": "y2"}
-
-
-def milliseconds(seconds: Moments) -> list[float | None]:
-    """The same durations in milliseconds; None stays None."""
-    return [None if one is None else round(one * 1000, 1) for one in seconds]
-
-
-def _failed_marks(title: str, seen: OperationTimeline) -> list[Trace]:
-    """Marks on the axis where something failed."""
-    failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
-    marks = _line(f"{title} failed", [at for at, _ in failed], [0] * len(failed), RED)
-    text = [f"{number} failed" for _, number in failed]
-    return [marks | {"mode": "markers", "cliponaxis": False, "text": text}] if failed else []
-
-
-def _plot_latency(page: Page, results: Results) -> None:
+def _latency_plot(results: Results) -> list[str | Json]:
     """How long people waited, or how long the requests of the load took, over time."""
-    felt = (
-        ("server_ready", "at_work")
-        if results.command == STRESS
-        else results.options.get("mix") or DEFAULT_MIX
-    )
-    traces: list[Trace] = []
+    mix = results.options.get("mix") or DEFAULT_MIX
+    felt, traces = ("server_ready", "at_work") if results.command == STRESS else mix, list[Trace]()
     for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, *LINES[1:]))):
         if seen := results.timeline.operations.get(name):
-            title = title_of(name, results.own_servers)
-            for label, values, dash in (("p50", seen.p50_s, "dot"), ("p95", seen.p95_s, "solid")):
-                line = _line(f"{title} {label}", seen.at_s, milliseconds(values), colour, dash=dash)
-                traces.append(line | {"mode": "lines+markers"})
-            traces += _failed_marks(title, seen)
-    if traces:
-        page.add("h3", "Over time, by when each was due")
-        page.plot(traces, 260, "ms")
+            traces += _latency_traces(title_of(name, results.own_servers), seen, colour, "p95")
+    return [element("h3", "Over time, by when each was due"), plot(traces, 260, "ms")] if traces else []
 
 
 # ==== Files ==========================================================================================================

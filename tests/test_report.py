@@ -149,8 +149,8 @@ def plots(page: str) -> list[dict[str, Found]]:
     found = []
     for call in page.rpartition("<script>")[2].split("Plotly.newPlot(")[1:]:
         _, end = decode(call)
-        traces, _ = decode(call, end + 1)
-        found.append({trace["name"]: trace for trace in traces})
+        figure, _ = decode(call, end + 1)
+        found.append({trace["name"]: trace for trace in figure["data"]})
     return found
 
 
@@ -190,10 +190,10 @@ def test_a_lost_server_is_ready_until_it_was_found_lost() -> None:
     stacked, bars = plots(page)[:2]
     assert spans(bars["asked"]) == {1: (0.0, 0.0), 2: (0.5, 0.6), 3: (1.0, 1.0)}
     assert spans(bars["throttled"]) == {2: (0.6, 1.0)}
-    assert spans(bars["starting"]) == {1: (0.0, 2.0), 2: (1.0, 3.0)}
+    assert spans(bars["starting"]) == {1: (0.0, 2.0), 2: (1.0, 3.0), 3: (1.0, 4.0)}
     assert spans(bars["ready"]) == {1: (2.0, 12.0), 2: (3.0, 10.0)}
     assert spans(bars["lost"]) == {2: (10.0, 12.0)}
-    assert spans(bars["failed"]) == {3: (1.0, 4.0)}
+    assert spans(bars["failed"]) == {3: (4.0, 12.0)}
 
     def at(moment_s: float) -> dict[str, int]:
         curves = stacked.values()
