@@ -6759,7 +6759,7 @@ def _table_lines(section: Section) -> Iterator[str]:
         ).rstrip()
 
 
-# ==== The plan in words, for a dry run ===============================================================================
+# ==== The plan in words, for a dry run ============================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
@@ -6768,7 +6768,7 @@ MEANWHILE = (
 )
 Presence = tuple[
     float, float, Plan
-]  # when a person arrives and leaves, in seconds since the first start; their group
+]  # of a person: arrival and departure, in seconds since the first start; group
 
 
 def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
@@ -6782,38 +6782,34 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
         arrives_s = due_s if plan.is_open else rounds * start_s
         parts = len(group.page.requests) if group.page else 0
-        parts_s = DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
-        slow_s = group.opens * group.visit_timeout_s + parts_s + group.work * group.cell_timeout_s
-        works_s = arrives_s + start_s + at_worst * slow_s
+        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
+        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
+        works_s = arrives_s + start_s + look_s + parts_s
         cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        last_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, last_s * STEPS["stay"].wanted(group), group))
-    all_leave_s = plan.hold_s + max(settled_s for _, _, settled_s, _, _ in people)
+        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
     return [
-        (arrives_s, last_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
-        for arrives_s, works_s, _, last_s, group in people
+        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
+        for arrives_s, works_s, _, look_s, group in people
     ]
 
 
 def at_one_time(people: Sequence[Presence], noun: str) -> str:
-    """The most of something that these people have at one time; about, where that depends on how long starts take."""
-    changes = sorted(
-        change for arrives_s, leaves_s, _ in people for change in ((arrives_s, 1), (leaves_s, -1))
+    """The most of something that these people have at one time; about, where that depends on starts."""
+    arrivals_and_departures = (
+        (moment_s, change) for person in people for moment_s, change in zip(person, (1, -1))
     )
-    most = max(itertools.accumulate(number for _, number in changes), default=0)
-    return "about " * any(group.stay_s for _, _, group in people) + counted(most, noun)
-
-
-def numbers_text(numbers: Mapping[str, int]) -> str:
-    """Numbers with their nouns, without zeros: 3 starts, 3 stops."""
-    return ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+    most = max(itertools.accumulate(change for _, change in sorted(arrivals_and_departures)), default=0)
+    return "about " * any(group.stay_s for _, _, group in people) + (
+        counted(most, noun) if most else f"no {noun}s"
+    )
 
 
 def steps_planned(group: Plan) -> str:
     """What each person of a group does, in order."""
     book, parts = group.notebook, len(group.page.requests) if group.page else 0
-    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
     cells = f"{counted(len(book.cells), 'cell')} of {book.file}" if book else "6*7 again and again"
+    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
     steps = {
         f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
         f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
@@ -6826,78 +6822,74 @@ def steps_planned(group: Plan) -> str:
     return ", ".join(step for step, planned in steps.items() if planned)
 
 
-def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+def people_planned(plan: Plan) -> Iterator[Row]:
     """Who arrives when, what they do and send, how long that takes, and what it costs."""
-    people, removed, seed = (
+    people, ends_s = (
         timetable(plan),
-        plan.count * (not plan.keep),
-        f" (--seed {plan.seed})" * bool(plan.seed),
+        [max(row[1] for row in timetable(plan, worst)) for worst in (False, True)],
     )
     for group in plan.groups:
-        mine, name = [row for row in people if row[2] is group], f"{group.group}: " * bool(group.group)
-        first, last = (f"after {duration_text(mine[n][0])}" if mine[n][0] else "at once" for n in (0, -1))
-        pace = f"{counted(len(mine), 'person', 'people')}, {pace_text(group.options())}{seed * bool(group.within_s)}"
-        pace += f" ({FIRST_STARTS} until one server is ready)" * (
-            len(mine) > FIRST_STARTS < plan.batch_size and not plan.is_open
+        moments_s, name = (
+            [row[0] for row in people if row[2] is group],
+            f"{group.group}: " * bool(group.group),
         )
-        yield (
-            "people",
-            f"{name}{pace}: the first {first}, the last {last}; {at_one_time(mine, 'server')} at one time",
-        )
+        first, last = (f"after {duration_text(moments_s[n])}" if moments_s[n] else "at once" for n in (0, -1))
+        pace = f"{counted(group.count, 'person', 'people')}, {pace_text(group.options())}"
+        pace += f" (--seed {plan.seed})" * bool(plan.seed and group.within_s)
+        few_first = not plan.is_open and min(group.count, plan.batch_size) > FIRST_STARTS
+        pace += f" ({FIRST_STARTS} until one server is ready)" * few_first
+        yield "people", f"{name}{pace}: the first {first}, the last {last}"
         yield "each person", name + steps_planned(group)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
-    creates = math.ceil(plan.count / plan.batch_size) * (not plan.own_servers)
-    hub = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
-    hub |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
-    servers = {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
-    yield "requests", f"{numbers_text(hub | servers)}; a progress stream for each slow start; {MEANWHILE}"
-    ends_s, worst_s = (
-        max(leaves_s for _, leaves_s, _ in timetable(plan, at_worst)) for at_worst in (False, True)
+    removed, creates = (
+        plan.count * (not plan.keep),
+        math.ceil(plan.count / plan.batch_size) * (not plan.own_servers),
     )
-    usual = f"from the first start on, about {duration_text(ends_s)} if servers start in {USUAL_START_S:g} s"
-    yield "duration", f"{usual}, at most {duration_text(worst_s)} if every step takes as long as it may"
-    kernels = [row for row in people if row[2].work]
-    some = at_one_time(kernels, "kernel") if kernels else "no kernels"
-    yield "cost", f"{at_one_time(people, 'server')} and {some} at one time"
+    numbers = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
+    numbers |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
+    numbers |= {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
+    counts = ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+    yield "requests", f"{counts}; a progress stream for each slow start; {MEANWHILE}"
+    usual = (
+        f"about {duration_text(ends_s[0])} from the first start on if servers start in {USUAL_START_S:g} s"
+    )
+    yield "duration", f"{usual}, at most {duration_text(ends_s[1])} if every step takes as long as it may"
+    kernels = at_one_time([row for row in people if row[2].work], "kernel")
+    yield "cost", f"{at_one_time(people, 'server')} and {kernels} at one time"
     if plan.check_proxy:
         yield "proxy check", f"after that, with one of the servers or one more: {CHECK_COSTS}"
 
 
-def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
     load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
-    lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
-    rounds = 1 if lasts_s else math.ceil(plan.count / (load.workers * load.processes))
-    number = (
-        "as many requests as that allows"
-        if lasts_s and not load.schedule
-        else counted(load.planned, "request")
+    threads, lasts_s = (
+        load.workers * load.processes,
+        load.schedule.lasts_s if load.schedule else load.duration_s,
     )
+    rounds = 1 if lasts_s else math.ceil(plan.count / threads)
+    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
+    unlimited = lasts_s and not load.schedule
+    number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
-    yield "load", f"{load.title} from {counted(load.workers * load.processes, 'thread')}: {number}, {mix}"
-    numbers = {"create": math.ceil(plan.count / 10), "delete": plan.count * (not plan.keep)}
-    yield (
-        "requests",
-        f"besides, 2 checks, {counted(2 - plan.keep, 'list')}, at most {numbers_text(numbers)}; {MEANWHILE}",
-    )
-    usual = (
-        duration_text(lasts_s)
-        if lasts_s
-        else f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
-    )
+    yield "load", f"{load.title} from {counted(threads, 'thread')}: {number}, {mix}"
+    lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
+    deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
+    yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
-    yield "duration", f"{usual}, at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+    worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+    yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
 
 
 def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
-    people = plan.command == STRESS
-    rate_per_s = fastest(plan.rate_per_s) or (
-        CAPACITY_FIRST_PEOPLE_PER_S if people else CAPACITY_FIRST_RATE_PER_S
+    of_people = (CAPACITY_FIRST_PEOPLE_PER_S, CAPACITY_PEOPLE_STEP_S)
+    usual_rate, usual_s = (
+        of_people if plan.command == STRESS else (CAPACITY_FIRST_RATE_PER_S, CAPACITY_STEP_S)
     )
-    for_s = plan.duration_s or (CAPACITY_PEOPLE_STEP_S if people else CAPACITY_STEP_S)
-    count = max(1, round(rate_per_s * for_s)) if people else plan.count
+    rate_per_s, for_s = fastest(plan.rate_per_s) or usual_rate, plan.duration_s or usual_s
+    count = max(1, round(rate_per_s * for_s)) if plan.command == STRESS else plan.count
     return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
@@ -6908,16 +6900,14 @@ def plan_section(plan: Plan) -> Section:
     if plan.find_capacity:
         step = first_step(plan)
         bound = f" or {counted(plan.max_servers, 'server')} would run" if plan.max_servers else ""
-        how = (
-            f"in steps of {duration_text(step.duration_s)}, usually a dozen, until a condition is met{bound}"
-        )
-        rows.append(("search", f"{how}; below is the first step"))
-    names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
+        steps = f"in steps of {duration_text(step.duration_s)}, usually a dozen"
+        rows.append(("search", f"{steps}, until a condition is met{bound}; below is the first step"))
     if plan.command == PURGE:
         rows.append((what, f"{prefix}<n>" + ("" if plan.run else ", and those of every --run")))
         rows.append(("requests", "2 checks, 2 lists; for each of them a stop if it runs, and a delete"))
         rows.append(("duration", f"as long as that takes for {plan.batch_size} at a time"))
     else:
+        names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
         first = "; those that are there come first" if plan.command == ACTIVITY else ""
         rows.append((what, f"{names}, or as many after the highest number in use{first}"))
         rows += people_planned(step) if plan.command == STRESS else load_planned(step)
@@ -6926,9 +6916,8 @@ def plan_section(plan: Plan) -> Section:
     removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
     rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
     mine = "!user=<owner>" * plan.own_servers
-    rows.append(
-        ("scopes", ", ".join(scope + mine for scope in sorted(needed_scopes(plan.command, plan.own_servers))))
-    )
+    scopes = sorted(needed_scopes(plan.command, plan.own_servers))
+    rows.append(("scopes", ", ".join(scope + mine for scope in scopes)))
     if plan.command == STRESS and plan.opens:
         whose = "the token" if plan.visit_token else "the token, or better a second one"
         rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
