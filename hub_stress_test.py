@@ -6155,7 +6155,7 @@ def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline |
     )
 
 
-# ==== What it means: where the time went, and what to look at next ===================================================
+# ==== What it means: where the time went, and what to look at next ==========================================
 
 HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
 WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
@@ -6283,7 +6283,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     return [sentence for sentence, applies in rules.items() if applies]
 
 
-# ==== Sections, and the summary as text ===========================================================================
+# ==== Sections, and the summary as text =====================================================================
 
 Row = tuple[str, str]  # a label and a sentence
 
@@ -6759,7 +6759,7 @@ def _table_lines(section: Section) -> Iterator[str]:
         ).rstrip()
 
 
-# ==== The plan in words, for a dry run ============================================================================
+# ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
@@ -6925,37 +6925,26 @@ def plan_section(plan: Plan) -> Section:
     return Section("Plan", rows)
 
 
-# ==== The report ==================================================================================================
+# ==== The report ============================================================================================
 
 STYLE = """
 :root { color-scheme: light dark }
-body { max-width: 1160px; margin: 0 auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif;
-  background: Canvas; color: CanvasText }
-h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } h3 { font-size: .95rem; margin: 1rem 0 0 }
+body { max-width: 1160px; margin: 0 auto; padding: 1rem; background: Canvas; color: CanvasText;
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
+h3 { font-size: .95rem; margin: 1rem 0 0 }
 h1 b { padding: .1em .5em; border-radius: .3em; color: #fff; background: #b91c1c }
 b.PASSED { background: #15803d } b.INTERRUPTED { background: #a16207 }
 p, th { color: #777; font-weight: normal }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #8884 }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap }
+tr { border-bottom: 1px solid #8884 }
 .left, .words td { text-align: left; vertical-align: top }
 .words td + td { white-space: normal; overflow-wrap: anywhere }
 """
-BLUE, AMBER, RED = "#3b82f6", "#f59e0b", "#ef4444"
-LINES = (RED, "#8b5cf6", "#0f766e", "#a8763e")  # the hub's, and those of whatever else is watched
-STATES = {  # with its colour, each state of a server; a later one is drawn on top
-    "asked": "#94a3b8",
-    "throttled": AMBER,
-    "starting": BLUE,
-    "failed": RED,
-    "ready": "rgba(34,163,85,.3)",
-    "opening": "#06b6d4",
-    "loading the page": "#0f766e",
-    "starting a kernel": "#8b5cf6",
-    "at work": "#22a355",
-    "failed after it was ready": RED,
-    "lost": "#a21caf",
-}
+BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
 Trace = dict[str, Any]  # of plotly
+Moments = Sequence["float | None"]
 Span = tuple[int, float, float]  # which server was in a state, from when to when
 
 
@@ -6964,38 +6953,21 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     word, sentence = verdict_of(results)
     unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
     tool = f"{results.tool['name']} {results.tool['version']} {results.command}"
-    body: list[str | Json] = [
+    body = [
         f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
         element("p", f"{tool}, {results.started} to {results.finished}"),
         section_html(facts(results, baseline)),
         *_server_plots(results.timeline),
-        *_watch_plots(results.timeline),
+        *_ping_plot(results.timeline),
     ]
     for section in (*tables_of(results, baseline), *_appendix(results)):
-        body.append(section_html(section))
-        if section.title == "Latency":
-            body += _latency_plot(results)
-    return page_html(f"hub-stress-test: {word}: {sentence}", body)
-
-
-def page_html(title: str, body: Sequence[str | Json]) -> str:
-    """A page of HTML and plots, with plotly inside."""
-    parts, script = [], importlib.import_module("plotly.offline").get_plotlyjs()
-    draw = ""
-    for n, part in enumerate(body):
-        if isinstance(part, str):
-            parts.append(part)
-            continue
-        parts.append(f'<div class="plot" id="plot-{n}" style="height:{part["layout"]["height"]}px"></div>')
-        values = json.dumps(part, separators=(",", ":")).replace(
-            "<", "\\u003c"
-        )  # whatever names and messages hold
-        draw += f'Plotly.newPlot("plot-{n}",{values});'
+        body += [section_html(section), *(_latency_plot(results) if section.title == "Latency" else ())]
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}"
-        f"<script>{script}</script><script>{draw}</script></body></html>\n"
+        f"<title>hub-stress-test: {html.escape(f'{word}: {sentence}')}</title><style>{STYLE}</style>"
+        f"<script>{importlib.import_module('plotly.offline').get_plotlyjs()}</script></head>"
+        f"<body>{''.join(body)}</body></html>\n"
     )
 
 
@@ -7006,8 +6978,7 @@ def element(tag: str, text: str, kind: str = "") -> str:
 
 def section_html(section: Section) -> str:
     """A heading and a table, which scrolls by itself; rows without a header are sentences."""
-    lines = [section.header, *section.rows] if section.header else list(labelled_once(section.rows))
-    rows = ""
+    rows, lines = "", [section.header, *section.rows] if section.header else labelled_once(section.rows)
     for n, line in enumerate(lines):
         tag = "th" if section.header and n == 0 else "td"
         cells = (element(tag, cell, "left" * (column in section.left)) for column, cell in enumerate(line))
@@ -7016,14 +6987,13 @@ def section_html(section: Section) -> str:
     return f'{element("h2", section.title)}<div class="scroll"><table class="{kind}">{rows}</table></div>'
 
 
-def plot(data: Sequence[Trace], height: int, y_title: str, **layout: Any) -> Json:
-    """A plot whose x axis is the time since the run began."""
+def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
+    """A plot in HTML, whose x axis is the time since the run began."""
     axis = {"rangemode": "tozero", "tickformat": ",", "gridcolor": "#8884", "zerolinecolor": "#8888"}
     usual = {
-        "height": height,
         "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
         "xaxis": axis | {"title": {"text": "seconds since the run began"}},
-        "yaxis": axis | {"title": {"text": y_title}},
+        "yaxis": axis | {"title": {"text": y_title}} | layout.pop("yaxis", {}),
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#777"},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -7031,11 +7001,16 @@ def plot(data: Sequence[Trace], height: int, y_title: str, **layout: Any) -> Jso
         "hovermode": "x unified",
         "showlegend": True,
     }
-    return {"data": data, "layout": usual | layout, "config": {"responsive": True, "displayModeBar": False}}
+    config = {"responsive": True, "displayModeBar": False}
+    figure = {"data": traces, "layout": usual | layout, "config": config}
+    values = json.dumps(figure, separators=(",", ":")).replace("<", "\\u003c")  # a name may hold </script>
+    draw = f"Plotly.newPlot(document.currentScript.previousElementSibling,{values})"
+    return f'<div class="plot" style="height:{height}px"></div><script>{draw}</script>'
 
 
-def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **line: Any) -> Trace:
-    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | line}
+def line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any) -> Trace:
+    """A line of a plot."""
+    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | more}
 
 
 def _appendix(results: Results) -> Iterator[Section]:
@@ -7043,159 +7018,129 @@ def _appendix(results: Results) -> Iterator[Section]:
         durations = {f"spawn: {name}": one for name, one in own.spawns.items()} | own.requests
         rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations.items()]
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
-    if judged := results.conditions:
-        rows = [
-            (one.condition, "met" if one.held else "not met", _value_text(one, results)) for one in judged
-        ]
+    if results.conditions:
+        met = {True: "met", False: "not met"}
+        rows = [(one.condition, met[one.held], _value_text(one, results)) for one in results.conditions]
         yield Section("Conditions", rows, ("the run fails if", "", "it is"))
     given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
-    texts = {
-        name: ", ".join(value) if name in ("fail_if", "watch") else _option_text(name, value)
-        for name, value in given.items()
+    given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
+    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
+    rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
+    yield Section("Options and versions", rows_of_options)
+
+
+def states_of(servers: ServersTimeline) -> dict[str, tuple[str, list[Span]]]:
+    """Each state with its colour, and which server was in it from when to when; infinite without an end."""
+    good, ended, opened, works = servers.ready, servers.ended_s, servers.opened_s, servers.works_s
+    never = [math.inf] * len(good)
+    ready, bad = ([at if ok is wanted else None for ok, at in zip(good, ended)] for wanted in (True, False))
+    asked = [due if at is None else at for due, at in zip(servers.due_s, servers.asked_s)]
+    sent = [at if first is None else first for first, at in zip(servers.throttled_s, asked)]
+    loaded = [start if at is None else at for start, at in zip(opened, servers.loaded_s)]
+    lost_or_left = zip(servers.lost_s, servers.left_s, never)
+    over = [min(at for at in moments if at is not None) for moments in lost_or_left]
+    rows: dict[str, tuple[str, Moments, Moments]] = {  # a later state is drawn on top
+        "asked": ("#94a3b8", servers.due_s, sent),
+        "throttled": (AMBER, servers.throttled_s, asked),
+        "starting": (BLUE, asked, ended),
+        "failed": (RED, bad, never),
+        "ready": ("rgba(34,163,85,.3)", ready, over),
+        "opening": ("#06b6d4", ready, opened),
+        "loading the page": (TEAL, opened, loaded),
+        "starting a kernel": (VIOLET, loaded, works),
+        "at work": ("#22a355", works, over),
+        "failed after it was ready": (RED, servers.failed_s, over),
+        "lost": ("#a21caf", servers.lost_s, never),
     }
-    texts |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    yield Section("Options and versions", [(name.replace("_", "-"), text) for name, text in texts.items()])
-
-
-def spans_of(servers: ServersTimeline) -> dict[str, list[Span]]:
-    """When each server was in each state; infinite where that had no end."""
-    spans: dict[str, list[Span]] = {state: [] for state in STATES}
-    for n, row in enumerate(zip(*vars(servers).values())):
-        (
-            _,
-            due_s,
-            throttled_s,
-            asked_s,
-            ended_s,
-            ready,
-            opened_s,
-            loaded_s,
-            works_s,
-            failed_s,
-            lost_s,
-            left_s,
-        ) = row
-        asked_s = due_s if asked_s is None else asked_s
-        over_s = min(at_s for at_s in (lost_s, left_s, math.inf) if at_s is not None)
-        of_server = {
-            "asked": (due_s, asked_s if throttled_s is None else throttled_s),
-            "throttled": (throttled_s, asked_s),
-            "starting": (asked_s, ended_s),
-            "failed": (None if ready else ended_s, math.inf),
-            "ready": (ended_s if ready else None, over_s),
-            "opening": (ended_s, opened_s),
-            "loading the page": (opened_s, loaded_s or opened_s),
-            "starting a kernel": (loaded_s or opened_s, works_s),
-            "at work": (works_s, over_s),
-            "failed after it was ready": (failed_s, over_s),
-            "lost": (lost_s, math.inf),
-        }
-        for state, (began_s, end_s) in of_server.items():
-            if began_s is not None and end_s is not None and began_s <= end_s:
-                spans[state].append((n, began_s, end_s))
-    return spans
+    states = {}
+    for state, (colour, begins, ends) in rows.items():
+        spans = [(n, a, b) for n, (a, b) in enumerate(zip(begins, ends)) if a is not None and b is not None]
+        states[state] = colour, [span for span in spans if span[1] <= span[2]]
+    return states
 
 
 def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting (throttled), starting, at work, ready, failed and lost at so many moments."""
+    """How many servers were waiting, starting, ready, at work, failed and lost at so many moments."""
     moments = [until_s * n / points for n in range(points + 1)]
-    curves: dict[str, list[float]] = {"at_s": [round(at_s, 3) for at_s in moments]}
-    for state, spans in spans_of(servers).items():
+    curves: dict[str, list[float]] = {}
+    for state, (_, spans) in states_of(servers).items():
         begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
-        curves[state] = [
-            bisect.bisect_right(begins, at_s) - bisect.bisect_right(ends, at_s) for at_s in moments
-        ]
+        began, ended = ([bisect.bisect_right(row, at_s) for at_s in moments] for row in (begins, ends))
+        curves[state] = list(map(operator.sub, began, ended))
     curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
     curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
-    return {
-        name: curves[name] for name in ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
-    }
+    curves["at_s"] = [round(at_s, 3) for at_s in moments]
+    shown = ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
+    return {name: curves[name] for name in shown}
 
 
-def _server_plots(timeline: RunTimeline) -> Iterator[str | Json]:
+def _server_plots(timeline: RunTimeline) -> Iterator[str]:
     """How many servers were in each state, and how long each was, in the order in which they were due."""
     servers, until_s = timeline.servers, timeline.load_ended_s or 0.0
     if not servers or not servers.user:
         return
-    at_s, *curves = server_curves(servers, until_s).items()
-    colours = STATES | {"waiting": AMBER}
-    stack = {"x": at_s[1], "stackgroup": "one", "mode": "none"}
-    areas = [stack | {"name": state, "y": y, "fillcolor": colours[state]} for state, y in curves if any(y)]
-    yield element("h2", "Servers")
-    yield plot(areas, 260, "servers")
+    states, curves = states_of(servers), server_curves(servers, until_s)
+    areas: list[Trace] = []
+    stack: Trace = {"x": curves.pop("at_s"), "stackgroup": "one", "mode": "none"}
+    for state, numbers in curves.items():
+        colour = AMBER if state == "waiting" else states[state][0]
+        areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
     bars, width = [], max(1.0, min(9.0, 380 / len(servers.user)))
-    for state, spans in spans_of(servers).items():
-        x: list[float | None] = []
-        y: list[int | None] = []
-        text: list[str] = []
-        for n, began_s, end_s in spans:  # one line with gaps, since there may be thousands
+    for state, (colour, spans) in states.items():
+        bar = line(state, [], [], colour, width=width) | {"text": [], "hoverinfo": "text"}
+        for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
             end_s = max(began_s, min(end_s, until_s))
-            hover = f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"
-            x += (began_s, end_s, None)
-            y += (n + 1, n + 1, None)
-            text += (hover, hover, "")
-        bars += (
-            [_line(state, x, y, STATES[state], width=width) | {"text": text, "hoverinfo": "text"}]
-            if x
-            else []
-        )
+            bar["x"] += (began_s, end_s, None)
+            bar["y"] += (n + 1, n + 1, None)
+            bar["text"] += (*[f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
+        bars += [bar] * bool(spans)
+    yield element("h2", "Servers") + plot(areas, 260, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
-    yield plot(
-        bars, 460, "server", hovermode="closest", yaxis={"title": {"text": "server"}, "autorange": "reversed"}
-    )
+    yield plot(bars, 460, "server", hovermode="closest", yaxis={"autorange": "reversed"})
 
 
-def _latency_traces(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
-    """An operation's median and a high statistic over time, in ms, and a mark on the axis where some failed."""
-    for statistic, dash in (("p50", "dot"), (high, "solid")):
+def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
+    """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
+    for statistic, opacity in (("p50", 0.5), (high, 1.0)):
         values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
-        line = _line(f"{title} {statistic}", seen.at_s, values, colour, dash=dash)
-        yield line | {"mode": "lines+markers", "marker": {"size": 4}}
+        more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
+        yield line(f"{title} {statistic}", seen.at_s, values, colour) | more
     failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
     if failed:
-        marks = _line(f"{title} failed", list(failed), [0] * len(failed), RED)
+        marks = line(f"{title} failed", list(failed), [0] * len(failed), RED)
         yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
 
 
-def _watch_plots(timeline: RunTimeline) -> Iterator[str | Json]:
-    """What everybody else felt, beside how busy the hub and other processes were; their open files."""
-    ping = timeline.operations.get("ping")
+def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
+    """What everybody else felt, beside how busy the hub and other processes were."""
+    ping, hub = timeline.operations.get("ping"), timeline.hub
     if not ping:
         return
-    pings, busy, files = list(_latency_traces("ping", ping, BLUE, "max")), [], []
-    watched = {"the hub": timeline.hub} | timeline.watched if timeline.hub else {}
-    for (name, process), colour in zip(watched.items(), itertools.cycle(LINES)):
+    busy, watched = [], {"hub": hub} | timeline.watched if hub else {}
+    for (name, process), colour in zip(watched.items(), itertools.cycle((RED, VIOLET, TEAL, "#a8763e"))):
         share = [round(100 * (one or 0.0)) for one in process.cpu_share]
-        title = "hub's CPU" if name == "the hub" else f"CPU of {name}"
-        line = _line(title, [process.at_s[0], *process.cpu_at_s], [*share[:1], *share], colour, shape="vh")
-        busy.append(line | {"yaxis": "y2"})
-        files.append(_line(name, process.at_s, process.open_files, colour))
-    most = max([105, *(share for line in busy for share in line["y"])])
-    right = {
-        "title": {"text": "CPU, % of a processor"},
-        "overlaying": "y",
-        "side": "right",
-        "showgrid": False,
-    }
-    right |= {"range": [0, most], "dtick": 25, "automargin": True}
+        moments = [process.at_s[0], *process.cpu_at_s]
+        title = "hub's CPU" if name == "hub" else f"CPU of {name}"
+        busy.append(line(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
+    most = max([105, *(share for one in busy for share in one["y"])])
+    right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
+    right |= {"range": [0, most], "showgrid": False, "automargin": True}
     yield element("h2", "What everybody else felt, and how busy the hub was")
-    yield plot([*pings, *busy], 280, "ping, ms", yaxis2=right)
-    if files:
-        yield element("h3", "Open files, connections among them")
-        yield plot(files, 230, "open files")
+    yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 280, "ping, ms", yaxis2=right)
 
 
-def _latency_plot(results: Results) -> list[str | Json]:
+def _latency_plot(results: Results) -> Iterator[str]:
     """How long people waited, or how long the requests of the load took, over time."""
-    mix = results.options.get("mix") or DEFAULT_MIX
-    felt, traces = ("server_ready", "at_work") if results.command == STRESS else mix, list[Trace]()
-    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, *LINES[1:]))):
+    felt, traces = results.options.get("mix") or DEFAULT_MIX, list[Trace]()
+    felt = ("server_ready", "at_work") if results.command == STRESS else felt
+    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, VIOLET, TEAL))):
         if seen := results.timeline.operations.get(name):
-            traces += _latency_traces(title_of(name, results.own_servers), seen, colour, "p95")
-    return [element("h3", "Over time, by when each was due"), plot(traces, 260, "ms")] if traces else []
+            traces += _latency_lines(title_of(name, results.own_servers), seen, colour, "p95")
+    if traces:
+        yield element("h3", "Over time, by when each was due") + plot(traces, 260, "ms")
 
 
-# ==== Files ==========================================================================================================
+# ==== Files =================================================================================================
 
 
 def render_results(results: Results, baseline: Json | None = None) -> str:
@@ -7206,27 +7151,27 @@ def render_results(results: Results, baseline: Json | None = None) -> str:
 
 
 def write_files(plan: Plan, results: Results) -> Results:
-    """Write the files that were asked for; the results, which have failed when one could not be written (any more)."""
-    files = (("--report", plan.report, render_report), ("--results", plan.results, render_results))
+    """Write the files that were asked for; the results, which fail when a file cannot be written any more."""
+    files = (("report", plan.report, render_report), ("results", plan.results, render_results))
     for flag, path, render in files:
         try:
             if path:
                 write_whole(path, render(results, plan.baseline))
         except OSError as error:
-            sentence = f"{flag} {path} could not be written: {_in_words(error)}"
+            sentence = f"--{flag} {path} could not be written: {_in_words(error)}"
             LOG.error(sentence)
-            code = results.exit_code or int(ExitCode.FAILED)
-            results = dataclasses.replace(results, warnings=[*results.warnings, sentence], exit_code=code)
+            code, warnings = results.exit_code or int(ExitCode.FAILED), [*results.warnings, sentence]
+            results = dataclasses.replace(results, warnings=warnings, exit_code=code)
     return results
 
 
 def write_whole(path: str, text: str) -> None:
-    """Write a file, or the one that a link points to, whole or not at all.
-
-    Standard output, pipes and devices are written to as they are.
-    """
-    if os.path.exists(path) and not os.path.isfile(path) or _is_standard_output(path):
-        with open(os.dup(1) if _is_standard_output(path) else path, "w", encoding="utf-8") as file:
+    """Write a file, or the one that a link points to, whole or not at all; stdout and pipes as they are."""
+    standard_output = False
+    with contextlib.suppress(OSError):
+        standard_output = os.path.samestat(os.stat(path), os.fstat(1))
+    if standard_output or os.path.exists(path) and not os.path.isfile(path):
+        with open(os.dup(1) if standard_output else path, "w", encoding="utf-8") as file:
             file.write(text)
         return
     target = os.path.realpath(path)
@@ -7239,13 +7184,6 @@ def write_whole(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-
-
-def _is_standard_output(path: str) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(1))
-    except OSError:
-        return False
 
 
 # ==== The seeds' functions: thin wrappers, for use as a library ======================================================

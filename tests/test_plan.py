@@ -626,7 +626,8 @@ PLANS: dict[str, list[str]] = {
         "cleanup users are kept",
     ],
     "stress-test -c 300 --within 5m --seed 7 --work --hold 30m --check-proxy": [
-        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after 4 min 58 s",
+        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after "
+        "4 min 58 s",
         "each person starts a server (at most 60.0 s), opens its page (at most 30.0 s), runs 6*7 again and again in a "
         "kernel (at most 60.0 s each, 10.0 s between two), stays until 30 min 0 s after the last has got this far",
         "requests 3 checks, 2 lists, 30 creates, 300 starts, 600 reads, 300 stops, 300 deletes, "
