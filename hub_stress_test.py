@@ -6342,34 +6342,28 @@ def waits_text(operation: Operation | None) -> str:
 
 def _capacity_sentence(capacity: Capacity) -> str:
     if capacity.rate_per_s is None:
-        cause = (
-            "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
-        )
+        bound = capacity.generator_bound
+        cause = "this tool could not send the first rate" if bound else "no rate was sustained"
         return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
     at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
     if capacity.people_per_minute:
         people = counted(capacity.people_per_minute, "person", "people")
         of_300 = duration_text(300 * 60 / capacity.people_per_minute)
         return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
-    servers, requests_text = (
-        capacity.servers_reporting_every_300_s,
-        counted(round(capacity.rate_per_s), "request"),
-    )
-    reports = (
-        f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
-    )
-    return f"this hub sustains {at_least}{requests_text} per second{reports}"
+    sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
+    if not (servers := capacity.servers_reporting_every_300_s):
+        return sustained
+    return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
-    """What makes a comparison pointless: another command or hub, other people, or something else that they do."""
+    """What makes a comparison pointless: another command or hub, other people, or other things they do."""
     if not baseline:
         return []
-    hub, options = as_json(results.hub), (baseline.get("options", {}), results.options)
+    hubs = (baseline.get("hub", {}), as_json(results.hub))
+    options = (baseline.get("options", {}), results.options)
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
-    pairs |= {
-        f"the hub's {key}": (baseline.get("hub", {}).get(key), hub[key]) for key in ("endpoint", "version")
-    }
+    pairs |= {f"the hub's {key}": [hub.get(key) for hub in hubs] for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
         keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
         pairs |= {
@@ -6425,7 +6419,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         ("hub", f"{hub.version} at {hub.endpoint}{through}"),
         *_server_rows(results),
         *_failed_rows(results),
-        *(_slowest_rows(results.servers) if results.servers else ()),
+        *(_slowest_row(results.servers) if results.servers else ()),
         *_request_rows(results),
         ("duration", duration_text(results.duration_s)),
         *_hub_rows(results),
@@ -6447,15 +6441,13 @@ def _tested_rows(results: Results) -> Iterator[Row]:
     capacity = results.capacity
     if not capacity:
         return
-    latencies = (
-        f"The latencies below are of the {'rate sustained' if capacity.rate_per_s else 'last rate tried'}"
-    )
+    mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
+    tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
         lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
-        yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"
-    else:
-        mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
-        yield "tested", f"{mix} only: starting servers, memory and nodes were not. {latencies}"
+        tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
+    below = "rate sustained" if capacity.rate_per_s else "last rate tried"
+    yield "tested", f"{tested}. The latencies below are of the {below}"
     if servers := capacity.servers_reporting_every_300_s:
         usual_s = SERVER_REPORTS_EVERY_S
         every_s = max(usual_s, math.ceil(usual_s * MANY_SERVERS / (REPORTS_SHARE * servers)))
@@ -6497,8 +6489,8 @@ def _server_rows(results: Results) -> Iterator[Row]:
         by_the_hub += f"{duration_text(started.mean_s)} on average"
         if started.count > servers.given_up:  # others start servers too
             by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
-        timed_out = f"{counted(servers.given_up, 'server')} timed out after {duration_text(options['server_timeout'])}"
-        yield "given up", f"{timed_out}; {by_the_hub}"
+        after = duration_text(options["server_timeout"])
+        yield "given up", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
     if options["hold"] and "stay" in results.operations and not people:
         hold = duration_text(options["hold"])
         yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
@@ -6525,20 +6517,18 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         yield "failed", f"{others} × something else: see the results file"
 
 
-def _slowest_rows(servers: Servers) -> Iterator[Row]:
-    """The slowest servers: how often each was throttled, and what the hub said for longest if not of all servers."""
-    slowest: list[str] = []
+def _slowest_row(servers: Servers) -> Iterator[Row]:
+    """The slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
+    slowest = []
     for server in servers.slowest:
         causes = [f"throttled {server.throttled} ×"] if server.throttled else []
         if server.message not in ("", servers.usual_message):
             causes.append(f"longest at: {server.message}")
         slowest.append(
-            f"{duration_text(server.ready_s)}, {server.user}{': ' if causes else ''}{', '.join(causes)}"
+            f"{duration_text(server.ready_s)}, {server.user}" + ": " * bool(causes) + ", ".join(causes)
         )
-    if any(": " in sentence for sentence in slowest):
-        yield from (("slowest", sentence) for sentence in slowest)
-    elif slowest:
-        yield "slowest", "; ".join(sentence.replace(" ", "\N{NO-BREAK SPACE}") for sentence in slowest)
+    if slowest:
+        yield "slowest", "; ".join(slowest)
 
 
 def _request_rows(results: Results) -> Iterator[Row]:
@@ -6562,10 +6552,8 @@ def _hub_rows(results: Results) -> Iterator[Row]:
     """The hub's own figures, or why they were not read."""
     own, missing = results.hub.metrics, results.hub.metrics_missing
     if missing:
-        yield (
-            "hub's own",
-            f"figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}",
-        )
+        figures = "figures (CPU, memory, event-loop lag, its own request times)"
+        yield "hub's own", f"{figures} were not read: {missing}"
     if not own:
         return
     cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor"
@@ -6575,81 +6563,60 @@ def _hub_rows(results: Results) -> Iterator[Row]:
     if results.servers and results.servers.ready >= ENOUGH_SERVERS and own.rss_per_server_bytes is not None:
         memory += f", {bytes_text(own.rss_per_server_bytes)} a server"
     lags = {"p95": own.event_loop_lag_p95_s, "max": own.event_loop_lag_max_s}
-    if own.event_loop_samples < ENOUGH["p95"]:
-        del lags["p95"]
-    lag = ", ".join(
-        f"{'≤ ' if lag_s <= LOOP_INTERVAL_S else ''}{duration_text(lag_s)} ({name})"
-        for name, lag_s in lags.items()
-        if lag_s is not None
-    )
-    yield "hub's own", f"{cpu}; {memory}" + (f"; event loop late by {lag}" if lag else "")
+    late = []
+    for name, lag_s in lags.items():
+        if lag_s is not None and own.event_loop_samples >= ENOUGH.get(name, 0):
+            late.append(f"{'≤ ' * (lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})")
+    yield "hub's own", f"{cpu}; {memory}" + f"; event loop late by {', '.join(late)}" * bool(late)
 
 
 def _cleanup_rows(results: Results) -> Iterator[Row]:
-    """What was removed, what is still there and how to remove it, and what may be left where the hub does not look."""
-    cleaned, users, run, own_servers = (
-        results.cleaned,
-        results.users,
-        results.options["run"],
-        results.own_servers,
-    )
-    remedy, what = purge_command(run, own_servers), thing(own_servers)
-    done = f"{counted(cleaned.deleted, what)} {'removed' if own_servers else 'deleted'}"
+    """What was removed, what is still there, and what may be left where the hub does not look."""
+    cleaned, users, run = results.cleaned, results.users, results.options["run"]
+    remedy, what = purge_command(run, results.own_servers), thing(results.own_servers)
+    done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
     traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
     if failed := users.stops_failed:
         they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
         traces.append(
             f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
-            f"stopped: {their} and volumes may still be there. Look with: {pods_command(run, own_servers)}"
+            f"stopped: {their} and volumes may still be there. "
+            f"Look with: {pods_command(run, results.own_servers)}"
         )
+    sentences = [f"{done}, none left{' on the hub' * bool(traces)}"]
     if cleaned.kept:
         sentences = [f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"]
     elif cleaned.left:
-        then = "when that is solved, " if cleaned.in_the_way else ""
-        sentences = [
-            f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:",
-            names_text(cleaned.left),
-        ]
-        sentences += [cleaned.in_the_way] * bool(cleaned.in_the_way) + [f"{then}remove them with: {remedy}"]
-    else:
-        sentences = [f"{done}, none left{' on the hub' if traces else ''}"]
-    yield from (("cleanup", sentence) for sentence in (*sentences, *traces))
+        number = counted(len(cleaned.left), "IS", "ARE")
+        sentences = [f"{done}; {number} STILL THERE:", names_text(cleaned.left), cleaned.in_the_way]
+        sentences += [f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"]
+    yield from (("cleanup", sentence) for sentence in (*sentences, *traces) if sentence)
 
 
 PROJECTION = (  # Linux has 28,232 ports for outgoing connections: 28,232 / (300 * 2 per minute) = 47 minutes
-    "Each failed reconnect of an open tab adds one, for an hour. If 300 open tabs kept reconnecting twice a minute to "
-    "ended servers that still have a route, the proxy's 28,000 ports would last 47 minutes; then every page of the "
-    "hub answers 503"
+    "Each failed reconnect of an open tab adds one, for an hour. If 300 open tabs kept reconnecting twice a "
+    "minute to ended servers that still have a route, the proxy's 28,000 ports would last 47 minutes; then "
+    "every page of the hub answers 503"
 )
 
 
 def _proxy_rows(results: Results) -> Iterator[Row]:
-    """What the check of the proxy has shown; connections to the hub that the proxy keeps, as its error pages prove."""
+    """What the check of the proxy has shown; connections that it keeps to the hub, as error pages prove."""
     check, changes = results.proxy_check, (results.aftermath or {}).get("hub", {})
     if check and check.verdict != UNDECIDED:  # which is a warning
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
     files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
     more, fetched = (change.grown or 0.0 if change else 0.0 for change in (files, pages))
     if files and more > FILES_TO_MENTION and fetched >= PROOF_SHARE * more:
-        counts = (
-            f"the hub has {more:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
-        )
-        yield (
-            "aftermath",
-            f"{counts}: its proxy fetched as many error pages, and keeps these connections open",
-        )
+        counts = f"{more:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        kept = "its proxy fetched as many error pages, and keeps these connections open"
+        yield "aftermath", f"the hub has {counts}: {kept}"
 
 
 def in_order(operations: Collection[str]) -> list[str]:
-    """Operations in the order of the table of steps, those of groups behind that of all, one's own at the end."""
+    """Operations in the order of the table of steps, a group's behind that of all, one's own at the end."""
     places = {name: place for place, name in enumerate(STEPS)}
     return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
-
-
-def _label(name: str, own_servers: bool) -> str:
-    """The title of an operation in a table; of a group's, which stands below it, the group."""
-    _, bracket, group = name.partition("[")
-    return f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{group[:-1]}" if bracket else title_of(name, own_servers)
 
 
 def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
@@ -6658,23 +6625,22 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
     for name in in_order(operations):
         one = operations[name]
         cells = (duration_text(one.enough(column)) for column in columns)
-        rows.append((_label(name, own_servers), str(one.count), str(one.failed), *cells))
+        rows.append((title_of(name, own_servers), str(one.count), str(one.failed), *cells))
     return Section("Latency", rows, ("operation", "count", "failed", *columns))
 
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    factor, header = 1, ("tried per s", "sent per s", "p95", "failed", "condition met")
-    if of_people:
-        factor, header = (
-            60,
-            ("tried a minute", "came a minute", "server ready p95", "failed", "condition met"),
-        )
+    header = (
+        ("tried a minute", "came a minute", "server ready p95")
+        if of_people
+        else ("tried per s", "sent per s", "p95")
+    )
     rows = []
     for step in capacity.steps:
-        rates = (f"{factor * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rates = (f"{rate * (60 if of_people else 1):.4g}" for rate in (step.rate_per_s, step.sent_per_s))
         rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
-    return Section("Capacity", rows, header, left=(4,))
+    return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
 
 
 def comparison_section(baseline: Json, results: Results) -> Section:
@@ -6689,8 +6655,10 @@ def comparison_section(baseline: Json, results: Results) -> Section:
             old, new = (run["latency_s"][column] if many else None for run, many in zip(both, enough))
             ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
             cells.append(f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio)
-        rows.append((_label(name, results.own_servers), *cells, "→".join(str(run["failed"]) for run in both)))
-    before, after = ((run.get("capacity") or {}).get("rate_per_s") for run in (baseline, as_json(results)))
+        failed = "→".join(str(run["failed"]) for run in both)
+        rows.append((title_of(name, results.own_servers), *cells, failed))
+    before = (baseline.get("capacity") or {}).get("rate_per_s")
+    after = results.capacity and results.capacity.rate_per_s
     if before and after:
         rows.append(("capacity per s", f"{before:.4g}→{after:.4g} {after / before:.2f}x", "", "", ""))
     return Section("Against the baseline", rows, ("against baseline", *columns, "failed"))
@@ -6706,7 +6674,7 @@ def tables_of(results: Results, baseline: Json | None) -> list[Section]:
 def render_summary(
     results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100
 ) -> str:
-    """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
+    """The page that an operator reads: the verdict first, then facts and tables."""
     sections = [facts(results, baseline), *tables_of(results, baseline)]
     return render_page(": ".join(verdict_of(results)), sections, colour=colour, width=width)
 
@@ -6726,15 +6694,8 @@ def render_page(headline: str, sections: Iterable[Section], *, colour: bool = Fa
     return "\n".join(map(_coloured, page) if colour else page)
 
 
-_COLOURS = {
-    "PASSED": 32,
-    "FAILED": 31,
-    "LEFT": 31,
-    "INTERRUPTED": 33,
-    "because": 33,
-    "failed": 31,
-    "next": 36,
-}
+_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
+_COLOURS |= {"because": 33, "failed": 31, "next": 36}
 
 
 def _coloured(line: str) -> str:
@@ -6752,11 +6713,11 @@ def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
 def _table_lines(section: Section) -> Iterator[str]:
     lines = [section.header, *section.rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        cells = enumerate(zip(line, widths))
-        yield "  ".join(
-            cell.ljust(width) if n in section.left else cell.rjust(width) for n, (cell, width) in cells
-        ).rstrip()
+    for cells in lines:
+        aligned = []
+        for column, (cell, width) in enumerate(zip(cells, widths)):
+            aligned.append(cell.ljust(width) if column in section.left else cell.rjust(width))
+        yield "  ".join(aligned).rstrip()
 
 
 # ==== The plan in words, for a dry run ======================================================================
