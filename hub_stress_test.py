@@ -6724,12 +6724,9 @@ def _table_lines(section: Section) -> Iterator[str]:
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
-MEANWHILE = (
-    f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
-)
-Presence = tuple[
-    float, float, Plan
-]  # of a person: arrival and departure, in seconds since the first start; group
+MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
+MEANWHILE += f"every {METRICS_EVERY_S:g} s"
+Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
 
 
 def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
@@ -6757,13 +6754,10 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
 
 def at_one_time(people: Sequence[Presence], noun: str) -> str:
     """The most of something that these people have at one time; about, where that depends on starts."""
-    arrivals_and_departures = (
-        (moment_s, change) for person in people for moment_s, change in zip(person, (1, -1))
-    )
-    most = max(itertools.accumulate(change for _, change in sorted(arrivals_and_departures)), default=0)
-    return "about " * any(group.stay_s for _, _, group in people) + (
-        counted(most, noun) if most else f"no {noun}s"
-    )
+    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
+    most = max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
+    about = "about " if any(group.stay_s for _, _, group in people) else ""
+    return f"{about}{counted(most, noun)}" if people else f"no {noun}s"
 
 
 def steps_planned(group: Plan) -> str:
@@ -6776,8 +6770,9 @@ def steps_planned(group: Plan) -> str:
         f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
         f"fetches {counted(parts, 'part')} of the page": parts,
         f"runs {cells} in a kernel ({limits})": group.work,
-        f"stays until {duration_text(group.hold_s)} after the last has got this far": group.hold_s
-        and not group.stay_s,
+        f"stays until {duration_text(group.hold_s)} after the last has got this far": (
+            group.hold_s and not group.stay_s
+        ),
         f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
     }
     return ", ".join(step for step, planned in steps.items() if planned)
@@ -6785,15 +6780,11 @@ def steps_planned(group: Plan) -> str:
 
 def people_planned(plan: Plan) -> Iterator[Row]:
     """Who arrives when, what they do and send, how long that takes, and what it costs."""
-    people, ends_s = (
-        timetable(plan),
-        [max(row[1] for row in timetable(plan, worst)) for worst in (False, True)],
-    )
+    people = timetable(plan)
+    usual, worst = (duration_text(max(row[1] for row in rows)) for rows in (people, timetable(plan, True)))
     for group in plan.groups:
-        moments_s, name = (
-            [row[0] for row in people if row[2] is group],
-            f"{group.group}: " * bool(group.group),
-        )
+        name = f"{group.group}: " if group.group else ""
+        moments_s = [arrives_s for arrives_s, _, their_group in people if their_group is group]
         first, last = (f"after {duration_text(moments_s[n])}" if moments_s[n] else "at once" for n in (0, -1))
         pace = f"{counted(group.count, 'person', 'people')}, {pace_text(group.options())}"
         pace += f" (--seed {plan.seed})" * bool(plan.seed and group.within_s)
@@ -6803,19 +6794,15 @@ def people_planned(plan: Plan) -> Iterator[Row]:
         yield "each person", name + steps_planned(group)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
-    removed, creates = (
-        plan.count * (not plan.keep),
-        math.ceil(plan.count / plan.batch_size) * (not plan.own_servers),
-    )
+    creates = 0 if plan.own_servers else math.ceil(plan.count / plan.batch_size)
+    removed = 0 if plan.keep else plan.count
     numbers = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
     numbers |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
     numbers |= {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
     counts = ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
     yield "requests", f"{counts}; a progress stream for each slow start; {MEANWHILE}"
-    usual = (
-        f"about {duration_text(ends_s[0])} from the first start on if servers start in {USUAL_START_S:g} s"
-    )
-    yield "duration", f"{usual}, at most {duration_text(ends_s[1])} if every step takes as long as it may"
+    expected = f"about {usual} from the first start on if servers start in {USUAL_START_S:g} s"
+    yield "duration", f"{expected}, at most {worst} if every step takes as long as it may"
     kernels = at_one_time([row for row in people if row[2].work], "kernel")
     yield "cost", f"{at_one_time(people, 'server')} and {kernels} at one time"
     if plan.check_proxy:
@@ -6825,10 +6812,8 @@ def people_planned(plan: Plan) -> Iterator[Row]:
 def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
     load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
-    threads, lasts_s = (
-        load.workers * load.processes,
-        load.schedule.lasts_s if load.schedule else load.duration_s,
-    )
+    lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
+    threads = load.workers * load.processes
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
     in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     unlimited = lasts_s and not load.schedule
@@ -6845,28 +6830,29 @@ def load_planned(plan: Plan) -> Iterator[Row]:
 
 def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
-    of_people = (CAPACITY_FIRST_PEOPLE_PER_S, CAPACITY_PEOPLE_STEP_S)
-    usual_rate, usual_s = (
-        of_people if plan.command == STRESS else (CAPACITY_FIRST_RATE_PER_S, CAPACITY_STEP_S)
-    )
-    rate_per_s, for_s = fastest(plan.rate_per_s) or usual_rate, plan.duration_s or usual_s
-    count = max(1, round(rate_per_s * for_s)) if plan.command == STRESS else plan.count
+    if plan.command == ACTIVITY:
+        rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
+        return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=plan.duration_s or CAPACITY_STEP_S)
+    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    for_s = plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    count = max(1, round(rate_per_s * for_s))
     return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
 def plan_section(plan: Plan) -> Section:
     """What a run of this plan does and costs, as far as that can be known without asking the hub."""
     what, prefix, step = things(plan.own_servers), username(0, plan.run or "")[:-1], plan
-    rows = [("hub", plan.endpoint or "not given yet")]
+    rows: list[Row] = [("hub", plan.endpoint or "not given yet")]
     if plan.find_capacity:
         step = first_step(plan)
         bound = f" or {counted(plan.max_servers, 'server')} would run" if plan.max_servers else ""
         steps = f"in steps of {duration_text(step.duration_s)}, usually a dozen"
         rows.append(("search", f"{steps}, until a condition is met{bound}; below is the first step"))
     if plan.command == PURGE:
-        rows.append((what, f"{prefix}<n>" + ("" if plan.run else ", and those of every --run")))
-        rows.append(("requests", "2 checks, 2 lists; for each of them a stop if it runs, and a delete"))
-        rows.append(("duration", f"as long as that takes for {plan.batch_size} at a time"))
+        every = "" if plan.run else ", and those of every --run"
+        requests_text = "2 checks, 2 lists; for each of them a stop if it runs, and a delete"
+        rows += [(what, f"{prefix}<n>{every}"), ("requests", requests_text)]
+        rows += [("duration", f"as long as that takes for {plan.batch_size} at a time")]
     else:
         names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
         first = "; those that are there come first" if plan.command == ACTIVITY else ""
