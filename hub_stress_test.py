@@ -6408,13 +6408,13 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
     hub = results.hub
     through = f", through {hub.proxy}" if hub.proxy else ""
-    asked_for = results.options["fail_if"]  # the default condition is told by the rest
-    told = [one for one in results.conditions if asked_for or one.condition != FAILED.text]
-    values = {one.condition: _value_text(one, results) for one in told}
+    by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
+    judged = [one for one in results.conditions if not (by_default and one.condition == FAILED.text)]
+    values = [(one.held, one.condition, _value_text(one, results)) for one in judged]
     rows = [
         *_tested_rows(results),
         *(("because", reason) for reason in results.warnings),
-        *(("because", f"{one.condition}: it is {values[one.condition]}") for one in told if one.held),
+        *(("because", f"{text}: it is {value}") for met, text, value in values if met),
         *(("baseline", difference) for difference in differences_to(baseline, results)),
         ("hub", f"{hub.version} at {hub.endpoint}{through}"),
         *_server_rows(results),
@@ -6426,11 +6426,7 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
         *(("where the time went", sentence) for sentence in time_spent(results)),
         *_cleanup_rows(results),
         *_proxy_rows(results),
-        *(
-            ("condition", f"{one.condition}: not met, it is {values[one.condition]}")
-            for one in told
-            if not one.held
-        ),
+        *(("condition", f"{text}: not met, it is {value}") for met, text, value in values if not met),
         *(("next", sentence) for sentence in results.advice),
     ]
     return Section("Summary", rows)
@@ -6534,7 +6530,7 @@ def _slowest_row(servers: Servers) -> Iterator[Row]:
 def _request_rows(results: Results) -> Iterator[Row]:
     """Why requests failed, by operation, and how many were sent; people's steps have failed elsewhere."""
     operations, http = results.operations, results.http
-    for name in in_order(operations):
+    for name in sorted_operations(operations):
         if name not in PERSONAL and "[" not in name:
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
                 yield "errors", f"{title_of(name, results.own_servers)}: {number} × {reason}"
@@ -6613,7 +6609,7 @@ def _proxy_rows(results: Results) -> Iterator[Row]:
         yield "aftermath", f"the hub has {counts}: {kept}"
 
 
-def in_order(operations: Collection[str]) -> list[str]:
+def sorted_operations(operations: Collection[str]) -> list[str]:
     """Operations in the order of the table of steps, a group's behind that of all, one's own at the end."""
     places = {name: place for place, name in enumerate(STEPS)}
     return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
@@ -6622,7 +6618,7 @@ def in_order(operations: Collection[str]) -> list[str]:
 def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
     """A row for each operation, with a dash where too few succeeded for a statistic."""
     columns, rows = ("mean", "p50", "p95", "p99", "max"), []
-    for name in in_order(operations):
+    for name in sorted_operations(operations):
         one = operations[name]
         cells = (duration_text(one.enough(column)) for column in columns)
         rows.append((title_of(name, own_servers), str(one.count), str(one.failed), *cells))
@@ -6646,7 +6642,7 @@ def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
 def comparison_section(baseline: Json, results: Results) -> Section:
     """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
     columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
-    for name in in_order(results.operations):
+    for name in sorted_operations(results.operations):
         if name not in baseline.get("operations", {}):
             continue
         both, cells = (baseline["operations"][name], now[name]), []
@@ -6955,7 +6951,7 @@ def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> s
     return f'<div class="plot" style="height:{height}px"></div><script>{draw}</script>'
 
 
-def line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any) -> Trace:
+def trace(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any) -> Trace:
     """A line of a plot."""
     return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | more}
 
@@ -7034,7 +7030,7 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
         areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
     bars, width = [], max(1.0, min(9.0, 380 / len(servers.user)))
     for state, (colour, spans) in states.items():
-        bar = line(state, [], [], colour, width=width) | {"text": [], "hoverinfo": "text"}
+        bar = trace(state, [], [], colour, width=width) | {"text": [], "hoverinfo": "text"}
         for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
             end_s = max(began_s, min(end_s, until_s))
             bar["x"] += (began_s, end_s, None)
@@ -7051,10 +7047,10 @@ def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) 
     for statistic, opacity in (("p50", 0.5), (high, 1.0)):
         values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
         more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
-        yield line(f"{title} {statistic}", seen.at_s, values, colour) | more
+        yield trace(f"{title} {statistic}", seen.at_s, values, colour) | more
     failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
     if failed:
-        marks = line(f"{title} failed", list(failed), [0] * len(failed), RED)
+        marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
         yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
 
 
@@ -7068,7 +7064,7 @@ def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
         share = [round(100 * (one or 0.0)) for one in process.cpu_share]
         moments = [process.at_s[0], *process.cpu_at_s]
         title = "hub's CPU" if name == "hub" else f"CPU of {name}"
-        busy.append(line(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
+        busy.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
     most = max([105, *(share for one in busy for share in one["y"])])
     right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
     right |= {"range": [0, most], "showgrid": False, "automargin": True}
