@@ -7039,7 +7039,8 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
         bars += [bar] * bool(spans)
     yield element("h2", "Servers") + plot(areas, 260, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
-    yield plot(bars, 460, "server", hovermode="closest", yaxis={"autorange": "reversed"})
+    downwards = {"autorange": "reversed", "rangemode": "normal"}
+    yield plot(bars, 460, "server", hovermode="closest", yaxis=downwards)
 
 
 def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
@@ -7067,7 +7068,7 @@ def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
         busy.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
     most = max([105, *(share for one in busy for share in one["y"])])
     right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
-    right |= {"range": [0, most], "showgrid": False, "automargin": True}
+    right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
     yield element("h2", "What everybody else felt, and how busy the hub was")
     yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 280, "ping, ms", yaxis2=right)
 
