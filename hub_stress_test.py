@@ -7,52 +7,51 @@
 
 Three commands answer, from a shell or a CI job:
 
-  question                                         command                                           takes
-  What would it do? (no request is sent)           --dry-run stress-test --count 30                  a second
-  Do three servers start?                          stress-test --count 3                             a start
-  What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
-  Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
-  Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
-  How many people a minute does it take?           stress-test --find-capacity --max-servers 200     10 to 20 min
-  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m --visit        15 min
-  Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
-  How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
-  What did earlier runs leave?                     purge                                             seconds
-  What can I find out without being an admin?      stress-test --count 5 --own-servers               a start
+  question                                      command                                         takes
+  What would it do? (no request is sent)        --dry-run stress-test --count 30                a second
+  Do three servers start?                       stress-test --count 3                           a start
+  What if 30 people come within a minute?       stress-test --count 30 --rate 0.5               1 to 3 min
+  Can 300 people work, who come in 5 minutes?   stress-test --count 300 --within 5m --work      6 to 15 min
+  Does the proxy lose connections of tabs?      stress-test --count 3 --check-proxy             3 min
+  How many people a minute does it take?        stress-test --find-capacity --max-servers 200   10 to 20 min
+  Do 100 servers stay up for ten minutes?       stress-test --count 100 --hold 10m --visit      15 min
+  Can it take the reports of 3,000 servers?     activity-stress-test --rate 10 --duration 5m    5 min
+  How many reports per second does it sustain?  activity-stress-test --find-capacity            1 to 4 min
+  What did earlier runs leave?                  purge                                           seconds
+  What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it
-follows each person through the proxy to the results of their cells; with --own-servers it needs no admin rights, and
-starts named servers of whoever the token belongs to instead. activity-stress-test makes users alone, and sends
-the activity reports that running servers send; purge removes what earlier runs left behind.
+stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
+follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
+starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
+enough, Locust runs this same file: locust -f hub_stress_test.py.
 
-Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
+What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
+starts and stops their servers, and deletes them. It writes to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
+admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
+listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
+that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
+connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
+--own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
 
-What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
-stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
-earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
-is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4. What a hub keeps of users that it deletes (unix accounts, home directories, volumes) stays.
-With --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleanup can take back: that
-is reported, and fails the run. With --own-servers it makes no users, but named servers of the token's owner, of which
-all this is true; the owner's other servers are left alone.
+What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
+that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
+was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
+sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
+slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
+succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost, by
-the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready to the page. Every other latency
-runs from sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each ping was
-due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the moment
-they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
-metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
-within 1 %.
+Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
+the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
+143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
-could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
-4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and 143 interrupted by SIGINT
-and SIGTERM, cleaned up.
-
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a proxy, a
-page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
+proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
+names.
 """
 
 from __future__ import annotations
@@ -68,9 +67,7 @@ import difflib
 import enum
 import functools
 import gzip
-import heapq
 import html
-import http.client
 import importlib
 import importlib.util
 import io
@@ -82,7 +79,6 @@ import operator
 import os
 import random
 import re
-import selectors
 import signal
 import socket
 import ssl
@@ -93,22 +89,23 @@ import time
 import types
 import typing
 import urllib.parse
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 from urllib3.util.retry import Retry
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-# ==== Constants and exit codes =======================================================================================
+# ==== Constants and exit codes ==============================================================================
 
 __version__ = "0.1.0"
 
@@ -128,7 +125,6 @@ THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub name
 HEAD_START_S = 0.02  # of throttled starts before new ones
 FIRST_STARTS = 3  # at most so many fail before any server is ready: a hub may exit after five in a row
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
-OPEN_STARTS_MAX = 1000  # threads, and so servers that can be starting at one time in the open model
 LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
 OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
@@ -148,7 +144,6 @@ PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
-VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -166,7 +161,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Json = dict[str, Any]  # what was just read from JSON, or is about to be written
 T = TypeVar("T")
 R = TypeVar("R")
-Walk = Iterator[float]  # something that goes on by itself; it yields the moments at which to go on
 
 
 class ExitCode(enum.IntEnum):
@@ -179,7 +173,7 @@ class ExitCode(enum.IntEnum):
     SIGTERM = 143
 
 
-# ==== Errors, by what the user does next =============================================================================
+# ==== Errors, by what the user does next ====================================================================
 
 
 class HubStressError(Exception):
@@ -217,18 +211,18 @@ class Stopped(Exception):
     """The run was told to stop."""
 
 
-# ==== Pure rules: words and numbers ==================================================================================
+# ==== Pure rules: words and numbers =========================================================================
 
 
 class Secret(str):
-    """A string that shows itself to no repr, so that no traceback, debugger or log can print it by accident."""
+    """A string that no repr shows, so that no traceback, debugger or log can print it by accident."""
 
     def __repr__(self) -> str:
         return "'***'"
 
 
 def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; a dash for None."""
+    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; – for None."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -269,21 +263,22 @@ def without_credentials(url: str) -> str:
 
 def counted(number: float, noun: str, plural: str = "") -> str:
     """A number with its noun: 1 user, 3,000 users, 2 people, 1.5 people."""
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-    return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"
+    digits = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{digits} {noun if digits == '1' else plural or f'{noun}s'}"
 
 
 def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
     """Phase, done, failed, rate, and how long the rest takes at that rate."""
-    of, left = (f" of {total:,}", "") if total else ("", "")
+    of_total, rest = f" of {total:,}" if total else "", ""
     if total and 0 < done < total:
-        left_s = elapsed_s / done * (total - done)
-        left = f", about {f'{left_s:.0f} s' if left_s < 100 else duration_text(left_s)} left"
+        rest_s = elapsed_s / done * (total - done)
+        rest = f", about {f'{rest_s:.0f} s' if rest_s < 100 else duration_text(rest_s)} left"
     some_failed = f", {failed:,} failed" if failed else ""
-    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
+    rate = f"{done / elapsed_s:.1f} per second"
+    return f"{phase}: {done:,}{of_total} done{some_failed} after {elapsed_s:.0f} s, {rate}{rest}"
 
 
-# ==== Pure rules: names ==============================================================================================
+# ==== Pure rules: names =====================================================================================
 
 RUN_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _ANY_RUN = re.compile(rf"{USERNAME_PREFIX}-(?:{RUN_NAME.pattern}-)?(?:0|[1-9][0-9]*)")
@@ -295,12 +290,9 @@ def username(index: int, run: str = "") -> str:
 
 
 def index_of(name: str, run: str = "") -> int | None:
-    """The number in a name of this very run; None for any other name."""
-    prefix = username(0, run)[:-1]
-    digits = name.removeprefix(prefix)
-    if digits == name or not re.fullmatch("0|[1-9][0-9]*", digits):
-        return None
-    return int(digits)
+    """The index in one of this run's user names, else None."""
+    match = re.fullmatch(f"{re.escape(username(0, run)[:-1])}(0|[1-9][0-9]*)", name)
+    return int(match[1]) if match else None
 
 
 def is_test_user(name: str, run: str | None = None) -> bool:
@@ -309,8 +301,8 @@ def is_test_user(name: str, run: str | None = None) -> bool:
 
 
 def first_free_index(names: Iterable[str], run: str = "") -> int:
-    """One more than the highest index in use; gaps are not filled, since a gap may be in use a moment later."""
-    return 1 + max((index for name in names if (index := index_of(name, run)) is not None), default=0)
+    """One more than the highest index in use; gaps are not filled, since others may be about to use them."""
+    return 1 + max((index_of(name, run) or 0 for name in names), default=0)
 
 
 def natural(name: str) -> tuple[str, int]:
@@ -320,31 +312,31 @@ def natural(name: str) -> tuple[str, int]:
 
 
 def names_text(names: Iterable[str]) -> str:
-    """Names in natural order, three and more in a row as the first `to` the last: hub-stress-test-1 to -60."""
-    groups: list[list[str]] = []
+    """Names in natural order, three or more in a row as first `to` last: hub-stress-test-1 to -60."""
+    rows: list[list[str]] = []
     for name in sorted(names, key=natural):
         text, number = natural(name)
-        if groups and natural(groups[-1][-1]) == (text, number - 1):
-            groups[-1].append(name)
+        if rows and natural(rows[-1][-1]) == (text, number - 1):
+            rows[-1].append(name)
         else:
-            groups.append([name])
-    shown = ((f"{one[0]} to -{natural(one[-1])[1]}",) if len(one) > 2 else one for one in groups)
-    return " ".join(name for group in shown for name in group)
+            rows.append([name])
+    texts = (f"{row[0]} to -{natural(row[-1])[1]}" if len(row) > 2 else " ".join(row) for row in rows)
+    return " ".join(texts)
 
 
 def with_few_names(text: str) -> str:
-    """A text in which a list of our names, as a hub gives those that it refuses, is written as `names_text` does."""
+    """A hub's message whose lists of test users are shortened as by `names_text`."""
     name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
-    return re.sub(rf"{name}(?:, {name})+", lambda found: names_text(found[0].split(", ")), text)
+    return re.sub(rf"{name}(?:, {name})+", lambda match: names_text(match[0].split(", ")), text)
 
 
 def thing(own_servers: bool) -> str:
-    """What a run makes and removes, one of them."""
+    """What a run makes and removes."""
     return "server" if own_servers else "user"
 
 
 def things(own_servers: bool) -> str:
-    """What a run makes and removes."""
+    """The plural of `thing`."""
     return f"{thing(own_servers)}s"
 
 
@@ -354,24 +346,24 @@ def purge_command(run: str | None, own_servers: bool = False) -> str:
 
 
 def pods_command(run: str | None, own_servers: bool = False) -> str:
-    """The command that finds the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
+    """The command that lists the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
 
-    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for each hyphen.
+    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for -.
     """
     name = USERNAME_PREFIX if own_servers or not run else username(0, run)[:-2][:36]
     return f"kubectl get pods,pvc -n NAMESPACE | grep -E '{name.replace('-', '-(2d)?')}'"
 
 
 def still_starting(number: int) -> str:
-    """What may be left of so many servers that were stopped while they were starting."""
+    """What may remain of this many servers that were stopped while they were starting."""
     they, their = ("it was", "its") if number == 1 else ("they were", "their")
     return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} spawner may have "
-        "left jobs, pods or containers (squeue, kubectl, docker ps)"
+        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
+        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
     )
 
 
-# ==== Pure rules: conditions =========================================================================================
+# ==== Pure rules: conditions ================================================================================
 
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
@@ -379,12 +371,7 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": oper
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
 KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
-COUNTS = (
-    "errors",
-    "in_front",
-    "reasons",
-    "statuses",
-)  # mappings of the results in which an absent name counts 0
+COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings in results where an absent name counts 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,26 +395,23 @@ class Condition:
     limit: float  # seconds, a share, a number, or a multiple of the baseline's value
     unit: str  # as it was written; x for such a multiple
 
-    def judge(self, found: Json, baseline: Json | None) -> Judgement:
-        """Whether results meet the condition; where nothing was measured, they do."""
-        value, before = metric_value(found, self.metric), None
+    def judge(self, results: Json, baseline: Json | None) -> Judgement:
+        """Whether the condition is met. A metric without data meets every condition."""
+        value, before = metric_value(results, self.metric), None
         limit: float | None = self.limit
         if self.unit == "x":
             before = metric_value(baseline or {}, self.metric)
             limit = None if before is None else before * self.limit
-        held = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
-        return Judgement(self.text, value, held, limit, before)
+        met = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
+        return Judgement(self.text, value, met, limit, before)
 
 
-def metric_value(found: Json, metric: str) -> float | None:
-    """The value of a condition's metric in results, by its path or a short form; None when nothing was measured.
-
-    Where counts are kept by name, as in `http.statuses`, an absent name counts 0.
-    """
+def metric_value(results: Json, metric: str) -> float | None:
+    """The value of a condition's metric, by its path or a short form; None when nothing was measured."""
     name, _, statistic = metric.rpartition(".")
-    of_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
-    for path in (["http", metric] if metric == "throttled" else metric.split("."), of_operation):
-        value: Any = found
+    in_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
+    for path in (["http", metric] if metric == "throttled" else metric.split("."), in_operation):
+        value: Any = results
         for above, key in zip(("", *path), path):
             value = value.get(key, 0 if above in COUNTS else None) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
@@ -436,7 +420,7 @@ def metric_value(found: Json, metric: str) -> float | None:
 
 
 def unit_of(metric: str) -> str:
-    """What a metric's value is in, by its keys: seconds (s), bytes, a share of 1 (%), or nothing for a plain number."""
+    """The unit of a metric, by its keys: seconds (s), bytes, a share of 1 (%), or "" for a plain number."""
     *_, above, key = ("", *metric.split("."))
     if key in STATISTICS:
         return "s" if key in LATENCY_STATISTICS else ""
@@ -450,46 +434,55 @@ def value_text(value: float, metric: str) -> str:
     return texts.get(unit_of(metric), "{:g}".format)(value).replace("%", " %")
 
 
-# ==== The plan, made from one table of options =======================================================================
+# ==== The plan, made from one table of options ==============================================================
 #
-# The fields of Plan are the table: each says how it is written on the command line, for which commands, and under
-# Locust. Parser, help, the results' `options` and Locust's options are made from it. First, what a value may be.
+# A field of Plan is a row of the table: how its option is written, where it can stand, and the rules that it
+# brings with it. The command line, an event's file, the results' `options` and Locust's options are made from
+# these rows. First, what a value may be.
 
 
-def whole_number(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
+def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
+    """What to raise for a text that is not what was expected."""
+    return argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return float(text)
+def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+    """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
+
+    def parse(text: str) -> T:
+        """The value of a text; raises `argparse.ArgumentTypeError`."""
+        if not re.fullmatch(pattern, text) or not (value := value_of(text)):
+            raise bad_value(expected, text)
+        return value
+
+    return parse
 
 
-def duration(text: str) -> float:
-    """Seconds in a duration like 90, 90s, 5m or 1h."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
-    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
-        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
-    return seconds
+whole_number = matching("[0-9]+", "a whole number of at least 1", int)
+positive_number = matching(r"[0-9]*\.?[0-9]+", "a number above 0", float)
+duration = matching(
+    r"[0-9]+(\.[0-9]+)?[smh]?",
+    "a duration like 90, 90s, 5m or 1h",
+    lambda text: float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1], 1),
+)
+run_name = matching(  # hubs lower-case user names
+    f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
+)
+group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """When the n-th (from 0) of many is due, in seconds since the first one, however slowly the hub answers.
 
-    Its stages follow each other: so many per second, for so many seconds. A fixed rate is a stage that need not end.
+    Each stage is a rate per second and its duration in seconds. A fixed rate is a stage that need not end.
     """
 
     stages: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, rate: float | Schedule | None, for_s: float = math.inf) -> Schedule | None:
-        """So many per second, for so long; stages as they are; None without a rate."""
+        """A rate as a schedule; stages as they are; None without a rate."""
         return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
 
     def __str__(self) -> str:
@@ -518,11 +511,11 @@ def _due_within(rate_per_s: float, for_s: float) -> int:
 
 
 def rate_of(text: str) -> float | Schedule:
-    """So many per second, or stages of that, from R:DURATION,…"""
+    """A rate per second, or stages from R:DURATION,…"""
     if ":" not in text:
         return positive_number(text)
     stages = [part.strip().partition(":") for part in text.split(",")]
-    return Schedule(tuple((positive_number(rate), duration(lasts)) for rate, _, lasts in stages))
+    return Schedule(tuple((positive_number(rate), duration(for_s)) for rate, _, for_s in stages))
 
 
 def fastest(rate: float | Schedule | None) -> float:
@@ -532,36 +525,38 @@ def fastest(rate: float | Schedule | None) -> float:
 
 def rate_text(rate: float | Schedule) -> str:
     """2.5 per second; stages follow each other: 1 per second for 60.0 s, then 5 per second for 30.0 s."""
-    stages = rate.stages if isinstance(rate, Schedule) else ((rate, 0.0),)
-    return ", then ".join(
-        f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages
-    )
-
-
-def run_name(text: str) -> str:
-    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
-    if not RUN_NAME.fullmatch(text) or len(text) > 40:
-        raise argparse.ArgumentTypeError(
-            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
-        )
-    return text
+    if not isinstance(rate, Schedule):
+        return f"{rate:.4g} per second"
+    return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise argparse.ArgumentTypeError(
-            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
-        )
+        raise bad_value("a URL like https://hub.example.org/hub/api", without_credentials(text))
     return without_credentials(text).rstrip("/")
 
 
 def token_text(text: str) -> Secret:
-    """A token, wrapped so that it cannot be printed by accident."""
+    """A token. A text that is refused may be a secret too, and is not shown."""
     if not re.fullmatch(r"[!-~]+", text):
         raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
     return Secret(text)
+
+
+def header(text: str) -> tuple[str, Secret]:
+    """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
+    match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
+    name, value = match.groups()
+    if name.lower() in ("authorization", "content-length", "host"):
+        why_not = (
+            "the hub's token is sent in it" if name.lower() == "authorization" else "each request has its own"
+        )
+        raise argparse.ArgumentTypeError(f"the header {name} cannot be set: {why_not}")
+    return name, Secret(value)
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -569,7 +564,7 @@ def mix_of(text: str) -> dict[str, float]:
     parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
     mix = {part[1]: float(part[2]) for part in parts if part}
     if len(mix) != len(parts) or not all(mix.values()):
-        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
+        raise bad_value("NAME=WEIGHT,… like activity=8,read=2", text)
     return mix
 
 
@@ -588,7 +583,7 @@ def profile_value(text: str) -> str | Json:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """Another process of the deployment, and where it shows its figures."""
+    """Another process of the deployment, and the URL of its figures."""
 
     name: str
     url: str
@@ -601,22 +596,21 @@ def watched(text: str) -> Watched:
     """A process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…), not {without_credentials(text)!r}"
-        )
+        raise bad_value("NAME=URL, like proxy=http://proxy:8002/metrics (not hub)", without_credentials(text))
     return Watched(name, url)
 
 
-def results_file(text: str) -> Json:
-    """The results that an earlier run wrote."""
-    try:
-        with open(text, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
-    if not isinstance(found, dict) or found.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
-    return found
+def condition(text: str) -> Condition:
+    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
+    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
+    if not match:
+        raise bad_value("METRIC OP VALUE, like 'server_ready.p95 > 30s'", text)
+    metric, comparison, limit, unit = match.groups()
+    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def writable_file(text: str) -> str:
@@ -634,61 +628,64 @@ def samples_file(text: str) -> str:
     return writable_file(text)
 
 
+@contextlib.contextmanager
+def reading(path: str, kind: str) -> Iterator[str]:
+    """The text of a file, for a `with` block that reads it, whose errors refuse the file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield file.read()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as {kind} ({_in_words(error)})") from None
+
+
+def _in_words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)  # without the file's name
+
+
+def results_file(text: str) -> Json:
+    """The results that an earlier run wrote."""
+    with reading(text, "results") as content:
+        results = json.loads(content)
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+    return results
+
+
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a browser fetched when it opened a page: paths below the server's own, and the statuses that it got."""
+    """What a browser fetched when it opened a page: paths below the server's own, and the statuses it got."""
 
     file: str
     requests: tuple[tuple[str, int], ...]
 
 
-SECRET = re.compile(
-    "token|code|state|auth|key|xsrf|secret", re.IGNORECASE
-)  # parameters that stay in the recording
+SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
 def recording(text: str) -> Recording:
-    """The GETs below one person's server in a HAR file, in order; cookies, tokens and bodies are not taken over."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            entries = [
-                (one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]
-            ]
-        urls = [
-            (urllib.parse.urlsplit(asked["url"]), status)
-            for asked, status in entries
-            if asked["method"] == "GET"
-        ]
-        below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a HAR file ({_in_words(error)})"
-        ) from None
-    owners = collections.Counter(
-        (url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme
-    )
-    rows = [
-        (match[2] + _without_secrets(url.query), status)
-        for match, url, status in below
-        if match and "http" in url.scheme and (url.netloc, match[1]) in dict(owners.most_common(1))
-        if not {"..", "oauth_callback", "logout"} & set(match[2].split("/"))
-    ]
-    if not rows:
-        raise argparse.ArgumentTypeError(
-            f"{text} holds no GET below /user/NAME/: record the page of a person's server"
-        )
-    return Recording(text, tuple(rows))
-
-
-def _in_words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)  # which does not name the file once more
+    """The GETs below one person's server in a HAR file, in order, without cookies, tokens and bodies."""
+    requests_below: dict[tuple[str, str], list[tuple[str, int]]] = collections.defaultdict(list)
+    with reading(text, "a HAR file") as content:
+        for entry in json.loads(content)["log"]["entries"]:
+            method, url = entry["request"]["method"], urllib.parse.urlsplit(entry["request"]["url"])
+            status, below = entry["response"]["status"], BELOW_A_SERVER.search(url.path)
+            if method == "GET" and status >= 200 and below and url.scheme in ("http", "https"):
+                path = below[2] + _without_secrets(url.query)
+                requests_below[url.netloc, below[1]].append((path, status))
+    most = max(requests_below.values(), key=len, default=[])
+    ends = {"..", "oauth_callback", "logout"}
+    requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
+    if not requests:
+        sentence = f"{text} holds no GET below /user/NAME/: record the page of a person's server"
+        raise argparse.ArgumentTypeError(sentence)
+    return Recording(text, tuple(requests))
 
 
 def _without_secrets(query: str) -> str:
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
-    return f"?{kept}" if kept else ""
+    rest = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
+    return f"?{rest}" if rest else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -711,29 +708,20 @@ SIX_TIMES_SEVEN = Code("6*7")
 
 
 def notebook(text: str) -> Notebook:
-    """The code cells of a notebook, or of a Python file in percent format; one tagged raises-exception may raise."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            content = file.read()
-        cells = list(
-            _cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content)
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a notebook ({_in_words(error)})"
-        ) from None
+    """The code cells of an .ipynb or a # %% file in order; those tagged raises-exception may raise."""
+    with reading(text, "a notebook") as content:
+        if text.endswith(".ipynb"):
+            code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
+            tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
+            cells = [
+                Code("".join(cell["source"]), "raises-exception" in tag) for cell, tag in zip(code, tags)
+            ]
+        else:
+            cells = list(_cells_of_script(content))
     cells = [cell for cell in cells if cell.source.strip()]
     if not cells:
         raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
     return Notebook(text, tuple(cells))
-
-
-def _cells_of_notebook(content: Json) -> Iterator[Code]:
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            yield Code(
-                "".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", [])
-            )
 
 
 def _cells_of_script(content: str) -> Iterator[Code]:
@@ -748,12 +736,21 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """Who comes to an event, when, and what they do: a file's text, and what it says as TOML."""
+    """An event's file: its text, and its tables as TOML has them: what stands above the groups, then each."""
 
     path: str
     text: str
-    above: Json
-    people: list[Json]
+    tables: list[Json]
+
+    def error(self, n: int, key: str, sentence: str) -> UsageError:
+        """What is wrong with a key of the n-th table, or with the whole table, with its line."""
+        table = 0
+        for number, line in enumerate(self.text.splitlines(), 1):
+            begins = re.match(r"\s*\[\[\s*people\s*\]\]", line)
+            table += bool(begins)
+            if table == n and (re.match(rf"[\s\[]*[\"']?{key}[\"']?\s*[\]=.]", line) if key else begins):
+                return UsageError(f"--event {self.path}, line {number}: {sentence}")
+        return UsageError(f"--event {self.path}: {sentence}")
 
 
 def event_file(text: str) -> EventFile:
@@ -761,101 +758,63 @@ def event_file(text: str) -> EventFile:
     toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
     if not toml:
         raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
-    try:
-        with open(text, encoding="utf-8") as file:
-            content = file.read()
+    with reading(text, "TOML") as content:
         above = toml.loads(content)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as TOML ({_in_words(error)})") from None
-    people = above.pop("people", None)
+        people = above.pop("people", None)
     if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
         raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
-    return EventFile(text, content, above, people)
+    return EventFile(text, content, [above, *people])
 
 
-def group_name(text: str) -> str:
-    """What a group is called, as in server_ready[students]."""
-    if not re.fullmatch(r"[\w-]+", text):
-        raise argparse.ArgumentTypeError(f"expected letters, digits and hyphens, not {text!r}")
-    return text
-
-
-def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
-    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
-    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}"
-        )
-    metric, comparison, limit, unit = match.groups()
-    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
-
+# ---- Options -------------------------------------------------------------------------------------
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
-STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
-LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
-DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
-Parse = Callable[[str], Any]
-METAVARS: dict[Parse, str] = {
-    whole_number: "N",
-    positive_number: "R",
-    rate_of: "R",
-    duration: "DURATION",
-    run_name: "NAME",
-    endpoint_url: "URL",
-    token_text: "TOKEN",
-    mix_of: "NAME=WEIGHT,…",
-    profile_value: "P",
-    condition: "CONDITION",
-    results_file: "FILE",
-    writable_file: "FILE",
-    samples_file: "FILE",
-    watched: "NAME=URL",
-    recording: "FILE.har",
-    notebook: "FILE",
-    event_file: "FILE.toml",
-    group_name: "NAME",
-    str: "FILE",
+COMMANDS = {
+    "stress-test": "make users, start their servers, measure, remove them",
+    "activity-stress-test": "send the activity reports of running servers, measure",
+    "purge": "remove the users that earlier runs left behind",
 }
+STRESS, ACTIVITY, PURGE = COMMANDS
+LOADS = (STRESS, ACTIVITY)
+EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
+DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a field of the plan is written: on the command line, and as --hub-… under Locust."""
+    """How a field of the plan is written, and the rules that it brings with it."""
 
-    flags: str
+    flags: tuple[str, ...]
+    flag: str  # the long one
+    name: str  # in an event's file
+    key: str  # in the results' `options`
+    metavar: str
     help: str
-    kind: Parse | None  # None: a switch
-    on: Collection[str]  # the commands that have it
-    locust: str | None = None  # the default under Locust, as text; None: not an option there
+    kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
+    default: str  # as text; "" where there is none, or where it needs no help
+    on: Collection[str]  # where it can stand: commands, and the tables of an event's file
+    needs: str = ""  # fields: without any of them it has no meaning
+    excludes: str = ""  # fields that cannot be given beside it,
+    because: str = ""  # and the sentence that says why not, with {} for their flag
+    rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
+    package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
-    locust_name: str = ""  # where it is called otherwise there
+    compared: bool = False  # a baseline with another value is no fair comparison
+    reported: bool = True  # in results and log
+    locust: bool | str = False  # whether Locust has it; text: with another default
+    locust_flag: str = ""
 
-    @property
-    def flag(self) -> str:
-        return self.flags.split()[-1]
-
-    @property
-    def key(self) -> str:
-        """The name in the results' `options`."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def locust_flag(self) -> str:
-        return f"--hub-{self.locust_name or self.flag[2:]}"
-
-    def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
-        settings |= (
-            {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
-        )
-        settings |= {"nargs": "?", "const": self.const} if self.const else {}
-        settings |= {"action": "append"} if self.repeatable else {}
-        parser.add_argument(*self.flags.split(), help=self.help, **settings)
+    def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
+        settings: Json = {"help": self.help, "dest": dest}
+        if self.kind:
+            settings |= {"type": self.kind, "metavar": self.metavar}
+            settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        action = "append" if self.repeatable else "store" if self.kind else "store_true"
+        parser.add_argument(*self.flags, action=action, **settings)
 
     def add_to_locust(self, parser: Any) -> None:
-        """As --hub-…, whose values stay text: that is what a web form holds and what Locust sends to workers."""
+        """As --hub-…, whose values stay text, which a web form holds and Locust sends to workers."""
 
         def check(text: str) -> str:
             if text and self.kind:
@@ -865,31 +824,37 @@ class Option:
         if not self.kind:
             parser.add_argument(self.locust_flag, help=self.help, action="store_true")
             return
-        settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
-        secret = self.flag in ("--endpoint", "--token")  # which a page is not to change
-        settings |= {"include_in_web_ui": False} if self.repeatable or secret else {}
-        parser.add_argument(
-            self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings
-        )
+        default = self.locust if isinstance(self.locust, str) else self.default
+        settings: Json = {"action": "append"} if self.repeatable else {"default": default}
+        if self.repeatable or self.flag in ("--endpoint", "--token"):  # which a page is not to change
+            settings["include_in_web_ui"] = False
+        parser.add_argument(self.locust_flag, help=self.help, metavar=self.metavar, type=check, **settings)
 
 
 def option(
-    flags: str,
+    usage: str,
     help: str,
-    kind: Parse | None = None,
+    kind: Callable[[str], Any] | None = None,
     default: Any = None,
-    on: Collection[str] = COMMANDS,
-    **more: Any,
+    on: Collection[str] = (*COMMANDS, EVENT),
+    **rules: Any,
 ) -> Any:
-    """A field of the plan with its option; without `kind` a switch, whose default is False."""
-    row = Option(flags, help, kind, on, **more)
-    return dataclasses.field(default=default if kind else False, metadata={"option": row})
+    """A field of the plan with its option. A default that is text is shown, and read like a value."""
+    flags = tuple(word for word in usage.split() if word.startswith("-"))
+    flag, text = flags[-1], default if isinstance(default, str) else ""
+    name, metavar = flag[2:], usage.partition(f"{flag} ")[2]
+    package, _ = rules.get("package", ("", ""))
+    help += f" ({text})" * bool(text) + f" (needs {package})" * bool(package)
+    rules = {"locust_flag": f"--hub-{name}"} | rules
+    row = Option(flags, flag, name, name.replace("-", "_"), metavar, help, kind, text, on, **rules)
+    value = kind(text) if kind and text else default if kind else False
+    return dataclasses.field(default=value, metadata={"option": row})
 
 
-for_people = functools.partial(option, on=(STRESS,))
+for_loads = functools.partial(option, on=(*LOADS, EVENT))
 for_requests = functools.partial(option, on=(ACTIVITY,))
-for_loads = functools.partial(option, on=LOADS)
-for_locust = for_groups = functools.partial(option, on=NO_COMMAND)
+for_people = functools.partial(option, on=(STRESS, EVENT))
+for_groups = functools.partial(option, on=(STRESS, EVENT, GROUP), compared=True, locust=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -897,167 +862,122 @@ class Plan:
     """What was asked for: whom, how many, how they arrive, what is sent, when the run has failed."""
 
     command: str = STRESS
-    endpoint: str | None = option(
-        "-e --endpoint",
-        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
-        endpoint_url,
-        locust="",
-    )
-    token: Secret | None = option(
-        "-t --token",
-        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
-        token_text,
-        locust="",
-    )
-    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs")
-    log_to_file: bool | str = option(
-        "--log-to-file", "log to FILE, or to a new file in the temporary directory", str, const=True
-    )
+    # A row for each option: how it is written, what it does, its value and default, its rules.
+    # fmt: off
+    endpoint: str | None = option("-e --endpoint URL",
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True)
+    token: Secret | None = option("-t --token TOKEN",
+        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, on=COMMANDS,
+        reported=False, locust=True)
+    headers: tuple[tuple[str, Secret], ...] = option("--header 'Name: value'",
+        "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
+        repeatable=True, reported=False, locust=True)
+    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
+        excludes="results report samples metrics_port",
+        because="--dry-run measures nothing that {} could show: give one of them")
+    log_to_file: bool | str = option("--log-to-file FILE",
+        "log to FILE, or to a new file in the temporary directory", str, const=True)
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
-    run: str | None = option(
-        "--run",
-        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
-        run_name,
-        locust="locust",
-    )
-    results: str | None = option("--results", "write the results as JSON", writable_file)
-    report: str | None = option("--report", "write a report as one HTML page (needs plotly)", writable_file)
-    fail_if: tuple[Condition, ...] = option(
-        "--fail-if",
-        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces the default, failed > 0",
-        condition,
-        (),
-        locust="",
-        repeatable=True,
-    )
-    baseline: Json | None = option(
-        "--baseline", "results of an earlier run: print old, new and ratio", results_file
-    )
-    count: int = for_loads("-c --count", "users, in stress-test each with a server (100)", whole_number, 100)
-    batch_size: int = option(
-        "-b --batch-size",
-        "servers starting, users made or removed at the same time (10)",
-        whole_number,
-        10,
-        on=(STRESS, PURGE),
-    )
-    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub")
-    profile: str | Json | None = for_people(
-        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, locust=""
-    )
-    own_servers: bool = option(
-        "--own-servers",
+    run: str | None = option("--run NAME",
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
+    results: str | None = option("--results FILE", "write the results as JSON", writable_file)
+    report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
+        package=("plotly", "plotly"))
+    fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
+        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
+        (), repeatable=True, locust=True)
+    baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
+        results_file, reported=False)
+    count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
+        on=(*LOADS, GROUP), compared=True)
+    batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
+    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
+        excludes="stay_s check_proxy",
+        because="{} ends servers, and --keep leaves them running: give one of them")
+    profile: str | Json | None = for_groups("-p --profile P",
+        "a profile's slug, or a JSON object of user options", profile_value)
+    own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE),
-        locust="",
-    )
-    server_timeout_s: float = for_people(
-        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
-    )
-    fail_fast: int = for_people(
-        "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
-    )
-    rate_per_s: float | Schedule | None = for_loads(
-        "--rate",
-        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
-        rate_of,
-    )
-    hold_s: float = for_people(
-        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
-    )
-    within_s: float | None = for_people(
-        "--within", "people come at random moments within this time, however slow the hub", duration
-    )
-    event: tuple[Plan, ...] = for_people(
-        "--event", "who comes, when, and what they do, in groups: see README", event_file, ()
-    )
-    group: str = for_groups("--name", "of a group", group_name, "")
-    after_s: float = for_groups("--after", "a group begins to come so long after the run", duration, 0.0)
-    seed: int | None = for_people("--seed", "draw the moments of --within as this seed did", whole_number)
-    visit: bool = for_people(
-        "--visit", "each person opens the start page of their server", locust="", locust_name="open"
-    )
-    visit_timeout_s: float = for_people(
-        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, locust="30s"
-    )
-    page: Recording | None = for_people(
-        "--page", "each person fetches what a browser did that this HAR file recorded", recording, locust=""
-    )
-    work: bool = for_people(
-        "--work", "each person starts a kernel and runs cells (needs websocket-client)", locust=""
-    )
-    notebook: Notebook | None = for_people(
-        "--notebook",
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True)
+    server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
+        duration, "60s")
+    fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
+        whole_number, 0, const=1)
+    rate_per_s: float | Schedule | None = option("--rate R",
+        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
+        on=(*LOADS, GROUP), compared=True)
+    hold_s: float = for_people("--hold DURATION",
+        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them")
+    within_s: float | None = option("--within DURATION",
+        "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
+        compared=True, excludes="rate_per_s",
+        because="--within and {} both say when people come: give one of them")
+    event: tuple[Plan, ...] = option("--event FILE.toml",
+        "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
+        compared=True, excludes="count within_s rate_per_s",
+        because="the groups of --event say who comes and when: leave out {}")
+    group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
+    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+        on=(GROUP,))
+    seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
+        needs="within_s")
+    visit: bool = for_groups("--visit", "each person opens the start page of their server",
+        locust_flag="--hub-open")
+    visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
+        duration, "30s", needs="visit page work check_proxy", locust=True)
+    page: Recording | None = for_groups("--page FILE.har",
+        "each person fetches what a browser did that this HAR file recorded", recording)
+    work: bool = for_groups("--work", "each person starts a kernel and runs cells",
+        package=("websocket-client", "websocket"))
+    notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook,
-        locust="",
-    )
-    think_s: float = for_people(
-        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, locust="10s"
-    )
-    cell_timeout_s: float = for_people(
-        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, locust="60s"
-    )
-    stay_s: float | None = for_people(
-        "--stay",
+        notebook, needs="work")
+    think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
+        duration, "10s", needs="work")
+    cell_timeout_s: float = for_people("--cell-timeout DURATION",
+        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True)
+    stay_s: float | None = for_groups("--stay DURATION",
         "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration,
-        locust="60s",
-    )
-    check_proxy: bool = for_people(
-        "--check-proxy",
-        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
-    )
-    public_url: str | None = for_people(
-        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
-    )
-    workers: int = for_requests(
-        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
-    )
-    duration_s: float | None = for_loads(
-        "--duration",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)",
-        duration,
-    )
-    processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
-    mix: Mapping[str, float] | None = for_requests(
-        "--mix", "operations by weight (activity=1); read and list are there too", mix_of, locust="activity=1"
-    )
-    operations: str | None = for_requests(
-        "--operations", "a file that registers operations of your own", str, locust=""
-    )
-    find_capacity: bool = for_loads(
-        "--find-capacity",
+        duration, locust="60s")
+    check_proxy: bool = for_people("--check-proxy",
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes")
+    public_url: str | None = for_people("--public-url URL",
+        "where people reach the hub, if not at the endpoint", endpoint_url,
+        needs="visit page work check_proxy", locust=True)
+    workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
+        whole_number, "100")
+    duration_s: float | None = option("--duration DURATION",
+        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+    processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
+    mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
+        "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
+        locust="activity=1")
+    operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
+        str, locust=True)
+    find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-    )
-    max_servers: int | None = for_people(
-        "--max-servers", "with --find-capacity: no more than N servers at one time", whole_number
-    )
-    cleanup_timeout_s: float = option(
-        "--cleanup-timeout",
-        "cleanup gives up after so long without progress (5m)",
-        duration,
-        CLEANUP_TIMEOUT_S,
-    )
-    watch: Sequence[Watched] = for_loads(
-        "--watch",
-        "read this Prometheus page of another process too, without the token; repeatable",
-        watched,
-        (),
-        repeatable=True,
-    )
-    samples: str | None = for_loads(
-        "--samples", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file
-    )
-    metrics_port: int | None = for_loads(
-        "--metrics-port",
-        "while it lasts, serve the run to Prometheus on this port, to other machines too (needs prometheus-client)",
-        whole_number,
-    )
-    scale: float = for_locust(
-        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
-    )
-    visits: int = for_locust("--visits", "how many times a Person comes", whole_number, 1, locust="1")
+        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
+        because="--find-capacity says who comes, and when they leave: leave out {}")
+    max_servers: int | None = option("--max-servers N",
+        "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
+        needs="find_capacity")
+    cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
+        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S)
+    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "read this Prometheus page of another process too, without the token; repeatable", watched, (),
+        repeatable=True)
+    samples: str | None = for_loads("--samples FILE",
+        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
+    metrics_port: int | None = for_loads("--metrics-port N",
+        "serve the run to Prometheus on this port of all interfaces", whole_number,
+        package=("prometheus-client", "prometheus_client"))
+    scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
+        positive_number, "1", on=(), locust=True)
+    visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
+    # fmt: on
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
     @property
@@ -1068,7 +988,7 @@ class Plan:
     @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return any(one.visit or one.page or one.work or one.check_proxy for one in self.groups)
+        return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
 
     @property
     def works(self) -> bool:
@@ -1082,7 +1002,7 @@ class Plan:
 
     @property
     def rehearses(self) -> bool:
-        """Whether people are followed until they can work; those of an event always, if only to a ready server."""
+        """Whether people are followed until they can work, those of an event if only to a ready server."""
         return self.opens or bool(self.event or self.group)
 
     @property
@@ -1096,61 +1016,39 @@ class Plan:
 
         A search for capacity also minds how long requests take.
         """
-        limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
-        limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
-        slow = [condition(limit) for limit in limits] if self.find_capacity else []
+        slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
+        limit = "30s" if self.command == STRESS else "500ms"
+        limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
         leaks = [PROXY_LEAKING] if self.check_proxy else []
-        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *slow)), *leaks)))
+        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
     def options(self) -> Json:
-        """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
-        of_command = [name for name, row in OPTIONS.items() if self.command in row.on]
-        names = [*GROUP_OPTIONS.values()] if self.group else of_command
-        return {
-            OPTIONS[name].key: told(getattr(self, name))
-            for name in names
-            if name not in ("token", "baseline")
-        }
+        """The options of the command, or of a group, with their values, for results and log."""
+        place = GROUP if self.group else self.command
+        rows = {name: row for name, row in OPTIONS.items() if place in row.on and row.reported}
+        return {row.key: _reported(getattr(self, name)) for name, row in rows.items()}
 
 
-def told(value: Any) -> Any:
-    """The value of an option as the results have it."""
+def _reported(value: Any) -> Any:
+    """An option's value as JSON has it: a file by its name, a group by its options."""
+    if isinstance(value, tuple):
+        return [_reported(each) for each in value]
+    if isinstance(value, Plan):
+        return value.options()
     if isinstance(value, (Recording, Notebook)):
         return value.file
-    if isinstance(value, (Watched, Schedule)):
-        return str(value)
     if isinstance(value, Condition):
         return value.text
-    if isinstance(value, Plan):  # of a group
-        return value.options()
-    return [told(one) for one in value] if isinstance(value, tuple) else value
+    return str(value) if isinstance(value, (Schedule, Watched)) else value
 
 
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
 }
-GROUP_KEYS = (
-    *(
-        "name",
-        "count",
-        "within",
-        "rate",
-        "after",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-        "think",
-        "stay",
-    ),
-    "server-timeout",
-)
-GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
-LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
+LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust}
 
 
-# ==== Events, and the recorder that folds them =======================================================================
+# ==== Events, and the recorder that folds them ==============================================================
 
 
 class Kind(enum.Enum):
@@ -1178,26 +1076,27 @@ class Reason:
 
     kind: Kind
     text: str
-    open_s: float | None = dataclasses.field(default=None, compare=False)  # of a websocket: until it broke
+    open_s: float | None = dataclasses.field(default=None, compare=False)  # how long a websocket was open
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One step for one person, and what came of it. Moments are seconds of a monotonic clock."""
+    """One step for one person, and its outcome. Moments are seconds of a monotonic clock."""
 
     step: str
     user: str
     due_s: float
     sent_s: float
     ended_s: float
-    reason: Reason | None = None  # why it failed; None when it succeeded
+    reason: Reason | None = None  # None when it succeeded
     tries: int = 1
     backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
     throttled: int = 0  # how often the hub answered 429
     throttled_s: float | None = None  # the first 429
     asked_s: float | None = None  # when the last try was sent
     message: str = ""  # what the hub said for longest meanwhile; of a failure, what it said last
-    group: str = ""  # of people to which the person belongs
+    group: str = ""  # the person's group of an event
+    phases: Phases | None = None  # of a start, by the events of Kubernetes
 
     @property
     def outcome(self) -> str:
@@ -1214,7 +1113,7 @@ class Event:
         return max(0.0, self.sent_s - self.due_s)
 
 
-ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples, below which a percentile is but the maximum
+People = Mapping[str, Mapping[str, Event]]  # by name, and by step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1229,35 +1128,22 @@ class Statistics:
     p99: float | None = None
     max: float | None = None
 
-    def enough(self, name: str, samples: int) -> float | None:
-        """A statistic, but None for a percentile of so few samples that it is but the maximum."""
-        value: float | None = getattr(self, name)
-        return value if samples >= ENOUGH.get(name, 1) else None
-
 
 class Distribution:
-    """A latency histogram with buckets 1 % wide, so that an hour costs no more memory than a minute.
-
-    Count, mean, minimum and maximum are exact; a percentile (nearest rank) is within 0.5 %. What failed is counted
-    beside it.
-    """
+    """Durations in buckets 1 % wide: memory does not grow with time, and percentiles are within 0.5 %."""
 
     GROWTH = math.log(1.01)
-    SMALLEST_S = 1e-6
 
     def __init__(self) -> None:
-        self.count = self.failed = 0
-        self.total_s = 0.0
-        self.min_s = math.inf
-        self.max_s = -math.inf
-        self.buckets: collections.Counter[int] = collections.Counter()
+        self.count, self.total_s, self.min_s, self.max_s = 0, 0.0, math.inf, -math.inf
+        self.buckets = collections.Counter[int]()
+        self.failed = 0  # events that have no latency, since they failed
 
     def add(self, seconds: float) -> None:
         self.count += 1
         self.total_s += seconds
-        self.min_s = min(self.min_s, seconds)
-        self.max_s = max(self.max_s, seconds)
-        self.buckets[math.floor(math.log(max(seconds, self.SMALLEST_S)) / self.GROWTH)] += 1
+        self.min_s, self.max_s = min(self.min_s, seconds), max(self.max_s, seconds)
+        self.buckets[math.floor(math.log(max(seconds, 1e-6)) / self.GROWTH)] += 1
 
     def merge(self, other: Distribution) -> None:
         self.count += other.count
@@ -1266,39 +1152,41 @@ class Distribution:
         self.min_s, self.max_s = min(self.min_s, other.min_s), max(self.max_s, other.max_s)
         self.buckets.update(other.buckets)
 
-    def percentile(self, percent: float) -> float | None:
-        """The smallest duration that `percent` of all do not exceed; None when there are none."""
-        rank = math.ceil(percent / 100 * self.count)
-        seen = 0
-        for bucket in sorted(self.buckets):
-            seen += self.buckets[bucket]
-            if seen >= rank:
-                return min(max(math.exp((bucket + 0.5) * self.GROWTH), self.min_s), self.max_s)
-        return None
-
     def summary(self) -> Statistics:
+        """Percentiles are nearest ranks; the other statistics are exact."""
         if not self.count:
             return Statistics()
-        percentiles = {f"p{percent}": self.percentile(percent) for percent in (50, 90, 95, 99)}
-        return Statistics(min=self.min_s, mean=self.total_s / self.count, max=self.max_s, **percentiles)
+        buckets = sorted(self.buckets)
+        up_to = list(itertools.accumulate(self.buckets[bucket] for bucket in buckets))
+
+        def percentile(percent: int) -> float:
+            bucket = buckets[bisect.bisect_left(up_to, math.ceil(percent / 100 * self.count))]
+            return min(max(math.exp((bucket + 0.5) * self.GROWTH), self.min_s), self.max_s)
+
+        p50, p90, p95, p99 = map(percentile, (50, 90, 95, 99))
+        return Statistics(self.min_s, self.total_s / self.count, p50, p90, p95, p99, self.max_s)
+
+
+ENOUGH = {"p90": 10, "p95": 20, "p99": 100}  # samples; of fewer, a percentile is but the maximum
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What is known of one operation, in the results."""
+    """One operation in the results."""
 
     count: int
     failed: int
     rate_per_s: float | None
-    latency_s: Statistics
+    latency_s: Statistics  # of those that succeeded
     lateness_s: Statistics
     backoff_s: float
     errors: dict[str, int]
-    skipped: int = 0  # were due, and not sent since too many before them were under way
+    skipped: int  # were due, and not sent since too many before them were under way
 
     def enough(self, statistic: str) -> float | None:
-        """A statistic of what succeeded, if there were enough of them."""
-        return self.latency_s.enough(statistic, self.count - self.failed)
+        """A statistic of the latency; None for a percentile of too few samples."""
+        value: float | None = getattr(self.latency_s, statistic)
+        return value if self.count - self.failed >= ENOUGH.get(statistic, 1) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1315,94 +1203,88 @@ class OperationTimeline:
 
 
 class Fold:
-    """The events of one operation, folded: all together, and in spans of time by when they were due.
+    """The events of one operation, by spans of time in which they were due.
 
-    There are never more than `SPANS`: two neighbours become one then, so that an hour costs no more memory than a few
-    minutes.
+    Beyond `SPANS`, two neighbours become one, so that an hour takes no more memory than minutes.
     """
 
     SPANS = 200
 
     def __init__(self) -> None:
-        self.latency, self.lateness = Distribution(), Distribution()
-        self.span_s = 1.0
-        self.spans: collections.defaultdict[int, Distribution] = collections.defaultdict(Distribution)
-        self.count = self.late = self.skipped = 0
-        self.backoff_s = 0.0
-        self.reasons: collections.Counter[Reason] = collections.Counter()
+        self.span_s, self.spans = 1.0, collections.defaultdict[int, Distribution](Distribution)
+        self.count = self.failed = self.late = self.skipped = 0
+        self.lateness, self.backoff_s = Distribution(), 0.0
+        self.errors, self.kinds = collections.Counter[str](), set[Kind]()
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
     def add(self, event: Event) -> None:
-        self.count += 1
-        self.late += event.lateness_s > LATE_SEND_S
-        self.backoff_s += event.backoff_s
-        self.first_due_s = min(self.first_due_s, event.due_s)
-        self.last_ended_s = max(self.last_ended_s, event.ended_s)
-        self.lateness.add(event.lateness_s)
         span = self.spans[int(event.due_s // self.span_s)]
+        self.count += 1
         if event.reason is None:
-            self.latency.add(event.latency_s)
             span.add(event.latency_s)
         else:
             span.failed += 1
-            self.reasons[event.reason] += 1
+            self.failed += 1
+            self.errors[event.reason.text] += 1
+            self.kinds.add(event.reason.kind)
+        self.late += event.lateness_s > LATE_SEND_S
+        self.lateness.add(event.lateness_s)
+        self.backoff_s += event.backoff_s
+        self.first_due_s = min(self.first_due_s, event.due_s)
+        self.last_ended_s = max(self.last_ended_s, event.ended_s)
         if len(self.spans) > self.SPANS:
-            self._widen()
-
-    def _widen(self) -> None:
-        spans, self.span_s = self.spans, 2 * self.span_s
-        self.spans = collections.defaultdict(Distribution)
-        for number, span in spans.items():
-            self.spans[number // 2].merge(span)
+            narrow, self.span_s = self.spans, 2 * self.span_s
+            self.spans = collections.defaultdict(Distribution)
+            for number, span in narrow.items():
+                self.spans[number // 2].merge(span)
 
     def summary(self) -> Operation:
-        span_s = self.last_ended_s - self.first_due_s
-        errors: collections.Counter[str] = collections.Counter()
-        for reason, number in self.reasons.items():
-            errors[reason.text] += number
+        latency, took_s = Distribution(), self.last_ended_s - self.first_due_s
+        for span in self.spans.values():
+            latency.merge(span)
         return Operation(
             count=self.count,
-            failed=self.reasons.total(),
-            rate_per_s=self.count / span_s if span_s > 0 else None,
-            latency_s=self.latency.summary(),
+            failed=self.failed,
+            rate_per_s=self.count / took_s if took_s > 0 else None,
+            latency_s=latency.summary(),
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
-            errors=dict(errors),
+            errors=dict(self.errors),
             skipped=self.skipped,
         )
 
     def timeline(self, began_s: float) -> OperationTimeline:
         numbers = sorted(self.spans)
         spans = [self.spans[number] for number in numbers]
-        shown = [span.summary() for span in spans]
+        latencies = [span.summary() for span in spans]
         return OperationTimeline(
             span_s=self.span_s,
             at_s=[rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
             count=[span.count for span in spans],
             failed=[span.failed for span in spans],
-            p50_s=[rounded(one.p50) for one in shown],
-            p95_s=[rounded(one.p95) for one in shown],
-            max_s=[rounded(one.max) for one in shown],
+            p50_s=[rounded(latency.p50) for latency in latencies],
+            p95_s=[rounded(latency.p95) for latency in latencies],
+            max_s=[rounded(latency.max) for latency in latencies],
         )
 
 
 class Recorder:
-    """Takes events from any thread: folds them, keeps those of each person's way, hands each on to whoever listens.
+    """Takes events from any thread: folds them, keeps those of `people_steps`, calls the listeners with each.
 
-    Those of a group are folded for the group too, as server_ready[students]. `people` has a row for each person, in
-    the order in which their first event came: the step's name to its event.
+    Events of a group are folded for the group too, as server_ready[students].
     """
 
     def __init__(self, *listeners: Callable[[Event], None], people_steps: Collection[str] = ()) -> None:
         self._lock = threading.Lock()
-        self.people: dict[str, dict[str, Event]] = {}
-        self._folds: dict[str, Fold] = {}
+        self._folds = collections.defaultdict[str, Fold](Fold)
+        self.people: dict[str, dict[str, Event]] = {}  # in the order of their first events
         self.listeners, self._people_steps = [*listeners], people_steps
 
     def add(self, event: Event) -> None:
         with self._lock:
-            for name in (event.step, f"{event.step}[{event.group}]")[: 2 if event.group else 1]:
-                self._folds.setdefault(name, Fold()).add(event)
+            self._folds[event.step].add(event)
+            if event.group:
+                self._folds[f"{event.step}[{event.group}]"].add(event)
             if event.step in self._people_steps:
                 self.people.setdefault(event.user, {})[event.step] = event
         for listener in self.listeners:
@@ -1415,31 +1297,30 @@ class Recorder:
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
         with self._lock:
-            self._folds.setdefault(step, Fold()).skipped += 1
+            self._folds[step].skipped += 1
 
     def take_over(self, other: Recorder) -> None:
-        """Have what another recorder has folded, of the operations that this one has not seen."""
+        """Import the operations of another recorder that this one does not have."""
         with self._lock:
             self._folds = other._folds | self._folds
+
+    def _of(self, names: Iterable[str]) -> list[Fold]:
+        return [self._folds[name] for name in {*names} if name in self._folds]
 
     def count(self, names: Iterable[str]) -> int:
         return sum(fold.count for fold in self._of(names))
 
     def failures(self, names: Iterable[str]) -> int:
-        return sum(fold.reasons.total() for fold in self._of(names))
+        return sum(fold.failed for fold in self._of(names))
 
-    def _of(self, names: Iterable[str]) -> list[Fold]:
-        return [self._folds[name] for name in self._folds.keys() & set(names)]
+    def late_share(self, names: Collection[str]) -> float:
+        """The share of these operations' requests that were sent too late; see `LATE_SEND_S`."""
+        return sum(fold.late for fold in self._of(names)) / max(1, self.count(names))
 
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
         with self._lock:
-            return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
-
-    def late_share(self, names: Iterable[str]) -> float:
-        """The share of these operations' requests that were sent more than `LATE_SEND_S` after they were due."""
-        count = self.count(names)
-        return sum(fold.late for fold in self._of(names)) / count if count else 0.0
+            return set[Kind]().union(*(fold.kinds for fold in self._folds.values()))
 
     def summarise(self) -> dict[str, Operation]:
         with self._lock:
@@ -1452,7 +1333,7 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Http:
-    """The requests of a run to the hub, and, apart from them, those to servers, in the results."""
+    """The requests of a run to the hub in the results; those to servers are apart."""
 
     requests: int
     retries: int
@@ -1461,21 +1342,19 @@ class Http:
     observer_requests: int
     observer_share: float | None
     servers: Http | None = None
-    in_front: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # of the statuses, those not given by the hub
+    in_front: dict[str, int] = dataclasses.field(default_factory=dict)  # of the statuses, not by the hub
 
 
 class Traffic:
-    """Every request that went to the hub, counted where it is sent; `observer` ones only to watch.
+    """All requests to the hub, counted as they are sent; those of an observer are sent only to watch.
 
-    `counts` has them by what they were ("requests", "retries", "observer_requests"), by the status of their answer, and
-    by its negative where something in front of the hub gave that answer.
+    The keys of `counts`: "requests", "retries", "observer_requests", an answer's status, and the negative of
+    the status if something in front of the hub gave the answer.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.counts: collections.Counter[str | int] = collections.Counter()
+        self.counts = collections.Counter[str | int]()
 
     def add(self, counts: Mapping[str | int, int]) -> None:
         with self._lock:
@@ -1507,7 +1386,7 @@ class Traffic:
         )
 
 
-# ==== Pure rules: what the hub's answers mean ========================================================================
+# ==== Pure rules: what the hub's answers mean ===============================================================
 
 
 class ServerState(enum.Enum):
@@ -1524,8 +1403,7 @@ class ServerState(enum.Enum):
 def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known.
 
-    A hub that has restarted checks each server that it remembers, for up to 30 s ("pending": "check"). Until it has
-    found the server or shut it down, it does not know the state either, and answers 500 to a request to stop it.
+    After a restart, a hub checks each server for up to 30 s ("pending": "check"), and cannot stop it (500).
     """
     if "servers" not in model:
         return ServerState.UNKNOWN
@@ -1539,41 +1417,33 @@ def server_state(model: Json) -> ServerState:
 
 
 def state_after_stop(status: int) -> ServerState:
-    """What `DELETE server` answered: 400 (pending spawn on hubs before 5.1) and 500 mean that one has to look again."""
+    """What `DELETE server` answered. 400 (starting, on hubs before 5.1) and 500 mean: read the user again."""
     known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
     return known.get(status, ServerState.UNKNOWN)
 
 
 def state_after_delete(status: int) -> ServerState:
-    """What `DELETE user` answered: 400 (still stopping) and 500 (still starting) mean that one has to look again."""
+    """What `DELETE user` answered. 400 (stopping) and 500 (starting) mean: read the user again."""
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
 VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server has it
 
 
-def longest_message(said: Sequence[tuple[float, str]], until_s: float) -> str:
-    """Of messages and the moments from which on they stood, the one that stood longest; "" when there are none.
-
-    It tells why a start took long: a spawner says that it pulls an image, or waits for a node, when that begins.
-    """
-    ends = [at_s for at_s, _ in said[1:]] + [until_s]
-    return max(zip(said, ends), key=lambda stood: stood[1] - stood[0][0])[0][1] if said else ""
-
-
 def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
-    One that is limited to some users or groups (`users!user=x`) does not count, unless it is needed for this user only.
+    A scope that is limited to some users or groups (`users!user=x`) counts only if it is limited to `user`.
     """
-    have = {scope for one in granted if "!" not in (scope := one.removesuffix(f"!user={user}"))}
-    if "start:servers" in have:  # hubs from 6.0
-        have.add("servers")
-    return sorted(set(needed) - have)
+    full = {scope.removesuffix(f"!user={user}") for scope in granted}
+    full = {scope for scope in full if "!" not in scope}
+    if "start:servers" in full:  # hubs from 6.0
+        full.add("servers")
+    return sorted(set(needed) - full)
 
 
 def named_server_limit(reply: Reply) -> int | None:
-    """How many named servers the hub allows each user, if it refused a start for that; 0 when it allows none."""
+    """How many named servers a user may have (0: none are allowed), if the hub refused a start for that."""
     if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
         return 0
     match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
@@ -1592,11 +1462,7 @@ c.JupyterHub.load_roles = [
 
 VISIT_ROLE_TO_PASTE = """\
 c.JupyterHub.load_roles.append(
-    {
-        "name": "hub-stress-test-visits",
-        "scopes": ["access:servers"],
-        "services": ["hub-stress-test-visits"],
-    }
+    {"name": "hub-stress-test-visits", "scopes": ["access:servers"], "services": ["hub-stress-test-visits"]}
 )"""
 
 
@@ -1604,19 +1470,182 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
     if location and endpoint.startswith("http:") and location.startswith("https:"):
         endpoint = "https:" + endpoint.removeprefix("http:")
-    if endpoint.endswith("/hub/api"):
-        return endpoint
-    return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
+    return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
-# ==== The hub: session and transport =================================================================================
+# ==== Pure rules: what is said while a server starts =========================================================
+
+Said = Sequence[tuple[float, Json]]  # the events of a progress stream, and when each arrived
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Where the start of a server spent its time, by the events of Kubernetes, in order; or means of many starts."""
+
+    silent_s: float
+    node_s: float
+    volumes_s: float
+    image_s: float
+    container_s: float
+    server_s: float
+    new_node: int  # whether it waited for a new node, or how many did
+    images_pulled: int
+
+
+def mean_phases(starts: Sequence[Phases]) -> Phases | None:
+    """The mean of each phase, and how many starts waited for a new node or pulled an image; None without starts."""
+    totals = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
+    means = {
+        name: total / len(starts) if name in PHASES else total for name, total in totals.items() if starts
+    }
+    return Phases(**means) if means else None
+
+
+PHASES = {
+    "silent_s": "before Kubernetes said anything",
+    "node_s": "waiting for a node",
+    "volumes_s": "attaching volumes",
+    "image_s": "pulling the image",
+    "container_s": "starting the container",
+    "server_s": "the server's own start",
+}
+
+
+def kube_events(said: Said) -> list[tuple[float, Json]]:
+    """The Kubernetes events among what was said, by the cluster's own clock in seconds, in its order.
+
+    KubeSpawner hands them over late, some twice, and out of order; some it loses.
+    """
+    events = []
+    for _, message in said:
+        if raw := message.get("raw_event"):
+            moment = raw.get("lastTimestamp") or raw.get("eventTime") or raw.get("firstTimestamp")
+            with contextlib.suppress(ValueError, AttributeError):  # one without a time tells no phase
+                events.append((datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp(), raw))
+    return sorted(events, key=lambda event: event[0])
+
+
+def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
+    """Where a start spent its time that was asked for and ready at these moments; None without Kubernetes events.
+
+    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the last
+    event that was.
+    """
+    events = kube_events(said)
+    if not events:
+        return None
+    arrived = [(at_s, kube_events([(at_s, message)])) for at_s, message in said]
+    behind_s = min(at_s - event[0][0] for at_s, event in arrived if event)
+    moments = [(min(max(at_s + behind_s, asked_s), ready_s), raw) for at_s, raw in events]
+    pulling, image_s, pulled = dict[str, float](), 0.0, 0
+    begin_s = scheduled_s = moments[0][0]
+    containers_s: float | None = None
+    started_s = moments[-1][0]
+    for at_s, raw in moments:
+        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), raw.get("reason")
+        if reason == "Scheduled":
+            scheduled_s = at_s
+        elif reason in ("Pulling", "Pulled", "Created", "Started"):
+            containers_s = at_s if containers_s is None else containers_s
+        if reason == "Pulling":
+            pulling[path] = at_s
+        elif reason == "Pulled" and path in pulling:
+            image_s, pulled = image_s + at_s - pulling.pop(path), 1
+        elif reason == "Started" and path.startswith("spec.containers"):
+            started_s = at_s
+            break
+    containers_s = max(scheduled_s, started_s if containers_s is None else containers_s)
+    started_s = max(started_s, containers_s + image_s)
+    return Phases(
+        silent_s=begin_s - asked_s,
+        node_s=scheduled_s - begin_s,
+        volumes_s=containers_s - scheduled_s,
+        image_s=image_s,
+        container_s=started_s - containers_s - image_s,
+        server_s=ready_s - started_s,
+        new_node=int(any(raw.get("reason") == "TriggeredScaleUp" for _, raw in events)),
+        images_pulled=pulled,
+    )
+
+
+def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
+    """What a start spent most of its time with: its longest phase, or the message that stood longest; "" if none."""
+    if phases := phases_of(said, asked_s, ready_s):
+        name = max(PHASES, key=lambda name: getattr(phases, name))
+        return f"{PHASES[name]}, {duration_text(getattr(phases, name))}"
+    ends = [at_s for at_s, _ in said[1:]] + [ready_s]
+    lasted = [(end_s - at_s, str(message["message"])) for (at_s, message), end_s in zip(said, ends)]
+    return max(lasted, default=(0.0, ""))[1]
+
+
+def last_word(said: Said) -> str:
+    """What a start was waiting for: the last warning of Kubernetes that still holds, or else the last message.
+
+    What follows a failure is the hub's own clean-up; a node that was found ends the warnings about nodes.
+    """
+    events = [raw for _, raw in kube_events(said) if raw.get("reason") != "Killing"]
+    scheduled = any(raw.get("reason") == "Scheduled" for raw in events)
+    warnings = [raw for raw in events if raw.get("type") == "Warning"]
+    warnings = [raw for raw in warnings if not (scheduled and raw.get("reason") == "FailedScheduling")]
+    if events:
+        return str((warnings or events)[-1].get("message"))
+    return str(said[-1][1]["message"]) if said else ""
+
+
+API_ERROR = re.compile(r"\((\d{3})\)\s*Reason: .*HTTP response body: (\{.*\})", re.DOTALL)
+NOT_IN_TIME = re.compile(r"pod \S+ did not start in (\d+) seconds!")
+PASSING = (  # what differs from server to server
+    (r"\d{4}-\d\d-\d\dT[\d:.]+Z \[\w+\] ", ""),
+    (r"(<user>)---[0-9a-f]{8}", r"\1"),
+    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uid>"),
+    (r"\b\d{1,3}(\.\d{1,3}){3}\b", "<ip>"),
+)
+
+
+def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
+    """Why a start failed after so long: what the hub says of it, and what it was waiting for.
+
+    The hub's own time-out comes without words, that of KubeSpawner with some: they are one.
+    """
+    text = message.removeprefix("Spawn failed:").strip()
+    if error := API_ERROR.search(text):
+        with contextlib.suppress(ValueError):
+            return f"{json.loads(error[2]).get('message')} ({error[1]})"
+    in_time = NOT_IN_TIME.search(text)
+    if text and not in_time:
+        return text
+    seconds = int(in_time[1]) if in_time else round(lasted_s, -1 if lasted_s > 100 else None)
+    waiting = last_word(said)
+    if not in_time and not waiting and lasted_s < 5:
+        return "the hub gives no reason"
+    return f"did not start in {seconds:.0f} s" + (f": {waiting}" if waiting else "")
+
+
+def without_name(text: str, user: str) -> str:
+    """A reason without the user's or their pod's name, and all else that differs from server to server."""
+    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
+    for pattern, instead in PASSING:
+        plain = re.sub(pattern, instead, plain)
+    return plain
+
+
+# ==== The hub: session and transport ========================================================================
 
 RETRIED = frozenset({429, 503, 504})
-NEVER_SENT = (
-    NewConnectionError,
-    ConnectTimeoutError,
-    ssl.SSLCertVerificationError,
-)  # and so the hub has not acted
+BROKEN = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError)
+# After these the hub has not acted.
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
+TIMED_OUT = "no answer in time"
+NO_SUCH_HOST = "host name not found"
+NOT_ACCEPTED = "the certificate was not accepted"
+WHY: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (ConnectionRefusedError, "connection refused"),
+    ((ReadTimeoutError, requests.Timeout, TimeoutError), TIMED_OUT),
+    (ssl.SSLCertVerificationError, f"{NOT_ACCEPTED} ({{}})"),
+    (ConnectionError, "connection reset"),
+    (ChunkedEncodingError, "the answer broke off"),
+    (socket.gaierror, NO_SUCH_HOST),
+)
 
 
 @dataclasses.dataclass
@@ -1634,12 +1663,6 @@ class Call:
 def once(observer: bool = False, again: bool = False) -> Call:
     """A call without retries; `again` when it is itself a retry."""
     return Call(observer, retry_until_s=0.0, tries=int(again))
-
-
-def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call:
-    """The call that a request is part of; it is kept with the request, so that whoever holds its answer finds it."""
-    call: Call = vars(request).setdefault("hub_call", Call()) if request else Call(tries=1)
-    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1661,7 +1684,7 @@ class Reply:
 
     @property
     def hub_status(self) -> int:
-        """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
+        """The status, but 0 for a 404 without JSON: a proxy says so when the hub is away."""
         return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
 
     @property
@@ -1678,141 +1701,151 @@ class Reply:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
         kind = Kind.REFUSED if self.status else Kind.FRONT if self.front else Kind.AWAY
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
-        return Event(
-            step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s
-        )
-
-
-class Transport(BaseAdapter):
-    """What happens on the wire, around another adapter: a time-out on every request, retries, counts.
-
-    Connection failures and the statuses 429, 503 and 504 are retried, on every method. Repeating a POST or DELETE is
-    safe on a hub: a second create answers 409, a second start 202 or 400 "already running", a second stop 204 or 202,
-    a second delete 404. `Call.lost` tells the caller to expect that.
-    """
-
-    def __init__(self, wire: BaseAdapter, session: HubSession) -> None:
-        super().__init__()
-        self.wire, self._session = wire, session
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        call, session = call_of(request), self._session
-        if call.retry_until_s is None:
-            call.retry_until_s = session.clock() + session.retry_window_s
-        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
-        while True:
-            call.tries += 1
-            session.traffic.sent(call.observer, again=call.tries > 1)
-            try:
-                response = self.wire.send(request, *args, **kwargs)
-                if not kwargs.get("stream"):
-                    response.content  # noqa: B018  # which reads it, and may break off
-            except requests.RequestException as error:
-                call.lost |= not _never_sent(error)
-                if not self._may_retry(call):
-                    raise
-                session.back_off(call, None)
-                continue
-            session.answered(response)
-            hubs = session.is_hubs(response)
-            call.lost |= not hubs
-            retried = RETRIED - call.seen if hubs else RETRIED
-            if response.status_code not in retried or not self._may_retry(call):
-                return response
-            session.back_off(call, _retry_after_s(response))
-            response.close()
-
-    def close(self) -> None:
-        self.wire.close()
-
-    def _may_retry(self, call: Call) -> bool:
-        return call.tries <= RETRIES and self._session.clock() < (call.retry_until_s or 0.0)
+        times = (self.sent_s, self.sent_s, self.answered_s)
+        return Event(step, user, *times, failure, self.tries, self.backoff_s)
 
 
 class HubSession(requests.Session):
-    """The session that talks to the hub: its transport retries and counts, no redirect is followed, no cookie is kept.
+    """The session that talks to the hub: it retries and counts, follows no redirect and keeps no cookie.
 
-    Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
+    Threads share it. `stop()` ends back-offs, pauses and progress streams at once; nothing more is sent then.
     """
 
-    def __init__(
-        self,
-        token: str,
-        wire: BaseAdapter | None = None,
-        pool_maxsize: int = 100,
-        retry_window_s: float = RETRY_WINDOW_S,
-        gone_after_s: float = HUB_GONE_S,
-    ) -> None:
+    def __init__(self, token: str, wire: BaseAdapter | None = None, pool_maxsize: int = 100) -> None:
         super().__init__()
         self.token = token = Secret(token)
         self.headers["Authorization"] = Secret(f"token {token}")
-        self.auth = _keep_as_it_is  # so that neither a .netrc file nor the URL replaces the header
+        self.auth = lambda request: request  # so that neither a .netrc file nor the URL replaces the header
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
-        self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
+        self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s = self.clock()
-        self.marked: bool | None = (
-            None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
-        )
+        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
-        self._asked_for_token_s, self._token_refused = -math.inf, False
-        self._silent = False  # whether that the hub is away was said
+        self._token_checked_s, self._token_refused = -math.inf, False
+        self._silent = False  # whether a warning said that the hub does not answer
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
-        self._simulated, self._pool_maxsize = wire, pool_maxsize
-        transport = Transport(wire or HTTPAdapter(pool_maxsize=pool_maxsize), self)
-        self.mount("http://", transport)
-        self.mount("https://", transport)
+        self._of_thread = threading.local()
+        self._wire, self._pool_maxsize = wire, pool_maxsize
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
+
+    def clone(
+        self,
+        *,
+        token: str | None = None,
+        wire: BaseAdapter | None = None,
+        traffic: Traffic | None = None,
+        own_stop: bool = False,
+    ) -> HubSession:
+        """A session on the same hub with the same settings, headers, counts and stop, but for what is given.
+
+        With a stop of its own it is for cleaning up, after this one was stopped: it tries each request once,
+        since cleanup reads users again anyway, and soon checks whether a silent hub is there at all.
+        """
+        other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize)
+        other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
+            setattr(other, setting, getattr(self, setting))
+        other.traffic = traffic or self.traffic
+        if own_stop:
+            other.retry_window_s, other.gone_after_s = 0.0, 20.0
+        else:
+            other.stopping = self.stopping
+        return other
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None: a redirect is an answer like another, and the token goes nowhere else."""
+        """None: never follow a redirect, since the token must not leave this hub."""
+
+    def send(
+        self, request: requests.PreparedRequest, *, call: Call | None = None, **settings: Any
+    ) -> requests.Response:
+        """The response to a request. Connection failures, 429, 503 and 504 are retried, on every method.
+
+        Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400, a
+        second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
+        """
+        call = call or Call()
+        until_s = call.retry_until_s
+        until_s = self.clock() + self.retry_window_s if until_s is None else until_s
+        self._of_thread.sent = request, call
+        settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
+        if self.stopping.is_set():
+            raise Stopped("the run was stopped before this was sent")
+        while True:
+            call.tries += 1
+            self.traffic.sent(call.observer, again=call.tries > 1)
+            try:
+                response = super().send(request, **settings)
+            except OSError as error:  # which requests' own errors are too
+                call.lost |= not any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
+                if not isinstance(error, BROKEN) or not self._back_off(call, until_s):
+                    raise
+                continue
+            hubs = self.is_hubs(response)
+            self.traffic.answered(response.status_code, in_front=not hubs)
+            if hubs:
+                self.answered_s = self.clock()
+            if hubs and self._silent:
+                self._silent = False
+                LOG.warning("The hub answers again")
+            call.lost |= not hubs
+            retried = response.status_code in (RETRIED - call.seen if hubs else RETRIED)
+            if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
+                return response
+            response.close()
+
+    def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
+        """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
+        began_s = self.clock()
+        if call.tries > RETRIES or began_s >= until_s:
+            return False
+        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
+        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
+        call.backoff_s += self.clock() - began_s
+        if not going_on:
+            raise Stopped("the run was stopped")
+        return True
+
+    def call_of(self, request: object) -> Call:
+        """The call with which this thread has just sent a request; of any other request nothing is known."""
+        sent, call = getattr(self._of_thread, "sent", (None, None))
+        return call if call and sent is request else Call(tries=1)
 
     def exchange(
-        self,
-        method: str,
-        url: str,
-        call: Call,
-        *,
-        stream: bool = False,
-        timeout: float | None = None,
-        **parts: Any,
+        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0, **parts: Any
     ) -> requests.Response:
-        """The response to one call; `parts` are those of a `requests.Request`. Raises what requests raises."""
+        """The response to one call; `parts` are those of a `requests.Request`. Raises as `send` does."""
         request = self.prepare_request(requests.Request(method, url, **parts))
-        vars(request)["hub_call"] = call
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
-        return self.send(request, timeout=timeout, **settings)
+        return self.send(request, call=call, timeout=timeout, **settings)
 
     def ask(self, method: str, url: str, *, call: Call | None = None, **parts: Any) -> Reply:
         """The final answer, or why there is none; never raises. `parts` are those of `exchange`."""
         sent_s, call = self.clock(), call or Call()
-        if self.stopping.is_set():
-            return Reply(0, sent_s, sent_s, message="the run was stopped before this was sent")
         try:
             response = self.exchange(method, url, call, **parts)
-            return _read_reply(response, call, sent_s, self.clock(), self.is_hubs(response))
-        except Stopped:
-            return Reply(0, sent_s, self.clock(), message="the run was stopped", lost=call.lost)
-        except OSError as error:  # which requests' own errors are too
-            lost = call.lost or not _never_sent(error)
-            return Reply(0, sent_s, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
+            content = _content_of(response, self.is_hubs(response))
+        except Stopped as stop:
+            content = {"status": 0, "message": str(stop)}
+        except OSError as error:
+            content = {"status": 0, "message": why(error)}
+        outcome: Json = {"lost": call.lost, "tries": call.tries, "backoff_s": call.backoff_s}
+        return Reply(sent_s=sent_s, answered_s=self.clock(), **content, **outcome)
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call, timeout_s = (
-            Call(observer=True, retry_until_s=until_s),
-            min(STREAM_TIMEOUT_S, until_s - self.clock()),
-        )
+        call = Call(observer=True, retry_until_s=until_s)
+        timeout_s = max(0.05, min(STREAM_TIMEOUT_S, until_s - self.clock()))
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=max(0.05, timeout_s)) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=timeout_s) as response:
+                if response.status_code != 200 or not self.is_hubs(response):
+                    return
                 self._streams[response] = until_s
                 try:
-                    for line in (
-                        response.iter_lines()
-                        if response.status_code == 200 and self.is_hubs(response)
-                        else ()
-                    ):
+                    for line in response.iter_lines():
                         self.answered_s = self.clock()  # a keep-alive, too, shows that the hub is there
                         if line.startswith(b"data:"):
                             yield json.loads(line.removeprefix(b"data:"))
@@ -1825,26 +1858,17 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                with contextlib.suppress(
-                    RuntimeError, ValueError, OSError, AttributeError
-                ):  # it has just ended
-                    _end_reading(response.raw)
-
-    def answered(self, response: requests.Response) -> None:
-        """Count an answer, and note the moment if it is the hub's."""
-        hubs = self.is_hubs(response)
-        self.traffic.answered(response.status_code, in_front=not hubs)
-        if hubs:
-            self.answered_s = self.clock()
-            if self._silent:
-                self._silent = False
-                LOG.warning("The hub answers again")
+                raw: Any = response.raw
+                with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # just ended
+                    if hasattr(raw, "shutdown"):
+                        raw.shutdown()
+                    else:  # urllib3 before 2.3
+                        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
 
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header by which one can tell, only 502, 503 and 504 are taken for a proxy's: that is
-        what proxies answer for a hub that is away.
+        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
             self.marked = True if self.marked is None else self.marked
@@ -1852,9 +1876,9 @@ class HubSession(requests.Session):
         return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
 
     def token_is_refused(self, endpoint: str) -> bool:
-        """Whether the hub refuses the token even where nothing more is asked of it: `GET /user`, at most every 30 s."""
-        if self.clock() > self._asked_for_token_s + TOKEN_CHECK_EVERY_S:
-            self._asked_for_token_s = self.clock()
+        """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
+        if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
+            self._token_checked_s = self.clock()
             self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
         return self._token_refused
 
@@ -1868,68 +1892,28 @@ class HubSession(requests.Session):
 
     @property
     def hub_is_gone(self) -> bool:
-        """Whether the hub has not answered anything for so long that sending more is no use."""
+        """Whether the hub has been silent for so long that sending more is no use."""
         return self.clock() - self.answered_s > self.gone_after_s
 
     def pause(self, seconds: float) -> bool:
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
         return not (self.stopping.wait(seconds) if seconds > 0 else self.stopping.is_set())
 
-    def back_off(self, call: Call, asked_s: float | None) -> None:
-        """Wait before the next try, as long as the hub asked or for 0, 1, 2, 4, 8 s; raises `Stopped` when told to."""
-        began_s = self.clock()
-        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        left_s = (call.retry_until_s or 0.0) - began_s
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, left_s))
-        call.backoff_s += self.clock() - began_s
-        if not going_on:
-            raise Stopped
-
     def stop(self) -> None:
         """No further request; everything that waits goes on at once."""
         self.stopping.set()
         self.cut_streams()
 
-    def sibling(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
-        """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
-        how = (
-            {"pool_maxsize": self._pool_maxsize}
-            | how
-            | ({"wire": self._simulated} if self._simulated else {})
-        )
-        other = HubSession(token or self.token, **how)
-        other.traffic = traffic or self.traffic
-        other.headers.update(self.headers)
-        other.headers["Authorization"] = Secret(f"token {other.token}")
-        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
-            setattr(other, setting, getattr(self, setting))
-        return other
-
     def proxy_to(self, url: str) -> str:
-        """This machine's own proxy on the way to a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
-        settings = self.merge_environment_settings(url, {}, None, None, None)
-        proxy, scheme = (
-            requests.utils.select_proxy(url, settings["proxies"]),
-            urllib.parse.urlsplit(url).scheme,
-        )
+        """This machine's own proxy for a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
+        proxies = self.merge_environment_settings(url, {}, None, None, None)["proxies"]
+        proxy = requests.utils.select_proxy(url, proxies)
         if not proxy:
             return ""
-        variables = [name for kind in (scheme, "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
-        named = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
-        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{named}"
-
-    def for_cleaning_up(self) -> HubSession:
-        """A session on the same hub, which the stop of this one does not reach.
-
-        It tries once, since cleanup looks again anyway, and soon looks whether a silent hub is there at all.
-        """
-        return self.sibling(retry_window_s=0.0, gone_after_s=20.0)
-
-    def beside(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
-        """A session on the same hub with counts of its own (or these), which stops with this one."""
-        other = self.sibling(traffic or Traffic(), token, **how)
-        other.stopping = self.stopping
-        return other
+        kinds = (urllib.parse.urlsplit(url).scheme, "all")
+        variables = [name for kind in kinds for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+        variable = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
+        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{variable}"
 
 
 def without_proxy(url: str) -> str:
@@ -1938,54 +1922,27 @@ def without_proxy(url: str) -> str:
     return f"if this machine reaches {host} without that proxy too, set no_proxy={host}"
 
 
-def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
-
-
-def _end_reading(raw: Any) -> None:
-    """Let whoever reads this body go on at once, as at its end; closing it would wait for them."""
-    if hasattr(raw, "shutdown"):
-        raw.shutdown()
-    else:  # urllib3 before 2.3
-        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
-
-
 def in_front(response: requests.Response) -> str:
     """That something in front of the hub gave an answer, and what it calls itself."""
     name = response.headers.get("Server", "")[:40]
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
 
-def _read_reply(
-    response: requests.Response, call: Call, sent_s: float, answered_s: float, hubs: bool
-) -> Reply:
+def _content_of(response: requests.Response, hubs: bool) -> Json:
+    """The fields of a `Reply` in an answer of the hub's, or (else) of something in front of it."""
+    status, location = response.status_code, response.headers.get("Location")
     if not hubs:
-        location, status = response.headers.get("Location"), response.status_code
-        lost: Json = {"lost": True, "tries": call.tries, "backoff_s": call.backoff_s}
-        return Reply(
-            0, sent_s, answered_s, message=in_front(response), location=location, front=status, **lost
-        )
+        return {"status": 0, "message": in_front(response), "location": location, "front": status}
+    data, message = None, ""
     try:
         data = response.json() if response.content else None
+        message = (data.get("message") or "") if isinstance(data, dict) else ""
     except ValueError:
-        data = None
-    message = data.get("message") if isinstance(data, dict) else None
-    if data is None and response.content:
         kind = response.headers.get("Content-Type", "").partition(";")[0]
         message = f"not JSON but {kind}" if kind else "not JSON"
-    return Reply(
-        response.status_code,
-        sent_s,
-        answered_s,
-        data,
-        message or "",
-        call.lost,
-        call.tries,
-        call.backoff_s,
-        _retry_after_s(response),
-        response.headers.get("Location"),
-        version=response.headers.get(VERSION_HEADER, ""),
-    )
+    version, retry_after_s = response.headers.get(VERSION_HEADER, ""), _retry_after_s(response)
+    body: Json = {"data": data, "message": message, "version": version}
+    return body | {"status": status, "location": location, "retry_after_s": retry_after_s}
 
 
 def _retry_after_s(response: requests.Response) -> float | None:
@@ -2003,107 +1960,74 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in inner if isinstance(e, BaseException)), None)
 
 
-def _never_sent(error: BaseException) -> bool:
-    return any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
-
-
-TIMED_OUT = "no answer in time"
-NO_SUCH_HOST = "host name not found"
-NOT_ACCEPTED = "the certificate was not accepted"
-
-
 def why(error: BaseException) -> str:
     """Why no answer came, in a few words without addresses or objects."""
     for cause in _causes(error):
-        if isinstance(cause, ConnectionRefusedError):
-            return "connection refused"
-        if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
-            return TIMED_OUT
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"{NOT_ACCEPTED} ({cause})"
-        if isinstance(cause, ssl.SSLError):
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLCertVerificationError):
             return f"TLS failed ({(cause.reason or str(cause)).lower().replace('_', ' ')})"
+        for kind, words in WHY:
+            if isinstance(cause, kind):
+                return words.format(cause)
         if str(cause).startswith("Tunnel connection failed: "):
             return f"this machine's proxy refused ({str(cause).partition(': ')[2]})"
-        if isinstance(cause, ConnectionError):
-            return "connection reset"
-        if isinstance(cause, requests.exceptions.ChunkedEncodingError):
-            return "the answer broke off"
-        if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
-            return NO_SUCH_HOST
     return type(error).__name__ if isinstance(error, requests.RequestException) else str(error)
 
 
 def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> None:
     """A response hook: one debug line with method, path, status and seconds."""
-    request = resp.request
-    LOG.debug(
-        "%s %s: %d in %.3f s",
-        request.method,
-        request.path_url,
-        resp.status_code,
-        resp.elapsed.total_seconds(),
-    )
+    method, path, seconds = resp.request.method, resp.request.path_url, resp.elapsed.total_seconds()
+    LOG.debug("%s %s: %d in %.3f s", method, path, resp.status_code, seconds)
 
 
-def get_session(token: str, dry_run: bool = False, pool_maxsize: int = 100) -> HubSession:
-    """A session that sends the token, retries connection failures, 429, 503 and 504 on every method, and counts.
+def get_session(
+    token: str, dry_run: bool = False, pool_maxsize: int = 100, *, headers: Sequence[tuple[str, str]] = ()
+) -> HubSession:
+    """A session with a token. It retries connection failures, 429, 503 and 504 on every method, and counts.
 
     With `dry_run` a simulated hub answers and nothing is sent. `pool_maxsize` connections are kept open.
+    `headers` go with every request, even with one that goes without the token.
     """
     session = HubSession(token, SimulatedHub() if dry_run else None, pool_maxsize)
+    session.headers.update(headers)
     if LOG.isEnabledFor(logging.DEBUG):
         session.hooks["response"].append(log_response_time)
     return session
 
 
-class SimulatedHub(BaseAdapter):
-    """An adapter of requests that answers as an empty hub would: every server is ready at once, nothing is sent."""
+class SimulatedHub(HTTPAdapter):
+    """Answers as an empty hub would, and sends nothing: every server is ready at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()
         self._users: dict[str, Json] = {}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).split("/")
-        path = path[path.index("users") :] if "users" in path else path[-1:]
-        body = json.loads(request.body or "null")
-        with self._lock:
-            status, data = self._answer(request.method or "", path, body)
+        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).partition("/hub/api/")[2]
+        status, data = self._answer(request.method or "", path.split("/"), json.loads(request.body or "null"))
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
-    def close(self) -> None:
-        pass
-
     def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
-        users, unknown = self._users, (404, {"status": 404, "message": None})
-        match method, path:
-            case _, ["users", name, *_] if name not in users:
-                return unknown
-            case "GET", ["users"]:
-                return 200, list(users.values())
-            case "POST", ["users"]:
-                users |= {name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]}
-                return 201, [users[name] for name in body["usernames"]]
-            case "GET", ["users", name]:
-                return 200, users[name]
-            case "DELETE", ["users", name]:
-                return 204, users.pop(name) and None
-            case "POST", ["users", name, "server"]:
-                users[name]["servers"] = {"": {"pending": None, "ready": True}}
-                return 201, None
-            case "DELETE", ["users", name, "server"]:
-                return 204, users[name]["servers"].clear()
-            case "POST", ["users", _, "activity"]:
-                return 200, None
-        return unknown
+        users, (_, name, below) = self._users, (*path, "", "")[:3]
+        if path == ["users"] and method == "GET":
+            return 200, list(users.values())
+        if path == ["users"]:
+            users.update({name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]})
+            return 201, [users[name] for name in body["usernames"]]
+        if name not in users or below not in ("", "server", "activity"):
+            return 404, {"status": 404, "message": None}
+        if method == "GET" or below == "activity":
+            return 200, users[name] if method == "GET" else None
+        if below == "server":
+            users[name]["servers"] = {"": {"pending": None, "ready": True}} if method == "POST" else {}
+        else:
+            del users[name]
+        return 201 if method == "POST" else 204, None
 
 
-# ==== The hub: its API ===============================================================================================
+# ==== The hub: its API ======================================================================================
 
 
 def user_url(endpoint: str, name: str, *rest: str) -> str:
@@ -2113,25 +2037,27 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub's API: a method for each call, with the answers to expect. It neither measures nor claims nor cleans."""
+    """A hub's API: a method for each call, with the answers to expect."""
 
     endpoint: str
     session: HubSession
     version: str = ""
+    owner: str = ""  # whose named servers take the place of users; "": nobody's
     reading: ClassVar[dict[str, int]] = {}  # parameters of reading a user
 
     def owner_of(self, name: str) -> str:
         """The user whose server it is."""
-        return name
+        return self.owner or name
 
     def server_url(self, name: str, *rest: str) -> str:
-        """The URL of a user's server, or of what follows below it."""
-        return user_url(self.endpoint, name, "server", *rest)
+        """The URL of a server, or of what follows below it."""
+        place = (self.owner, "servers", name) if self.owner else (name, "server")
+        return user_url(self.endpoint, *place, *rest)
 
     @property
     def needs_users_tokens(self) -> bool:
         """Whether servers let in nobody but their users."""
-        return self.version.startswith("1.")
+        return self.version.startswith("1.") and not self.owner
 
     def page_of_users(self, offset: int) -> Reply:
         """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
@@ -2148,16 +2074,13 @@ class Hub:
 
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
-        timeout_s = max(len(names), DEFAULT_TIMEOUT)
-        return self.session.ask(
-            "POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s
-        )
+        body, timeout_s = {"usernames": list(names)}, max(len(names), DEFAULT_TIMEOUT)
+        return self.session.ask("POST", f"{self.endpoint}/users", json=body, timeout=timeout_s)
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
+        """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
         timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
-        call = Call(observer, retry_until_s=until_s)
-        url = user_url(self.endpoint, name)
+        call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
         return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
@@ -2165,63 +2088,51 @@ class Hub:
         return state_in(self.read(name, observer, until_s))
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
+        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
         options = {"profile": profile} if isinstance(profile, str) else profile or None
         call = Call(seen=frozenset({429}), retry_until_s=until_s)
         timeout_s = self._left_s(until_s)
         return self.session.ask("POST", self.server_url(name), call=call, json=options, timeout=timeout_s)
+
+    def _left_s(self, until_s: float) -> float:
+        return max(0.05, until_s - self.session.clock())
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
         """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
         return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
-        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
+        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no user; see `state_after_stop`."""
         return self.session.ask("DELETE", self.server_url(name))
 
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
+        return self.session.ask("DELETE", user_url(self.endpoint, name))
+
+    def make_token(self, name: str) -> Reply:
+        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
+        url = user_url(self.endpoint, name, "tokens")
+        return self.session.ask("POST", url, json={"note": USERNAME_PREFIX})
+
     def denial(self, reply: Reply) -> str:
-        """What the hub does with a 401 or 403, the token blamed only if `GET /user` is refused too; "" for others."""
+        """What the hub does, by a 401 or 403; else "". The token is blamed only if `GET /user` does so."""
         if reply.status not in (401, 403):
             return ""
         if self.session.token_is_refused(self.endpoint):
             return f"no longer accepts the token ({reply.status})"
         return f"denies this{f': {reply.message}' if reply.message else ' without a reason'} ({reply.status})"
 
-    def make_token(self, name: str) -> Reply:
-        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
-        return self.session.ask(
-            "POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX}
-        )
-
-    def _left_s(self, until_s: float) -> float:
-        return max(0.05, until_s - self.session.clock())
-
-    def delete(self, name: str) -> Reply:
-        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
-        return self.session.ask("DELETE", user_url(self.endpoint, name))
-
 
 @dataclasses.dataclass(frozen=True)
 class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
-    A named server is made by its start, also by one that is throttled or fails, and is there until it is removed. Hubs
-    before 3.0 do not list it while it is stopped: `there` are those that were asked for and not seen removed.
+    A start makes a named server, even one that is throttled or fails; it exists until it is removed.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those requested and not seen removed.
     """
 
-    owner: str = ""
     there: set[str] = dataclasses.field(default_factory=set)
     reading = {"include_stopped_servers": 1}
-
-    def owner_of(self, name: str) -> str:
-        return self.owner
-
-    def server_url(self, name: str, *rest: str) -> str:
-        return user_url(self.endpoint, self.owner, "servers", name, *rest)
-
-    @property
-    def needs_users_tokens(self) -> bool:
-        return False
 
     def page_of_users(self, offset: int) -> Reply:
         """All named servers in `GET /users/{owner}`."""
@@ -2229,7 +2140,7 @@ class OwnServers(Hub):
         return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """A named server in `GET /users/{owner}`, or 404 when it is not there. A 404 for the owner says nothing."""
+        """A named server in `GET /users/{owner}`; 404 when it is not there, but not when its owner is not."""
         reply, servers = self._read_owner(observer, until_s)
         if servers is not None and name not in servers:
             return dataclasses.replace(reply, status=404, data={})
@@ -2238,225 +2149,189 @@ class OwnServers(Hub):
     def _read_owner(
         self, observer: bool = False, until_s: float | None = None
     ) -> tuple[Reply, dict[str, Json] | None]:
-        """`GET /users/{owner}`, and the named servers in it: None when there is no word on them."""
+        """`GET /users/{owner}`, and a user model for each named server in it; None if it lists no servers."""
         reply = super().read(self.owner, observer, until_s)
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
             return reply, None
-        listed = {name: {"": _or_stopped(one)} for name, one in (reply.data["servers"] or {}).items() if name}
-        servers: dict[str, Json] = {name: {} for name in self.there.copy()} | listed
+        servers: dict[str, Json] = {name: {} for name in self.there.copy()}
+        for name, server in (reply.data["servers"] or {}).items():
+            if name:  # hubs before 3.0 do not say `stopped`
+                stopped = not server.get("ready") and not server.get("pending")
+                servers[name] = {"": server | {"stopped": stopped}}
         return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{owner}/servers/{name}`: as for a user; 400 too if no more are allowed: then none is made."""
+        """`POST /users/{owner}/servers/{name}`: as for a user; 400 also if no more are allowed."""
         self.there.add(name)
         reply = super().start(name, profile, until_s)
-        return self._unless(named_server_limit(reply) is not None, name, reply)
+        if named_server_limit(reply) is not None:
+            self.there.discard(name)
+        return reply
 
     def stop(self, name: str) -> Reply:
         """`DELETE /users/{owner}/servers/{name}`: as for a user, 404 when it is gone."""
         self.there.add(name)
         reply = super().stop(name)
-        return self._unless(reply.hub_status == 404, name, reply)
-
-    def delete(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}` for good: 204, or 404 when gone; 202 if it has yet to stop."""
-        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
-        return self._unless(state_after_delete(reply.hub_status) is ServerState.GONE, name, reply)
-
-    def _unless(self, gone: bool, name: str, reply: Reply) -> Reply:
-        if gone:
+        if reply.hub_status == 404:
             self.there.discard(name)
         return reply
 
-
-def _or_stopped(server: Json) -> Json:
-    """A named server with `stopped`, which hubs before 3.0 do not say."""
-    return server | {"stopped": not server.get("ready") and not server.get("pending")}
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{owner}/servers/{name}` for good: 204, 404 when gone; 202 if it has yet to stop."""
+        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
+        if state_after_delete(reply.hub_status) is ServerState.GONE:
+            self.there.discard(name)
+        return reply
 
 
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
     if reply.hub_status == 404:
         return ServerState.GONE
-    return (
-        server_state(reply.data)
-        if reply.status == 200 and isinstance(reply.data, dict)
-        else ServerState.UNKNOWN
-    )
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        return ServerState.UNKNOWN
+    return server_state(reply.data)
+
+
+# ==== The hub: checks before a run ==========================================================================
+
+Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
 
 
 def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, once it has shown its version and accepted the token for `command`; else `SetupError`.
+    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
 
-    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
+    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
-    version = _hub_version(endpoint, session)
+    reply, version = _probe(endpoint, session)
+    if not version:
+        raise SetupError(_no_hub(endpoint, reply, session))
     session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
-    reply = session.ask("GET", f"{endpoint}/user", call=once())
-    if reply.status in (401, 403):
-        right = _own_token(endpoint) if own_servers else "the token of the hub-stress-test service"
-        if len(session.token) == 64 and version in ("5.5.3", "6.1.0"):
-            raise SetupError(
-                f"The hub at {endpoint} refuses the token: JupyterHub {version} takes none of 64 characters. Make a "
-                "shorter one, or upgrade the hub."
-            )
-        raise SetupError(
-            f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
-            f"or belongs to another hub. Put {right} into JUPYTERHUB_API_TOKEN."
-        )
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user: {reply}.")
-    if own_servers:
-        _check_rights_to_own_servers(reply.data, endpoint, command)
-        return OwnServers(endpoint, session, version, reply.data["name"])
-    _check_rights(reply.data, command)
-    return Hub(endpoint, session, version)
+    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
+    hub = Hub(endpoint, session, version)
+    owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
+    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
+        if symptom:
+            raise SetupError(sentence)
+    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
 
 
-def _hub_version(endpoint: str, session: HubSession) -> str:
-    reply, proxy = _probe(endpoint, session), session.proxy_to(endpoint)
-    if version := _version_in(reply):
-        return version
+def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
+    """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
+    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
+    return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
+
+
+def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
+    """What was found in place of a hub, and what to do."""
+    proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
-    if not reply.seen_status:
-        what = (
-            "The server does not prove who it is"
-            if reply.message.startswith(NOT_ACCEPTED)
-            else "Nothing answers"
-        )
-        raise SetupError(f"{what} at {where}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
-    remedy = f"; {without_proxy(endpoint)}" if proxy else ""
-    raise SetupError(
-        f"No hub API at {where}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}{remedy}"
-    )
-
-
-def _wants_certificate(reply: Reply) -> bool:
-    """Whether a server ended the handshake as one does that lets in nobody without a certificate.
-
-    TLS 1.3 and 1.2 have an alert for that, which may get lost when the server closes the connection at once.
-    """
-    return any(end in reply.message for end in ("certificate required", "handshake failure", "eof occurred"))
-
-
-def _why_nothing(endpoint: str, reply: Reply, session: HubSession) -> str:
-    url = urllib.parse.urlsplit(endpoint)
+    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
     if reply.message.startswith(NOT_ACCEPTED):
-        return (
-            "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE. Of a "
-            "hub with internal_ssl use the public URL."
-        )
-    if _wants_certificate(reply):
-        return "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL."
-    if session.proxy_to(endpoint):
-        return f"Is the proxy right? Else {without_proxy(endpoint)}."
-    if reply.message == NO_SUCH_HOST and "." not in (url.hostname or ""):
-        return "This name exists only inside the cluster: from outside, use the hub's public URL."
-    if _speaks_tls(endpoint, session):
-        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
-    return "Is the hub running, and is this its URL?"
-
-
-def _speaks_tls(endpoint: str, session: HubSession) -> bool:
-    """Whether an http endpoint is in truth one of https."""
-    if not endpoint.startswith("http:"):
-        return False
-    reply = _probe("https:" + endpoint.removeprefix("http:"), session)
-    return bool(_version_in(reply)) or reply.message.startswith(NOT_ACCEPTED)
-
-
-def _probe(endpoint: str, session: HubSession) -> Reply:
-    """What `GET /` answers; sent without the token, which nobody gets before a hub has shown itself."""
-    return session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
-
-
-def _version_in(reply: Reply) -> str | None:
-    return str(reply.data["version"]) if isinstance(reply.data, dict) and reply.data.get("version") else None
-
-
-def _what_came(reply: Reply) -> str:
+        return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
+    if not reply.seen_status:
+        return f"Nothing answers at {where}: {reply.message}. {remedy}"
+    answers = reply.message if reply.front else f"it answers {reply}"
+    if reply.status == 200 and not reply.message:
+        answers = "it answers JSON without a version"
     if reply.location:
-        return f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
-    if reply.front:
-        return reply.message
-    return (
-        f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
+        answers = f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
+    return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
+
+
+def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
+    """Why no hub has shown its version, with remedies."""
+    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
+    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+
+    def is_hub(url: str) -> bool:
+        other, version = _probe(url, session)
+        return bool(version) or other.message.startswith(NOT_ACCEPTED)
+
+    yield (
+        said.startswith(NOT_ACCEPTED),
+        "If an authority of your own has signed it, name the file with its certificate in "
+        "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
     )
-
-
-def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
-    guess = likely_endpoint(endpoint, reply.location)
-    if guess.startswith("https:") and endpoint.startswith("http:"):
-        return f"Use https: --endpoint {guess}"
-    if reply.status == 400 and _speaks_tls(endpoint, session):
-        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
-    if guess != endpoint and _version_in(_probe(guess, session)):
-        return f"The hub's API is at --endpoint {guess}"
-    return "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
-
-
-def _check_rights(owner: Json, command: str) -> None:
-    """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
-    otherwise = (
-        ""
-        if command == ACTIVITY
-        else " If you are not an admin, test with servers of your own: --own-servers."
+    yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
+        silent and re.search("certificate required|handshake failure|eof occurred", said),
+        "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
     )
-    if "scopes" not in owner:
-        if not owner.get("admin"):
-            raise SetupError(
-                f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users."
-                f"{otherwise}"
-            )
-        return
-    if missing := missing_scopes(owner["scopes"], needed_scopes(command)):
-        raise SetupError(
-            f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into the "
-            f"hub's configuration, beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
-        )
+    yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
+    yield (
+        said == NO_SUCH_HOST and "." not in host,
+        "This name exists only inside the cluster: from outside, use the hub's public URL.",
+    )
+    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
+    yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
+    yield silent, "Is the hub running, and is this its URL?"
+    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
+    yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
 
-def _check_rights_to_own_servers(owner: Json, endpoint: str, command: str) -> None:
-    """A token of 1.x, or without restrictions, may do all that its user may."""
-    name = str(owner.get("name"))
-    if owner.get("kind") == "service":
-        raise SetupError(
-            f"The token belongs to the service {name}, which has no servers of its own: put {_own_token(endpoint)} "
-            "into JUPYTERHUB_API_TOKEN."
-        )
-    needed = needed_scopes(command, own_servers=True)
-    if "scopes" in owner and (missing := missing_scopes(owner["scopes"], needed, name)):
-        raise SetupError(
-            f"The token lacks what {command} --own-servers needs: {', '.join(f'{one}!user={name}' for one in missing)}."
-            f" Put {_own_token(endpoint)}, without restrictions, into JUPYTERHUB_API_TOKEN."
-        )
+def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
+    """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
+    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
+    if reply.status in (401, 403):
+        reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
+        if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
+            reason = f"JupyterHub {hub.version} takes none of 64 characters. Make a shorter one, or upgrade."
+        answered = f"refuses the token (GET /user answered {reply.status})"
+        raise SetupError(f"The hub at {hub.endpoint} {answered}: {reason}")
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        raise SetupError(f"The hub at {hub.endpoint} could not say whose token this is: GET /user: {reply}.")
+    return reply.data
 
 
-def _own_token(endpoint: str) -> str:
-    return f"one that you make at {endpoint.removesuffix('/api')}/token"
+def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
+    """Why a token will not do for a command.
+
+    Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
+    """
+    name, scopes = str(owner.get("name")), owner.get("scopes")
+    needed = needed_scopes(command, own_servers)
+    missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
+    own_missing = [f"{scope}!user={name}" for scope in missing]
+    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = "" if command == ACTIVITY else not_admin
+    yield (
+        own_servers and owner.get("kind") == "service",
+        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
+        "JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        own_servers and missing,
+        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
+        "without restrictions, into JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        not own_servers and scopes is None and not owner.get("admin"),
+        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
+    )
+    yield (
+        missing,
+        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
+        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+        f"{ROLE_TO_PASTE}",
+    )
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
-    """Nothing, if the token for visits may enter servers; else raises `SetupError`. On 1.x nothing tells."""
+    """Raise `SetupError` if the token for visits may not enter servers. On 1.x nothing tells."""
     if not plan.opens or hub.version.startswith("1."):
         return
-    reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user")
-    whose = "The token in JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "The token"
-    if reply.status in (401, 403):
+    variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
+    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
+    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
+        whose = f"The token in {variable}" if plan.visit_token else "The token"
+        if hub.owner:
+            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
         raise SetupError(
-            f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}."
-        )
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(
-            f"The hub at {hub.endpoint} could not say whose token visits use: GET /user: {reply}."
-        )
-    owner = hub.owner_of("")
-    if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}, owner):
-        if owner:
-            raise SetupError(f"{whose} lacks what visits need: access:servers!user={owner}.")
-        raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
-            "second service this scope alone, restart the hub, and put that service's token into "
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
+            "give a second service this scope alone, restart the hub, and put that service's token into "
             f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 
@@ -2467,10 +2342,7 @@ def public_url(hub: Hub, plan: Plan) -> str:
 
 
 def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
-    """Nothing, if the hub takes the names of all servers of one's own that a run will start; else raises `SetupError`.
-
-    Hubs from 6.0 take up to 30 characters, without two hyphens in a row.
-    """
+    """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
     major, run = hub.version.partition(".")[0], plan.run or ""
     if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
@@ -2479,21 +2351,19 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     if len(longest) > SERVER_NAME_MAX or "--" in longest:
         left = SERVER_NAME_MAX - len(longest) + len(run)
         raise SetupError(
-            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double hyphens, "
-            f"unlike {longest}: --run NAME may have at most {left} characters here. Nothing was changed."
+            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
+            f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
+            "changed."
         )
 
 
 def check_way(hub: Hub, plan: Plan) -> None:
-    """Nothing, if --check-proxy can be done from this machine; else raises `SetupError`.
-
-    Its websockets bypass a proxy that this machine has of its own.
-    """
+    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
     url = public_url(hub, plan)
     if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
         raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: {without_proxy(url)}. "
-            "Nothing was changed."
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
         )
 
 
@@ -2555,158 +2425,74 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-class Gathering:
-    """People who stay until the last of them has settled down, and for `hold_s` after that."""
-
-    def __init__(self, hold_s: float = 0.0) -> None:
-        self.hold_s, self.leave_s = hold_s, math.inf
-        self._settled: set[str] = set()
-
-    def settle(self, name: str) -> None:
-        """This person has done what the others wait for, or has left."""
-        self._settled.add(name)
-
-    def break_up(self, begun: int, now_s: float) -> bool:
-        """Whether all who have begun have just settled down, so that the moment to leave is known."""
-        if self.leave_s < math.inf or len(self._settled) < begun:
-            return False
-        self.leave_s = now_s + self.hold_s
-        return True
+def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
+    """Do this in a thread for which the program does not wait. Raises `CutShort` where the system starts no more."""
+    try:
+        threading.Thread(target=act, args=args, name=name, daemon=True).start()
+    except RuntimeError:
+        raise CutShort(
+            f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit -u, or a "
+            "container's limit of processes), or spread the people over several machines with Locust"
+        ) from None
 
 
-class Driver:
-    """Takes walks on in threads: decides which one begins when, and does what is due next.
+class Team:
+    """Threads that work at the same time, and the loop that waits for them, ticking ten times a second.
 
-    Walks begin when they are due (open model), or, without that, as soon as there is place (closed model). At most
-    `limit` are in their first stretch at the same time; an open model that is short of places is late. A walk that
-    waits needs no thread; `wake` lets it go on before its time. Those that wait for the end of the gathering go on when
-    it breaks up, which needs all to have begun.
+    The end of a `with` block waits for all of them, or for the end of the run. `changed` announces that a thread
+    has ended, or that a place is free.
     """
 
-    def __init__(
-        self,
-        session: HubSession,
-        limit: int,
-        due_s: Callable[[int], float] | None = None,  # of the n-th
-        until_s: float = math.inf,
-        gathering: Gathering | None = None,
-        may_begin: Callable[[], bool] = lambda: True,
-        threads: int = 0,  # at most; 0: as many as the limit
-        places: Callable[[int], int] = lambda limit: limit,  # how many of them there are now
-    ) -> None:
-        self._session, self._limit, self._due_at, self._until_s = session, limit, due_s, until_s
-        self._places, self._may_begin = places, may_begin
-        self._gathering = gathering or Gathering()
-        self._pool = ThreadPoolExecutor(threads or limit, thread_name_prefix="hub-stress-test")
-        self._changed = threading.Condition()
-        self._due: list[tuple[float, int, Walk]] = []  # a heap of when, a tie-breaker, and what goes on then
-        self._entries: dict[
-            Walk, int
-        ] = {}  # of each walk that waits: its tie-breaker there; others are out of date
-        self._woken: set[Walk] = set()  # while they were acting
-        self._numbers = itertools.count()
-        self._begun = self._beginning = self._acting = 0
+    def __init__(self, session: HubSession, on_tick: Callable[[], None] = lambda: None) -> None:
+        self.changed, self.running = threading.Condition(), 0
+        self._session, self._on_tick, self._tick_s = session, on_tick, session.clock()
         self._error: Exception | None = None
+        session.answered_s = session.clock()
 
-    def run(self, begin: Callable[[T, float], Walk], items: Sequence[T], on_tick: Callable[[], None]) -> None:
-        """Begin a walk for each item, with the moment at which it is due, and return when all have ended.
+    def start(self, act: Callable[..., object], *args: Any) -> None:
+        """Do this in a thread of its own. Raises `CutShort` where the system starts no more threads."""
+        with self.changed:
+            self.running += 1
+        start_thread("hub-stress-test", self._do, act, *args)
 
-        It ends earlier when told to stop, or when the hub is gone; nothing begins after `until_s`, or when it no longer
-        may. `on_tick` is called ten times a second. Raises what a walk raised.
+    def wait_for(self, ready: Callable[[], bool], at_s: float = math.inf) -> bool:
+        """Wait until `ready`, asked after each change and at `at_s`; False when the run ends before.
+
+        It ends when told to stop, or when the hub is gone. Raises what a thread raised.
         """
-        session, count = self._session, len(items)
-        session.answered_s = tick_s = session.clock()
+        session = self._session
+        while not session.stopping.is_set() and not session.hub_is_gone:
+            if session.clock() >= self._tick_s:
+                self._tick_s = session.clock() + 0.1
+                session.cut_streams()
+                self._on_tick()
+            with self.changed:
+                left_s = max(0.0, min(at_s, self._tick_s) - session.clock())
+                is_ready = self.changed.wait_for(lambda: self._error or ready(), left_s)
+            if self._error:
+                raise self._error
+            if is_ready:
+                return True
+        return False
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait_for(lambda: not self.running)
+            self._on_tick()
+
+    def _do(self, act: Callable[..., object], *args: Any) -> None:
         try:
-            while not session.stopping.is_set() and not session.hub_is_gone and not self._error:
-                with self._changed:
-                    now_s = session.clock()
-                    while (due_s := self._next_due_s(count, now_s)) <= now_s < self._until_s:
-                        walk = begin(items[self._begun], due_s)
-                        self._begun, self._beginning = self._begun + 1, self._beginning + 1
-                        self._submit(walk, first=True)
-                    if self._all_begun(count, now_s):
-                        self._end_gathering(now_s)
-                    next_s = self._let_go_on(now_s, due_s)
-                    if next_s is None:
-                        break
-                    self._changed.wait(max(0.0, min(next_s, tick_s + 0.1) - session.clock()))
-                if session.clock() >= tick_s + 0.1:
-                    tick_s = session.clock()
-                    session.cut_streams()
-                    on_tick()
-            on_tick()
-        finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._error:
-            raise self._error
-
-    def wake(self, walk: Walk) -> None:
-        """Let a walk go on now, or, if it is going on, once more as soon as it waits."""
-        with self._changed:
-            if walk in self._entries:
-                self._wait(walk, 0.0)
-                self._changed.notify()
-            else:
-                self._woken.add(walk)
-
-    def _all_begun(self, count: int, now_s: float) -> bool:
-        return self._begun == count or now_s >= self._until_s or not self._may_begin()
-
-    def _next_due_s(self, count: int, now_s: float) -> float:
-        """When the next of so many walks is to begin; infinity when none is, or no place is free."""
-        if self._all_begun(count, now_s) or self._beginning >= self._places(self._limit):
-            return math.inf
-        return self._due_at(self._begun) if self._due_at else now_s
-
-    def _end_gathering(self, now_s: float) -> None:
-        """Once the moment to leave is known, nobody waits longer than that."""
-        gathering = self._gathering
-        if gathering.break_up(self._begun, now_s):
-            if gathering.hold_s:
-                LOG.info("Holding the servers for %g s", gathering.hold_s)
-            for number, walk in [
-                (number, walk) for at_s, number, walk in self._due if at_s > gathering.leave_s
-            ]:
-                if self._entries.get(walk) == number:
-                    self._wait(walk, gathering.leave_s)
-
-    def _let_go_on(self, now_s: float, next_s: float) -> float | None:
-        """Let those go on whose moment has come; the next moment at which something is due, None when all is done."""
-        while self._due and self._due[0][0] <= now_s:
-            _, number, walk = heapq.heappop(self._due)
-            if self._entries.get(walk) == number:
-                del self._entries[walk]
-                self._submit(walk, first=False)
-        next_s = min(next_s, self._due[0][0] if self._entries else math.inf)
-        return next_s if self._acting or self._entries or next_s < math.inf else None
-
-    def _submit(self, walk: Walk, first: bool) -> None:
-        self._acting += 1
-        self._woken.discard(walk)
-        self._pool.submit(self._go_on, walk, first)
-
-    def _go_on(self, walk: Walk, first: bool) -> None:
-        """In a thread: take one walk on until it waits or ends."""
-        at_s: float | None = None
-        try:
-            if not first or self._session.clock() < self._until_s:
-                at_s = next(walk, None)
+            act(*args)
+        except Stopped:
+            pass
         except Exception as error:
-            self._error = error
-        with self._changed:
-            self._acting -= 1
-            self._beginning -= first
-            if at_s is not None:
-                leave_s = self._gathering.leave_s  # which may just have become known
-                if at_s > leave_s and (math.isinf(at_s) or leave_s > self._session.clock()):
-                    at_s = leave_s
-                self._wait(walk, 0.0 if walk in self._woken else at_s)
-            if at_s is not None or not self._due_at or not self._acting or self._beginning == self._limit - 1:
-                self._changed.notify()
-
-    def _wait(self, walk: Walk, at_s: float) -> None:
-        self._entries[walk] = number = next(self._numbers)
-        heapq.heappush(self._due, (at_s, number, walk))
+            self._error = self._error or error
+        with self.changed:
+            self.running -= 1
+            self.changed.notify()
 
 
 class Regularly:
@@ -2726,10 +2512,9 @@ class Regularly:
         self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
         self._places = threading.Semaphore(at_most)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
 
     def __enter__(self) -> None:
-        self._thread.start()
+        start_thread(self._what, self._run)
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -2742,9 +2527,13 @@ class Regularly:
         for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
             if self._done.wait(max(0.0, due_s - time.monotonic())):
                 return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._do, args=(due_s,), name=self._what, daemon=True).start()
-            else:
+            if not self._places.acquire(blocking=False):
+                self._skip()
+                continue
+            try:
+                start_thread(self._what, self._do, due_s)
+            except CutShort:
+                self._places.release()
                 self._skip()
 
     def _do(self, due_s: float) -> None:
@@ -2754,19 +2543,28 @@ class Regularly:
             self._places.release()
 
 
-# ==== The hub's own figures ==========================================================================================
+# ==== The hub's own figures =================================================================================
 
-_OWN_FIGURES = re.compile(  # with whatever prefix the hub's operator has chosen
-    "(?:.*_)?(process_cpu_seconds_total|process_resident_memory_bytes|process_start_time_seconds|process_open_fds|"
-    "server_stop_seconds_count|running_servers|nodejs_active_handles_total|event_loop_interval_seconds_bucket|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
+CPU, MEMORY, FILES = "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"
+LOOP, BEGAN = "event_loop_interval_seconds_bucket", "process_start_time_seconds"
+_OWN_FIGURES = re.compile(  # behind whatever prefix the hub's operator has chosen
+    f"(?:.*_)?({CPU}|{MEMORY}|{FILES}|{LOOP}|{BEGAN}|server_stop_seconds_count|running_servers|"
+    "nodejs_active_handles_total|(?:request|server_spawn)_duration_seconds_(?:count|sum))"
 )
+AFTERMATH = {
+    "open_files": (FILES, ""),
+    "rss_bytes": (MEMORY, ""),
+    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
+    "active_handles": ("nodejs_active_handles_total", ""),
+}
+FILES_TO_MENTION = 20  # open files more than before
 NO_METRICS_SCOPE = "the token lacks the scope read:metrics"
-LOOP_INTERVAL_S = 0.05  # a hub's event loop looks after itself so often, and so knows its lag no finer
+LOOP_INTERVAL_S = 0.05  # the resolution of a hub's event-loop lag
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The hub's own figures at one moment of our monotonic clock, by name and label."""
+    """A process's own figures at one moment of our monotonic clock, by name and label."""
 
     at_s: float
     figures: Mapping[tuple[str, str], float]
@@ -2774,18 +2572,9 @@ class Snapshot:
     def get(self, name: str, label: str = "") -> float:
         return self.figures.get((name, label), 0.0)
 
-
-AFTERMATH = {
-    "open_files": ("process_open_fds", ""),
-    "rss_bytes": ("process_resident_memory_bytes", ""),
-    "proxy_error_pages": ("request_duration_seconds_count", "GET ProxyErrorHandler"),
-    "active_handles": ("nodejs_active_handles_total", ""),
-}
-
-
-def restarted(before: Snapshot, after: Snapshot) -> bool:
-    """Whether the hub began anew between two snapshots."""
-    return before.get("process_start_time_seconds") != after.get("process_start_time_seconds")
+    def labels(self, name: str) -> list[str]:
+        """With which labels the figure is there."""
+        return [label for known, label in self.figures if known == name]
 
 
 def metrics_url(endpoint: str) -> str:
@@ -2794,24 +2583,23 @@ def metrics_url(endpoint: str) -> str:
 
 
 def snapshot(samples: Iterable[tuple[str, Mapping[str, str], float]], at_s: float) -> Snapshot:
-    """The figures that matter here, among the samples (name, labels, value) of a hub's metrics page."""
-    figures: dict[tuple[str, str], float] = {}
+    """The figures that matter here, among the samples (name, labels, value) of a metrics page."""
+    figures: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
     for full_name, labels, value in samples:
         match = _OWN_FIGURES.fullmatch(full_name)
-        if not match or not labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
-            continue
-        label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
-        if "handler" in labels:
-            label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
-        figures[match[1], label] = figures.get((match[1], label), 0.0) + value
-    return Snapshot(at_s, figures)
+        if match and labels.get("code", "2").startswith("2"):  # the time of a refusal would mislead
+            label = labels.get("le") or labels.get("reason") or labels.get("status") or ""
+            if "handler" in labels:
+                label = f"{labels['method']} {labels['handler'].rpartition('.')[2]}"
+            figures[match[1], label] += value
+    return Snapshot(at_s, dict(figures))
 
 
 class Monitor(Regularly):
-    """While the `with` block runs, reads a process's own metrics every 5 seconds, and once before and after.
+    """While the `with` block runs, reads a process's own metrics: at once, and every 5 seconds.
 
-    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will do). The
-    page of another process is read without the token, and without other headers that are meant for the hub.
+    `GET /hub/metrics`: 200 with Prometheus' text; 403 without the scope read:metrics (on 1.x any token will
+    do). The page of another process is read without the token and other headers that are meant for the hub.
     """
 
     def __init__(self, url: str, session: HubSession, is_hub: bool = True) -> None:
@@ -2821,12 +2609,11 @@ class Monitor(Regularly):
         self._url, self._is_hub = url, is_hub
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
-        self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
-        self._parser = (
-            importlib.import_module("prometheus_client.parser") if optional("prometheus_client") else None
-        )
+        self._session = session.clone(own_stop=True, traffic=None if is_hub else Traffic())
         self._looking = threading.Lock()
-        if not self._parser:
+        if optional("prometheus_client"):
+            self._parser = importlib.import_module("prometheus_client.parser")
+        else:
             self.missing = "prometheus-client is not installed: pip install prometheus-client"
             LOG.info("The hub's own figures are not read, since %s", self.missing)
 
@@ -2835,9 +2622,9 @@ class Monitor(Regularly):
         super().__enter__()
 
     def look(self) -> Snapshot | None:
-        """One more snapshot, or None when none could be had."""
+        """Take one more snapshot; None when the page could not be read."""
         with self._looking:
-            if self.missing or not self._parser:
+            if self.missing:
                 return None
             sent_s = self._session.clock()
             try:
@@ -2845,13 +2632,13 @@ class Monitor(Regularly):
                     "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
                 )
                 hubs = not self._is_hub or self._session.is_hubs(response)
-                page = response.text if response.status_code == 200 and hubs else ""
-                families = list(self._parser.text_string_to_metric_families(page))
+                good = response.status_code == 200 and hubs
+                families = list(self._parser.text_string_to_metric_families(response.text if good else ""))
             except (requests.RequestException, ValueError) as error:
                 LOG.debug("The hub's metrics could not be read: %s", why(error))
                 return None
-            if response.status_code == 200 and hubs:
-                samples = ((one.name, one.labels, one.value) for family in families for one in family.samples)
+            if good:
+                samples = [sample[:3] for family in families for sample in family.samples]
                 self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
                 return self.snapshots[-1]
             if response.status_code == 403 and hubs:
@@ -2862,14 +2649,178 @@ class Monitor(Regularly):
             return None
 
 
-# ==== Users: found, claimed, made ====================================================================================
+def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
+    """How much a counter has grown; after a restart it began at 0 again."""
+    total = 0.0
+    for before, after in zip(snapshots, snapshots[1:]):
+        restarted = before.get(BEGAN) != after.get(BEGAN)
+        total += after.get(name, label) - (0.0 if restarted else before.get(name, label))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnDurations:
+    """How often the hub did something, and how long it took by its own clock."""
+
+    count: float
+    mean_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFigures:
+    """What the hub says of itself between the first and the last snapshot."""
+
+    cpu_s: float
+    cpu_share: float  # of a processor
+    cpu_share_max: float  # over some 5 seconds of the load, without cleaning up
+    rss_before_bytes: float
+    rss_max_bytes: float
+    rss_after_bytes: float
+    rss_per_server_bytes: float | None
+    event_loop_lag_p95_s: float | None
+    event_loop_lag_max_s: float | None
+    event_loop_samples: int
+    running_servers_max: float
+    requests: dict[str, OwnDurations]
+    spawns: dict[str, OwnDurations]
+
+    @property
+    def late_s(self) -> float | None:
+        """The event loop's lag, if it is long: p95, also of few samples, since a very late loop takes few."""
+        lag_s = self.event_loop_lag_p95_s
+        return lag_s if lag_s and lag_s > LATE_LOOP_S else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests waited for the hub's one thread, which gets less CPU time on a busy machine."""
+        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
+
+
+def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
+    """What the hub says of itself; None without two snapshots."""
+    if len(snapshots) < 2:
+        return None
+    first, last = snapshots[0], snapshots[-1]
+    rss = [shot.get(MEMORY) for shot in snapshots]
+    loop = sorted((float(bound), grown(snapshots, LOOP, bound)) for bound in last.labels(LOOP))
+    lags = [quantile(loop, share) for share in (0.95, 1.0)]
+    lag_p95_s, lag_max_s = (None if lag is None else max(lag, LOOP_INTERVAL_S) for lag in lags)
+    cpu_s = grown(snapshots, CPU)
+    cpu_share = cpu_s / (last.at_s - first.at_s)
+    under_load = [shot for shot in snapshots if shot.at_s < load_ended_s + 1.0]
+    return HubFigures(
+        cpu_s=cpu_s,
+        cpu_share=cpu_share,
+        cpu_share_max=max((share for _, share in cpu_shares(under_load)), default=cpu_share),
+        rss_before_bytes=rss[0],
+        rss_max_bytes=max(rss),
+        rss_after_bytes=rss[-1],
+        rss_per_server_bytes=(max(rss) - rss[0]) / servers_ready if servers_ready else None,
+        event_loop_lag_p95_s=lag_p95_s,
+        event_loop_lag_max_s=lag_max_s,
+        event_loop_samples=int(loop[-1][1]) if loop else 0,
+        running_servers_max=max(0.0, *(shot.get("running_servers") for shot in snapshots)),
+        requests=_own_durations(snapshots, "request_duration_seconds"),
+        spawns=_own_durations(snapshots, "server_spawn_duration_seconds"),
+    )
+
+
+def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
+    """A quantile of a histogram (upper bounds, counts up to there), linear between bounds; None if empty."""
+    rank = share * buckets[-1][1] if buckets else 0.0
+    lower, below = 0.0, 0.0
+    for upper, count in buckets:
+        if count >= rank > 0:
+            within = (rank - below) / (count - below)
+            return lower if math.isinf(upper) else lower + (upper - lower) * within
+        lower, below = upper, count
+    return None
+
+
+def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDurations]:
+    durations = {}
+    for label in snapshots[-1].labels(f"{name}_count"):
+        if (count := grown(snapshots, f"{name}_count", label)) > 0:
+            durations[label] = OwnDurations(count, grown(snapshots, f"{name}_sum", label) / count)
+    return durations
+
+
+def cpu_shares(snapshots: Sequence[Snapshot]) -> list[tuple[float, float]]:
+    """The share of a processor used up to each moment, over stretches of at least 1 s where there is shot."""
+    shares: list[tuple[float, float]] = []
+    since = 0
+    for at in range(1, len(snapshots)):
+        stretch = snapshots[since : at + 1]
+        took_s = stretch[-1].at_s - stretch[0].at_s
+        if took_s >= 1.0 or (at == len(snapshots) - 1 and not shares):
+            shares.append((stretch[-1].at_s, grown(stretch, CPU) / max(took_s, 1e-3)))
+            since = at
+    return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class HubTimeline:
+    """A process's CPU share, memory and open files, in seconds since the run began."""
+
+    cpu_at_s: list[float | None]
+    cpu_share: list[float | None]
+    at_s: list[float | None]
+    rss_bytes: list[float]
+    running_servers: list[float]
+    open_files: list[float]
+
+
+def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline | None:
+    """The process at each snapshot; None when there is none."""
+    if not snapshots:
+        return None
+    shares = cpu_shares(snapshots)
+    return HubTimeline(
+        cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
+        cpu_share=[rounded(share) for _, share in shares],
+        at_s=[rounded(shot.at_s - began_s) for shot in snapshots],
+        rss_bytes=[shot.get(MEMORY) for shot in snapshots],
+        running_servers=[
+            max(0.0, shot.get("running_servers")) for shot in snapshots
+        ],  # hubs miscount at times
+        open_files=[shot.get(FILES) for shot in snapshots],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A figure before a run, at its most, and after cleaning up; `after` is None when users were kept."""
+
+    before: float
+    peak: float
+    after: float | None
+    grown: float | None
+
+
+Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
+
+
+def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
+    """What a run left in the processes that were watched; None without two snapshots of any."""
+    aftermath: dict[str, dict[str, Change]] = {}
+    for process, snapshots in looks.items():
+        if len(snapshots) > 1:
+            aftermath[process] = changes = {}
+            for key, (name, label) in AFTERMATH.items():
+                if any(shot.labels(name) for shot in snapshots):
+                    values = [shot.get(name, label) for shot in snapshots]
+                    rest = (None, None) if kept else (values[-1], values[-1] - values[0])
+                    changes[key] = Change(values[0], max(values), *rest)
+    return aftermath or None
+
+
+# ==== Users: found, claimed, made ===========================================================================
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
+    """Every user with our prefix in the name, and (from hubs that do not filter) others; else `HubRefused`.
 
-    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short while there
-    is a next one.
+    `next.offset` leads to the next page, since `next.url` may be wrong behind a proxy. A page may be short.
     """
     offset: int | None = 0
     while offset is not None:
@@ -2884,14 +2835,9 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def _end_if_stopped(hub: Hub, reply: Reply) -> None:
-    """Raise `Stopped` where it was we who gave a request up."""
+    """Raise `Stopped` if the stop ended a request."""
     if not reply.status and hub.session.stopping.is_set():
         raise Stopped
-
-
-def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return test_users(list_users(hub, record), run)
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
@@ -2899,14 +2845,18 @@ def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
+def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    return test_users(list_users(hub, record), run)
+
+
 class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
-    A name is claimed before it is asked for, and given up when the hub says that it was taken, or is not there. If the
-    answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name was free
-    when this run looked, just before. Only a run with the same --run name at the same time could make it too, and such
-    a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose making was not
-    confirmed is not deleted.
+    A name is claimed before the request for it, and dropped if the hub says that it was taken or is absent.
+    After a lost answer the claim stands, even when the name is not there yet, since the hub may act late: the
+    name was free just before. Only a run with the same --run name at the same time could make it too. It
+    is noticed when names that we did not create are taken: with `rivals`, only confirmed names are deleted.
     """
 
     def __init__(self) -> None:
@@ -2932,37 +2882,26 @@ class Claims:
 def make_users(
     count: int, batch_size: int, hub: Hub, record: Recorder, claims: Claims, taken: Iterable[str], run: str
 ) -> Iterator[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those `taken`.
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those taken.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made by then are in `claims`.
+    Names that turn out to be taken are skipped. Raises `HubRefused` or `Stopped`; `claims` has those made.
     """
-    indexes = itertools.count(first_free_index(taken, run))
+    names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
     with Progress("creating users", count) as progress:
         while made < count:
-            wanted = [
-                username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))
-            ]
+            wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
             progress.tell(made)
 
 
-def _strange(listed: Iterable[str], claims: Claims) -> str:
-    """The names that look like this tool's, nobody asked for, and were not there before the run."""
-    if claims.known is None:
-        return ""
-    return names_text(
-        name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name)
-    )
-
-
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
     """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
 
-    All names in a 201 were made by this call, whatever they are called. After anything but that or a 409 the hub is
-    listed, since part of the batch may have been made: after a lost answer, but also after a 400 or 500.
+    A 201 lists users that this call made, whatever they are called. After anything but that or a 409 (a lost
+    answer, but also 400 or 500) part of the batch may have been made: the hub's users are listed.
     """
     if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
         return wanted
@@ -2976,28 +2915,26 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
     not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
     unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    listed = [
-        user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")
-    ]
+    users = list_users(hub, record) if unsure else models
+    listed = {user["name"] for user in users if not user.get("admin")}
     made = [name for name in wanted if name in listed]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
-        raise CutShort(
-            f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers"
-        )
-    if unsure and (strange := _strange(listed, claims)):
-        raise CutShort(
-            f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's"
-        )
+        rewrites = "its authenticator rewrites names; test with --own-servers"
+        raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
+    known = listed if claims.known is None else claims.known
+    strange = {name for name in listed - known if USERNAME_PREFIX in name and not is_test_user(name)}
+    if unsure and strange:
+        since = f"Since then it has {names_text(strange)}, which may be this run's"
+        raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
-        raise CutShort(
-            f"two requests in a row made no user ({reply}): is another run with this --run name under way?"
-        )
+        rival = "is another run with this --run name under way?"
+        raise CutShort(f"two requests in a row made no user ({reply}): {rival}")
     return made
 
 
@@ -3048,126 +2985,140 @@ class BrowserWire(HTTPAdapter):
         )
 
 
+class Failed(Exception):
+    """A step of a person has failed; `final` when trying again is no use."""
+
+    def __init__(self, reason: Reason, final: bool = False) -> None:
+        super().__init__(reason.text)
+        self.reason, self.final = reason, final
+
+
 class PublicSide:
     """The way that people take to their servers: where it begins, what was sent there, and their open kernels."""
 
     def __init__(self, hub: Hub, plan: Plan) -> None:
         self.url = public_url(hub, plan)
-        self.traffic, self.wires = Traffic(), Wires()
+        self.traffic, self.kernels = Traffic(), set[Kernel]()
         self.reached = False  # whether any visit has come through
         self.browser_tried = threading.Lock()  # held once somebody has tried what a browser sends
         self.warnings: list[str] = []
         self._hub, self._token = hub, plan.visit_token
 
-    def browser(self, name: str) -> HubSession | Reason:
-        """A session with connections of this person's own. On 1.x a server is entered with its user's token."""
+    def browser(self, name: str) -> HubSession:
+        """A session with this person's own connections. On 1.x its token is the user's. Raises `Failed`."""
         token: str | None = self._token
         if self._hub.needs_users_tokens:
             made = self._hub.make_token(name)
             if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
-                return Reason(
-                    Kind.REFUSED, f"the hub made no token for the user ({made.status or made.message})"
-                )
+                text = f"the hub made no token for the user ({made.status or made.message})"
+                raise Failed(Reason(Kind.REFUSED, text))
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
-        browser = self._hub.session.beside(self.traffic, token, wire=wire)
+        browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
         browser.of_servers = True
         return browser
 
-    def server_in(self, reply: Reply) -> str | Reason:
-        """The URL of the server in a user model, or why people cannot go there; the token goes to no other host."""
+    def server_in(self, reply: Reply) -> str:
+        """The URL of the server in a user model; the token goes to no other host. Raises `Failed`."""
         if state_in(reply) is not ServerState.READY:
-            return Reason(Kind.VANISHED, "the hub no longer says that the server is ready")
-        told = reply.data["servers"][""].get("url") or reply.data.get("server")
-        url = urllib.parse.urljoin(self.url, str(told))
+            raise Failed(Reason(Kind.VANISHED, "the hub no longer says that the server is ready"))
+        path = reply.data["servers"][""].get("url") or reply.data.get("server")
+        url = urllib.parse.urljoin(self.url, str(path))
         there, here = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.url)
         same_host = there.hostname == here.hostname or (there.hostname or "").endswith(f".{here.hostname}")
-        return url if told and same_host and there.scheme in (here.scheme, "https") else ELSEWHERE
+        if not path or not same_host or there.scheme not in (here.scheme, "https"):
+            text = "the hub places the server on another host than people come to (see --public-url)"
+            raise Failed(Reason(Kind.ROUTE, text), final=True)
+        return url
+
+    def close_kernels(self) -> None:
+        """Break the connections to all kernels, so that whoever waits for one goes on at once."""
+        for kernel in list(self.kernels):
+            kernel.abort()
 
 
-ELSEWHERE = Reason(
-    Kind.ROUTE, "the hub places the server on another host than people come to (see --public-url)"
-)
 NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
 NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
 
 
-def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> tuple[Reason | None, bool]:
-    """Why an answer is not the page that was asked for at `url` (None: it is), and whether it is no use to try again.
+def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> None:
+    """Raises `Failed` if an answer is not the page that was asked for at `url`.
 
-    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has just begun
-    answers 404 until the hub has given it its routes.
+    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has just
+    begun answers 404 until the hub has given it its routes.
     """
     here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
+    to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
+    kind, final = Kind.ROUTE, False
     if reply.status == 200:
-        return None, True
+        return
     if not reply.status:
-        return Reason(Kind.ROUTE, f"no page: {reply.message}"), False
-    if reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
-        versions = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}"
-        return Reason(
-            Kind.REFUSED, f"{versions}: such a server lets in its own user only ({reply.status})"
-        ), True
-    if "/hub/api/oauth2/authorize" in there.path:
-        return Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"), True
-    if "/hub/" in there.path:
-        return NO_ROUTE, False
-    if (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname):
-        return Reason(Kind.ROUTE, "a redirect to http: the proxy does not pass X-Forwarded-Proto"), True
-    if reply.location:
-        return Reason(Kind.ROUTE, f"the page redirects elsewhere ({reply.status})"), True
-    if reply.status == 403:
-        return Reason(
-            Kind.REFUSED, "the server does not let the token in (403: does it have access:servers?)"
-        ), True
-    if reply.status == 503:
-        return Reason(Kind.ROUTE, "nobody listens there (503)"), False
-    return Reason(Kind.ROUTE, f"the server's page was answered {reply.status}"), reply.status == 404 and bool(
-        reply.version
-    )
+        text = f"no page: {reply.message}"
+    elif reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
+        kind, final = Kind.REFUSED, True
+        text = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}: "
+        text += f"such a server lets in its own user only ({reply.status})"
+    elif "/hub/api/oauth2/authorize" in there.path:
+        kind, final, text = Kind.REFUSED, True, "the server does not know the token (302 to log in)"
+    elif "/hub/" in there.path:
+        text = NO_ROUTE.text
+    elif to_http:
+        final, text = True, "a redirect to http: the proxy does not pass X-Forwarded-Proto"
+    elif reply.location:
+        final, text = True, f"the page redirects elsewhere ({reply.status})"
+    elif reply.status == 403:
+        kind, final = Kind.REFUSED, True
+        text = "the server does not let the token in (403: does it have access:servers?)"
+    elif reply.status == 503:
+        text = "nobody listens there (503)"
+    else:
+        final = reply.status == 404 and bool(reply.version)
+        text = f"the server's page was answered {reply.status}"
+    raise Failed(Reason(kind, text), final)
 
 
-@dataclasses.dataclass
-class Execution:
-    """A cell that a kernel was asked to run. It has ended when the kernel has replied and is idle again."""
+TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
 
-    request: str  # the message's id
-    ended_s: float | None = None
-    error: str = ""  # the name of the exception
-    awaited: set[str] = dataclasses.field(
-        default_factory=lambda: {"execute_reply", "idle"}
-    )  # in whatever order
 
-    def hear(self, kind: str, message: Json, at_s: float) -> None:
-        """Take note of a message of the kernel, if it is about this cell."""
-        content = message.get("content", {})
-        if message.get("parent_header", {}).get("msg_id") != self.request:
-            return
-        self.awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
-        if content.get("status", "ok") != "ok" or kind == "error":
-            self.error = str(content.get("ename") or content.get("status"))
-        if not self.awaited and self.ended_s is None:
-            self.ended_s = at_s
+def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
+    """An open websocket of websocket-client; no redirect is followed. Raises `Failed`, or `TimeoutError`."""
+    websocket = importlib.import_module("websocket")
+    context = tls_context(trusted(browser, url.replace("ws", "http", 1)))
+    socket = websocket.WebSocket(sslopt={"context": context}, skip_utf8_validation=True)
+    usual, failure = requests.utils.default_headers(), ""
+    headers = {name: value for name, value in browser.headers.items() if name not in usual}
+    try:
+        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
+        status = socket.handshake_response.status
+    except websocket.WebSocketBadStatusException as error:
+        status = error.status_code
+    except (TimeoutError, websocket.WebSocketTimeoutException) as error:
+        raise TimeoutError from error
+    except (OSError, websocket.WebSocketException) as error:
+        failure = f"the websocket could not be opened: {why(error)}"
+        status = getattr(socket.handshake_response, "status", 0)  # of a redirect
+    if status == 101:
+        return socket
+    socket.shutdown()
+    passes = ": does the proxy pass upgrades?" if status == 400 else ""
+    raise Failed(Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})" if status else failure))
 
 
 class Kernel:
-    """A kernel behind its websocket, which runs one cell at a time. `wake` is called when something has come of it."""
+    """A kernel behind its websocket, which runs one cell at a time. What goes wrong raises `Failed`."""
 
-    def __init__(self, socket: Any, wake: Callable[[], None]) -> None:
-        self.socket, self.number = socket, socket.sock.fileno()
-        self.trouble: Reason | None = None  # why nothing more comes of this kernel
-        self._wake, self._lock = wake, threading.Lock()
-        self._execution, self._opened_s = Execution(""), time.monotonic()
+    def __init__(self, socket: Any, clock: Callable[[], float]) -> None:
+        self._socket, self._clock, self._opened_s = socket, clock, clock()
+        self._timeouts = (TimeoutError, importlib.import_module("websocket").WebSocketTimeoutException)
 
-    @property
-    def ended(self) -> bool:
-        return self.trouble is not None
+    def run(self, code: Code, number: int, until_s: float) -> None:
+        """Run a cell, the person's n-th: it has ended when the kernel has replied and is idle again.
 
-    def execute(self, source: str) -> Execution:
-        """Send a cell; what becomes of it is noted as it comes."""
-        self._execution = Execution(os.urandom(16).hex())
-        content = {"code": source, "silent": False, "store_history": False, "allow_stdin": False}
-        header = {"msg_id": self._execution.request, "msg_type": "execute_request", "version": "5.3"}
+        Raises `TimeoutError`.
+        """
+        request = os.urandom(16).hex()
+        content = {"code": code.source, "silent": False, "store_history": False, "allow_stdin": False}
+        header = {"msg_id": request, "msg_type": "execute_request", "version": "5.3"}
         header |= {"session": USERNAME_PREFIX, "username": ""}
         message = {
             "channel": "shell",
@@ -3176,200 +3127,88 @@ class Kernel:
             "metadata": {},
             "content": content,
         }
-        with self._lock:
-            try:
-                self.socket.settimeout(SEND_TIMEOUT_S)
-                self.socket.send(json.dumps(message))
-                self.socket.settimeout(0)
-            except Exception:  # of websocket-client, ssl or the socket
-                self._fail(self._lost())
-        return self._execution
-
-    def read(self) -> None:
-        """Take all that has arrived; websocket-client answers pings meanwhile."""
         try:
-            while not self.trouble:
-                with self._lock:
-                    opcode, data = self.socket.recv_data()
-                if opcode == CLOSED:
-                    self._fail(self._lost())
-                elif opcode == TEXT:
-                    self._hear(json.loads(data))
-        except (BlockingIOError, ssl.SSLWantReadError):
+            self._socket.settimeout(SEND_TIMEOUT_S)
+            self._socket.send(json.dumps(message))
+        except Exception:  # of websocket-client, ssl or the socket
+            raise Failed(self._lost()) from None
+        awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
+        while awaited:
+            kind, answer = self._next(until_s)
+            if not kind:
+                raise TimeoutError
+            content = answer.get("content", {})
+            if answer.get("parent_header", {}).get("msg_id") == request:
+                awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
+                if content.get("status", "ok") != "ok" or kind == "error":
+                    raised = str(content.get("ename") or content.get("status"))
+        if raised and not code.may_raise:
+            raise Failed(Reason(Kind.CELL, f"cell {number} raised {raised}"))
+
+    def listen(self, until_s: float) -> None:
+        """Keep the connection until then: pings are answered, and the end of the kernel is noticed."""
+        while self._next(until_s)[0]:
             pass
-        except Exception:  # of websocket-client, ssl, the socket, or a message that is none
-            self._fail(self._lost())
 
     def close(self) -> None:
         """Close the connection; the kernel stays."""
-        with self._lock:
-            self.trouble = self.trouble or CONNECTION_LOST
-            for end in (self.socket.send_close, self.socket.shutdown):
-                with contextlib.suppress(Exception):  # the other side may be gone
-                    end()
+        for end in (self._socket.send_close, self._socket.shutdown):
+            with contextlib.suppress(Exception):  # the other side may be gone
+                end()
 
-    def _hear(self, message: Json) -> None:
-        kind, state = (
-            message.get("msg_type") or message.get("header", {}).get("msg_type"),
-            message.get("content", {}),
-        )
-        execution = self._execution
-        had_ended = execution.ended_s is not None
-        execution.hear(str(kind), message, time.monotonic())
-        if kind == "status" and state.get("execution_state") in ("restarting", "autorestarting", "dead"):
-            self._fail(Reason(Kind.KERNEL, "the kernel died"))
-        elif kind == "shutdown_reply":
-            self._fail(Reason(Kind.CELL, "somebody shut the kernel down"))
-        elif execution.ended_s is not None and not had_ended:
-            self._wake()
+    def abort(self) -> None:
+        """Break the connection, so that whoever waits for the kernel goes on at once."""
+        with contextlib.suppress(Exception):  # it may be closed already
+            self._socket.abort()
+
+    def _next(self, until_s: float) -> tuple[str, Json]:
+        """The next message and its type, which is empty when none has come until then."""
+        while (left_s := until_s - self._clock()) > 0:
+            try:
+                self._socket.settimeout(left_s)
+                opcode, data = self._socket.recv_data(control_frame=True)
+                message = json.loads(data) if opcode == TEXT else {}
+                kind = str(message.get("msg_type") or message.get("header", {}).get("msg_type") or "")
+                state = message.get("content", {}).get("execution_state")
+            except self._timeouts:
+                continue
+            except Exception:  # of websocket-client, ssl, the socket, or a message that is none
+                raise Failed(self._lost()) from None
+            if opcode == CLOSED:
+                raise Failed(self._lost())
+            if kind == "status" and state in ("restarting", "autorestarting", "dead"):
+                raise Failed(Reason(Kind.KERNEL, "the kernel died"))
+            if kind == "shutdown_reply":
+                raise Failed(Reason(Kind.CELL, "somebody shut the kernel down"))
+            if kind:
+                return kind, message
+        return "", {}
 
     def _lost(self) -> Reason:
-        return dataclasses.replace(CONNECTION_LOST, open_s=time.monotonic() - self._opened_s)
-
-    def _fail(self, reason: Reason) -> None:
-        self.trouble = self.trouble or reason
-        self._wake()
-
-
-TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
-NO_KERNEL = Reason(Kind.CELL, "no kernel in time")
-CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
-
-
-def handshake(url: str, session: HubSession, timeout_s: float) -> Any:
-    """An open websocket that never blocks, or the `Reason` why there is none. No redirect is followed."""
-    websocket = importlib.import_module("websocket")
-    socket = websocket.WebSocket(
-        sslopt={"context": tls_context(trusted(session, url.replace("ws", "http", 1)))},
-        skip_utf8_validation=True,
-    )
-    headers = {"Authorization": f"token {session.token}"}
-    try:
-        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
-        status = socket.handshake_response.status
-    except websocket.WebSocketBadStatusException as error:
-        status = error.status_code
-    except (OSError, websocket.WebSocketException) as error:
-        if isinstance(error, (TimeoutError, websocket.WebSocketTimeoutException)):  # it waits for the kernel
-            return NO_KERNEL
-        status = getattr(socket.handshake_response, "status", 0)  # a redirect
-        if not status:
-            return Reason(Kind.WIRE, f"the websocket could not be opened: {why(error)}")
-    if status != 101:
-        socket.shutdown()
-        passes = ": does the proxy pass upgrades?" if status == 400 else ""
-        return Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})")
-    socket.settimeout(0)
-    return socket
-
-
-class Wire(Protocol):
-    """A connection on which something may come at any time."""
-
-    number: int  # its file descriptor
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more comes."""
-
-    def read(self) -> None:
-        """Take all that has arrived, without waiting; wake whoever waits for it."""
-
-    def close(self) -> None:
-        """End the connection."""
-
-
-class Wires:
-    """Reads all open connections in one thread, so that nobody who waits for a cell, or thinks, needs one."""
-
-    def __init__(self) -> None:
-        self._wires: dict[
-            int, Wire
-        ] = {}  # by file descriptor, which may serve somebody else once it is closed
-        self._changing, self._ended = threading.Lock(), False
-        self._selector: selectors.BaseSelector | None = None  # from the first one on
-
-    def open(
-        self, url: str, session: HubSession, timeout_s: float, wake: Callable[[], None]
-    ) -> Kernel | Reason:
-        """The kernel behind a websocket's URL, or why it cannot be reached."""
-        socket = handshake(url, session, timeout_s)
-        if isinstance(socket, Reason):
-            return socket
-        kernel = Kernel(socket, wake)
-        self.add(kernel)
-        kernel.read()  # what came with the handshake may be waiting in the TLS layer, where no selector sees it
-        return kernel
-
-    def add(self, wire: Wire) -> None:
-        """Read this one too, from now on; after the end of all it is closed."""
-        with self._changing:
-            if self._ended:
-                wire.close()
-                return
-            self._forget(wire.number)
-            self._wires[wire.number] = wire
-            if not self._selector:
-                self._selector = selectors.DefaultSelector()
-                threading.Thread(target=self._run, args=(self._selector,), name="wires", daemon=True).start()
-            self._selector.register(wire.number, selectors.EVENT_READ)
-
-    def close(self, wire: Wire) -> None:
-        with self._changing:
-            if self._wires.get(wire.number) is wire:
-                self._forget(wire.number)
-        wire.close()
-
-    def end(self) -> None:
-        """Close all connections that are open, and open no more."""
-        with self._changing:
-            self._ended, wires = True, list(self._wires.values())
-        for wire in wires:
-            self.close(wire)
-
-    def _forget(self, number: int) -> None:
-        if self._wires.pop(number, None) and self._selector:
-            self._selector.unregister(number)
-
-    def _run(self, selector: selectors.BaseSelector) -> None:
-        while not self._ended:
-            for key, _ in selector.select(0.1):
-                wire = self._wires.get(key.fd)
-                if wire:
-                    wire.read()
-                    if wire.ended:
-                        self.close(wire)
-        with self._changing:
-            self._selector = None
-            selector.close()
+        return Reason(Kind.WIRE, "the connection was lost", open_s=self._clock() - self._opened_s)
 
 
 # ==== Steps of a person, each a function =============================================================================
 #
-# A step is a generator. It yields the events that it leaves, and, where it has to wait (a person stays, or thinks), the
-# moment at which to go on: whoever drives it waits, not the step. So the same steps run in threads and in greenlets.
+# A person is a thread, or under Locust a greenlet, that runs plain, blocking steps.
 
 
 class Turns:
     """Which of the starts that the hub has throttled retries next.
 
-    Each start that ends frees a place on the hub, and the throttled start that was due first takes it: sleeping for
-    the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
+    Each start that ends frees a place on the hub, and the throttled start that was due first takes it: sleeping
+    for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._freed = self._taken = 0
+        self.freed = self._taken = 0
         self._waiting: list[float] = []
-
-    @property
-    def freed(self) -> int:
-        return self._freed
 
     def free(self) -> bool:
         """A place is free; whether a throttled start waits for it."""
         with self._changed:
-            self._freed += 1
+            self.freed += 1
             self._changed.notify_all()
             return bool(self._waiting)
 
@@ -3380,7 +3219,7 @@ class Turns:
             self._waiting.append(due_s)
             try:
                 while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
-                    if self._freed > self._taken and due_s == min(self._waiting):
+                    if self.freed > self._taken and due_s == min(self._waiting):
                         self._taken += 1
                         break
                     self._changed.wait(min(left_s, 0.2))
@@ -3391,8 +3230,8 @@ class Turns:
 class FirstStarts:
     """The starts of a run until one server is ready. Three failures before that end the run.
 
-    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A start
-    that merely takes long does not count, nor one that is throttled or gets no answer.
+    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A
+    start that merely takes long does not count, nor one that is throttled or gets no answer.
     """
 
     def __init__(self) -> None:
@@ -3415,18 +3254,36 @@ class FirstStarts:
             self.check()
 
 
+class Gathering:
+    """People who stay until the last of them has settled, and for `hold_s` after that."""
+
+    def __init__(self, hold_s: float, clock: Callable[[], float]) -> None:
+        self.leave_s, self.known = math.inf, threading.Event()  # the moment to leave, and whether it is known
+        self._hold_s, self._clock, self._expected = hold_s, clock, math.inf
+        self._settled, self._changing = set[str](), threading.Lock()
+
+    def settle(self, name: str = "", expected: float | None = None) -> None:
+        """This person has done what the others wait for, or has left; or so many people are `expected` to."""
+        with self._changing:
+            self._expected = self._expected if expected is None else expected
+            self._settled |= {name} if name else set()
+            if len(self._settled) >= self._expected and not self.known.is_set():
+                if self._hold_s and self._expected:
+                    LOG.info("Holding the servers for %g s", self._hold_s)
+                self.leave_s = self._clock() + self._hold_s
+                self.known.set()
+
+
 @dataclasses.dataclass
 class Removal:
     """How far users have been removed, and what the hub said."""
 
     gone: set[str] = dataclasses.field(default_factory=set)
-    interrupted: set[str] = dataclasses.field(
-        default_factory=set
-    )  # whose server was stopped while it was starting
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # servers stopped while starting, by user
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one, for each user
     stopping_s: dict[str, float] = dataclasses.field(
         default_factory=dict
-    )  # since when the hub stops their server
+    )  # since when the hub stops a server
 
     def note(self, name: str, reply: Reply, task: str) -> None:
         """What the hub answered to a request to stop a server or delete a user."""
@@ -3447,13 +3304,12 @@ class Removal:
     def in_the_way(self, left: Iterable[str], now_s: float) -> str:
         """Why these users are still there, as far as the hub tells."""
         since_s = min((at_s for name, at_s in self.stopping_s.items() if name in left), default=None)
-        reasons = (
-            []
-            if since_s is None
-            else [f"the hub has been stopping servers for {duration_text(now_s - since_s)}"]
-        )
-        said = [self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s]
-        return "; ".join(reasons + [text for text, _ in collections.Counter(said).most_common(2)])
+        lasts = duration_text(now_s - since_s) if since_s is not None else ""
+        reasons = [f"the hub has been stopping servers for {lasts}"] if lasts else []
+        refused = [
+            self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s
+        ]
+        return "; ".join(reasons + [text for text, _ in collections.Counter(refused).most_common(2)])
 
 
 @dataclasses.dataclass
@@ -3465,15 +3321,31 @@ class Site:
     record: Recorder
     turns: Turns = dataclasses.field(default_factory=Turns)
     first_starts: FirstStarts = dataclasses.field(default_factory=FirstStarts)
-    states: dict[str, ServerState] = dataclasses.field(
-        default_factory=dict
-    )  # each user's, as far as steps know
-    gathering: Gathering = dataclasses.field(default_factory=Gathering)
+    states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
+    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # what was said to whom until now
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
+        self.gathering = Gathering(self.plan.hold_s, self.hub.session.clock)
+
+
+@dataclasses.dataclass
+class Attempt:
+    """A step under way: what its event will say. Moments are seconds of a monotonic clock."""
+
+    due_s: float
+    sent_s: float
+    ended_s: float | None = None  # None: when the step's block ends
+    reason: Reason | None = None
+    tries: int = 1
+    backoff_s: float = 0.0
+    throttled: int = 0
+    throttled_s: float | None = None
+    asked_s: float | None = None
+    message: str = ""
+    phases: Phases | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -3483,28 +3355,72 @@ class Visitor:
     name: str
     due_s: float
     plan: Plan
-    wake: Callable[[], None] = lambda: None  # lets them go on before the moment for which they wait
+    site: Site
+    on_started: Callable[[], None] = lambda: None  # called once, when the start of their server has ended
     since_s: float = 0.0  # when their last step ended
     works_s: float = 0.0  # when they got to work
     url: str = ""  # of their server
     browser: HubSession | None = None
     kernel: Kernel | None = None
     kernel_url: str = ""
+    said: list[tuple[float, Json]] = dataclasses.field(
+        default_factory=list
+    )  # while their server was starting
 
-    def leaves_s(self, site: Site) -> float:
+    @contextlib.contextmanager
+    def step(self, name: str, due_s: float | None = None) -> Iterator[Attempt]:
+        """Time a step and record it. Raise `Failed` inside to fail it; a stop records nothing.
+
+        A `TimeoutError` is that of a cell, or of its kernel.
+        """
+        now_s = self.clock()
+        attempt, failure = Attempt(now_s if due_s is None else due_s, now_s), None
+        try:
+            yield attempt
+        except TimeoutError:
+            lasted = duration_text(self.plan.cell_timeout_s)
+            failure = Failed(Reason(Kind.CELL, f"no result after {lasted}"))
+        except Failed as error:
+            failure = error
+        attempt.reason = failure.reason if failure else None
+        self.add(name, attempt)
+        if failure:
+            raise failure
+
+    def add(self, name: str, attempt: Attempt) -> None:
+        """Record a step that has ended; see `record`."""
+        ended_s = self.clock() if attempt.ended_s is None else attempt.ended_s
+        self.record(Event(name, self.name, **vars(attempt) | {"ended_s": ended_s}))
+
+    def record(self, event: Event) -> None:
+        """Record what has ended; raises `Stopped` when it was we who cut it short."""
+        if self.site.hub.session.stopping.is_set():
+            raise Stopped
+        self.since_s = event.ended_s
+        self.site.record.add(dataclasses.replace(event, group=self.plan.group))
+
+    def clock(self) -> float:
+        return self.site.hub.session.clock()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; raises `Stopped` when told to stop meanwhile."""
+        if not self.site.hub.session.pause(min(seconds, threading.TIMEOUT_MAX)):
+            raise Stopped
+
+    @property
+    def leaves_s(self) -> float:
         """When they leave: so long after they got to work, or when all do."""
-        return self.works_s + self.plan.stay_s if self.plan.stay_s else site.gathering.leave_s
+        return self.works_s + self.plan.stay_s if self.plan.stay_s else self.site.gathering.leave_s
 
-    def go_home(self, site: Site) -> None:
+    def go_home(self) -> None:
         """Close what they have open."""
-        site.gathering.settle(self.name)
+        self.on_started()
+        self.site.gathering.settle(self.name)
         if self.kernel:
-            site.public.wires.close(self.kernel)
+            self.site.public.kernels.discard(self.kernel)
+            self.kernel.close()
         if self.browser:
             self.browser.close()
-
-
-Act = Callable[[Visitor, Site], Iterator["Event | float"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3514,48 +3430,55 @@ class Readiness:
     ready_at_s: float | None = None  # None when it did not become ready
     reason: Reason | None = None
     running: bool = True  # whether something may be running on the hub
-    message: str = ""  # what the hub said for longest while the server was starting
 
 
-def come(person: Visitor, site: Site) -> Iterator[Event | float]:
+def come(person: Visitor) -> None:
     """Ask for a server, as often as the hub throttles, and follow it until it is ready or has failed.
 
-    Leaves `start_server`, unless no answer came, and `server_ready`. After that it goes on at once: the driver sees
-    that the start has ended. Raises `CutShort`.
+    Records `start_server`, unless no answer came, and `server_ready`. Raises `Failed` or `CutShort`.
     """
-    session = site.hub.session
+    site, session = person.site, person.site.hub.session
     site.first_starts.check()
     site.states[person.name] = ServerState.STARTING  # from now on something may be running
-    reply, asked = _ask_for_server(person, site)
+    site.starting[person.name] = person.said
+    reply, asked = ask_for_server(person)
     if reply.seen_status:
-        yield asked
-    end = _follow(person, reply, site)
+        person.add("start_server", asked)
+    end = _follow(person, reply)
     if reply.status != 429 and site.turns.free():
         session.pause(HEAD_START_S)
     if end.ready_at_s is not None or not end.running:
         site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
-    ended_s = session.clock() if end.ready_at_s is None else end.ready_at_s
-    reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
-    ready = dataclasses.replace(
-        asked, step="server_ready", ended_s=ended_s, reason=reason, message=end.message
-    )
-    yield dataclasses.replace(ready, tries=asked.throttled + 1, backoff_s=0.0)
+    ready = dataclasses.replace(asked, ended_s=end.ready_at_s, tries=asked.throttled + 1, backoff_s=0.0)
+    reason = ready.reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
+    if end.ready_at_s is None:
+        ready.message = last_word(person.said)
+    else:
+        moments = (asked.asked_s or person.due_s, end.ready_at_s)
+        ready.phases, ready.message = phases_of(person.said, *moments), longest_wait(person.said, *moments)
+    person.add("server_ready", ready)
+    del site.starting[person.name]
     site.first_starts.note(reason)
-    yield ended_s
+    person.on_started()
+    if reason:
+        raise Failed(reason)
 
 
-def _ask_for_server(person: Visitor, site: Site) -> tuple[Reply, Event]:
-    """As `_ask_until_taken`; a named server of one's own is claimed. Raises `CutShort` when no more are allowed."""
-    if not isinstance(site.hub, OwnServers):
-        return _ask_until_taken(person, site)
-    site.claims.ask([person.name])
-    reply, asked = _ask_until_taken(person, site)
-    limit = named_server_limit(reply)
+def ask_for_server(person: Visitor) -> tuple[Reply, Attempt]:
+    """The hub's answer other than 429, or its last 429 when time is up; a named server of one's own is claimed.
+
+    Raises `CutShort` when the hub allows no more of those.
+    """
+    claims, own = person.site.claims, isinstance(person.site.hub, OwnServers)
+    if own:
+        claims.ask([person.name])
+    reply, asked = _ask_until_taken(person)
+    limit = named_server_limit(reply) if own else None
     if limit is not None:
-        site.claims.settle([person.name], [])
-        raise CutShort(too_many(limit, site.plan.count))
-    if reply.status in (201, 202, 429):
-        site.claims.settle([person.name], [person.name])
+        claims.settle([person.name], [])
+        raise CutShort(too_many(limit, person.site.plan.count))
+    if own and reply.status in (201, 202, 429):
+        claims.settle([person.name], [person.name])
     return reply, asked
 
 
@@ -3567,46 +3490,38 @@ def too_many(limit: int, count: int) -> str:
         )
     wanted = f", and this run is to start {count}" if count else ""
     return (
-        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, remove "
-        "some of yours, or have an admin raise named_server_limit_per_user"
+        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, "
+        "remove some of yours, or have an admin raise named_server_limit_per_user"
     )
 
 
-def _ask_until_taken(person: Visitor, site: Site) -> tuple[Reply, Event]:
-    """The hub's answer other than 429, or its last 429 when time is up; and the event of the start request."""
-    session, plan = site.hub.session, person.plan
-    sent_s, until_s = session.clock(), person.due_s + plan.server_timeout_s
-    refusals: list[float] = []
-    backoff_s = 0.0
+def _ask_until_taken(person: Visitor) -> tuple[Reply, Attempt]:
+    site, session = person.site, person.site.hub.session
+    until_s = person.due_s + person.plan.server_timeout_s
+    asked = Attempt(person.due_s, session.clock(), tries=0)
     while True:
-        freed, asked_s = site.turns.freed, session.clock()
-        reply = site.hub.start(person.name, plan.profile, until_s)
-        backoff_s += reply.backoff_s
+        freed, asked.asked_s = site.turns.freed, session.clock()
+        reply = site.hub.start(person.name, person.plan.profile, until_s)
+        asked.backoff_s += reply.backoff_s
         if reply.status == 429:
-            refusals.append(reply.answered_s)
+            asked.throttled += 1
+            asked.throttled_s = asked.throttled_s or reply.answered_s
         if reply.status != 429 or reply.answered_s >= until_s or session.stopping.is_set():
             break
         retry_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
         site.turns.wait(person.due_s, freed, retry_s, session)
-        backoff_s += session.clock() - reply.answered_s
+        asked.backoff_s += session.clock() - reply.answered_s
         if session.clock() >= until_s:
             break
-    event = dataclasses.replace(
-        reply.event("start_server", person.name, ok=(201, 202)),
-        due_s=person.due_s,
-        sent_s=sent_s,
-        tries=len(refusals) + reply.tries,
-        backoff_s=backoff_s,
-        throttled=len(refusals),
-        throttled_s=refusals[0] if refusals else None,
-        asked_s=asked_s,
-    )
-    return reply, event
+    event = reply.event("start_server", ok=(201, 202))
+    asked.ended_s, asked.reason, asked.tries = event.ended_s, event.reason, asked.throttled + reply.tries
+    return reply, asked
 
 
-def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
+def _follow(person: Visitor, reply: Reply) -> Readiness:
     """What became of a start that was answered with `reply`."""
-    waited = f"after {duration_text(person.plan.server_timeout_s)}"
+    hub, timeout_s = person.site.hub, person.plan.server_timeout_s
+    waited = f"after {duration_text(timeout_s)}"
     if reply.status == 201:
         return Readiness(reply.answered_s)
     if reply.status == 429:
@@ -3616,55 +3531,68 @@ def _follow(person: Visitor, reply: Reply, site: Site) -> Readiness:
     if reply.hub_status == 404:
         text = "the hub no longer knows the user: it may have restarted"
         return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
-    if denial := site.hub.denial(reply):
+    if denial := hub.denial(reply):
         return Readiness(reason=Reason(Kind.REFUSED, f"the hub {denial}"), running=False)
-    end = await_ready(person.name, site.hub, person.due_s + person.plan.server_timeout_s)
+    end = await_ready(person.name, hub, person.due_s + timeout_s, person.said)
     if end.ready_at_s is not None or end.reason:
         return end
-    if reply.status == 202 or reply.message == TIMED_OUT:
-        last_word = f"; the hub said: {end.message}" if end.message else ""
-        late = Reason(Kind.LATE, f"not ready {waited}{last_word}")
-        reason = late if end.running else Reason(Kind.VANISHED, "it vanished while starting")
-    elif reply.status:
-        reason = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
+    if reply.front:
+        reason = Reason(Kind.FRONT, reply.message)
+    elif reply.status != 202 and reply.message != TIMED_OUT:
+        refused = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
+        reason = refused if reply.status else Reason(Kind.AWAY, f"no answer to the start: {reply}")
+    elif end.running:
+        waiting = last_word(person.said)
+        reason = Reason(Kind.LATE, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else ""))
     else:
-        unanswered = Reason(Kind.AWAY, f"no answer to the start: {reply}")
-        reason = Reason(Kind.FRONT, reply.message) if reply.front else unanswered
+        reason = Reason(Kind.VANISHED, "it vanished while starting")
     return dataclasses.replace(end, reason=reason)
 
 
-def await_ready(name: str, hub: Hub, until_s: float) -> Readiness:
+def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
+    """What servers that were starting when a run was interrupted waited for."""
+    words = ((name, last_word(said)) for name, said in starting.items())
+    waits = collections.Counter(
+        without_name(word, name) if word else "nothing was said of it" for name, word in words
+    )
+    for word, number in waits.most_common(3):
+        yield f"{counted(number, 'server was', 'servers were')} still starting when the run was interrupted: {word}"
+
+
+def await_ready(
+    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]] | None = None
+) -> Readiness:
     """How the start of a server ended, or that it had not by `until_s` (then without a reason).
 
-    From the progress stream, which ends with an event `ready` or `failed` (whose message is the hub's reason); where
-    no stream can be had, from the user model, which does not know why.
+    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to `said`;
+    where no stream can be had, from the user model, which does not know why.
     """
-    session = hub.session
-    pause_s, stopped, said = 0.1, False, list[tuple[float, str]]()
+    session, said = hub.session, [] if said is None else said
+    began_s, pause_s, stopped = session.clock(), 0.1, False
     while session.clock() < until_s and not session.stopping.is_set():
         moment_s, event = follow_progress(name, hub, until_s, said)
-        message = said[-1][1] if said else ""
         if event.get("ready"):
-            return Readiness(moment_s, message=longest_message(said, moment_s))
+            return Readiness(moment_s)
         if event.get("failed"):
-            text = str(event.get("message") or "").removeprefix("Spawn failed: ") or "the hub gives no reason"
-            return Readiness(reason=Reason(Kind.SPAWN, text), running=False, message=message)
+            text = spawn_failure(str(event.get("message") or ""), said, moment_s - began_s)
+            return Readiness(reason=Reason(Kind.SPAWN, text), running=False)
         state = hub.state(name, observer=True, until_s=until_s)
         if state is ServerState.READY:
-            return Readiness(session.clock(), message=longest_message(said, session.clock()))
+            return Readiness(session.clock())
         if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
-            return Readiness(running=False, message=message)
+            return Readiness(running=False)
         stopped = state is ServerState.STOPPED  # the hub may tell the reason a moment later
         session.pause(min(pause_s, until_s - session.clock()))
         pause_s = min(pause_s * 1.2, 1.0)
-    return Readiness(message=said[-1][1] if said else "")
+    return Readiness()
 
 
-def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float, str]]) -> tuple[float, Json]:
+def follow_progress(
+    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]
+) -> tuple[float, Json]:
     """The event that ends a progress stream, empty if none did by `until_s`; and its moment.
 
-    What the hub says before goes to `said`. The stream is read to its end, which follows at once, so that its
-    connection can be used again.
+    The stream is read to its end, which follows at once, so that its connection can be used again.
     """
     moment_s, last = until_s, Json()
     for event in hub.progress(name, until_s):
@@ -3672,91 +3600,77 @@ def follow_progress(name: str, hub: Hub, until_s: float, said: list[tuple[float,
             moment_s, last = hub.session.clock(), event
         elif (
             not last and event.get("message") and event.get("progress") != 0
-        ):  # 0 is the hub's own "Server requested"
-            said.append((hub.session.clock(), str(event["message"])))
+        ):  # 0: the hub's "Server requested"
+            said.append((hub.session.clock(), event))
     return moment_s, last
 
 
-def without_name(text: str, user: str) -> str:
-    """A reason without the user's or their pod's name, so that the same ones can be counted."""
-    plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
-    return re.sub(r"(<user>)---[0-9a-f]{8}", r"\1", plain)
-
-
-def visit(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort`."""
-    ready_s, sent_s = person.since_s, site.hub.session.clock()
-    reply, reason, tries = yield from until_open(person, site, ready_s + person.plan.visit_timeout_s)
-    ended_s = reply.answered_s if reason is None else site.hub.session.clock()
-    message = reply.message if isinstance(reply.data, dict) else ""
-    yield Event("visit", person.name, ready_s, sent_s, ended_s, reason, tries, message=message)
-    if reason is None and person.browser and site.public.browser_tried.acquire(blocking=False):
-        if (refused := why_browsers_are_refused(person.url, person.browser)) and site.plan.works:
+def visit(person: Visitor) -> None:
+    """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort` too."""
+    public = person.site.public
+    with person.step("visit", person.since_s) as attempt:
+        get_in(person, attempt, person.since_s + person.plan.visit_timeout_s)
+    if person.browser and public.browser_tried.acquire(blocking=False):
+        refused = why_browsers_are_refused(person.url, person.browser)
+        if refused and person.site.plan.works:
             raise CutShort(refused)
-        site.public.warnings += [refused] if refused else []
+        public.warnings += [refused] if refused else []
 
 
-def until_open(
-    person: Visitor, site: Site, until_s: float
-) -> Generator[float, None, tuple[Reply, Reason | None, int]]:
-    """Try the start page until it comes, nothing else can come, or time is up: the last answer, and how many tries."""
-    clock, public, pause_s, first_s = site.hub.session.clock, site.public, 0.1, site.hub.session.clock()
-    for tries in itertools.count(1):
-        reply, reason, final = open_page(person, site, tries > 1, until_s)
-        late = clock() + pause_s >= until_s
-        nobody_came = (
-            reason is NO_ROUTE and not public.reached and (late or clock() > first_s + FIRST_VISIT_S)
-        )
-        if nobody_came and site.hub.state(person.name) is ServerState.READY:
-            raise CutShort(
-                f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's own port? "
-                "Then name where people reach the hub with --public-url. Or has the proxy no route to the server?"
-            )
-        if reason is None or final or late:
-            break
-        yield clock() + pause_s
+def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
+    """Try the start page until it comes; raises `Failed` when nothing else can come, or time is up."""
+    site, pause_s, first_s = person.site, 0.1, person.clock()
+    for attempt.tries in itertools.count(1):
+        try:
+            reply = open_page(person, attempt, until_s)
+            site.public.reached, attempt.ended_s = True, reply.answered_s
+            return
+        except Failed as failure:
+            late = person.clock() + pause_s >= until_s
+            nobody_came = not site.public.reached and (late or person.clock() > first_s + FIRST_VISIT_S)
+            if (
+                failure.reason == NO_ROUTE
+                and nobody_came
+                and site.hub.state(person.name) is ServerState.READY
+            ):
+                raise CutShort(
+                    f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's "
+                    "own port? Then name where people reach the hub with --public-url. Or has the proxy no route "
+                    "to the server?"
+                ) from None
+            if failure.final or late:
+                raise
+        person.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 1.0)
-    public.reached |= reason is None
-    return reply, reason, tries
 
 
-def open_page(person: Visitor, site: Site, again: bool, until_s: float) -> tuple[Reply, Reason | None, bool]:
-    """The last answer on the way to the start page, or none by `until_s`, and what `judge_visit` says of it.
-
-    Redirects below the server's URL are followed, others are answers.
-    """
+def open_page(person: Visitor, attempt: Attempt, until_s: float) -> Reply:
+    """The start page; raises `Failed`. Redirects below the server's URL are followed, others are answers."""
+    hub, public = person.site.hub, person.site.public
     if not person.browser:
-        model = site.hub.read(person.name, until_s=until_s)
-        place = site.public.server_in(model)
-        if isinstance(place, Reason):
-            return model, place, place is ELSEWHERE
-        browser = site.public.browser(person.name)
-        if isinstance(browser, Reason):
-            return model, browser, False
-        person.url, person.browser = place, browser
+        person.url = public.server_in(hub.read(person.name, until_s=until_s))
+        person.browser = public.browser(person.name)
     url = person.url
     for _ in range(REDIRECTS_MAX):
-        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - site.hub.session.clock()))
-        reply = person.browser.ask("GET", url, call=once(again=again), timeout=left_s)
+        left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - person.clock()))
+        reply = person.browser.ask("GET", url, call=once(again=attempt.tries > 1), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
         url = target
-    if reply.status == 200 and not reply.version and _lets_in_anybody(url, person.browser):
-        return reply, NO_SERVER, True
-    return reply, *judge_visit(reply, url, site.hub.version)
-
-
-def _lets_in_anybody(url: str, browser: HubSession) -> bool:
-    """Whether a page comes without the token too."""
-    return browser.ask("GET", url, call=once(), headers={"Authorization": None}).status == 200
+    attempt.message = reply.message if isinstance(reply.data, dict) else ""
+    judge_visit(reply, url, hub.version)
+    anonymous = {"Authorization": None}
+    if not reply.version and person.browser.ask("GET", url, call=once(), headers=anonymous).status == 200:
+        raise Failed(NO_SERVER, final=True)
+    return reply
 
 
 def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     """Why a server refuses what browsers send, though it takes the same with a token; "" when it does not.
 
-    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site allows that
-    origin. Of who has a token it does not ask that, so a proxy that loses the Host header is seen by browsers alone.
+    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site allows
+    that origin. Of who has a token it does not ask that, so only browsers notice a proxy that loses the Host header.
     """
     place = urllib.parse.urlsplit(url)
     origin = f"{place.scheme}://{place.netloc.rpartition('@')[2]}".lower()
@@ -3775,12 +3689,12 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     )
 
 
-def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
+def load_page(person: Visitor) -> None:
     """Fetch what a browser fetched, in its order and over as many connections, up to the first failure."""
     browser, recorded = person.browser, person.plan.page
     if not browser or not recorded:
         return
-    sent_s, bad = browser.clock(), list[tuple[Reason, str]]()
+    bad = list[tuple[str, str]]()  # what failed, and its path
 
     def fetch(part: tuple[str, int]) -> None:
         """The body is read, not kept. What fails ends the page; so does a stop."""
@@ -3793,49 +3707,43 @@ def load_page(person: Visitor, site: Site) -> Iterator[Event | float]:
                     pass
             status = response.status_code
             if status >= 500 or (status >= 400 > before) or (response.is_redirect and before < 300):
-                bad.append((Reason(Kind.ROUTE, f"a part of the page was answered {status}"), path))
+                bad.append((f"a part of the page was answered {status}", path))
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
-            bad.append((Reason(Kind.ROUTE, f"a part of the page did not come: {why(error)}"), path))
+            bad.append((f"a part of the page did not come: {why(error)}", path))
 
-    with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-        list(connections.map(fetch, recorded.requests))
-    reason, path = bad[0] if bad else (None, "")
-    yield Event("page", person.name, sent_s, sent_s, browser.clock(), reason, message=path.partition("?")[0])
+    with person.step("page") as attempt:
+        with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
+            list(connections.map(fetch, recorded.requests))
+        if bad:
+            text, path = bad[0]
+            attempt.message = path.partition("?")[0]
+            raise Failed(Reason(Kind.ROUTE, text))
 
 
-def start_kernel(person: Visitor, site: Site) -> Iterator[Event | float]:
+def start_kernel(person: Visitor) -> None:
     """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
-    browser, plan = person.browser, person.plan
+    browser, timeout_s = person.browser, person.plan.cell_timeout_s
     if not browser:
         return
-    sent_s = browser.clock()
-    until_s = sent_s + plan.cell_timeout_s
-    reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=plan.cell_timeout_s)
-    if reply.status == 201 and isinstance(reply.data, dict):
-        person.kernel_url = (
-            f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
-        )
+    with person.step("kernel_ready") as attempt:
+        until_s = attempt.sent_s + timeout_s
+        reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=timeout_s)
+        if reply.status != 201 or not isinstance(reply.data, dict):
+            attempt.message = reply.message
+            if reply.message == TIMED_OUT:
+                raise TimeoutError
+            if reply.status == 404:
+                text = "the server is no Jupyter (404 for kernels): use --visit and --page"
+                raise Failed(Reason(Kind.REFUSED, text))
+            text = f"the server did not start a kernel ({reply.status or reply.message})"
+            raise Failed(Reason(Kind.REFUSED, text))
+        kernel_id = urllib.parse.quote(str(reply.data.get("id")), safe="")
+        person.kernel_url = f"{person.url}api/kernels/{kernel_id}"
         url = f"ws{person.kernel_url.removeprefix('http')}/channels"
-        kernel = site.public.wires.open(url, browser, max(0.1, until_s - browser.clock()), person.wake)
-    elif reply.message == TIMED_OUT:
-        kernel = NO_KERNEL
-    elif reply.status == 404:
-        kernel = Reason(Kind.REFUSED, "the server is no Jupyter (404 for kernels): use --visit and --page")
-    else:
-        kernel = Reason(Kind.REFUSED, f"the server did not start a kernel ({reply.status or reply.message})")
-    if isinstance(kernel, Reason):
-        reason = too_late(plan) if kernel is NO_KERNEL else kernel
-        yield Event(
-            "kernel_ready", person.name, sent_s, sent_s, browser.clock(), reason, message=reply.message
-        )
-        return
-    person.kernel = kernel
-    yield from run_cell("kernel_ready", 1, cells_of(plan)[0], person, kernel, site, sent_s)
-
-
-def too_late(plan: Plan) -> Reason:
-    """Nothing came of a cell, or of its kernel, in time."""
-    return Reason(Kind.CELL, f"no result after {duration_text(plan.cell_timeout_s)}")
+        websocket = open_websocket(url, browser, max(0.1, until_s - person.clock()))
+        person.kernel = Kernel(websocket, browser.clock)
+        person.site.public.kernels.add(person.kernel)
+        person.kernel.run(cells_of(person.plan)[0], 1, until_s)
 
 
 def cells_of(plan: Plan) -> Sequence[Code]:
@@ -3843,119 +3751,135 @@ def cells_of(plan: Plan) -> Sequence[Code]:
     return plan.notebook.cells if plan.notebook else (SIX_TIMES_SEVEN,)
 
 
-def run_cell(
-    step: str, number: int, code: Code, person: Visitor, kernel: Kernel, site: Site, sent_s: float
-) -> Generator[Event | float, None, Reason | None]:
-    """Run one cell to its result; the step counts from `sent_s`, and fails after the cell time-out. Why it failed."""
-    clock, until_s = site.hub.session.clock, sent_s + person.plan.cell_timeout_s
-    execution = kernel.execute(code.source)
-    while execution.ended_s is None and not kernel.trouble and clock() < until_s:
-        yield until_s
-    reason = None
-    if execution.ended_s is None:
-        reason = kernel.trouble or too_late(person.plan)
-    elif execution.error and not code.may_raise:
-        reason = Reason(Kind.CELL, f"cell {number} raised {execution.error}")
-    yield Event(step, person.name, sent_s, sent_s, execution.ended_s or clock(), reason)
-    return reason
-
-
-def get_to_work(person: Visitor, site: Site) -> Iterator[Event | float]:
+def get_to_work(person: Visitor) -> None:
     """What a person waits before they can work: everything up to here."""
     person.works_s = person.since_s
-    yield Event("at_work", person.name, person.due_s, person.due_s, person.since_s)
+    person.add("at_work", Attempt(person.due_s, person.due_s, person.since_s))
 
 
-def work(person: Visitor, site: Site) -> Iterator[Event | float]:
+def work(person: Visitor) -> None:
     """Run the cells after the first one, thinking before each; then stay, with the connection open, until it is time.
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    clock, plan, kernel, cells = site.hub.session.clock, person.plan, person.kernel, cells_of(person.plan)
+    plan, kernel, cells, gathering = person.plan, person.kernel, cells_of(person.plan), person.site.gathering
     if not kernel:
         return
     if not plan.notebook or plan.find_capacity:
-        site.gathering.settle(person.name)
+        gathering.settle(person.name)
     for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
-        yield from think(person, kernel, site, clock() + plan.think_s)
-        if kernel.trouble or clock() >= person.leaves_s(site):
+        think(person, kernel, person.clock() + plan.think_s)
+        if person.clock() >= person.leaves_s:
             break
-        failed = yield from run_cell("cell", number, code, person, kernel, site, clock())
-        if failed:
-            return
-    site.gathering.settle(person.name)
-    yield from think(person, kernel, site, math.inf)
-    if kernel.trouble:
-        yield Event("cell", person.name, clock(), clock(), clock(), kernel.trouble)
-    elif plan.stay_s and person.browser:
+        with person.step("cell") as attempt, knowing_the_server(person):
+            kernel.run(code, number, attempt.sent_s + plan.cell_timeout_s)
+    gathering.settle(person.name)
+    think(person, kernel, math.inf)
+    if plan.stay_s and person.browser:
         person.browser.ask("DELETE", person.kernel_url, call=once())
 
 
-def think(person: Visitor, kernel: Kernel, site: Site, until_s: float) -> Iterator[float]:
-    """Wait until then, or until it is time to leave, or something is wrong with the kernel."""
-    while not kernel.trouble and site.hub.session.clock() < (due_s := min(until_s, person.leaves_s(site))):
-        yield due_s
+def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
+    """Listen to the kernel until then, or until it is time to leave. What goes wrong is the failure of a cell."""
+    while (now_s := person.clock()) < (due_s := min(until_s, person.leaves_s)):
+        try:
+            kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
+        except Failed as failure:
+            with person.step("cell"), knowing_the_server(person):
+                raise failure
 
 
-def stay(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Keep the server, then look whether it is there, and answers if it was visited. Raises `HubRefused`."""
-    session = site.hub.session
-    person.works_s = began_s = person.works_s or person.since_s
-    site.gathering.settle(person.name)
-    while session.clock() < person.leaves_s(site):
-        yield person.leaves_s(site)
-    look_until_s = session.clock() + RETRY_WINDOW_S
-    while (state := state_in(reply := site.hub.read(person.name))) is ServerState.UNKNOWN:
-        if session.clock() > look_until_s or reply.status in (401, 403):
-            task = "say whether the servers that were held are still there"
-            raise HubRefused(task, reply, site.hub.denial(reply))
-        yield session.clock() + 1.0
-    lost = (
-        None
-        if state is ServerState.READY
-        else Reason(Kind.LOST, "it became ready, and was gone while it was held")
-    )
-    if not lost and person.browser:
-        _, lost, _ = yield from until_open(person, site, session.clock() + person.plan.visit_timeout_s)
-        if lost and lost.kind is not Kind.REFUSED:
-            lost = Reason(Kind.LOST, f"it no longer answered at the end of the hold: {lost.text}")
-    yield Event("stay", person.name, began_s, began_s, session.clock(), lost)
+@contextlib.contextmanager
+def knowing_the_server(person: Visitor) -> Iterator[None]:
+    """Name a connection that breaks as what it is when the server has ended: by the hub, and by the server itself."""
+    try:
+        yield
+    except Failed as failure:
+        if failure.reason.kind not in (Kind.WIRE, Kind.KERNEL) or not person.browser:
+            raise
+        state = person.site.hub.state(person.name)
+        page = person.browser.ask("GET", f"{person.url}api", call=once(observer=True))
+        if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
+            lost = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
+        elif state is ServerState.READY and page.seen_status in (0, 502, 503, 504):
+            lost = (
+                "nobody answers there, and the hub has not noticed (evicted, out of memory, its node lost?)"
+            )
+        else:
+            raise
+        raise Failed(Reason(Kind.LOST, f"the server ended while it was in use: {lost}")) from None
 
 
-def stop(person: Visitor, site: Site) -> Iterator[Event | float]:
-    """Stop the server, if there is one, and wait until it has stopped.
+def stay(person: Visitor) -> None:
+    """Keep the server, then look whether it is there, and answers if it was visited. Raises `HubRefused` too."""
+    hub, gathering = person.site.hub, person.site.gathering
+    person.works_s = person.works_s or person.since_s
+    with person.step("stay") as attempt:
+        attempt.due_s = attempt.sent_s = person.works_s
+        gathering.settle(person.name)
+        if not person.plan.stay_s:
+            gathering.known.wait()
+        person.sleep(person.leaves_s - person.clock())
+        look_until_s = person.clock() + RETRY_WINDOW_S
+        while (state := state_in(reply := hub.read(person.name))) is ServerState.UNKNOWN:
+            if person.clock() > look_until_s or reply.status in (401, 403):
+                task = "say whether the servers that were held are still there"
+                raise HubRefused(task, reply, hub.denial(reply))
+            person.sleep(1.0)
+        if state is not ServerState.READY:
+            raise Failed(Reason(Kind.LOST, "it became ready, and was gone while it was held"))
+        if person.browser:
+            try:
+                get_in(person, attempt, person.clock() + person.plan.visit_timeout_s)
+            except Failed as failure:
+                if failure.reason.kind is Kind.REFUSED:
+                    raise
+                text = f"it no longer answered at the end of the hold: {failure.reason.text}"
+                raise Failed(Reason(Kind.LOST, text)) from None
 
-    A start cannot be stopped on hubs before 5.1, which answer 400; then it is not known, and one has to look again.
-    Where it can, the spawner may have begun what outlives it: a pod, a job in a queue.
+
+def stop(person: Visitor) -> None:
+    """Stop the server, if there is one, and wait until it has stopped."""
+    ask_to_stop(person)
+    states, until_s = person.site.states, person.clock() + SERVER_LIFECYCLE_TIMEOUT
+    while states.get(person.name) is ServerState.STOPPING and person.clock() < until_s:
+        person.sleep(0.5)
+        states[person.name] = person.site.hub.state(person.name)
+
+
+def ask_to_stop(person: Visitor) -> None:
+    """Have the hub stop the server, if there is one.
+
+    A start cannot be stopped on hubs before 5.1, which answer 400; then nobody knows the server's state. Where it
+    can, the spawner may have begun what outlives it: a pod, a job in a queue.
     """
-    states, session = site.states, site.hub.session
-    if states.get(person.name) is ServerState.STARTING:
-        states[person.name] = site.hub.state(person.name)  # it may be ready by now
-    if (state := states.get(person.name)) in (ServerState.STARTING, ServerState.READY):
-        reply = site.hub.stop(person.name)
-        states[person.name] = state_after_stop(reply.hub_status)
-        site.removal.note(person.name, reply, "stop servers")
+    site, name = person.site, person.name
+    if site.states.get(name) is ServerState.STARTING:
+        site.states[name] = site.hub.state(name)  # it may be ready by now
+    if (state := site.states.get(name)) in (ServerState.STARTING, ServerState.READY):
+        reply = site.hub.stop(name)
+        site.states[name] = state_after_stop(reply.hub_status)
+        site.removal.note(name, reply, "stop servers")
         if state is ServerState.STARTING and reply.hub_status in (0, 202, 204):
-            site.removal.interrupted.add(person.name)
-        yield reply.event("stop_server", person.name, ok=(202, 204, 404))
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while states.get(person.name) is ServerState.STOPPING and session.clock() < until_s:
-        yield session.clock() + 0.5
-        states[person.name] = site.hub.state(person.name)
+            site.removal.interrupted.add(name)
+        person.record(reply.event("stop_server", name, ok=(202, 204, 404)))
 
 
-def delete(person: Visitor, site: Site) -> Iterator[Event | float]:
+def delete(person: Visitor) -> None:
     """Delete the user, if there is no server; else it is left to cleaning up."""
-    if site.states.get(person.name) is ServerState.STOPPED:
-        reply = site.hub.delete(person.name)
-        site.states[person.name] = state_after_delete(reply.hub_status)
-        site.removal.note(person.name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
-        yield reply.event(
-            "delete_user", person.name, ok=(202, 204, 404)
-        )  # 202: one's own server has yet to stop
+    site, name = person.site, person.name
+    if site.states.get(name) is ServerState.STOPPED:
+        reply = site.hub.delete(name)
+        site.states[name] = state_after_delete(reply.hub_status)
+        site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
+        ok = (202, 204, 404)  # 202: a server of one's own has yet to stop
+        person.record(reply.event("delete_user", name, ok=ok))
 
 
 # ==== The table of steps, and a person's journey through them ========================================================
+
+
+Act = Callable[[Visitor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4031,42 +3955,35 @@ def title_of(name: str, own_servers: bool = False) -> str:
     return title.replace("user", "server") if own_servers else title
 
 
-def journey(person: Visitor, site: Site, steps: Iterable[Step] | None = None) -> Walk:
-    """Take a person through these steps (None: those of the plan), recording each; the moments at which to go on.
+def journey(person: Visitor) -> None:
+    """Take a person through the steps of their plan, in order, up to the first that fails; leaving always follows.
 
-    After a failed step the later ones are not tried, but for those that always are. A stop ends it without a record:
-    it was we who cut the step short.
+    A stop ends it without a record: it was we who cut the step short. Raises `Stopped` or `CutShort`.
     """
     failed = False
     try:
-        for step in [step for step in STEPS.values() if step.wanted(person.plan)] if steps is None else steps:
-            if not step.act or (failed and not step.always):
-                continue
-            for news in _whatever_happens(step, step.act, person, site):
-                if site.hub.session.stopping.is_set():
-                    return
-                if not isinstance(news, Event):
-                    yield news
-                    continue
-                site.record.add(dataclasses.replace(news, group=person.plan.group))
-                if news.step == step.name:
-                    person.since_s = news.ended_s
-                    failed |= news.reason is not None
+        for step in STEPS.values():
+            if step.act and step.wanted(person.plan) and (step.always or not failed):
+                failed |= not take(step.name, step.act, person)
     finally:
-        person.go_home(site)
+        person.go_home()
 
 
-def _whatever_happens(step: Step, act: Act, person: Visitor, site: Site) -> Iterator[Event | float]:
-    """What a step yields; when it raises what nobody expected, that is a failure of this person."""
-    began_s = site.hub.session.clock()
+def take(name: str, act: Act, person: Visitor) -> bool:
+    """Take one step; whether it succeeded. What nobody expected is a failure of this person."""
+    began_s = person.clock()
     try:
-        yield from act(person, site)
+        act(person)
+        return True
+    except Failed:
+        return False
     except (HubStressError, Stopped):
         raise
     except Exception as error:
-        LOG.exception("The step %s failed for %s", step.name, person.name)
+        LOG.exception("The step %s failed for %s", name, person.name)
         reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
-        yield Event(step.name, person.name, person.due_s, began_s, site.hub.session.clock(), reason)
+        person.add(name, Attempt(person.due_s, began_s, reason=reason))
+        return False
 
 
 class Streak:
@@ -4083,32 +4000,38 @@ class Streak:
                 self.reached = True
 
 
-def take_through(names: Sequence[str], site: Site, on_tick: Callable[[], None]) -> None:
-    """Take people through their journeys, as the plan has them arrive. Raises `CutShort`."""
-    plan, session, started_s = site.plan, site.hub.session, site.hub.session.clock()
-    people = arrivals(plan)
-    most = min(len(names), OPEN_STARTS_MAX)
-    limit = most if plan.is_open else plan.batch_size
-    streak = Streak(plan.fail_fast, plan.goal)
+def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = lambda: None) -> None:
+    """Send people through their journeys, and wait for all of them. Raises `CutShort`.
+
+    They start when they are due (open model), or while fewer than the plan's batch size are starting (closed model).
+    """
+    plan, session, begun = site.plan, site.hub.session, 0
+    began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
     site.record.listen(streak)
 
-    def begin(n: int, due_s: float) -> Walk:
-        person = Visitor(names[n], due_s, people[n][1])
-        walk = journey(person, site)
-        person.wake = functools.partial(driver.wake, walk)
-        return walk
+    def has_place(due_s: float) -> bool:
+        if plan.is_open:
+            return session.clock() >= due_s or streak.reached
+        return len(starting) < site.first_starts.places(plan.batch_size) or streak.reached
 
-    site.gathering.hold_s = plan.hold_s
-    driver = Driver(
-        session,
-        limit,
-        (lambda n: started_s + people[n][0]) if plan.is_open else None,
-        gathering=site.gathering,
-        may_begin=lambda: not streak.reached,
-        threads=most if plan.opens else limit,
-        places=(lambda limit: limit) if plan.is_open else site.first_starts.places,
-    )
-    driver.run(begin, range(len(names)), on_tick)
+    def started(name: str) -> None:
+        with team.changed:
+            starting.discard(name)
+            team.changed.notify()
+
+    try:
+        with Team(session, on_tick) as team:
+            for name, (after_s, group) in zip(names, arrivals(plan)):
+                due_s = began_s + after_s
+                if not team.wait_for(functools.partial(has_place, due_s), due_s) or streak.reached:
+                    break
+                due_s = due_s if plan.is_open else session.clock()
+                starting.add(name)
+                begun += 1
+                team.start(journey, Visitor(name, due_s, group, site, functools.partial(started, name)))
+            site.gathering.settle(expected=begun)
+    finally:
+        site.gathering.known.set()  # those who wait for it when a run ends early go on
 
 
 def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
@@ -4213,17 +4136,22 @@ def let_go(
     """
     site = Site(hub, Plan(), record, states=states, removal=removal)
 
-    def leave(name: str, due_s: float) -> Walk:
+    def leave(name: str) -> None:
         was_gone = states[name] is ServerState.GONE
-        next(
-            journey(Visitor(name, due_s, site.plan), site, (STEPS["stop_server"], STEPS["delete_user"])), None
-        )
+        person = Visitor(name, hub.session.clock(), site.plan, site)
+        if take("stop_server", ask_to_stop, person):
+            take("delete_user", delete, person)
         if states[name] is ServerState.GONE and not was_gone:
             removal.gone.add(name)
-        yield from ()
 
-    names = sorted(states, key=lambda name: states[name] is ServerState.STARTING)
-    Driver(hub.session, concurrency).run(leave, names, on_tick)
+    with Team(hub.session, on_tick) as team:
+        for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
+            if not team.wait_for(lambda: team.running < concurrency):
+                break
+            try:
+                team.start(leave, name)
+            except CutShort:  # no thread is left: one after the other, then
+                leave(name)
 
 
 # ==== Load: operations, closed and open model; pings =================================================================
@@ -4301,7 +4229,7 @@ def perform(
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
-        call = call_of(response.request)
+        call = session.call_of(response.request)
         if str(response.url).startswith(endpoint) and not session.is_hubs(response):
             reason = Reason(Kind.FRONT, in_front(response))
         elif not response.ok and response.status_code not in fine:
@@ -4309,7 +4237,7 @@ def perform(
     except Stopped:
         return None
     except requests.RequestException as error:
-        reason, call = Reason(Kind.AWAY, why(error)), call_of(error.request)
+        reason, call = Reason(Kind.AWAY, why(error)), session.call_of(error.request)
     except Exception as error:
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
         reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
@@ -4375,40 +4303,41 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
+    numbers, schedule, clock = itertools.count(part, load.processes), load.schedule, session.clock
     until_s = started_s + load.duration_s if load.duration_s else math.inf
+    last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
+    workers = load.workers * load.processes
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
         name = choose(load.mix, n)
         perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
-    def one_request(n: int, due_s: float) -> Walk:
-        send(n, load.users[n % len(load.users)], due_s)
-        yield from ()
+    def send_when_due(schedule: Schedule) -> None:
+        """Take the next number, and send that request when it is due (open model)."""
+        while (n := next(numbers)) < load.planned and clock() < last_s:
+            due_s = started_s + schedule.due_s(n)
+            if not session.pause(due_s - clock()):
+                return
+            send(n, load.users[n % len(load.users)], due_s)
 
-    def one_worker(share: Sequence[str], due_s: float) -> Walk:
-        """One request for each user of a share, each after a random 0 to 1 s."""
+    def send_share(worker: int) -> None:
+        """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
+        share = load.users[worker::workers]
         for n, user in enumerate(itertools.cycle(share) if load.duration_s else share):
-            yield session.clock() + random.random()
-            if session.clock() >= until_s:
+            if not session.pause(random.random()) or clock() >= until_s:
                 return
             send(n, user)
 
     cpu_s = time.process_time()
-    session.pause(started_s - session.clock())
-    if schedule := load.schedule:
-        last_s = started_s + schedule.lasts_s + OPEN_GRACE_S
-        driver = Driver(
-            session,
-            load.open_workers,
-            lambda n: started_s + schedule.due_s(part + n * load.processes),
-            last_s,
-        )
-        driver.run(one_request, range(part, load.planned, load.processes), on_tick)
-    else:
-        workers = load.workers * load.processes
-        shares = [load.users[w::workers] for w in range(part, min(workers, len(load.users)), load.processes)]
-        Driver(session, load.workers).run(one_worker, shares, on_tick)
-    return (time.process_time() - cpu_s) / max(session.clock() - started_s, 1e-3)
+    session.pause(started_s - clock())
+    with Team(session, on_tick) as team:
+        if schedule:
+            for _ in range(load.open_workers):
+                team.start(send_when_due, schedule)
+        else:
+            for worker in range(part, min(workers, len(load.users)), load.processes):
+                team.start(send_share, worker)
+    return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
 def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
@@ -4434,7 +4363,11 @@ def _spread_over_processes(
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(load.processes)]
     children = [
-        context.Process(target=_send_in_process, args=(theirs, load, part, session.token), daemon=True)
+        context.Process(
+            target=_send_in_process,
+            args=(theirs, load, part, session.token, list(session.headers.items())),
+            daemon=True,
+        )
         for part, (_, theirs) in enumerate(pipes)
     ]
     with _signals_blocked():
@@ -4497,10 +4430,13 @@ def _lead(
     return busiest
 
 
-def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> None:
+def _send_in_process(
+    pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
+) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
     load_operations(load.operations_file)
-    session, events = get_session(token, pool_maxsize=load.open_workers), collections.deque[Event]()
+    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
+    events = collections.deque[Event]()
 
     def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
         if pipe.poll():  # told to stop, or left alone
@@ -4546,59 +4482,13 @@ PROOF_SHARE, CLEAN_SHARE = (
     0.1,
 )  # of the handshakes: as many connections lost prove a leak, or that there is none
 EVENTS = "api/events/subscribe"  # a websocket of every server
-CLOSED_UNANSWERED, UNANSWERED = "closed without an answer", "no answer"
-
-
-class Handshake:
-    """The handshake of a websocket, for whose answer nobody has to wait. Raises `OSError` when it cannot be sent.
-
-    `reply` is what came of it, 0 without a status; the connection is closed then, and `wake` is called.
-    """
-
-    def __init__(self, url: str, session: HubSession, wake: Callable[[], None]) -> None:
-        self.reply: Reply | None = None
-        self._heard = b""
-        self._clock, self._wake, self.sent_s = session.clock, wake, session.clock()
-        place = urllib.parse.urlsplit(url)
-        if place.scheme == "https":
-            context = tls_context(trusted(session, url))
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                place.netloc, context=context
-            )
-        else:
-            self._connection = http.client.HTTPConnection(place.netloc)
-        self._connection.timeout = SEND_TIMEOUT_S
-        key = base64.b64encode(os.urandom(16)).decode()
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-        headers |= {"Sec-WebSocket-Key": key, "Authorization": f"token {session.token}"}
-        try:
-            self._connection.request("GET", place.path, headers=headers)
-        except OSError:
-            self._connection.close()
-            raise
-        self._connection.sock.settimeout(0)
-        self.number = self._connection.sock.fileno()
-
-    @property
-    def ended(self) -> bool:
-        return self.reply is not None
-
-    def read(self) -> None:
-        """Take what has arrived, until the first line of an answer is there, or the connection has ended."""
-        try:
-            while b"\n" not in self._heard and (data := self._connection.sock.recv(4096)):
-                self._heard += data
-        except (BlockingIOError, ssl.SSLWantReadError):  # a part of the answer, or of TLS
-            return
-        except (OSError, AttributeError):  # the latter when it was closed meanwhile
-            pass
-        found = re.match(rb"HTTP/1\.\d (\d{3})\b.*\n", self._heard)
-        status, message = (int(found[1]), "") if found else (0, CLOSED_UNANSWERED)
-        self.reply = Reply(status, self.sent_s, self._clock(), message=message)
-        self._wake()
-
-    def close(self) -> None:
-        self._connection.close()
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+}
+CLOSED_UNANSWERED, UNANSWERED = "connection reset", TIMED_OUT  # as `why` calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4687,34 +4577,32 @@ def judge_proxy(
     return found(UNDECIDED, f"{asked}; {grown_text}: other people's traffic counts too")
 
 
-def check_proxy(person: Visitor, site: Site, monitor: Monitor) -> Generator[float, None, ProxyCheck]:
+def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     """Have a server end by itself and ask for it over websockets, then for one that was stopped. Raises `CutShort`.
 
     The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
     """
-    ended, page, clock, before = list[Reply](), 0, site.hub.session.clock, list[Snapshot]()
+    site, ended, page, before = person.site, list[Reply](), 0, list[Snapshot]()
     for _ in range(2):
-        if not (yield from reach_server(person, site)):
+        if not reach_server(person):
             return ProxyCheck(UNDECIDED, None, "no server became ready to try it with")
-        yield from wait_until(clock() + CHECK_CALM_S, clock)
+        person.sleep(CHECK_CALM_S)
         monitor.look()
         before = [*monitor.snapshots]
-        page = yield from shut_down(person, site)
+        page = shut_down(person)
         if page in (0, 200):
             return ProxyCheck(UNDECIDED, None, "the server did not end by itself when it was asked to")
-        replies = yield from knock_often(
-            person, site, CHECK_ENDED - len(ended), lambda seen: noticed(seen[-1])
-        )
-        ended = [one for one in replies if not noticed(one)]
+        replies = knock(person, CHECK_ENDED - len(ended), lambda replies: noticed(replies[-1]))
+        ended = [reply for reply in replies if not noticed(reply)]
         site.hub.state(person.name, observer=True)  # which shows that the hub is there
         site.states[person.name] = ServerState.STOPPED
         if len(ended) >= CHECK_LEAST:
             break
     soon = monitor.look()
-    yield from wait_until(clock() + (CHECK_AGAIN_S if before else 0.0), clock)
+    person.sleep(CHECK_AGAIN_S if before else 0.0)
     later = monitor.look()
     site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
-    stopped = yield from knock_often(person, site, CHECK_STOPPED, unanswered)
+    stopped = knock(person, CHECK_STOPPED, unanswered)
     return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
 
@@ -4728,64 +4616,34 @@ def unanswered(replies: Sequence[Reply]) -> bool:
     return sum(one.message == UNANSWERED for one in replies) >= CHECK_UNANSWERED
 
 
-def reach_server(person: Visitor, site: Site) -> Generator[float, None, bool]:
+def reach_server(person: Visitor) -> bool:
     """Start this person's server, if it is not ready, and open its page; whether that worked."""
-    person.due_s = person.since_s = site.hub.session.clock()
-    for act in (visit,) if site.states.get(person.name) is ServerState.READY else (come, visit):
-        for news in act(person, site):
-            if not isinstance(news, Event):
-                yield news
-            elif news.reason:
-                return False
-            else:
-                person.since_s = news.ended_s
-    return True
+    person.due_s = person.since_s = person.clock()
+    is_ready = person.site.states.get(person.name) is ServerState.READY
+    return (is_ready or take("server_ready", come, person)) and take("visit", visit, person)
 
 
-def wait_until(at_s: float, clock: Callable[[], float]) -> Iterator[float]:
-    """Wait until then, however often one is woken."""
-    while clock() < at_s:
-        yield at_s
-
-
-def shut_down(person: Visitor, site: Site) -> Generator[float, None, int]:
-    """Have the server end by itself; what its page is answered then: 0 when it did not, 200 when it is still there."""
-    clock, browser = site.hub.session.clock, person.browser
+def shut_down(person: Visitor) -> int:
+    """Have the server end by itself; its page's status then: 0 when it did not, 200 when it is still there."""
+    browser, until_s = person.browser, person.clock() + SHUTDOWN_S
     if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
         return 0
-    until_s = clock() + SHUTDOWN_S
-    while (page := browser.ask("GET", f"{person.url}api", call=once())).status == 200 and clock() < until_s:
-        yield clock() + 0.5
-    return page.status
+    while True:
+        page = browser.ask("GET", f"{person.url}api", call=once())
+        if page.status != 200 or person.clock() > until_s:
+            return page.status
+        person.sleep(0.5)
 
 
-def knock(url: str, person: Visitor, site: Site) -> Generator[float, None, Reply]:
-    """What a websocket's handshake is answered within `UNANSWERED_S`; the connection is closed on any answer."""
-    clock, public = site.hub.session.clock, site.public
-    public.traffic.sent(observer=False)
-    sent_s = clock()
-    try:
-        handshake = Handshake(url, person.browser or site.hub.session, person.wake)
-    except OSError as error:
-        return Reply(0, sent_s, clock(), message=why(error))
-    public.wires.add(handshake)
-    while not handshake.reply and clock() < sent_s + UNANSWERED_S:
-        yield sent_s + UNANSWERED_S
-    public.wires.close(handshake)
-    if handshake.reply and handshake.reply.status:
-        public.traffic.answered(handshake.reply.status)
-    return handshake.reply or Reply(0, sent_s, clock(), message=UNANSWERED)
-
-
-def knock_often(
-    person: Visitor, site: Site, at_most: int, enough: Callable[[Sequence[Reply]], bool]
-) -> Generator[float, None, list[Reply]]:
-    """What so many websockets to a server that is gone were answered, one after the other; fewer if that is enough."""
-    clock, replies, next_s = site.hub.session.clock, list[Reply](), 0.0
+def knock(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
+    """What websockets to a server that is gone are answered, each on a connection of its own, until it is enough."""
+    browser, replies, next_s = person.browser or person.site.hub.session, list[Reply](), 0.0
     while len(replies) < at_most and not (replies and enough(replies)):
-        yield from wait_until(next_s, clock)
-        next_s = clock() + 1 / HANDSHAKES_PER_S
-        replies.append((yield from knock(f"{person.url}{EVENTS}", person, site)))
+        person.sleep(next_s - person.clock())
+        next_s = person.clock() + 1 / HANDSHAKES_PER_S
+        url = f"{person.url}{EVENTS}"
+        replies.append(browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
+        browser.close()
     return replies
 
 
@@ -4958,7 +4816,7 @@ class Interruption:
                 stop()
 
         self._leave = leave
-        threading.Thread(target=watch, name="interruption", daemon=True).start()
+        start_thread("interruption", watch)
 
     def end(self) -> int | None:
         """The signal that came, if any; one that comes later changes nothing, since all is done."""
@@ -5062,24 +4920,15 @@ class Run:
         goal, record = self.plan.goal, self.site.record
         title = "people at work" if self.plan.rehearses else "starting servers"
         with Progress(title, len(names)) as progress:
-            take_through(
+            send_people(
                 names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL))
             )
 
     def begin_anew(self, plan: Plan, record: Recorder) -> None:
         """Have other people come, by this plan, and apart from those before them."""
-        before = self.site
-        before.public.wires.end()
-        self.site = Site(
-            self.hub,
-            plan,
-            record,
-            states=before.states,
-            claims=before.claims,
-            first_starts=before.first_starts,
-        )
-        self.site.removal = before.removal
-        self.site.public.traffic = before.public.traffic
+        before, traffic = self.site, self.site.public.traffic
+        self.site = dataclasses.replace(before, plan=plan, record=record, turns=Turns())
+        self.site.public.traffic = traffic
 
     def let_leave(self, names: Sequence[str]) -> None:
         """Remove these users now. Raises `CutShort` when some stay."""
@@ -5095,23 +4944,21 @@ class Run:
         """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
         LOG.info("Checking the proxy: %s", CHECK_COSTS)
         name = next(filter(self._is_at_work, names), None) or self.make_users(1, 1)[0]
-        person = Visitor(name, self.session.clock(), self.plan.groups[0])
+        site = dataclasses.replace(
+            self.site, record=Recorder()
+        )  # what the check does is no result of the load
+        site.public = self.site.public
+        person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
 
-        def begin(person: Visitor, due_s: float) -> Walk:
-            walk = check()
-            person.wake = functools.partial(driver.wake, walk)
-            return walk
-
-        def check() -> Walk:
+        def check() -> None:
             try:
-                found = yield from check_proxy(person, self.site, self.monitor)
+                result = check_proxy(person, self.monitor)
+                self.proxy_check = None if self.session.stopping.is_set() else result
             finally:
-                person.go_home(self.site)
-            if not self.session.stopping.is_set():
-                self.proxy_check = found
+                person.go_home()
 
-        driver = Driver(self.session, 1)
-        driver.run(begin, [person], lambda: None)
+        with Team(self.session) as team:
+            team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
 
@@ -5149,16 +4996,18 @@ class Run:
             self.troubles.append(
                 f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent"
             )
+        if self.session.stopping.is_set():
+            self.warnings += still_waiting(self.site.starting.copy())
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
-        self.site.public.wires.end()
+        self.site.public.close_kernels()
         self.look()
         ours = self.claims.ours
         if self.plan.keep:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
-            session, unsure = self.session.for_cleaning_up(), self.claims.unconfirmed.copy()
+            session, unsure = self.session.clone(own_stop=True), self.claims.unconfirmed.copy()
             states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
             session.pause(LATE_ACT_S if unsure else 0)
@@ -5189,7 +5038,7 @@ def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
     if plan.find_capacity:
-        measure_people(run)
+        search_people(run)
         return
     who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
     run.announce(f"{who}, {pace_text(plan.options())}")
@@ -5211,8 +5060,7 @@ def activity(run: Run) -> None:
     load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         if plan.find_capacity:
-            run.capacity = measure_capacity(load, plan, session, run.record)
-            say_if_unfound(run, load.mix)
+            search_requests(run, load)
             return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
@@ -5330,134 +5178,135 @@ def next_rate(
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-def measure_capacity(load: Load, plan: Plan, session: HubSession, record: Recorder) -> Capacity:
-    """Search for the highest rate that the hub sustains; `record` gets the events of that step, else of the last."""
-    first_rate_per_s = fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
-    steps: list[CapacityStep] = []
-    best = Recorder()
-    while (
-        (rate := next_rate(steps, first_rate_per_s))
-        and not session.stopping.is_set()
-        and not session.hub_is_gone
-    ):
-        beside, seen = session.beside(), Recorder(*record.listeners)
-        step_load = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(step_load, beside, seen)
-        session.traffic.add(beside.traffic.counts)
-        if session.stopping.is_set():
-            break
-        steps.append(_capacity_step(step_load, seen, beside.traffic, plan, cpu_share))
-        LOG.info("At %.4g per second: %s", rate, steps[-1].held or "sustained")
-        best = seen if not steps[-1].held or sustained_rate(steps) is None else best
-        _drain_hub(Hub(load.endpoint, session), load.users[0])
-    record.take_over(best)
-    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    reports_per_s = (sustained or 0) * load.mix.get("activity", 0) / sum(load.mix.values())
-    servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
-    return Capacity(sustained, servers, bound, steps, next_rate(steps, first_rate_per_s) is None)
+Trial = tuple[CapacityStep, Recorder, Sequence[str]]  # what a rate showed, the events, and the users
 
 
-def _capacity_step(
-    load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float
-) -> CapacityStep:
-    """Judge one rate by its own requests alone."""
-    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
-    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
-    found["failed_rate"] = failed / count if count else None
-    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent, of_people = (
-        load.planned - count,
-        plan.command == STRESS,
-    )  # who come late, but come, up to --fail-fast
-    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
-    if not held and unsent > 0:
-        planned = counted(load.planned, "person", "people") if of_people else counted(load.planned, "request")
-        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
-        held = f"{unsent:,} of {planned} {why_not}"
-    return CapacityStep(
-        rate_per_s=fastest(load.rate_per_s),
-        sent_per_s=count / (load.duration_s or math.nan),
-        p95_s=metric_value(found, next(iter(load.mix)) + ".p95"),
-        failed=failed,
-        held="the generator could not send this rate" if bound else held,
-        generator_bound=bound,
-    )
-
-
-def measure_people(run: Run) -> None:
-    """Search for how many people the hub takes who come at a rate; `run` has the answer, however the search ends."""
-    plan, session, for_s = run.plan, run.session, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    steps: list[CapacityStep] = []
-    best, most = Recorder(), plan.max_servers or math.inf
-    rate: float | None = (first_rate_per_s := fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S)
-    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+def search(run: Run, first_rate_per_s: float, grain_per_s: float, attempt: Callable[[float], Trial]) -> None:
+    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends."""
+    plan, session, steps, best = run.plan, run.session, list[CapacityStep](), Recorder()
+    most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
+    rate: float | None = first_rate_per_s
     try:
-        while rate := next_rate(steps, first_rate_per_s, 1 / for_s):
-            if (people := round(rate * for_s)) > most:
+        while not session.stopping.is_set() and not session.hub_is_gone:
+            rate = next_rate(steps, first_rate_per_s, grain_per_s)
+            if rate is None or rate > most_per_s * 1.0001:
                 break
-            names = run.make_users(people, plan.batch_size)
-            step, seen = _people_step(run, names, for_s)
+            step, seen, users = attempt(rate)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            LOG.info("At %.4g people a minute: %s", 60 * rate, step.held or "they got through")
+            LOG.info("At %s: %s", pace_of_step(step, plan), step.held or "sustained")
             best = seen if not step.held or sustained_rate(steps) is None else best
-            run.let_leave(names)
-            _drain_hub(run.hub, names[0])
+            if plan.command == STRESS:
+                run.let_leave(users)
+            _drain_hub(run.hub, users[0])
     finally:
         run.record.take_over(best)
-        sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-        limit = (
-            Limit.MAX_SERVERS.value
-            if rate and rate * for_s > most
-            else broken[0].limited_by
-            if broken
-            else None
+        run.capacity = capacity_of(plan, steps, rate, rate is not None and rate > most_per_s)
+        if steps and run.capacity.rate_per_s is None:
+            run.warnings.append(nothing_sustained(plan, steps, best))
+
+
+def capacity_of(plan: Plan, steps: list[CapacityStep], next_per_s: float | None, too_many: bool) -> Capacity:
+    """What a search has found that would try `next_per_s` next, unless that needs too many servers."""
+    sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
+    finished = next_per_s is None
+    if plan.command == ACTIVITY:
+        mix = plan.mix or DEFAULT_MIX
+        reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
+        return Capacity(
+            sustained, int(reports_per_s * SERVER_REPORTS_EVERY_S) or None, bound, steps, finished
         )
-        answer: Json = {"people_per_minute": sustained and 60 * sustained, "limited_by": limit}
-        run.capacity = Capacity(sustained, None, bound, steps, finished=rate is None, **answer)
-        say_if_unfound(run, PERSONAL)
+    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
+    limit = lowest.limited_by if lowest else None
+    limit = Limit.MAX_SERVERS.value if too_many else limit
+    return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
-def say_if_unfound(run: Run, names: Collection[str]) -> None:
-    """Say, where no rate was sustained, what the lowest one met, and the most usual failure of these operations."""
-    if not run.capacity or run.capacity.rate_per_s or not run.capacity.steps:
-        return
-    lowest, failures = min(run.capacity.steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
-    for name, seen in run.record.summarise().items():
-        failures.update(seen.errors if name in names else {})
-    of_people = f"{counted(60 * lowest.rate_per_s, 'person', 'people')} a minute"
-    rate = of_people if run.plan.command == STRESS else f"{counted(lowest.rate_per_s, 'request')} per second"
+def pace_of_step(step: CapacityStep, plan: Plan) -> str:
+    """The rate of a step: 12 people a minute, or 16 requests per second."""
+    if plan.command == STRESS:
+        return f"{counted(60 * step.rate_per_s, 'person', 'people')} a minute"
+    return f"{counted(step.rate_per_s, 'request')} per second"
+
+
+def nothing_sustained(plan: Plan, steps: Sequence[CapacityStep], seen: Recorder) -> str:
+    """What the lowest rate met, and the most usual failure."""
+    lowest, failures = min(steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
+    names = PERSONAL if plan.command == STRESS else plan.mix or DEFAULT_MIX
+    for name, operation in seen.summarise().items():
+        failures.update(operation.errors if name in names else {})
     most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
-    run.warnings.append(f"no rate was sustained, not even {rate}: {lowest.held}{most}")
+    return f"no rate was sustained, not even {pace_of_step(lowest, plan)}: {lowest.held}{most}"
 
 
-def _people_step(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
-    """What people show who come at a fixed rate for so long, and what was seen of them."""
+def search_requests(run: Run, load: Load) -> None:
+    """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
+
+    def attempt(rate: float) -> Trial:
+        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
+        part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
+        cpu_share = spread_load(part, beside, seen)
+        run.session.traffic.add(beside.traffic.counts)
+        return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
+
+    search(run, fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S, 0.0, attempt)
+
+
+def search_people(run: Run) -> None:
+    """How many people does the hub take who come at a rate? New ones come in each step."""
+    plan, for_s = run.plan, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
+
+    def attempt(rate: float) -> Trial:
+        names = run.make_users(round(rate * for_s), plan.batch_size)
+        return *_try_people(run, names, for_s), names
+
+    search(run, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s, attempt)
+
+
+def _try_people(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
     session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
     seen = new_recorder(*run.record.listeners)
     run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
-    looks, counted = len(monitor.snapshots), session.traffic.counts.copy()
+    looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
     with run.pinging(names[0]):
         run.start_servers(names)
     monitor.look()
-    cpu_share, traffic = (time.process_time() - cpu_s) / (session.clock() - began_s), Traffic()
-    traffic.add(session.traffic.counts - counted)
+    cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
+    traffic.add(session.traffic.counts - before)
     load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
-    step = _capacity_step(load, seen, traffic, run.plan, cpu_share)
+    step = judge_step(load, seen, traffic, run.plan, cpu_share)
     if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
         step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
     if step.held:
-        own, in_front = (
-            hub_figures(monitor.snapshots[looks:], math.inf, 0),
-            traffic.counts[-429] > traffic.throttled,
-        )
+        own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
+        in_front = traffic.counts[-429] > traffic.throttled
         limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
         step = dataclasses.replace(step, limited_by=limit.value)
     return step, seen
+
+
+def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+    """Judge one rate by its own requests alone."""
+    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
+    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
+    found["failed_rate"] = failed / count if count else None
+    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
+    unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
+    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
+    if bound:
+        held = "the generator could not send this rate"
+    elif not held and unsent > 0 and of_people:
+        people = counted(load.planned, "person", "people")
+        held = f"{unsent:,} of {people} never came, after failures in a row"
+    elif not held and unsent > 0:
+        held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
+    sent_per_s = count / (load.duration_s or math.nan)
+    p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
+    return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
 def waits_of(people: People, goal: str) -> list[float]:
@@ -5509,48 +5358,7 @@ def _drain_hub(hub: Hub, user: str) -> None:
         quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
 
 
-# ==== Results: a fold over the events ================================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnDurations:
-    """How often the hub did something, and how long it took by its own clock."""
-
-    count: float
-    mean_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class HubFigures:
-    """What the hub says of itself between the first and the last look at its metrics page.
-
-    `cpu_share_max` is the most that it used of a processor over some 5 seconds of the load, cleaning up left out.
-    """
-
-    cpu_s: float
-    cpu_share: float
-    cpu_share_max: float
-    rss_before_bytes: float
-    rss_max_bytes: float
-    rss_after_bytes: float
-    rss_per_server_bytes: float | None
-    event_loop_lag_p95_s: float | None
-    event_loop_lag_max_s: float | None
-    event_loop_samples: int
-    running_servers_max: float
-    requests: dict[str, OwnDurations]
-    spawns: dict[str, OwnDurations]
-
-    @property
-    def late_s(self) -> float | None:
-        """By how much the event loop was late (p95, also of few samples: it takes few when very late), if by much."""
-        lag_s = self.event_loop_lag_p95_s
-        return lag_s if lag_s and lag_s > LATE_LOOP_S else None
-
-    @property
-    def busy(self) -> bool:
-        """Whether requests had to wait for the hub's one thread; on a busy machine that gets less of a processor."""
-        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
+# ==== Results: a fold over the events =======================================================================
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5573,11 +5381,9 @@ class Users:
     deleted: int
     kept: int
     left_behind: list[str]
-    in_the_way: str = ""  # of removing what is left behind, like the next one also with --own-servers
+    in_the_way: str = ""  # why some cannot be removed; this and what follows also with --own-servers
     stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
-    stops_failed: int | None = (
-        None  # servers that the hub failed to stop meanwhile, by its metrics; None: unknown
-    )
+    stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5592,7 +5398,7 @@ class Slow:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A server that failed or was lost, and the last that the hub said of it."""
+    """A server or person that failed, and the last that the hub said of it."""
 
     user: str
     reason: str
@@ -5601,7 +5407,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """What became of the servers: `ready` are all that became ready, of which `lost` were gone while they were held."""
+    """The outcome of the servers: of the `ready` ones, `lost` were gone while they were held."""
 
     requested: int
     ready: int
@@ -5614,16 +5420,17 @@ class Servers:
     throttling_began_s: float | None
     slowest: list[Slow]
     usual_message: (
-        str  # what the hub said of every server that it said anything of; "" when it told them apart
+        str  # what the hub said of all servers that it said anything of; "" when it told them apart
     )
     removed: int = 0  # with --own-servers, like the next two; else the users say it
     kept: int = 0
     left_behind: Sequence[str] = ()
+    phases: Phases | None = None  # the means of those that became ready; None without Kubernetes' events
 
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
-    """What became of the people of a rehearsal: `failed` counts those with any failed step, also after `at_work`."""
+    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`."""
 
     expected: int
     at_work: int
@@ -5649,31 +5456,7 @@ class ServersTimeline:
     failed_s: list[float | None]  # after it was ready
     lost_s: list[float | None]
     left_s: list[float | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class HubTimeline:
-    """A process's CPU share, memory and open files, in seconds since the run began."""
-
-    cpu_at_s: list[float | None]
-    cpu_share: list[float | None]
-    at_s: list[float | None]
-    rss_bytes: list[float]
-    running_servers: list[float]
-    open_files: list[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A figure before a run, at its most, and after everything is removed; `after` is None when users were kept."""
-
-    before: float
-    peak: float
-    after: float | None
-    grown: float | None
-
-
-Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
+    phases: list[dict[str, float] | None]  # of a start on Kubernetes, in their order, in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5728,7 +5511,7 @@ class Results:
 
     @property
     def cleaned(self) -> CleanUp:
-        """What became of them."""
+        """The outcome of cleaning up users, or with --own-servers servers."""
         if self.own_servers and (servers := self.servers):
             return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, self.users.in_the_way)
         users = self.users
@@ -5752,27 +5535,24 @@ def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
 
 
 def instead_of(metric: str, paths: bool = True) -> str:
-    """The known metric, by its path if there are `paths`, that is most like this one; "" where this one is known."""
-    of_operations = (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
-    known = ["failed", "failed_rate", "throttled", *of_operations]
-    known += (
-        [path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code")] if paths else []
-    )
-    of_all = re.sub(
-        r"\[[^]]*\]", "", metric
-    )  # server_ready.p95 for the server_ready[students].p95 of a group
-    if any(re.fullmatch(re.escape(one).replace("NAME", "[^.]+"), of_all) for one in known):
+    """The known metric that is most like this one, a path only if `paths`; "" where this one is known."""
+    known = ["failed", "failed_rate", "throttled"]
+    known += (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
+    if paths:
+        known += (path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code"))
+    of_all = re.sub(r"\[[^]]*\]", "", metric)  # server_ready.p95 for a group's server_ready[students].p95
+    if any(re.fullmatch(re.escape(name).replace("NAME", "[^.]+"), of_all) for name in known):
         return ""
     return difflib.get_close_matches(metric, known, 1, 0.0)[0]
 
 
-def as_json(thing: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The same as JSON has it: records become objects."""
-    if dataclasses.is_dataclass(thing):
-        return {field.name: as_json(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
-    if isinstance(thing, Mapping):
-        return {name: as_json(value) for name, value in thing.items()}
-    return [as_json(one) for one in thing] if isinstance(thing, (list, tuple)) else thing
+    if dataclasses.is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: as_json(inner) for name, inner in value.items()}
+    return [as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
@@ -5793,29 +5573,170 @@ def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: b
     return ExitCode.FAILED if cut_short or failed else ExitCode.OK
 
 
+def _failures_of(
+    ends: Iterable[Event | None], never: str, number: int
+) -> tuple[dict[str, int], list[Failure]]:
+    """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`.
+
+    Reasons of spawns that differ in what they count, like 2/3 nodes and 1/3 nodes, are one: the first.
+    """
+    failures, alike = list[Failure](), dict[str, str]()
+    for end in ends:
+        if end and end.reason:
+            text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.LATE)
+            text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
+            failures.append(Failure(end.user, text, end.message))
+    reasons = collections.Counter(failure.reason for failure in failures)
+    reasons[never] = number
+    return {reason: count for reason, count in reasons.most_common() if count}, failures
+
+
+def people_of(rows: People, expected: int, cut_short: bool, group: str = "") -> Rehearsed:
+    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
+    people = [row for row in rows.values() if not group or any(end.group == group for end in row.values())]
+    at_work = [row for row in people if "at_work" in row]
+    failed = [[row[step] for step in PERSONAL if step in row and row[step].reason] for row in people]
+    ends = [steps[0] if steps else row.get("at_work") for steps, row in zip(failed, people)]
+    never = "cut short before getting to work" if cut_short else "never came"
+    reasons, failures = _failures_of(ends, never, expected - len(ends) + ends.count(None))
+    until_work_s = {}
+    for step in ("at_work", *PERSONAL[: PERSONAL.index("at_work")]):
+        if took_s := [row[step].latency_s for row in at_work if step in row]:
+            until_work_s[step] = sum(took_s) / len(at_work)
+    return Rehearsed(expected, len(at_work), sum(reasons.values()), reasons, failures, until_work_s)
+
+
+def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
+    """The outcome of the servers of so many people."""
+    ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
+    ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
+    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].outcome == "lost"]
+    never = "never started, or cut short" if cut_short else "never started"
+    reasons, failures = _failures_of([*ends, *lost], never, requested - len(ends))
+    throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
+    messages = {end.message for end in ends if end.message}
+    return Servers(
+        requested=requested,
+        ready=len(ready),
+        failed=requested - len(ready),
+        lost=len(lost),
+        given_up=sum(end.reason.kind is Kind.LATE for end in ends if end.reason),
+        reasons=reasons,
+        failures=failures,
+        throttled=sum(end.throttled > 0 for end in ends),
+        throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
+        slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
+        usual_message=messages.pop() if len(messages) == 1 else "",
+        phases=mean_phases([end.phases for end in ready if end.phases]),
+    )
+
+
+def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> ServersTimeline:
+    """The moments of each server, in the order in which they were due."""
+
+    def since(at_s: float | None) -> float | None:
+        return None if at_s is None else rounded(max(0.0, at_s - began_s))
+
+    def moments(row: Mapping[str, Event]) -> Json:
+        start, leaving = row["server_ready"], row.get("stop_server")
+        good_s = {name: end.ended_s for name, end in row.items() if end.reason is None}
+        bad = [row[name] for name in PERSONAL[1:] if name in row and row[name].reason]
+        return {
+            "user": start.user,
+            "due_s": since(start.due_s),
+            "throttled_s": since(start.throttled_s),
+            "asked_s": since(start.asked_s),
+            "ended_s": since(start.ended_s),
+            "ready": start.reason is None,
+            "opened_s": since(good_s.get("visit")),
+            "loaded_s": since(good_s.get("page")),
+            "works_s": since(good_s.get("at_work")),
+            "failed_s": since(next((end.ended_s for end in bad if end.outcome != "lost"), None)),
+            "lost_s": since(next((end.ended_s for end in bad if end.outcome == "lost"), None)),
+            "phases": start.phases and {name: rounded(getattr(start.phases, name)) for name in PHASES},
+            "left_s": since(leaving.sent_s if leaving and leaving.sent_s < load_ended_s else None),
+        }
+
+    rows = [row for row in people.values() if "server_ready" in row]
+    lines = [moments(row) for row in sorted(rows, key=lambda row: row["server_ready"].due_s)]
+    names = [field.name for field in dataclasses.fields(ServersTimeline)]
+    return ServersTimeline(**{name: [line[name] for line in lines] for name in names})
+
+
+def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
+    """Each condition of a plan, judged by results; default ones only where something was measured."""
+    judged = [(each, each.judge(found, plan.baseline)) for each in plan.conditions]
+    return [result for each, result in judged if each in plan.fail_if or result.value is not None]
+
+
+def _users_in(run: Run) -> Users:
+    """The outcome of the users; with --own-servers there are none.
+
+    A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only
+    its metrics tell. A run that stopped none is not to blame.
+    """
+    cleaned, snapshots = run.cleaned, run.monitor.snapshots
+    stopped = run.record.count(["stop_server"])
+    failures = grown(snapshots, "server_stop_seconds_count", "failure") if stopped else 0.0
+    made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left))
+    users = Users(
+        created=0 if run.plan.command == PURGE else made,
+        deleted=cleaned.deleted,
+        kept=cleaned.kept,
+        left_behind=list(cleaned.left),
+        in_the_way=cleaned.in_the_way,
+        stopped_while_starting=len(run.site.removal.interrupted),
+        stops_failed=int(failures) if len(snapshots) > 1 else None,
+    )
+    if run.plan.own_servers:
+        return dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=[])
+    return users
+
+
+def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
+    """How many failed, of how many: people, servers, requests, or what was to be removed."""
+    plan = run.plan
+    if people:
+        return people.failed, plan.count
+    if plan.command == PURGE:
+        return len(run.cleaned.left), len(run.existing)
+    if servers and not plan.find_capacity:
+        return servers.failed + servers.lost, plan.count
+    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
+    return run.record.failures(mix), run.record.count(mix)
+
+
 def results_of(run: Run) -> Results:
     """What a run found; the conditions are judged by all the rest."""
-    plan, rows, snapshots = run.plan, run.record.people, run.monitor.snapshots
+    plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
-    comes = plan.command == STRESS and not plan.find_capacity
-    servers = _servers_in(run, comes, cut_short)
-    people = people_of(rows, plan.count, cut_short) if comes and plan.rehearses else None
+    expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
+    servers = servers_of(rows, expected, cut_short) if expected or plan.own_servers else None
+    if servers and plan.own_servers:
+        removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
+        servers = dataclasses.replace(servers, **removed)
+    people = people_of(rows, expected, cut_short) if expected and plan.rehearses else None
+    groups = {each.group: people_of(rows, each.count, cut_short, each.group) for each in plan.event}
     failed, tried = _failed_of(run, servers, people)
-    restarts = sum(map(restarted, snapshots, snapshots[1:]))
-    figures = hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0)
+    began = [shot.get(BEGAN) for shot in snapshots]
+    restarts = sum(map(operator.ne, began, began[1:]))
+    warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
+    if restarts:
+        warnings.append(f"the hub restarted during the run{f', {restarts} times' if restarts > 1 else ''}")
+    looks = {name: monitor.snapshots for name, monitor in run.monitors.items()}
+    lines = {name: hub_timeline(each, run.began_s) for name, each in looks.items()}
     on_the_way = run.site.public.traffic.summarise() if plan.opens else None
-    looks = {name: one.snapshots for name, one in run.monitors.items()}
-    found = Results(
+    results = Results(
         schema=1,
         tool={"name": "hub-stress-test", "version": __version__},
         command=plan.command,
         hub=HubSide(
-            run.hub.endpoint,
-            run.hub.version,
-            restarts if snapshots else None,
-            figures,
-            run.monitor.missing or None,
-            run.session.proxy_to(run.hub.endpoint) or None,
+            endpoint=run.hub.endpoint,
+            version=run.hub.version,
+            restarts=restarts if snapshots else None,
+            metrics=hub_figures(snapshots, run.load_ended_s, servers.ready if servers else 0),
+            metrics_missing=run.monitor.missing or None,
+            proxy=run.session.proxy_to(run.hub.endpoint) or None,
         ),
         started=utc(run.started),
         finished=utc(datetime.now(timezone.utc)),
@@ -5829,330 +5750,34 @@ def results_of(run: Run) -> Results:
         operations=run.record.summarise(),
         http=dataclasses.replace(run.session.traffic.summarise(), servers=on_the_way),
         capacity=run.capacity,
-        aftermath=aftermath_of(looks, bool(run.cleaned.kept)),
+        aftermath=aftermath_of(looks, bool(cleaned.kept)),
         proxy_check=run.proxy_check,
-        warnings=[*run.troubles, *run.warnings, *run.site.public.warnings, *_restart_warning(restarts)],
+        warnings=warnings,
         advice=[],
-        timeline=_timeline_in(run, bool(servers)),
-        groups={one.group: people_of(_only(one, rows), one.count, cut_short) for one in plan.event} or None,
+        timeline=RunTimeline(
+            operations=run.record.timeline(run.began_s),
+            servers=servers_timeline(rows, run.began_s, run.load_ended_s) if servers else None,
+            hub=lines.pop("hub"),
+            watched={name: line for name, line in lines.items() if line},
+            load_ended_s=rounded(run.load_ended_s - run.began_s),
+        ),
+        groups=groups or None,
     )
-    return _judged(found, run)
+    return _judged(results, run)
 
 
-def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
-    """Each condition of a plan, judged by results; those that nobody asked for mind only what was measured."""
-    values = ((one, one.judge(found, plan.baseline)) for one in plan.conditions)
-    return [judgement for one, judgement in values if one in plan.fail_if or judgement.value is not None]
-
-
-def _judged(found: Results, run: Run) -> Results:
+def _judged(results: Results, run: Run) -> Results:
     """The same with its conditions, its exit code, and what to look at next."""
-    plan, data = run.plan, as_json(found)
-    conditions = [] if run.capacity else judgements_of(plan, data)
-    unfound = run.capacity is not None and run.capacity.rate_per_s is None
-    not_ours = (
-        plan.command == PURGE and run.interrupted_by is not None
-    )  # an interrupted purge made none of them
-    bad = unfound or any(one.held for one in conditions)
-    left = bool(found.users.stops_failed or (run.cleaned.left and not not_ours))
+    plan, capacity = run.plan, run.capacity
+    conditions = [] if capacity else judgements_of(plan, as_json(results))
+    bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
+    not_ours = plan.command == PURGE and run.interrupted_by is not None  # which made none of what is left
+    left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
-    kinds, time_out_s = run.record.kinds(), time_out_in_front(run.record.people)
-    next_steps = (
-        list(advice(found, kinds, time_out_s)) if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND) else []
-    )
-    return dataclasses.replace(found, conditions=conditions, exit_code=int(code), advice=next_steps)
-
-
-def _servers_in(run: Run, comes: bool, cut_short: bool) -> Servers | None:
-    """What became of the servers; with --own-servers also what became of them at the end."""
-    servers = servers_of(run.record.people, run.plan.count, cut_short) if comes else None
-    if not run.plan.own_servers:
-        return servers
-    cleaned, none = run.cleaned, servers_of({}, 0, cut_short)
-    return dataclasses.replace(
-        servers or none, removed=cleaned.deleted, kept=cleaned.kept, left_behind=cleaned.left
-    )
-
-
-def _users_in(run: Run) -> Users:
-    left, cleaned = list(run.cleaned.left), run.cleaned
-    rest: Json = {
-        "in_the_way": cleaned.in_the_way,
-        "stopped_while_starting": len(run.site.removal.interrupted),
-    }
-    rest["stops_failed"] = _stops_failed(run)
-    if run.plan.own_servers:
-        return Users(0, 0, 0, [], **rest)
-    made = max(len(run.claims.confirmed), cleaned.deleted + len(left))
-    return Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, left, **rest)
-
-
-def _stops_failed(run: Run) -> int | None:
-    """How many servers the hub failed to stop, ours or others', since this run began; None where nobody knows.
-
-    The hub answers 204 all the same, forgets the server, and deletes the user. A run that stopped none is not to blame.
-    """
-    if len(run.monitor.snapshots) < 2:
-        return None
-    stopped = run.record.count(["stop_server"])
-    return int(grown(run.monitor.snapshots, "server_stop_seconds_count", "failure")) if stopped else 0
-
-
-def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
-    """How many failed, of how many, of what the run is about: people, servers, requests, or what was to be removed."""
-    plan = run.plan
-    if people:
-        return people.failed, plan.count
-    if plan.command == PURGE:
-        return len(run.cleaned.left), len(run.existing)
-    if servers and not plan.find_capacity:
-        return servers.failed + servers.lost, plan.count
-    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    return run.record.failures(mix), run.record.count(mix)
-
-
-def _timeline_in(run: Run, of_servers: bool) -> RunTimeline:
-    lines = {name: hub_timeline(one.snapshots, run.began_s) for name, one in run.monitors.items()}
-    return RunTimeline(
-        operations=run.record.timeline(run.began_s),
-        servers=servers_timeline(run.record.people, run.began_s, run.load_ended_s) if of_servers else None,
-        hub=lines.pop("hub"),
-        watched={name: line for name, line in lines.items() if line},
-        load_ended_s=rounded(run.load_ended_s - run.began_s),
-    )
-
-
-def _restart_warning(times: int) -> Iterator[str]:
-    if times:
-        yield f"the hub restarted during the run{f', {times} times' if times > 1 else ''}"
-
-
-People = Mapping[str, Mapping[str, Event]]
-
-
-def _only(group: Plan, rows: People) -> People:
-    return {
-        user: row for user, row in rows.items() if any(event.group == group.group for event in row.values())
-    }
-
-
-def people_of(rows: People, expected: int, cut_short: bool) -> Rehearsed:
-    """What became of so many people: each got to work or failed; one who failed after that is counted in both."""
-    ends = [
-        next((row[step] for step in PERSONAL if step in row and row[step].reason), None)
-        for row in rows.values()
-    ]
-    bad = [(end, end.reason.text) for end in ends if end and end.reason]
-    reasons = collections.Counter(text for _, text in bad)
-    at_work = sum("at_work" in row for row in rows.values())
-    never = expected - sum(bool(end) or "at_work" in row for end, row in zip(ends, rows.values()))
-    reasons["cut short before getting to work" if cut_short else "never came"] = never
-    return Rehearsed(
-        expected=expected,
-        at_work=at_work,
-        failed=reasons.total(),
-        reasons={reason: number for reason, number in reasons.most_common() if number},
-        failures=[Failure(end.user, text, end.message) for end, text in bad],
-        until_work_s=_until_work_s([row for row in rows.values() if "at_work" in row]),
-    )
-
-
-def _until_work_s(rows: Sequence[Mapping[str, Event]]) -> dict[str, float]:
-    before = PERSONAL[: PERSONAL.index("at_work")]
-    steps = [name for name in ("at_work", *before) if any(name in row for row in rows)]
-    return {name: sum(row[name].latency_s for row in rows if name in row) / len(rows) for name in steps}
-
-
-def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
-    """What became of the servers of so many people."""
-    ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
-    ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
-    lost = [row["stay"] for row in people.values() if "stay" in row and _is_lost(row["stay"])]
-    bad = [(end, end.reason.text) for end in [*ends, *lost] if end.reason]
-    reasons = collections.Counter(text for _, text in bad)
-    never = "never started, or cut short" if cut_short else "never started"
-    reasons[never] = requested - len(ends)
-    throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
-    messages = {end.message for end in ends if end.message}
-    return Servers(
-        requested=requested,
-        ready=len(ready),
-        failed=requested - len(ready),
-        lost=len(lost),
-        given_up=sum(end.reason.kind is Kind.LATE for end in ends if end.reason),
-        reasons={reason: number for reason, number in reasons.most_common() if number},
-        failures=[Failure(end.user, text, end.message) for end, text in bad],
-        throttled=sum(end.throttled > 0 for end in ends),
-        throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
-        slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
-        usual_message=messages.pop() if len(messages) == 1 else "",
-    )
-
-
-def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> ServersTimeline:
-    """The moments of each server, in the order in which they were due."""
-    rows = [row for row in people.values() if "server_ready" in row]
-    rows.sort(key=lambda row: row["server_ready"].due_s)
-    ends = [row["server_ready"] for row in rows]
-
-    def since(at_s: float | None) -> float | None:
-        return None if at_s is None else rounded(max(0.0, at_s - began_s))
-
-    def ended(*steps: str, lost: bool = False, bad: bool = False) -> list[float | None]:
-        """When each person's first of these steps ended, well or badly; None where it did not."""
-        ends = ([row[step] for step in steps if step in row] for row in rows)
-        good_or_bad = (
-            [end for end in each if bool(end.reason) == bad and _is_lost(end) == lost] for each in ends
-        )
-        return [since(each[0].ended_s) if each else None for each in good_or_bad]
-
-    def sent(step: str, row: Mapping[str, Event]) -> float | None:
-        """When the step began, if that was before cleaning up."""
-        return since(row[step].sent_s) if step in row and row[step].sent_s < load_ended_s else None
-
-    return ServersTimeline(
-        user=[end.user for end in ends],
-        due_s=[since(end.due_s) for end in ends],
-        throttled_s=[since(end.throttled_s) for end in ends],
-        asked_s=[since(end.asked_s) for end in ends],
-        ended_s=[since(end.ended_s) for end in ends],
-        ready=[end.reason is None for end in ends],
-        opened_s=ended("visit"),
-        loaded_s=ended("page"),
-        works_s=ended("at_work"),
-        failed_s=ended(*PERSONAL[1:], bad=True),
-        lost_s=ended("stay", bad=True, lost=True),
-        left_s=[sent("stop_server", row) for row in rows],
-    )
-
-
-def _is_lost(end: Event) -> bool:
-    return end.reason is not None and end.reason.kind is Kind.LOST
-
-
-# ---- the hub's own figures ----
-
-FILES_TO_MENTION = 20  # open files more than before
-
-
-def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
-    """What a run left in the processes that were watched; None without two looks at any."""
-    return {
-        name: _changes(snapshots, kept) for name, snapshots in looks.items() if len(snapshots) > 1
-    } or None
-
-
-def _changes(snapshots: Sequence[Snapshot], kept: bool) -> dict[str, Change]:
-    changes = {}
-    for name, (figure, label) in AFTERMATH.items():
-        if any(figure == known for one in snapshots for known, _ in one.figures):
-            values = [one.get(figure, label) for one in snapshots]
-            after = None if kept else values[-1]
-            changes[name] = Change(
-                values[0], max(values), after, None if after is None else after - values[0]
-            )
-    return changes
-
-
-def grown(snapshots: Sequence[Snapshot], name: str, label: str = "") -> float:
-    """How much a counter has grown; after a restart of the hub it began at 0 again."""
-    total = 0.0
-    for before, after in zip(snapshots, snapshots[1:]):
-        total += after.get(name, label) - (0.0 if restarted(before, after) else before.get(name, label))
-    return total
-
-
-Buckets = Sequence[tuple[float, float]]  # of a histogram: upper bound, and count up to there
-
-
-def quantile(buckets: Buckets, share: float) -> float | None:
-    """A quantile of a histogram, straight between the bounds of its buckets."""
-    total = buckets[-1][1] if buckets else 0.0
-    lower, below = 0.0, 0.0
-    for upper, count in buckets:
-        if total and count >= share * total:
-            return (
-                lower
-                if math.isinf(upper)
-                else lower + (upper - lower) * (share * total - below) / (count - below)
-            )
-        lower, below = upper, count
-    return None
-
-
-def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
-    """What the hub says of itself; None without two looks at it."""
-    if len(snapshots) < 2:
-        return None
-    first, last = snapshots[0], snapshots[-1]
-    rss = [one.get("process_resident_memory_bytes") for one in snapshots]
-    under_load = [one for one in snapshots if one.at_s < load_ended_s + 1.0]
-    loop = _buckets(snapshots)
-    lags = [quantile(loop, share) for share in (0.95, 1.0)]
-    cpu_s = grown(snapshots, "process_cpu_seconds_total")
-    cpu_share = cpu_s / (last.at_s - first.at_s)
-    return HubFigures(
-        cpu_s=cpu_s,
-        cpu_share=cpu_share,
-        cpu_share_max=max((share for _, share in cpu_shares(under_load)), default=cpu_share),
-        rss_before_bytes=rss[0],
-        rss_max_bytes=max(rss),
-        rss_after_bytes=rss[-1],
-        rss_per_server_bytes=max(0.0, max(rss) - rss[0]) / servers_ready if servers_ready else None,
-        event_loop_lag_p95_s=None if lags[0] is None else max(lags[0], LOOP_INTERVAL_S),
-        event_loop_lag_max_s=None if lags[1] is None else max(lags[1], LOOP_INTERVAL_S),
-        event_loop_samples=int(loop[-1][1]) if loop else 0,
-        running_servers_max=max(0.0, *(one.get("running_servers") for one in snapshots)),
-        requests=_own_durations(snapshots, "request_duration_seconds"),
-        spawns=_own_durations(snapshots, "server_spawn_duration_seconds"),
-    )
-
-
-def _buckets(snapshots: Sequence[Snapshot]) -> Buckets:
-    """The intervals of the hub's event loop between the first and the last snapshot."""
-    name = "event_loop_interval_seconds_bucket"
-    bounds = [label for known, label in (snapshots[-1].figures if snapshots else ()) if known == name]
-    return sorted((float(bound), grown(snapshots, name, bound)) for bound in bounds)
-
-
-def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDurations]:
-    labels = [label for known, label in snapshots[-1].figures if known == f"{name}_count"]
-    counts = {label: grown(snapshots, f"{name}_count", label) for label in labels}
-    return {
-        label: OwnDurations(count, grown(snapshots, f"{name}_sum", label) / count)
-        for label, count in counts.items()
-        if count > 0
-    }
-
-
-def cpu_shares(snapshots: Sequence[Snapshot], least_s: float = 1.0) -> list[tuple[float, float]]:
-    """The share of a processor that the hub used up to each moment, over stretches of at least `least_s`."""
-    shares: list[tuple[float, float]] = []
-    since = 0
-    for at in range(1, len(snapshots)):
-        took_s = snapshots[at].at_s - snapshots[since].at_s
-        if took_s >= least_s or (at == len(snapshots) - 1 and not shares):
-            stretch = snapshots[since : at + 1]
-            shares.append(
-                (snapshots[at].at_s, grown(stretch, "process_cpu_seconds_total") / max(took_s, 1e-3))
-            )
-            since = at
-    return shares
-
-
-def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline | None:
-    """The hub's CPU share and memory at each look; None when there was no look."""
-    if not snapshots:
-        return None
-    shares = cpu_shares(snapshots)
-    return HubTimeline(
-        cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
-        cpu_share=[rounded(share) for _, share in shares],
-        at_s=[rounded(one.at_s - began_s) for one in snapshots],
-        rss_bytes=[one.get("process_resident_memory_bytes") for one in snapshots],
-        running_servers=[max(0.0, one.get("running_servers")) for one in snapshots],  # hubs miscount at times
-        open_files=[one.get("process_open_fds") for one in snapshots],
-    )
+    next_steps: list[str] = []
+    if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
+        next_steps += advice(results, run.record.kinds(), time_out_in_front(run.record.people))
+    return dataclasses.replace(results, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
 # ==== What it means: where the time went, and what to look at next ==========================================
@@ -6365,28 +5990,11 @@ def differences_to(baseline: Json | None, results: Results) -> list[str]:
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
     pairs |= {f"the hub's {key}": [hub.get(key) for hub in hubs] for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
-        keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
+        keys = [row.key for row in OPTIONS.values() if row.compared and row.key in results.options]
         pairs |= {
             f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys
         }
     return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
-
-
-COMPARED = (
-    *(
-        "count",
-        "batch_size",
-        "rate_per_s",
-        "within_s",
-        "event",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-    ),
-    *("hold_s", "stay_s", "own_servers", "duration_s", "mix"),
-)
 
 
 DURATIONS = tuple(row.key for row in OPTIONS.values() if row.kind is duration)
@@ -7130,13 +6738,16 @@ def write_whole(path: str, text: str) -> None:
         raise
 
 
-# ==== The seeds' functions: thin wrappers, for use as a library ======================================================
+# ==== The seeds' functions: thin wrappers, for use as a library =============================================
+
+
+Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
 
 
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
     return find_users(Hub(endpoint, session), Recorder(), run)
 
 
@@ -7150,7 +6761,7 @@ def create_users(
     *,
     run: str = "",
 ) -> list[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+    """The names of exactly `count` new users, in batches, numbered after `existing_users`.
 
     Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
     """
@@ -7167,8 +6778,7 @@ def start_server(
     username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
 ) -> bool:
     """Whether the hub took the request to start this user's server; it may still be starting."""
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    reply = Hub(endpoint, session).start(username, profile, until_s)
+    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
     if reply.status not in (201, 202):
         LOG.error("The server of %s did not start: %s", username, reply)
     return reply.status in (201, 202)
@@ -7176,7 +6786,7 @@ def start_server(
 
 @timeit
 def start_servers(
-    users: Sequence[Sequence[str]],
+    users: Batches,
     endpoint: str,
     session: HubSession,
     profile: str | Json | None = None,
@@ -7185,40 +6795,29 @@ def start_servers(
     fail_fast: int = 0,
     rate_per_s: float | Schedule | None = None,
 ) -> dict[str, Event]:
-    """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
+    """The `server_ready` event of each user; its `reason` is None when the server became ready.
 
-    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a row,
-    where True is 1, a stop, or three failures before any server was ready) are absent.
+    As many start at one time as the largest batch has (closed model), or one every 1 / `rate_per_s` seconds,
+    however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
+    stop, or three failures before any server was ready) are absent.
     """
-    names = [name for batch in users for name in batch]
-    largest = max((len(batch) for batch in users), default=1)
+    names, largest = _flat(users)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-    site = Site(
-        Hub(endpoint, session),
-        Plan(count=len(names), batch_size=largest, profile=profile, **how),
-        new_recorder(),
-    )
+    plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
+    site = Site(Hub(endpoint, session), plan, new_recorder())
     try:
-        take_through(names, site, lambda: None)
+        send_people(names, site)
     except CutShort as error:
         LOG.error("%s", error)
     return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
 
 
 def wait_for_servers_to_start(
-    users: Sequence[Sequence[str]],
-    endpoint: str,
-    session: HubSession,
-    *,
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    users: Batches, endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    names = [name for batch in users for name in batch]
-    concurrency = max((len(batch) for batch in users), default=1)
-    ends = _for_each(lambda name: await_ready(name, hub, until_s), names, concurrency)
-    return {name: end.ready_at_s is not None for name, end in ends.items()}
+    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -7275,6 +6874,11 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
 
 
+def _flat(users: Batches) -> tuple[list[str], int]:
+    """The names in batches of users, and how many the largest batch has."""
+    return [name for batch in users for name in batch], max(map(len, users), default=1)
+
+
 def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
     with ThreadPoolExecutor(concurrency) as pool:
         return dict(zip(names, pool.map(work, names)))
@@ -7290,15 +6894,14 @@ def run_stress_test(
     profile: str | Json | None = None,
     **options: Any,
 ) -> Json:
-    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of failures.
 
     With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
     `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    plan = Plan(STRESS, count=count, batch_size=batch_size, keep=keep, profile=profile, **where, **options)
-    return _results_as_json(plan)
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep, "profile": profile}
+    return _results_as_json(Plan(STRESS, count=count, batch_size=batch_size, **options))
 
 
 def notebook_activity_test(
@@ -7312,226 +6915,90 @@ def notebook_activity_test(
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
-    `UsageError` or `SetupError`; nothing has been changed then.
+    `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, keep=keep, **where, **options))
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep}
+    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, **options))
 
 
 def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
     """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
 
-    Finding nothing is success. With `dry_run` nothing is sent, and the result is the plan. `options` are further
-    fields of `Plan`. Raises `UsageError` or `SetupError`.
+    Finding nothing is success. `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
     return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
 
 
 def _results_as_json(plan: Plan) -> Json:
-    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` for what the command line refuses."""
+    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)
-        return {
-            "command": plan.command,
-            "options": plan.options(),
-            "plan": list(map(list, plan_section(plan).rows)),
-        }
+        rows = [list(row) for row in plan_section(plan).rows]
+        return {"command": plan.command, "options": plan.options(), "plan": rows}
     found: Json = as_json(carry_out(plan))
     return found
 
 
-# ==== An event as a file =============================================================================================
-#
-# Its keys are the command line's options: those of a group below [[people]], all others above.
-
-
-WHO_COMES = ("count", "within_s", "rate_per_s")  # which the groups say
-OF_A_SEARCH = ("find_capacity", "max_servers", "duration_s")
-ABOVE_GROUPS = {
-    row.flag[2:]: name
-    for name, row in OPTIONS.items()
-    if STRESS in row.on
-    and name not in (*WHO_COMES, *OF_A_SEARCH, "event", "token")  # which has no place in a file
-}
-
-
-def event_of(file: EventFile, given: Json) -> Json:
-    """The fields of the plan that an event's file sets, groups included; what is `given` wins. Raises `UsageError`."""
-    for name in given.keys() & WHO_COMES:
-        raise UsageError(f"the groups of --event say who comes and when: leave out {OPTIONS[name].flag}")
-    fields = _fields_in(file.above, file, 0) | given
-    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(file.people, 1))
-    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
-    if times > 1:
-        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
-    return fields | {"event": groups, "count": sum(group.count for group in groups)}
-
-
-def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:
-    """The plan of the n-th group, whose keys go before those of all."""
-    fields = _fields_in(table, file, n)
-    try:
-        fields |= _by_stages(fields | {"command": STRESS})
-    except UsageError as error:
-        raise _refused(file, n, "count", str(error)) from None
-    needed = {"a name": {"group"}, "a count": {"count"}, "within or rate": {"within_s", "rate_per_s"}}
-    for what in (what for what, names in needed.items() if not names & fields.keys()):
-        raise _refused(file, n, "", f"a group needs {what}")
-    return dataclasses.replace(base, **fields)
-
-
-def _fields_in(table: Json, file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table sets: that of the n-th group, or (0) what is above all."""
-    fields: Json = {}
-    for key, value in table.items():
-        try:
-            name = _field_of(key, in_group=n > 0)
-            fields[name] = value_in_toml(value, OPTIONS[name], file.path)
-        except argparse.ArgumentTypeError as error:
-            raise _refused(file, n, key, f"{key}: {error}") from None
-    return fields
-
-
-def _field_of(key: str, in_group: bool) -> str:
-    """The field of the plan that a key sets; raises `argparse.ArgumentTypeError`."""
-    known, elsewhere = (GROUP_OPTIONS, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, GROUP_OPTIONS)
-    if key in known:
-        return known[key]
-    if key in elsewhere:
-        raise argparse.ArgumentTypeError(
-            f"this key stands {'above the groups' if in_group else 'in a group'}"
-        )
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
-
-
-NUMBERS = (whole_number, positive_number, rate_of, duration)
-
-
-def value_in_toml(value: Any, row: Option, file: str) -> Any:
-    """The value of an option, from a file; raises `argparse.ArgumentTypeError`. Paths begin where the file is."""
-    if row.repeatable:
-        once = dataclasses.replace(row, repeatable=False)
-        return tuple(
-            value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value])
-        )
-    if not row.kind or (row.const and isinstance(value, bool)):
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"expected true or false, not {value!r}")
-        return value
-    if type(value) in (int, float) and row.kind in NUMBERS:
-        value = str(value)
-    if isinstance(value, dict) and row.kind is profile_value:
-        value = json.dumps(value)
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f"expected {METAVARS[row.kind]}, not {value!r}")
-    is_path = "FILE" in METAVARS[row.kind]
-    return row.kind(os.path.join(os.path.dirname(file), value) if is_path else value)
-
-
-def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
-    """What is said of a key of the n-th group (0: above all), or of the whole group, with its line."""
-    seen = 0
-    for number, line in enumerate(file.text.splitlines(), 1):
-        header = re.match(r"\s*\[\[\s*people\s*\]\]", line)
-        seen += bool(header)
-        if seen == n and (
-            re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header
-        ):
-            return UsageError(f"--event {file.path}, line {number}: {sentence}")
-    return UsageError(f"--event {file.path}: {sentence}")
-
-
-# ==== Command line ===================================================================================================
-
-COMMAND_HELP = {
-    STRESS: "make users, start their servers, measure, remove them",
-    ACTIVITY: "send the activity reports of running servers, measure",
-    PURGE: "remove the users that earlier runs left behind",
-}
+# ==== Command line, and an event's file =====================================================================
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses bad usage in one sentence."""
+    """Refuses bad usage in one sentence, and sets only what is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, which sets only what is given.
-
-    Options of all commands stand before or after the command.
-    """
-    only_given: Json = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    """The parser of the command line. Options of all commands can stand before and after the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, **only_given)
+    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
     for name, row in OPTIONS.items():
-        if row.on == COMMANDS and name != "cleanup_timeout_s":
-            row.add_to(parser, dest=name)
+        if set(COMMANDS) <= set(row.on):
+            row.add_to(parser, name)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(command, help=COMMAND_HELP[command], **only_given)
+    for command, help in COMMANDS.items():
+        sub = commands.add_parser(command, help=help)
         for name, row in OPTIONS.items():
-            if command in row.on:
-                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name)
+            if command in row.on:  # a list that a command continues would replace the one before it
+                row.add_to(sub, f"{name}_too" if row.repeatable else name)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program."""
+    """The command line, completed from the environment. Raises `UsageError`; --help and --version end Python.
+
+    Its `given` are the fields of the plan that the command line or an event's file has set.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    lists = [name for name, row in OPTIONS.items() if row.repeatable]
-    given = vars(build_parser().parse_args(words, argparse.Namespace(**{name: [] for name in lists})))
-    for name in lists:
-        given[name] = (*given[name], *given.pop(f"{name}_too", ()))
-    given = {name: value for name, value in given.items() if value != ()}
-    _check_search(given)
-    given |= event_of(given.pop("event"), given) if "event" in given else _by_stages(given)
-    args = argparse.Namespace(**vars(Plan()) | given)
+    given = vars(build_parser().parse_args(words))
+    for name in [name for name, row in OPTIONS.items() if row.repeatable]:
+        if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
+            given[name] = values
+    if file := given.get("event"):
+        given = read_table(file, 0) | given
+        of_groups = {"event", *OPTIONS["event"].excludes.split()}
+        above = Plan(**{name: value for name, value in given.items() if name not in of_groups})
+        groups = event_groups(file, above)
+        fields = given | {"event": groups, "count": sum(group.count for group in groups)}
+    else:
+        fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
+    args = argparse.Namespace(**vars(Plan()) | fields, given=given.keys() & OPTIONS.keys())
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
-
-
-NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "check_proxy")
-
-
-def _check_search(given: Json) -> None:
-    """Nothing, if a search for capacity is not told what it finds out or decides; else raises `UsageError`."""
-    if "find_capacity" not in given:
-        return
-    if isinstance(given.get("rate_per_s"), Schedule):
-        raise UsageError("--find-capacity begins with one rate: --rate R, without stages")
-    for name in NOT_IN_A_SEARCH if given["command"] == STRESS else ():
-        if name in given:
-            raise UsageError(
-                f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}"
-            )
-
-
-def _by_stages(given: Json) -> Json:
-    """What the stages of a rate decide: for how long requests are sent, or how many people come."""
-    stages = given.get("rate_per_s")
-    if not isinstance(stages, Schedule):
-        return {}
-    name, value = ("count", stages.count) if given["command"] == STRESS else ("duration_s", stages.lasts_s)
-    if name in given:
-        raise UsageError(
-            f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}"
-        )
-    return {name: value}
 
 
 def endpoint_from_environment() -> str | None:
@@ -7549,6 +7016,111 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
     return None
 
 
+def read_table(file: EventFile, n: int) -> Json:
+    """The fields of the plan that a table of an event's file sets, read as the command line it stands for.
+
+    Table 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
+    """
+    names = {row.name: name for name, row in OPTIONS.items() if (GROUP if n else EVENT) in row.on}
+    parser, fields = _Parser(add_help=False), Json()
+    for name in names.values():
+        OPTIONS[name].add_to(parser, name)
+    for key, value in file.tables[n].items():
+        try:
+            if key not in names:
+                raise UsageError(_no_such_key(key, names, n))
+            name = names[key]
+            words = _words_for(OPTIONS[name], value, os.path.dirname(file.path))
+            read = vars(parser.parse_args(words)).get(name, getattr(Plan, name))
+            fields[name] = tuple(read) if isinstance(read, list) else read
+        except UsageError as error:
+            sentence = re.sub(r"^argument \S+: ", "", str(error))
+            raise file.error(n, key, f"{key}: {sentence}") from None
+    return fields
+
+
+def _no_such_key(key: str, names: Collection[str], n: int) -> str:
+    if any(row.name == key and (EVENT if n else GROUP) in row.on for row in OPTIONS.values()):
+        return f"this key stands {'above the groups' if n else 'in a group'}"
+    near = difflib.get_close_matches(key, names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"there is no such key here: {hint}"
+
+
+def _words_for(row: Option, value: Any, folder: str) -> list[str]:
+    """The words that a key of an event's file stands for; `false` for none. Paths begin where the file is."""
+    if isinstance(value, bool) and (row.const or not row.kind):
+        return [row.flag] * value
+    if isinstance(value, bool) or not row.kind:
+        raise UsageError(f"expected {row.metavar or 'true or false'}, not {value!r}")
+    values = value if row.repeatable and isinstance(value, list) else [value]
+    texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
+    if row.metavar.startswith("FILE"):
+        texts = [os.path.join(folder, text) for text in texts]
+    return [f"{row.flag}={text}" for text in texts]
+
+
+def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
+    """The plans of an event's groups, whose keys go before those of all. Raises `UsageError`."""
+    groups: list[Plan] = []
+    for n in range(1, len(file.tables)):
+        given = read_table(file, n)
+        fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
+        group = dataclasses.replace(base, **fields)
+        of_all = {"keep"} if base.keep else set()
+        for name, sentence in broken_rules(group, given.keys() | of_all):
+            raise file.error(n, OPTIONS[name].name, sentence)
+        needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
+        for need, names in needed.items():
+            if not any(fields.get(name) for name in names):
+                raise file.error(n, "", f"a group needs {need}")
+        groups.append(group)
+    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
+    if times > 1:
+        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
+    return tuple(groups)
+
+
+# ---- What can be used together -------------------------------------------------------------------
+
+
+def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
+    """What the stages of a rate decide: how many people come, or for how long requests are sent."""
+    if not isinstance(rate, Schedule):
+        return {}
+    return {"count": rate.count} if command == STRESS else {"duration_s": rate.lasts_s}
+
+
+def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Each field of those that were given that cannot be what it is, with the sentence that says why."""
+    given = [name for name in OPTIONS if name in given and getattr(plan, name)]
+    for name in given:
+        row = OPTIONS[name]
+        needs, excludes = row.needs.split(), row.excludes.split()
+        if plan.command not in row.rules_on:
+            needs = excludes = []
+        if needs and not any(getattr(group, need) for group in plan.groups for need in needs):
+            flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
+            yield name, f"{row.flag} has a meaning only with {flags}"
+        for other in (other for other in excludes if other in given):
+            yield other, row.because.format(OPTIONS[other].flag)
+        package, module = row.package
+        if package and not optional(module):
+            yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"
+    for name in decided_by_stages(plan.command, plan.rate_per_s):
+        row = OPTIONS[name]
+        if name in given:
+            yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
+        if plan.find_capacity:
+            yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
+    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
+    if most and first > most:
+        yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
+    if (processes := plan.processes) > (workers := plan.workers):
+        yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     fields = {field.name for field in dataclasses.fields(Plan)}
@@ -7561,115 +7133,58 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     `paths` tells whether there will be results, so that conditions can be on any of their numbers.
     """
     plan = plan_of(args)
-    for name in ("count", "batch_size", "workers"):
-        if (value := getattr(plan, name)) < 1:
-            raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
-    if files := [OPTIONS[name].flag for name in WRITTEN_BY_A_RUN if plan.dry_run and getattr(plan, name)]:
-        raise UsageError(f"--dry-run measures nothing that {files[0]} could show: give one of them")
-    _validate_rehearsal(plan, Plan())
-    for group in plan.event:
+    differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
+    for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
         try:
-            _validate_rehearsal(group, dataclasses.replace(plan, group=group.group))
-        except UsageError as error:
-            raise UsageError(f"--event, group {group.group}: {error}") from None
-    if plan.processes > plan.workers:
-        raise UsageError(
-            f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
-        )
+            if row.kind and isinstance(value, (int, str)):  # as it would have to be on the command line
+                row.kind(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{row.flag}: {error}") from None
+    # The seeds' functions are always called with a count.
+    for _, sentence in broken_rules(plan, getattr(args, "given", {*differs} - {"count"})):
+        raise UsageError(sentence)
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
-        raise UsageError(
-            f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}"
-        )
-    _validate_conditions(plan, paths and not plan.find_capacity)
-    _validate_files(plan)
-    for flag, given, module, package in (
-        ("--report", plan.report, "plotly", "plotly"),
-        ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
-        ("--metrics-port", plan.metrics_port, "prometheus_client", "prometheus-client"),
-    ):
-        if given and not optional(module):
-            raise UsageError(f"{flag} needs {package}, which is not installed: pip install {package}")
+        names = ", ".join(sorted(OPERATIONS))
+        raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {names}")
+    for each in plan.fail_if:
+        if why_not := _why_not_judged(each, plan, paths and not plan.find_capacity):
+            raise UsageError(f"--fail-if {each.text!r}: {why_not}")
     missing = {
-        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
-        "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
+        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": plan.endpoint,
+        "no token: set JUPYTERHUB_API_TOKEN, or give --token": plan.token,
     }
     if None in missing.values() and not plan.dry_run:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
-WRITTEN_BY_A_RUN = ("results", "report", "samples", "metrics_port")
+def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
+    """Why a run cannot judge a condition; "" when it can."""
+    if nearest := instead_of(limit.metric, paths):
+        known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
+        return f"no {limit.metric!r} {known}; nearest is {nearest}"
+    for name in re.findall(r"\[([^]]*)\]", limit.metric):
+        if name not in [group.group for group in plan.event]:
+            return f"there is no group {name!r}"
+    if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
+        return f"the unit {limit.unit!r} does not fit {limit.metric}"
+    return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
 
 
-def _validate_files(plan: Plan) -> None:
-    """Nothing, if the files that are asked for can be written; else raises `UsageError`."""
-    for name, can_be_written in (
-        ("results", writable_file),
-        ("report", writable_file),
-        ("samples", samples_file),
-    ):
-        try:
-            if path := getattr(plan, name):
-                can_be_written(path)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{OPTIONS[name].flag}: {error}") from None
-
-
-def _validate_conditions(plan: Plan, paths: bool) -> None:
-    """Nothing, if each condition can be judged; else raises `UsageError`."""
-    for one in plan.fail_if:
-        if nearest := instead_of(one.metric, paths):
-            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
-            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
-        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
-            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
-        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
-            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
-        if one.unit == "x" and not plan.baseline:
-            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
-
-
-def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
-    """Nothing, if what differs from what is usual can be used together; else raises `UsageError`."""
-    given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
-    together = {*given, *["keep"] * plan.keep}  # which holds for all groups
-    for one, other, why_not in (
-        ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
-        ("stay_s", "keep", "lets each leave, and --keep nobody"),
-        ("check_proxy", "keep", "lets a server end, and --keep keeps all"),
-        ("within_s", "rate_per_s", "and --rate both say when people come"),
-    ):
-        if {one, other} <= together:
-            raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
-    for names, there, others in (
-        (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
-        (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
-        (("max_servers", "duration_s"), plan.find_capacity or plan.command == ACTIVITY, "--find-capacity"),
-        (("seed",), any(group.within_s for group in plan.groups), "--within"),
-    ):
-        for name in names:
-            if name in given and not there:
-                raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
-    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (
-        plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    )
-    if plan.max_servers and round(first) > plan.max_servers:
-        raise UsageError(
-            f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate"
-        )
+# ---- Logging, and the program --------------------------------------------------------------------
 
 
 class _Redacting(logging.Formatter):
-    """Log lines, tracebacks included, from which the token is taken out."""
+    """Log lines, tracebacks included, without the secrets of a run."""
 
-    def __init__(self, *tokens: str | None) -> None:
+    def __init__(self, secrets: Collection[str]) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._tokens = [token for token in tokens if token]
+        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be part of another
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        for token in self._tokens:
-            line = line.replace(token, "***")
+        for secret in self._secrets:
+            line = line.replace(secret, "***")
         return line
 
 
@@ -7678,47 +7193,42 @@ def setup_logging(
 ) -> None:
     """Log to standard error, or to a file, and say where. Raises `UsageError` when that file cannot be used.
 
-    A file that is there already is added to if it is a log of ours, and refused otherwise.
+    A file that is there already is added to if it is a log of this tool, and refused otherwise.
     """
-    tokens = (getattr(args, "token", None), getattr(args, "visit_token", None))
+    plan = plan_of(args) if args else Plan()
     handler: logging.Handler = logging.StreamHandler()
     if log_to_file:
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    handler.setFormatter(_Redacting(*tokens))
+    values = [value for _, value in plan.headers]
+    handler.setFormatter(_Redacting({each for each in (plan.token, plan.visit_token, *values) if each}))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
-        LOG.info("Started with %s", plan_of(args).options())
-    sys.excepthook = _log_uncaught
+        LOG.info("Started with %s", plan.options())
+    sys.excepthook = lambda *error: LOG.critical("This is a bug of hub-stress-test", exc_info=error)
 
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
     import tempfile
 
+    path = str(log_to_file)
+    if log_to_file is True:
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
     try:
-        if log_to_file is True:
-            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-            path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
-        else:
-            path = str(log_to_file)
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
                 file.write(f"{LOG_HEADER}, version {__version__}\n")
             file.seek(0)
-            if not file.readline().startswith(LOG_HEADER):
-                raise UsageError(
-                    f"--log-to-file {path}: this file is there already and is not a log of ours; name another"
-                )
+            ours = file.readline().startswith(LOG_HEADER)
     except OSError as error:
-        raise UsageError(f"--log-to-file {log_to_file}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"--log-to-file {path}: cannot be written ({error.strerror})") from None
+    if not ours:
+        raise UsageError(f"--log-to-file {path}: this file is not a log of hub-stress-test; name another")
     return path
-
-
-def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    LOG.critical("This is a bug of hub-stress-test", exc_info=(kind, error, traceback))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -7751,10 +7261,8 @@ def show(render: Callable[..., str]) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     try:
         print(render(colour=colour), flush=True)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left in the buffer goes nowhere
+    except BrokenPipeError:  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> None:
@@ -7886,9 +7394,9 @@ if locust_is_loading():
             with self._cleaning, _second_signal_leaves(self):
                 if self._cleaned is None:
                     self._cutting.kill()
-                    self.site.public.wires.end()
+                    self.site.public.close_kernels()
                     ours = set(self.claims.ours) - left_already
-                    hub = dataclasses.replace(self.site.hub, session=self.session.for_cleaning_up())
+                    hub = dataclasses.replace(self.site.hub, session=self.session.clone(own_stop=True))
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
                     thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
                     thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
@@ -7921,7 +7429,7 @@ if locust_is_loading():
         """The plan of a test, from the command line or the web form; raises `UsageError`."""
         options, given = vars(environment.parsed_options), Json()
         for name, row in LOCUST_OPTIONS.items():
-            if name in ("endpoint", "token"):
+            if name in ("endpoint", "token", "headers"):
                 continue
             value = options[row.locust_flag[2:].replace("-", "_")]
             try:
@@ -7944,6 +7452,7 @@ if locust_is_loading():
             )
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
+        given |= {"headers": environment.hub_headers}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
@@ -8025,12 +7534,10 @@ if locust_is_loading():
                 )  # has left, but stays in Locust's count, which it would otherwise fill up again
                 return
             self._visits += 1
-            name, clock, awake = self.new_user(), time.monotonic, threading.Event()
-            person = Visitor(name, clock(), self.plan, awake.set)
             try:
-                for at_s in journey(person, self.site):
-                    awake.wait(min(3600.0, max(0.0, at_s - clock())))
-                    awake.clear()
+                journey(Visitor(self.new_user(), time.monotonic(), self.plan, self.site))
+            except Stopped:
+                pass
             except CutShort as error:
                 SAY.error("%s", error)
                 self.shared.cut_short = True
@@ -8045,6 +7552,8 @@ if locust_is_loading():
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
         environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        environment.hub_headers = tuple(map(header, options.hub_header or ()))
+        options.hub_header = None
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
         environment.hub_reports, environment.hub_failed = {}, False
         for kind in environment.user_classes:

@@ -125,10 +125,9 @@ def test_the_token_is_not_sent_to_a_process_that_is_watched(hub: LocalHub, tmp_p
 
 
 def test_headers_of_ones_own_go_wherever_the_token_goes() -> None:
-    session = hst.get_session("mine")
-    session.headers["X-Org"] = "physics"
+    session = hst.get_session("mine", headers=[("X-Org", "physics")])
     with other_process() as (url, heard):
-        for other in (session.sibling(), session.for_cleaning_up(), session.beside(token="theirs")):
+        for other in (session.clone(), session.clone(own_stop=True), session.clone(token="theirs")):
             assert other.ask("GET", url).status == 200
         hst.Monitor(url, session, is_hub=False).look()
     seen = [(each["Authorization"], each["X-Org"]) for each in heard]

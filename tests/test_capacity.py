@@ -128,7 +128,7 @@ def test_a_rate_of_which_the_hub_let_only_a_part_be_sent_is_not_sustained() -> N
     seen, plan = hst.Recorder(), hst.Plan(hst.ACTIVITY, fail_if=(hst.condition("failed_rate > 1%"),))
     for n in range(30):
         seen.add(hst.Event("activity", "a", n / 10, n / 10, n / 10 + 0.01))
-    step = hst._capacity_step(load, seen, hst.Traffic(), plan, cpu_share=0.1)
+    step = hst.judge_step(load, seen, hst.Traffic(), plan, cpu_share=0.1)
     assert (step.held, step.generator_bound) == ("10 of 40 requests could not be sent in time", False)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from fault_proxy import Answer, AnswerAfter, Delay, FaultProxy, every, first, hu
 from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
-from tool import THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
+from tool import MODULE, THEIRS, Running, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
 
@@ -28,13 +30,6 @@ Make = Callable[..., LocalHub]
 def wait_for_line(run: Running, words: str) -> None:
     """Read the log of a run until a line has these words."""
     assert run.stderr and any(words in line for line in run.stderr), f"the log never said {words!r}"
-
-
-def walk_through(person: hst.Visitor, site: hst.Site) -> None:
-    """Take one person through their journey, waiting as long as it asks."""
-    session = site.hub.session
-    for at_s in hst.journey(person, site):
-        session.pause(at_s - session.clock())
 
 
 def simulated_site(names: list[str], plan: hst.Plan) -> hst.Site:
@@ -224,7 +219,7 @@ def test_one_ready_server_lifts_the_limit_on_failures(make_hub: Make) -> None:
     site = hst.Site(hst.Hub(hub.endpoint, session), plan, hst.new_recorder())
     assert site.hub.create(names).status == 201
     site.first_starts.note(None)
-    hst.take_through(names, site, lambda: None)
+    hst.send_people(names, site)
     assert site.record.failures(["server_ready"]) == 5
 
 
@@ -269,14 +264,6 @@ def test_a_streak_is_of_people_and_ends_with_one_who_got_to_the_goal(ends: str, 
     assert streak.reached is reached and not never.reached
 
 
-def test_reasons_that_differ_in_the_pods_name_only_are_one() -> None:
-    users = ["hub-stress-test-7", "hub-stress-test-12"]
-    pods = [f"pod jupyter-{user}---0f3a77c{user[-1]} pending" for user in users]
-    pods_of_old = [f"pod jupyter-{user.replace('-', '-2d')} pending" for user in users]
-    said = [hst.without_name(text, user) for text, user in zip(pods + pods_of_old, users * 2)]
-    assert set(said) == {"pod jupyter-<user> pending"}
-
-
 @pytest.mark.parametrize(
     ("wish", "steps"),
     [
@@ -295,7 +282,7 @@ def test_after_a_failed_start_nobody_stays_but_the_server_is_stopped_and_the_use
     plan = hst.Plan(profile=wish, stay_s=0.1, server_timeout_s=1.0 if "hang_rate" in wish else 20.0)
     site = hst.Site(hst.Hub(local.endpoint, session), plan, hst.Recorder(events.append))
     assert site.hub.create(["hub-stress-test-1"]).status == 201
-    walk_through(hst.Visitor("hub-stress-test-1", session.clock(), plan), site)
+    hst.journey(hst.Visitor("hub-stress-test-1", session.clock(), plan, site))
     assert [event.step for event in events] == steps
     assert [event.step for event in events if event.reason] == (["server_ready"] if wish else [])
     assert site.states == {"hub-stress-test-1": ServerState.GONE} and not tool_users(local)
@@ -310,7 +297,7 @@ def test_a_step_that_raises_is_a_failure_of_that_person_and_nobody_elses() -> No
 
     names = [hst.username(n) for n in range(1, 6)]
     site = hst.Site(hst.Hub(ENDPOINT, Hurried(Broken(names))), hst.Plan(batch_size=2), hst.new_recorder())
-    hst.take_through(names, site, lambda: None)
+    hst.send_people(names, site)
     ends = {name: steps["server_ready"].reason for name, steps in site.record.people.items()}
     broken = hst.Reason(Kind.BROKEN, "LookupError: nobody expected this")
     assert ends == dict.fromkeys(names) | {"hub-stress-test-2": broken}
@@ -432,7 +419,7 @@ def test_a_hub_that_is_away_when_held_servers_are_looked_for_has_not_lost_them()
     plan = hst.Plan(count=4, batch_size=4, hold_s=10.0)
     site = hst.Site(hst.Hub(ENDPOINT, Hurried(AwayAfterwards(names))), plan, hst.new_recorder())
     with pytest.raises(hst.CutShort, match="to say whether the servers that were held are still there"):
-        hst.take_through(names, site, lambda: None)
+        hst.send_people(names, site)
     servers = hst.servers_of(site.record.people, 4, False)
     assert (servers.ready, servers.lost, servers.failures) == (4, 0, [])
     assert "stay" not in site.record.summarise()
@@ -449,127 +436,84 @@ def test_a_hub_that_comes_back_before_long_is_asked_again_for_the_servers_that_w
     session = TimeTraveller(Hiccup(["hub-stress-test-1"]))
     site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(stay_s=5.0), hst.new_recorder())
     site.hub.start("hub-stress-test-1", None, 60.0)
-    kept = hst.journey(hst.Visitor("hub-stress-test-1", 0.0, site.plan), site, [hst.STEPS["stay"]])
-    for at_s in kept:
-        session.pause(at_s - session.clock())
+    hst.stay(hst.Visitor("hub-stress-test-1", 0.0, site.plan, site))
     stay = site.record.people["hub-stress-test-1"]["stay"]
     assert stay.reason is None and stay.ended_s > 5.0
 
 
-# ==== The driver =====================================================================================================
+# ==== People at the same time ========================================================================================
 
 
-class Crowd:
-    """Walks of a first stretch and then of moments; how many were in their first stretch at a time, and since when."""
+class SlowStarts(HubWithUsers):
+    """A hub on which each start takes what `start` takes; how many it was asked for at the same time, at most."""
 
-    def __init__(self, session: hst.HubSession, stretch: Callable[[], object], *then: float) -> None:
-        self.begun: list[tuple[float, float]] = []
-        self.left_s: list[float] = []  # when each had its first stretch behind it
-        self.ended = self.most = 0
-        self._here, self._lock = 0, threading.Lock()
-        self._session, self._stretch, self._then = session, stretch, then
+    def __init__(self, names: list[str], start: Callable[[], object]) -> None:
+        super().__init__(names)
+        self.most, self._here, self._start, self._counting = 0, 0, start, threading.Lock()
 
-    def walk(self, item: object, due_s: float) -> hst.Walk:
-        with self._lock:
-            self.begun.append((due_s, self._session.clock()))
-            self._here += 1
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        if request.method == "POST" and (request.url or "").endswith("/server"):
+            self._count(1)
+            self._start()
+            self._count(-1)
+        return super().send(request, *args, **kwargs)
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self._here += more
             self.most = max(self.most, self._here)
-        self._stretch()
-        with self._lock:
-            self._here -= 1
-            self.left_s.append(self._session.clock())
-        yield from self._then
-        with self._lock:
-            self.ended += 1
 
 
 def threads_now() -> int:
-    """How many threads of a driver there are."""
+    """How many threads of people there are."""
     return sum(thread.name.startswith("hub-stress-test") for thread in threading.enumerate())
 
 
-def test_three_hundred_people_who_stay_wait_without_a_thread() -> None:
+def test_three_hundred_people_stay_together_for_the_hold() -> None:
     names = [hst.username(n) for n in range(1, 301)]
     site = simulated_site(names, hst.Plan(count=300, batch_size=2, hold_s=60.0))
-    threads, held = [], []
-
-    def look() -> None:
-        threads.append(threads_now())
-        held.append(site.record.count(["server_ready"]) - site.record.count(["stay"]))
-
-    hst.take_through(names, site, look)
-    assert max(threads) <= 2 and max(held) == 300
+    held: list[int] = []
+    hst.send_people(names, site, lambda: held.append(site.record.count(["server_ready"]) - site.record.count(["stay"])))
+    assert max(held) == 300
     stays = [steps["stay"] for steps in site.record.people.values()]
     assert len(stays) == 300 and all(stay.reason is None and stay.latency_s >= 60.0 for stay in stays)
+    wait_until(lambda: not threads_now())
 
 
-def test_without_a_schedule_at_most_the_limit_are_in_their_first_stretch() -> None:
-    session = hst.get_session("x", dry_run=True)
-    crowd = Crowd(session, lambda: time.sleep(0.02), session.clock() + 0.5)
-    hst.Driver(session, 3).run(crowd.walk, range(40), lambda: None)
-    assert (crowd.most, len(crowd.begun), crowd.ended) == (3, 40, 40)
-    dues_s = sorted(due_s for due_s, _ in crowd.begun)
-    assert all(due_s >= left_s for due_s, left_s in zip(dues_s[3:], crowd.left_s))  # nobody is due without a place
+def test_without_a_schedule_at_most_the_batch_size_are_starting() -> None:
+    names = [hst.username(n) for n in range(1, 41)]
+    hub = SlowStarts(names, lambda: time.sleep(0.02))
+    site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", hub)), hst.Plan(count=40, batch_size=5), hst.new_recorder())
+    hst.send_people(names, site)
+    ends = sorted((steps["server_ready"] for steps in site.record.people.values()), key=lambda end: end.due_s)
+    assert hub.most == 5 and len(ends) == 40
+    assert all(end.due_s >= before.ended_s for before, end in zip(ends, ends[5:]))  # nobody is due without a place
 
 
 def test_with_a_schedule_arrivals_keep_to_it_however_long_each_takes() -> None:
-    session = Hurried()
+    names = [hst.username(n) for n in range(1, 21)]
     everybody = threading.Barrier(20)  # each waits for the last to come: only an open model gets through
-    first_s = session.clock() + 5.0
-    crowd = Crowd(session, lambda: everybody.wait(30))
-    hst.Driver(session, 20, lambda n: first_s + n / 4).run(crowd.walk, range(20), lambda: None)
-    assert sorted(due_s for due_s, _ in crowd.begun) == [first_s + n / 4 for n in range(20)]
-    assert all(began_s >= due_s for due_s, began_s in crowd.begun)
-    assert (crowd.most, crowd.ended) == (20, 20)
+    session = Hurried(SlowStarts(names, lambda: everybody.wait(30)))
+    site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(count=20, rate_per_s=4.0), hst.new_recorder())
+    hst.send_people(names, site)
+    ends = [steps["server_ready"] for steps in site.record.people.values()]
+    dues_s = sorted(end.due_s for end in ends)
+    assert [due_s - dues_s[0] for due_s in dues_s] == pytest.approx([n / 4 for n in range(20)])
+    assert all(end.sent_s >= end.due_s for end in ends)
 
 
-def test_those_who_think_go_on_when_their_moment_has_come_and_not_before() -> None:
-    session = Hurried()
-    came: dict[int, float] = {}
-
-    def walk(item: int, due_s: float) -> hst.Walk:
-        yield session.clock() + item
-        came[item] = session.clock() - due_s
-
-    hst.Driver(session, 10).run(walk, [5, 1, 3], lambda: None)
-    assert sorted(came) == [1, 3, 5] and all(waited_s >= item for item, waited_s in came.items())
-
-
-def test_those_who_wait_without_end_go_on_when_all_others_have_ended_and_the_hold_is_over() -> None:
-    session, gathering = Hurried(), hst.Gathering(hold_s=10.0)
-    moments: dict[str, float] = {}
-
-    def walk(item: str, due_s: float) -> hst.Walk:
-        if item == "stays":
-            gathering.settle(item)
-        yield gathering.leave_s if item == "stays" else session.clock() + 20.0
-        moments[item] = session.clock()
-        gathering.settle(item)
-
-    hst.Driver(session, 2, gathering=gathering).run(walk, ["stays", "works"], lambda: None)
-    assert moments["stays"] - moments["works"] >= 10.0
-
-
-def test_somebody_who_is_woken_goes_on_before_their_time_also_when_woken_while_they_act() -> None:
-    session = Hurried()
-    driver = hst.Driver(session, 2)
-    went_on: list[str] = []
-
-    def sleep(due_s: float) -> hst.Walk:
-        driver.wake(walks["sleeps"])  # while it acts: it will not wait at all
-        yield math.inf
-        went_on.append("at once")
-        yield math.inf
-        went_on.append("when woken")
-
-    def rouse(due_s: float) -> hst.Walk:
-        while "at once" not in went_on:
-            yield session.clock() + 1.0
-        driver.wake(walks["sleeps"])
-
-    walks = {"sleeps": sleep(0.0), "rouses": rouse(0.0)}
-    driver.run(lambda name, due_s: walks[name], list(walks), lambda: None)
-    assert went_on == ["at once", "when woken"]
+def test_all_leave_when_the_last_expected_has_settled_and_the_hold_is_over() -> None:
+    session = TimeTraveller()
+    gathering = hst.Gathering(10.0, session.clock)
+    gathering.settle("first")
+    session.pause(5.0)
+    gathering.settle(expected=2)
+    assert not gathering.known.is_set() and gathering.leave_s == math.inf
+    session.pause(5.0)
+    gathering.settle("last")
+    session.pause(5.0)
+    gathering.settle("last")  # who leaves has settled before
+    assert gathering.known.is_set() and gathering.leave_s == 20.0
 
 
 def test_random_arrivals_are_the_same_with_the_same_seed_and_lie_within_their_time() -> None:
@@ -580,49 +524,59 @@ def test_random_arrivals_are_the_same_with_the_same_seed_and_lie_within_their_ti
     assert len(first) == 300 and 130 < sum(at_s < 30.0 for at_s in first) < 170  # about half of them in the first half
 
 
-def test_a_stop_ends_the_driver_although_people_wait() -> None:
-    session = hst.get_session("x", dry_run=True)
-    crowd = Crowd(session, lambda: None, session.clock() + 1e6)
-    ticks = itertools.count()
-    hst.Driver(session, 4).run(crowd.walk, range(8), lambda: session.stop() if next(ticks) == 3 else None)
-    assert (len(crowd.begun), crowd.ended) == (8, 0)
-
-
-def test_nobody_begins_after_the_end_of_the_load_and_the_driver_ends_then() -> None:
-    session = Hurried()
-    crowd = Crowd(session, lambda: None)
-    first_s = session.clock()
-    until_s = first_s + 20.01  # one is due so shortly before the end that the driver seldom gets to it
-
-    def give_up() -> None:
-        if session.clock() > until_s + 100.0:
-            session.stop()
-
-    hst.Driver(session, 4, lambda n: first_s + n / 10, until_s).run(crowd.walk, range(1000), give_up)
-    assert not session.stopping.is_set(), "the driver went on and on"
-    assert 0 < len(crowd.begun) <= 201 and all(due_s < until_s for due_s, _ in crowd.begun)
-
-
-def test_what_a_walk_raises_ends_the_run_and_is_raised() -> None:
-    session = hst.get_session("x", dry_run=True)
-
-    def walk(item: int, due_s: float) -> hst.Walk:
-        if item == 3:
-            raise hst.CutShort("the hub refused")
-        yield session.clock() + 1e6
-
-    with pytest.raises(hst.CutShort, match="the hub refused"):
-        hst.Driver(session, 2).run(walk, range(10), lambda: None)
+def test_a_stop_ends_the_run_although_people_stay() -> None:
+    names = [hst.username(n) for n in range(1, 9)]
+    site = simulated_site(names, hst.Plan(count=8, batch_size=8, hold_s=1e6))
+    hst.send_people(names, site, lambda: site.record.count(["server_ready"]) == 8 and site.hub.session.stop() or None)
+    assert site.record.count(["server_ready"]) == 8 and site.record.count(["stay"]) == 0
     wait_until(lambda: not threads_now())
 
 
-def test_a_hub_that_is_gone_ends_the_driver() -> None:
+def test_what_a_thread_raises_ends_the_run_and_is_raised() -> None:
+    session, long = hst.get_session("x", dry_run=True), threading.Event()
+
+    def act(item: int) -> None:
+        if item == 3:
+            raise hst.CutShort("the hub refused")
+        long.wait(30)
+
+    with pytest.raises(hst.CutShort, match="the hub refused"), hst.Team(session) as team:
+        for item in range(4):
+            team.start(act, item)
+    long.set()
+    wait_until(lambda: not threads_now())
+
+
+def test_a_hub_that_is_gone_ends_the_run() -> None:
     """Nothing answers; the session takes the hub for gone after 2 s of its own time."""
-    session = Hurried()
+    session, long = Hurried(), threading.Event()
     session.gone_after_s = 2.0
-    crowd = Crowd(session, lambda: None, session.clock() + 1e6)
-    hst.Driver(session, 2).run(crowd.walk, range(3), lambda: None)
-    assert (len(crowd.begun), crowd.ended) == (3, 0)
+    with hst.Team(session) as team:
+        for _ in range(3):
+            team.start(long.wait, 30)
+    assert team.running == 3
+    long.set()
+
+
+FORTY_THREADS = """
+import encodings.idna, os, resource
+import prometheus_client.parser
+import hub_stress_test
+if not os.getuid():  # whom no limit stops
+    os.setresuid(65534, 65534, 65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (40, 40))
+hub_stress_test.program()
+"""
+
+
+def test_where_no_more_threads_start_the_run_says_so_and_cleans_up(new_hub: LocalHub) -> None:
+    words = ("stress-test", "-c", "80", "--rate", "200", "--profile", '{"spawn_s": 3}')
+    where = {"JUPYTERHUB_ENDPOINT": new_hub.endpoint, "JUPYTERHUB_API_TOKEN": new_hub.token}
+    command = [sys.executable, "-W", "error", "-c", FORTY_THREADS, *words]
+    done = subprocess.run(command, env=os.environ | where, cwd=MODULE.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "this machine starts no more threads than 40" in done.stdout, done
+    assert "80 users deleted, none left" in done.stdout and "Traceback" not in done.stderr
+    assert not tool_users(new_hub)
 
 
 # ==== Starts at a rate ===============================================================================================

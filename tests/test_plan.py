@@ -202,6 +202,9 @@ GOOD_VALUES = [
     (hst.endpoint_url, "https://hub.example.org/hub/api/", "https://hub.example.org/hub/api"),
     (hst.endpoint_url, "http://me:pw@[::1]:8/hub/api", "http://[::1]:8/hub/api"),
     (hst.token_text, "abc-!~", "abc-!~"),
+    (hst.header, "X-Access: a b:c", ("X-Access", "a b:c")),
+    (hst.header, "Cookie:a=1; b=2 ", ("Cookie", "a=1; b=2")),
+    (hst.header, "~!#$%&'*+.^_`|-9:\t x", ("~!#$%&'*+.^_`|-9", "x")),
     (hst.mix_of, "activity=8, read=.5,own-one=2", {"activity": 8.0, "read": 0.5, "own-one": 2.0}),
     (hst.profile_value, "small", "small"),
     (hst.profile_value, ' {"image": "a:b"}', {"image": "a:b"}),
@@ -216,6 +219,18 @@ BAD_VALUES = {
     hst.run_name: ["", "Big", "-a", "a-", "a_b", "a b", "a" * 41, "a\n"],
     hst.endpoint_url: ["", "hub", "hub.example.org/hub/api", "ftp://x/", "https://", "http://x/?a=1", "http://x/#a"],
     hst.token_text: ["", "abc\ndef", "a b", "ä"],
+    hst.header: [
+        "",
+        "X-Access",
+        "X-Access:",
+        "X-Access: ",
+        ": x",
+        "X Access: x",
+        "X-Ä: x",
+        "X: ä",
+        "X: a\nb",
+        "X: a\x00",
+    ],
     hst.mix_of: ["", "activity", "activity=", "activity=0", "activity=1,", "activity=-1", "activity=1=2"],
     hst.profile_value: ["{broken", "[1]"],
 }
@@ -236,6 +251,34 @@ def test_an_endpoint_that_is_refused_is_shown_without_its_password() -> None:
     with pytest.raises(argparse.ArgumentTypeError) as refused:
         hst.endpoint_url("ftp://me:pa55word@hub.example.org/")
     assert "ftp://hub.example.org/" in str(refused.value) and "pa55word" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["Authorization", "authorization", "Host", "HOST", "Content-Length"])
+def test_a_header_that_the_tool_sets_itself_is_refused(name: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"the header {name} cannot be set: .*(token|own)"):
+        hst.header(f"{name}: 5ecret")
+
+
+def test_a_header_that_is_refused_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["X-Access 5ecret"], ["X-Ä: 5ecret"], ["Host: 5ecret"], ["X-Access: 5ecret\x07"]):
+        assert "5ecret" not in refused_usage(["purge", "--header", *words], NOWHERE, capsys)
+
+
+def test_headers_are_collected_and_shown_to_no_repr_results_or_log(
+    logging_as_before: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--header", "X-Access: the 1st 5ecret", "purge", *HUB[:3], "a-token", "--header", "Cookie: the 2nd 5ecret"]
+    args = hst.parse_args(words)
+    plan = hst.plan_of(args)
+    assert plan.headers == (("X-Access", "the 1st 5ecret"), ("Cookie", "the 2nd 5ecret"))
+    assert "5ecret" not in repr(args) + repr(plan) + json.dumps(plan.options())
+    hst.setup_logging(args=args)
+    try:
+        raise ValueError("sent the 1st 5ecret")
+    except ValueError:
+        hst.LOG.exception("with %s", dict(plan.headers) | {"also": "the 2nd 5ecret"})
+    log = capsys.readouterr().err
+    assert "5ecret" not in log and "ValueError: sent ***" in log and "'also': '***'" in log
 
 
 def test_a_file_is_read_as_results_only_if_it_holds_some(tmp_path: Path) -> None:
@@ -267,6 +310,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     # field: (what is given, what it means)
     "endpoint": ("http://x/hub/api", "http://x/hub/api"),
     "token": ("abc", "abc"),
+    "headers": ("X-Access: 5ecret", (("X-Access", "5ecret"),)),
     "dry_run": (None, True),
     "log_to_file": ("run.log", "run.log"),
     "verbose": (None, True),
@@ -345,7 +389,7 @@ def test_without_options_a_command_has_the_plans_defaults(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "field"), [(command, field) for field in GIVEN for command in hst.OPTIONS[field].on]
+    ("command", "field"), [(c, field) for field in GIVEN for c in hst.COMMANDS if c in hst.OPTIONS[field].on]
 )
 def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_other(
     command: str, field: str, files: Path
@@ -353,7 +397,7 @@ def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_oth
     value, meaning = GIVEN[field]
     default = {field: getattr(hst.Plan(), field)}
     words = [*HUB, command, *COMPANIONS.get(field, ())]
-    for flag in hst.OPTIONS[field].flags.split():
+    for flag in hst.OPTIONS[field].flags:
         plan = plan_for(*words, flag, *([value] if value else []))
         assert getattr(plan, field) == meaning != default[field]
         assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*words), **default)
@@ -363,12 +407,19 @@ def test_every_option_is_tried_but_those_of_an_events_file() -> None:
     assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "group", "after_s", "scale", "visits"}  # or of Locust
 
 
+def test_the_rules_of_an_option_are_about_other_options() -> None:
+    for row in hst.OPTIONS.values():
+        assert {*row.needs.split(), *row.excludes.split()} <= hst.OPTIONS.keys()
+        assert ("{}" in row.because) == bool(row.excludes)
+    assert len(hst.OPTIONS) <= 48
+
+
 @pytest.mark.parametrize("command", hst.COMMANDS)
-def test_the_results_options_are_those_of_the_command_without_token_and_baseline(command: str, files: Path) -> None:
+def test_the_results_options_are_those_of_the_command_without_secrets_and_baseline(command: str, files: Path) -> None:
     plan = plan_for(command, *HUB, "--baseline", "old.json", "--fail-if", "failed > 2", "--fail-if", "throttled > 9")
     options = plan.options()
     rows = [row for row in hst.OPTIONS.values() if command in row.on]
-    assert options.keys() == {row.key for row in rows} - {"token", "baseline"}
+    assert options.keys() == {row.key for row in rows} - {"token", "header", "baseline"}
     assert options["fail_if"] == ["failed > 2", "throttled > 9"]
     assert json.loads(json.dumps(options)) == options
 
@@ -563,7 +614,7 @@ def test_a_file_that_is_no_log_of_ours_is_not_written_to(tmp_path: Path) -> None
     notes = tmp_path / "notes.txt"
     notes.write_text("mine\n")
     done = run_tool("purge", "--log-to-file", str(notes), env=NOWHERE)
-    assert done.code == 2 and "not a log of ours" in done.stderr
+    assert done.code == 2 and "not a log of hub-stress-test" in done.stderr
     assert notes.read_text() == "mine\n"
 
 

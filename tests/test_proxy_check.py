@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
-import ssl
-import threading
-import time
-from pathlib import Path
 
 import pytest
 
 import hub_stress_test as hst
-from authority import certificate_for_loopback
 from hub_stress_test import CLOSED_UNANSWERED, UNANSWERED, Reply, Snapshot
 from test_aftermath import FILES, PAGES, looks
 from test_summary import results_of, told
-from tool import NOWHERE, refused_usage, wait_until
+from tool import NOWHERE, refused_usage
 
 CLOSED, NOBODY = Reply(0, 0.0, 0.1, message=CLOSED_UNANSWERED), Reply(0, 0.0, 10.0, message=UNANSWERED)
 
@@ -117,31 +111,3 @@ def test_a_leak_is_projected_to_300_people_and_the_upgrade_is_advised() -> None:
 def test_a_check_that_ends_a_server_does_not_keep_all(capsys: pytest.CaptureFixture[str]) -> None:
     said = "--check-proxy lets a server end, and --keep keeps all: give one of them"
     assert said in refused_usage(["stress-test", "--check-proxy", "--keep"], NOWHERE, capsys)
-
-
-def test_an_answer_in_two_tls_records_is_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pem, key_pem = certificate_for_loopback(tmp_path)
-    context, rest = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), threading.Event()
-    context.load_cert_chain(pem, key_pem)
-    session, wires = hst.HubSession("t"), hst.Wires()
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(pem))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            with context.wrap_socket(listener.accept()[0], server_side=True) as client:
-                client.recv(4096)
-                client.sendall(b"HTTP/1.")
-                rest.wait(10)
-                client.sendall(b"1 503 Service Unavailable\r\n\r\n")
-
-        answering = threading.Thread(target=answer)
-        answering.start()
-        handshake = hst.Handshake(f"https://127.0.0.1:{listener.getsockname()[1]}/", session, lambda: None)
-        wires.add(handshake)
-        time.sleep(0.2)  # so that the first part has been read
-        assert not handshake.reply
-        rest.set()
-        answering.join()
-    wait_until(lambda: handshake.reply)
-    wires.end()
-    assert handshake.reply and handshake.reply.status == 503

@@ -64,7 +64,6 @@ def test_percentiles_are_within_half_a_percent_of_exact_and_the_rest_is_exact() 
 
 def test_statistics_of_one_value_are_that_value_and_of_none_are_none() -> None:
     assert folded([]).summary() == Statistics()
-    assert folded([]).percentile(50) is None
     assert set(vars(folded([0.25]).summary()).values()) == {0.25}
 
 
@@ -94,9 +93,10 @@ def test_distributions_of_neighbouring_spans_merge_into_one() -> None:
     ],
 )
 def test_a_percentile_of_so_few_that_it_is_but_the_maximum_is_not_told(name: str, samples: int, told: bool) -> None:
-    summary = folded([float(n + 1) for n in range(samples)]).summary()
-    assert (summary.enough(name, samples) is not None) is told
-    assert all(summary.enough(always, 1) is not None for always in ("min", "mean", "p50", "max"))
+    operation = recorded([event(took_s=float(n + 1)) for n in range(samples)]).summarise()["activity"]
+    assert (operation.enough(name) is not None) is told
+    single = recorded([event()]).summarise()["activity"]
+    assert all(single.enough(always) is not None for always in ("min", "mean", "p50", "max"))
 
 
 # ==== Recorder =======================================================================================================

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,7 +22,7 @@ import requests
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
 from localhub import LocalHub
-from made_up import ENDPOINT, HubWithUsers, Hurried
+from made_up import ENDPOINT, HubWithUsers, TimeTraveller
 from test_summary import results_of, told
 from tool import (
     MODULE,
@@ -305,7 +306,16 @@ def answer(status: int, location: str | None = None, data: Any = None, message: 
 def test_what_a_visit_was_answered_is_a_page_or_a_reason_and_final_or_tried_again(
     reply: hst.Reply, reason: Reason | None, final: bool
 ) -> None:
-    assert hst.judge_visit(reply) == (reason, final)
+    assert judged(reply) == (reason, final)
+
+
+def judged(reply: hst.Reply, url: str = "", hub_version: str = "") -> tuple[Reason | None, bool]:
+    """Why an answer is not the page that was asked for, and whether it is final."""
+    try:
+        hst.judge_visit(reply, url, hub_version)
+    except hst.Failed as failed:
+        return failed.reason, failed.final
+    return None, True
 
 
 IN_TLS = "https://hub.example.org/user/ann/"
@@ -325,8 +335,8 @@ TO_ELSEWHERE = Reason(Kind.ROUTE, "the page redirects elsewhere (302)")
     ],
 )
 def test_a_redirect_to_http_behind_tls_is_told_apart(location: str, reason: Reason) -> None:
-    assert hst.judge_visit(answer(302, location), IN_TLS, "6.1.1")[0] == reason
-    assert hst.judge_visit(answer(302, location), "http://hub.example.org/user/ann/")[0] != TO_HTTP
+    assert judged(answer(302, location), IN_TLS, "6.1.1")[0] == reason
+    assert judged(answer(302, location), "http://hub.example.org/user/ann/")[0] != TO_HTTP
 
 
 def public_side(endpoint: str, **options: Any) -> hst.PublicSide:
@@ -375,8 +385,8 @@ HUB_URL = "https://hub.example.org/hub/api"
 def test_the_servers_url_is_what_the_hub_says_below_the_public_base_and_on_no_other_host(
     endpoint: str, public_url: str | None, reply: hst.Reply, url: str | None
 ) -> None:
-    place = public_side(endpoint, public_url=public_url).server_in(reply)
-    assert (None if isinstance(place, hst.Reason) else place) == url
+    with contextlib.nullcontext() if url else pytest.raises(hst.Failed):
+        assert public_side(endpoint, public_url=public_url).server_in(reply) == url
 
 
 class HubThatMakesTokens(HubWithUsers):
@@ -417,9 +427,11 @@ def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the
     ("status", "said"), [(403, "403"), (500, "500"), (503, "something in front of the hub answered 503")]
 )
 def test_on_1x_nobody_elses_token_enters_a_server_when_the_hub_makes_none(status: int, said: str) -> None:
-    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status), retry_window_s=0.0), "1.5.1")
+    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status)).clone(own_stop=True), "1.5.1")
     public = hst.PublicSide(hub, hst.Plan(visit=True, visit_token=hst.Secret("the-second")))
-    assert public.browser("ann") == Reason(Kind.REFUSED, f"the hub made no token for the user ({said})")
+    with pytest.raises(hst.Failed) as failed:
+        public.browser("ann")
+    assert failed.value.reason == Reason(Kind.REFUSED, f"the hub made no token for the user ({said})")
 
 
 class Site(HubWithUsers):
@@ -459,7 +471,11 @@ def test_only_redirects_below_the_servers_url_are_followed(
 ) -> None:
     wire = Site(pages)
     site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", wire), "6.1.1"), hst.Plan(visit=True), hst.new_recorder())
-    _, found, _ = hst.open_page(hst.Visitor("ann", 0.0, site.plan), site, False, site.hub.session.clock() + 30.0)
+    person, found = hst.Visitor("ann", 0.0, site.plan, site), None
+    try:
+        hst.open_page(person, hst.Attempt(0.0, 0.0), person.clock() + 30.0)
+    except hst.Failed as failed:
+        found = failed.reason
     assert (len(wire.came), found) == (came, reason)
     assert all(url.startswith("http://x/user/ann/") for url in wire.came)
 
@@ -476,6 +492,53 @@ BUSY = message("status", execution_state="busy")
 OK = message("execute_reply", status="ok")
 ERROR = message("error", ename="ZeroDivisionError", evalue="division by zero")
 FAILED = message("execute_reply", status="error", ename="ZeroDivisionError")
+
+
+class Socket:
+    """A websocket on which these frames come: (opcode, data), or an error; then nothing, until the time is up."""
+
+    def __init__(self, clock: TimeTraveller, *frames: tuple[int, bytes] | Exception) -> None:
+        self.frames, self.sent = list(frames), list[hst.Json]()
+        self.closed = False
+        self.broken: Exception | None = None
+        self._clock, self._timeout_s = clock, 0.0
+
+    def recv_data(self, control_frame: bool) -> tuple[int, bytes]:
+        """The next frame; a cell is called as the last one that was sent where a frame says `mine`."""
+        if not self.frames:
+            self._clock.pause(self._timeout_s)
+            raise TimeoutError
+        frame = self.frames.pop(0)
+        if isinstance(frame, Exception):
+            raise frame
+        mine = self.sent[-1]["header"]["msg_id"] if self.sent else ""
+        return frame[0], frame[1].replace(b'"mine"', json.dumps(mine).encode())
+
+    def settimeout(self, seconds: float) -> None:
+        self._timeout_s = seconds
+
+    def send(self, text: str) -> None:
+        if self.broken:
+            raise self.broken
+        self.sent.append(json.loads(text))
+
+    def send_close(self) -> None:
+        if self.broken:
+            raise self.broken
+
+    def shutdown(self) -> None:
+        self.closed = True
+
+
+def text(one: Any) -> tuple[int, bytes]:
+    return hst.TEXT, json.dumps(one).encode()
+
+
+def kernel_on(*frames: tuple[int, bytes] | Exception) -> tuple[hst.Kernel, Socket]:
+    """A kernel behind a websocket on which these frames come, and that websocket."""
+    clock = TimeTraveller()
+    socket = Socket(clock, *frames)
+    return hst.Kernel(socket, clock.clock), socket
 
 
 @pytest.mark.parametrize(
@@ -501,54 +564,22 @@ FAILED = message("execute_reply", status="error", ename="ZeroDivisionError")
 def test_a_cell_has_ended_when_the_kernel_has_replied_and_is_idle_in_whatever_order(
     messages: list[hst.Json], ends_with: int | None, error: str
 ) -> None:
-    execution = hst.Execution("mine")
-    for at_s, one in enumerate(messages, 1):
-        execution.hear(str(one.get("msg_type")), one, float(at_s))
-    assert (execution.ended_s, execution.error) == (ends_with, error)
+    kernel, socket = kernel_on(*map(text, messages))
+    expected = pytest.raises(TimeoutError) if ends_with is None else contextlib.nullcontext()
+    if error:
+        expected = pytest.raises(hst.Failed, match=f"cell 4 raised {error}")
+    with expected:
+        kernel.run(hst.Code("1/0"), 4, until_s=60.0)
+    assert len(socket.frames) == len(messages) - (ends_with or len(messages))
 
 
-class Socket:
-    """A websocket that holds these frames: (opcode, data), or an error that reading raises."""
-
-    def __init__(self, *frames: tuple[int, bytes] | Exception) -> None:
-        self.frames = list(frames)
-        self.sent: list[hst.Json] = []
-        self.closed = False
-        self.broken: Exception | None = None
-        self.sock = self  # websocket-client's own, of which its number is asked
-
-    def fileno(self) -> int:
-        return 0
-
-    def recv_data(self) -> tuple[int, bytes]:
-        if not self.frames:
-            raise BlockingIOError
-        frame = self.frames.pop(0)
-        if isinstance(frame, Exception):
-            raise frame
-        return frame
-
-    def settimeout(self, seconds: float) -> None:
-        pass
-
-    def send(self, text: str) -> None:
-        if self.broken:
-            raise self.broken
-        self.sent.append(json.loads(text))
-
-    def send_close(self) -> None:
-        if self.broken:
-            raise self.broken
-
-    def shutdown(self) -> None:
-        self.closed = True
-
-
-def text(one: Any) -> tuple[int, bytes]:
-    return hst.TEXT, json.dumps(one).encode()
+def test_a_cell_that_may_raise_has_not_failed() -> None:
+    kernel, _ = kernel_on(text(FAILED), text(IDLE))
+    kernel.run(hst.Code("1/0", may_raise=True), 4, until_s=60.0)
 
 
 DIED = Reason(Kind.KERNEL, "the kernel died")
+CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
 
 
 @pytest.mark.parametrize(
@@ -564,48 +595,45 @@ DIED = Reason(Kind.KERNEL, "the kernel died")
             [text(message("shutdown_reply", "theirs", restart=False))],
             Reason(Kind.CELL, "somebody shut the kernel down"),
         ),
-        ([(hst.CLOSED, b"\x03\xe8")], hst.CONNECTION_LOST),
-        ([ConnectionResetError()], hst.CONNECTION_LOST),
-        ([RuntimeError("whatever websocket-client raises")], hst.CONNECTION_LOST),
-        ([(hst.TEXT, b"no JSON")], hst.CONNECTION_LOST),
-        ([text([])], hst.CONNECTION_LOST),
+        ([(hst.CLOSED, b"\x03\xe8")], CONNECTION_LOST),
+        ([ConnectionResetError()], CONNECTION_LOST),
+        ([RuntimeError("whatever websocket-client raises")], CONNECTION_LOST),
+        ([(hst.TEXT, b"no JSON")], CONNECTION_LOST),
+        ([text([])], CONNECTION_LOST),
         ([(2, b"binary frames are not asked for"), text(message("status", execution_state="dead"))], DIED),
+        ([(9, b"a ping"), text(message("status", execution_state="dead"))], DIED),
         ([text(message("status", "", execution_state="dead")), (hst.CLOSED, b"")], DIED),  # the first one counts
     ],
 )
-def test_a_kernel_that_died_or_a_connection_that_was_lost_is_noticed_and_wakes_who_waits(
+def test_a_kernel_that_died_or_a_connection_that_was_lost_is_noticed_by_who_thinks_or_waits(
     frames: list[tuple[int, bytes] | Exception], trouble: Reason | None
 ) -> None:
-    woken: list[None] = []
-    kernel = hst.Kernel(Socket(*frames), lambda: woken.append(None))
-    kernel.read()
-    assert kernel.trouble == trouble
-    assert bool(woken) == bool(trouble)
+    for act in (lambda kernel: kernel.listen(60.0), lambda kernel: kernel.run(hst.SIX_TIMES_SEVEN, 1, 60.0)):
+        kernel, _ = kernel_on(*frames)
+        found = None
+        try:
+            act(kernel)
+        except hst.Failed as failed:
+            found = failed.reason
+        except TimeoutError:
+            pass
+        assert found == trouble
 
 
-def test_a_cell_is_sent_to_the_kernel_and_its_end_wakes_who_waits() -> None:
-    socket, woken = Socket(), list[None]()
-    kernel = hst.Kernel(socket, lambda: woken.append(None))
-    execution = kernel.execute("6*7")
-    (sent,) = socket.sent
-    assert sent["header"]["msg_id"] == execution.request and sent["header"]["msg_type"] == "execute_request"
+def test_a_cell_is_sent_to_the_kernel_with_an_id_of_its_own() -> None:
+    kernel, socket = kernel_on(text(OK), text(IDLE), text(OK), text(IDLE))
+    kernel.run(hst.SIX_TIMES_SEVEN, 1, 60.0)
+    kernel.run(hst.SIX_TIMES_SEVEN, 2, 60.0)
+    sent, other = socket.sent
+    assert sent["header"]["msg_type"] == "execute_request" and sent["header"]["msg_id"] != other["header"]["msg_id"]
     assert (sent["channel"], sent["content"]["code"], sent["content"]["allow_stdin"]) == ("shell", "6*7", False)
-    foreign = message("status", "theirs", execution_state="idle")
-    socket.frames += [text(foreign), text(message("execute_reply", execution.request, status="ok"))]
-    kernel.read()
-    assert execution.ended_s is None and not woken
-    socket.frames.append(text(message("status", execution.request, execution_state="idle")))
-    kernel.read()
-    assert execution.ended_s is not None and len(woken) == 1 and not kernel.trouble
-    assert kernel.execute("6*7").request != execution.request
 
 
 def test_a_cell_that_cannot_be_sent_has_lost_its_connection() -> None:
-    socket, woken = Socket(), list[None]()
+    kernel, socket = kernel_on()
     socket.broken = BrokenPipeError()
-    kernel = hst.Kernel(socket, lambda: woken.append(None))
-    assert kernel.execute("6*7").ended_s is None
-    assert kernel.trouble == hst.CONNECTION_LOST and woken
+    with pytest.raises(hst.Failed, match="the connection was lost"):
+        kernel.run(hst.SIX_TIMES_SEVEN, 1, 60.0)
 
 
 def test_websockets_trust_the_authorities_that_requests_would(tmp_path: Path) -> None:
@@ -619,36 +647,13 @@ def test_websockets_trust_the_authorities_that_requests_would(tmp_path: Path) ->
     assert hst.tls_context(False).verify_mode == ssl.CERT_NONE
 
 
-def test_a_connection_can_be_closed_also_when_it_is_broken() -> None:
-    for broken in (None, BrokenPipeError()):
-        socket = Socket(text(message("status", "", execution_state="dead")))
-        socket.broken = broken
-        kernel = hst.Kernel(socket, lambda: None)
-        kernel.close()
-        kernel.read()  # reads no more
-        assert kernel.trouble == hst.CONNECTION_LOST and len(socket.frames) == 1
-
-
-def test_who_was_woken_and_thinks_again_is_not_held_back_when_the_gathering_breaks_up() -> None:
-    """The moment up to which they would have waited, had nobody woken them, is no longer theirs."""
-    session, gathering = Hurried(), hst.Gathering(hold_s=20.0)
-    driver = hst.Driver(session, 2, gathering=gathering)
-    went_on: list[float] = []
-
-    def works(due_s: float) -> hst.Walk:
-        yield session.clock() + 60.0  # for a cell, whose result comes sooner
-        gathering.settle("works")
-        yield session.clock() + 5.0
-        went_on.append(session.clock())
-
-    def wakes(due_s: float) -> hst.Walk:
-        yield session.clock() + 1.0
-        driver.wake(walks["works"])
-        gathering.settle("wakes")
-
-    walks = {"works": works(0.0), "wakes": wakes(0.0)}
-    driver.run(lambda name, due_s: walks[name], list(walks), lambda: None)
-    assert went_on[0] < gathering.leave_s
+@pytest.mark.parametrize("broken", [None, BrokenPipeError()])
+def test_a_connection_can_be_closed_also_when_it_is_broken(broken: Exception | None) -> None:
+    kernel, socket = kernel_on()
+    socket.broken = broken
+    kernel.close()
+    kernel.abort()  # of which this one knows nothing
+    assert socket.closed
 
 
 # ==== What became of the people ======================================================================================
@@ -930,10 +935,12 @@ def test_the_options_in_the_results_name_the_files_and_hold_no_token(files: Path
     ("words", "said"),
     [
         (["--stay", "1m", "--hold", "1m"], "--stay says when each leaves, and --hold when all do: give one of them"),
-        (["--stay", "1m", "--keep"], "--stay lets each leave, and --keep nobody: give one of them"),
+        (["--stay", "1m", "--keep"], "--stay ends servers, and --keep leaves them running: give one of them"),
         (["--within", "1m", "--rate", "2"], "--within and --rate both say when people come: give one of them"),
         (["--seed", "7"], "--seed has a meaning only with --within"),
         (["--notebook", "class.py"], "--notebook has a meaning only with --work"),
+        (["--think", "10s"], "--think has a meaning only with --work"),
+        (["--public-url", "http://x"], "only with --visit, --page, --work or --check-proxy"),
         (["--work", "--notebook", "text.ipynb"], "argument --notebook: text.ipynb has no code cells"),
         (["--work", "--notebook", "none.ipynb"], "argument --notebook: none.ipynb cannot be read as a notebook"),
         (["--page", "other.har"], "argument --page: other.har holds no GET below /user/NAME/"),
@@ -1002,8 +1009,8 @@ def test_a_second_token_that_the_hub_refuses_or_that_may_not_enter_servers_is_to
     new_hub: LocalHub,
 ) -> None:
     said = check_visits(new_hub, visit_token="0" * 32)
-    refused = f"The token in JUPYTERHUB_VISIT_TOKEN is refused by the hub at {new_hub.endpoint}: GET /user answered 403"
-    assert refused in said and "0" * 32 not in said
+    assert f"The hub at {new_hub.endpoint} refuses the token (GET /user answered 403)" in said
+    assert said.endswith("into JUPYTERHUB_VISIT_TOKEN.\n") and "0" * 32 not in said
     said = check_visits(new_hub, visit_token=new_hub.token)
     assert "The token in JUPYTERHUB_VISIT_TOKEN lacks what visits need: access:servers" in said
 

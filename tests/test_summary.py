@@ -470,10 +470,10 @@ def test_what_makes_a_comparison_pointless_is_named_before_it() -> None:
     now = results_of([ready(1)], options=hst.Plan().options() | {"work": True, "event": groups})
     assert hst.differences_to(then, now) == [
         "--count was 300, and is 100 now",
+        "--hold was 90s, and is not given now",
         "--event was not given, and is name staff, count 2, work given, within 60s now",
         "--page was lab.har, and is not given now",
         "--work was not given, and is given now",
-        "--hold was 90s, and is not given now",
     ]
     then["command"] = "purge"
     assert told(now, "baseline", then) == ["the command was purge, and is stress-test now"]  # with other options
