@@ -5794,83 +5794,66 @@ def _judged(results: Results, run: Run) -> Results:
     return dataclasses.replace(results, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
-# ==== What it means: where the time went, and what to look at next ===================================================
+# ==== What it means: where the time went, and what to look at next ==========================================
 
-HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
-NEGLIGIBLE_S = 0.02  # on a request, for which the way to the hub and back does not deserve a mention
+HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
+WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
+WAITS |= {"kernel_ready": "the kernel"}
+NEGLIGIBLE_S = 0.02  # too little to mention
 
 
 def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
-    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of its time.
+    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of it.
 
     A request that waits for the hub's one thread is not on the hub's clock.
     """
-    outside_s = whole_s - inside_s
+    outside_s, waiting = whole_s - inside_s, "most of it was spent waiting for the hub"
     if outside_s < whole_s / 2:
         return "most of it was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
     if hub.busy:
-        used = f"which used up to {share_text(hub.cpu_share_max)} of a processor"
-        return f"most of it was spent waiting for the hub's one thread, {used}"
+        return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
     if hub.late_s:
-        late = (
-            f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a processor"
-        )
-        return f"most of it was spent waiting for the hub, {late}: a busy machine, or a slow disk or database"
+        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
+        return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
         return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
 
 
 def time_spent(results: Results) -> Iterator[str]:
-    """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
+    """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    if results.people:
-        yield from _until_work(results.people.until_work_s)
-    if not own:
-        return
-    ready, started = operations.get("server_ready"), own.spawns.get("success")
-    # a capacity's operations are those of one step, the hub's figures those of all
-    if ready and ready.latency_s.mean and started and not results.capacity:
-        wait_s = ready.latency_s.mean
-        asked = operations.get("start_server")  # the mean of all, whose servers became ready or not
-        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, max(0.0, wait_s - started.mean_s))
-        rest_s = wait_s - throttled_s - started.mean_s
-        parts = [f"the hub took {duration_text(min(started.mean_s, wait_s))} to start the server"]
-        parts += [f"throttling took {duration_text(throttled_s)}"] if throttled_s > NEGLIGIBLE_S else []
-        parts += [f"everything else took {duration_text(rest_s)}"] if rest_s > NEGLIGIBLE_S else []
-        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
+    if results.people and (means := results.people.until_work_s):
+        waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
+        at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
+        yield f"{at_work}: {', '.join(waits)}"
+    ready, start = operations.get("server_ready"), own and own.spawns.get("success")
+    # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
+    if ready and ready.latency_s.mean and start and not results.capacity:
+        wait_s, asked = ready.latency_s.mean, operations.get("start_server")
+        start_s = min(start.mean_s, wait_s)
+        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s - start_s)
+        rest = {"throttling": throttled_s, "everything else": wait_s - start_s - throttled_s}
+        parts = [f"{what} took {duration_text(s)}" for what, s in rest.items() if s > NEGLIGIBLE_S]
+        start_text = f"the hub took {duration_text(start_s)} to start the server"
+        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join([start_text, *parts])}"
     for name, handler in HANDLERS.items():
-        seen, inside = operations.get(name), own.requests.get(handler)
-        if results.hub.restarts:  # whoever waited for a hub that was away waited in front of nothing
-            continue
-        if seen and seen.latency_s.mean and inside and (name == "ping" or not results.capacity):
-            whole_s = seen.latency_s.mean
+        operation, inside = operations.get(name), own and own.requests.get(handler)
+        comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
+        if own and inside and comparable and operation and (whole_s := operation.latency_s.mean):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
-            took = took if inside.mean_s <= whole_s else ""  # its clock has other people's requests, too
+            took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
             where = where_time_went(whole_s, inside.mean_s, own)
             yield f"a mean {title_of(name)} of {duration_text(whole_s)}{took}: {where}"
 
 
-def _until_work(means: Mapping[str, float]) -> Iterator[str]:
-    parts = {
-        "server_ready": "the server",
-        "visit": "the start page",
-        "page": "the rest of it",
-        "kernel_ready": "the kernel",
-    }
-    took = ", ".join(f"{parts[name]} {duration_text(mean)}" for name, mean in means.items() if name in parts)
-    if means:
-        yield f"people waited {duration_text(means['at_work'])} on average until they could work: {took}"
-
-
 def time_out_in_front(people: People) -> float | None:
-    """How long all websockets had been open that broke; None when it differs, or they broke at the same moment."""
+    """How long all broken websockets had been open; None when that differs, or they broke together."""
     ends = [end for row in people.values() for end in row.values()]
-    broken = [
-        (end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None
-    ]
+    reasons = ((end.reason, end.ended_s) for end in ends if end.reason)
+    broken = [(reason.open_s, at_s) for reason, at_s in reasons if reason.open_s is not None]
     if len(broken) < 3:
         return None
     open_s, moments_s = map(sorted, zip(*broken))
@@ -5879,72 +5862,69 @@ def time_out_in_front(people: People) -> float | None:
     return open_s[len(open_s) // 2] if alike else None
 
 
-def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> Iterator[str]:
-    """What to look at next, when a run has failed in such ways."""
-    servers, own, in_front = results.servers, results.hub.metrics, results.http.in_front
-    if Kind.AWAY in kinds and results.hub.proxy:
-        yield f"some requests through {results.hub.proxy} got no answer: {without_proxy(results.hub.endpoint)}"
-    elif Kind.AWAY in kinds and not results.hub.restarts:
-        yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
-    if Kind.FULL in kinds:
-        yield "the hub allows no more servers: raise its active_server_limit"
-    elif servers and servers.throttled:
-        yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
-    yield from _without_servers(results, kinds)
-    if Kind.LATE in kinds:
-        yield "some servers were still starting: see the hub's log and the spawner's events, or raise --server-timeout"
-    elif servers and servers.failures:
-        named = things(results.own_servers)
-        yield f"see the hub's log for the {named} named above; on Kubernetes, the events of their pods"
-    if Kind.LOST in kinds:
-        yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
-    if Kind.ROUTE in kinds:
-        yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
-    if time_out_s is not None:
-        lasted = f"{time_out_s:.0f} s"
-        yield f"all websockets that broke had been open for {lasted}: something in front has a time-out of {lasted}"
-    elif Kind.WIRE in kinds:
-        yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
-    if results.leaking:
-        yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; upgrade it"
-    if Kind.KERNEL in kinds:
-        yield "kernels ended: that is what a memory limit does; see the servers' logs, and their memory limit"
-    if own and own.cpu_share_max > BUSY:
-        yield (
-            f"the hub's process used {share_text(own.cpu_share_max)} of a processor, and it can use only one: "
-            "give it a faster one, or less to do"
-        )
-    if results.hub.restarts:
-        yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
+def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
+    """What to look at next after a run that failed in these ways: each sentence whose rule applies."""
+    servers, hub, in_front = results.servers, results.hub, results.http.in_front
+    failures = servers.failures if servers else []
+    reasons = {one.reason for one in failures}
+    words = " ".join([*results.warnings, *reasons])
+    causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
+    cause = next((cause for cause in causes if re.search(cause, words)), "")
+    no_account, no_login, no_name = (cause == each for each in causes)
+    chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
+    alike = servers and not servers.ready and len(failures) > len(reasons) == 1
+    cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    if denied > (results.hub.metrics_missing == NO_METRICS_SCOPE):
-        yield "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says which"
-    if in_front.keys() & {"429"}:
-        yield "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
-    if in_front.keys() & {"401", "403"}:
-        yield "something in front of the hub denies requests: let this machine, and POST and DELETE, through to the hub"
-    if any(status >= "500" for status in in_front):
-        yield "errors from 500 on came from what stands in front of the hub: look at the proxy's and the ingress's logs"
+    away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
+    rules: dict[str, object] = {
+        f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
+        "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed "
+        "starts": away and not hub.proxy and not hub.restarts,
+        "the hub allows no more servers: raise its active_server_limit": Kind.FULL in kinds,
+        "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller "
+        "-b)": servers and servers.throttled and Kind.FULL not in kinds,
+        "the hub's users need unix accounts: make some with these names, or test with "
+        "--own-servers": no_account,
+        "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
+        "--own-servers": no_login,
+        "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with "
+        "--own-servers": no_name,
+        "all starts failed alike: if people choose options before a start, choose them with "
+        "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
+        "some servers were still starting: see the hub's log and the spawner's events, or raise "
+        "--server-timeout": Kind.LATE in kinds,
+        f"see the hub's log for the {things(results.own_servers)} named above; on Kubernetes, the events of "
+        "their pods": failures and Kind.LATE not in kinds,
+        "servers were lost while held: an idle culler? a node that went away? the hub's log says who "
+        "stopped them": Kind.LOST in kinds,
+        "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
+        "logs": Kind.ROUTE in kinds,
+        f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
+        f"{lasted}": time_out_s is not None,
+        "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
+        "connections open": Kind.WIRE in kinds and time_out_s is None,
+        "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
+        "upgrade it": results.leaking,
+        "kernels ended: that is what a memory limit does; see the servers' logs, and their memory "
+        "limit": Kind.KERNEL in kinds,
+        f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
+        "faster core, or reduce its load": cpu_share > BUSY,
+        "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)": hub.restarts,
+        "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
+        "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
+        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+        "cluster": "429" in in_front,
+        "something in front of the hub denies requests: let this machine, and POST and DELETE, through to "
+        "the hub": in_front.keys() & {"401", "403"},
+        "errors from 500 on came from what stands in front of the hub: look at the proxy's and the "
+        "ingress's logs": any(status >= "500" for status in in_front),
+    }
+    return [sentence for sentence, applies in rules.items() if applies]
 
 
-def _without_servers(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
-    """What to do on a hub where fake users as they are cannot have servers."""
-    servers, options = results.servers, results.options
-    reasons = {one.reason for one in servers.failures} if servers else set()
-    said = " ".join([*results.warnings, *reasons])
-    chosen = any(group.get("profile") for group in options.get("event") or [options])
-    alike = servers is not None and not servers.ready and len(servers.failures) > len(reasons) == 1
-    if re.search("getpwnam|does not exist on the system", said):
-        yield "the hub's users need unix accounts: make some with these names, or test with --own-servers"
-    elif "login again" in said:
-        yield "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with --own-servers"
-    elif "Invalid username" in said:
-        yield "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers"
-    elif Kind.SPAWN in kinds and alike and not chosen:
-        yield "all starts failed alike: if people choose options before a start, choose them with --profile"
+# ==== Sections, and the summary as text =====================================================================
 
-
-# ==== Sections, and the summary as text ==============================================================================
+Row = tuple[str, str]  # a label and a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5962,73 +5942,67 @@ class Section:
 
 ENTITLED = {ExitCode.OK: "PASSED", ExitCode.FAILED: "FAILED", ExitCode.LEFT_BEHIND: "LEFT SOMETHING BEHIND"}
 REASONS_SHOWN = 5
-ENOUGH_SERVERS = 50  # before the hub's memory can be divided among them
 NAMES_SHOWN = 3
+ENOUGH_SERVERS = 50  # to divide the hub's memory among them
 
 
 def verdict_of(results: Results) -> tuple[str, str]:
     """The word and the sentence that a run comes down to."""
-    servers, capacity = results.servers, results.capacity
     word = ENTITLED.get(ExitCode(results.exit_code), "INTERRUPTED")
+    servers, people, operations = results.servers, results.people, results.operations
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
-    if capacity:
-        return word, _capacity_sentence(capacity)
-    if people := results.people:
+    if results.capacity:
+        return word, _capacity_sentence(results.capacity)
+    if people:
         later = people.failed + people.at_work - people.expected
-        afterwards = f"; {later} failed afterwards" if later else ""
-        waited = _waited(results.operations.get("at_work"))
-        leaks = "; the proxy lost connections afterwards" if results.leaking else ""
-        expected = counted(people.expected, "person", "people")
-        return word, f"{people.at_work:,} of {expected} got to work{afterwards}{waited}{leaks}"
+        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
+        sentence += f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        return word, sentence + "; the proxy lost connections afterwards" * results.leaking
     if servers:
-        lost = f"; {counted(servers.lost, 'was', 'were')} lost while held" if servers.lost else ""
-        waited = _waited(results.operations.get("server_ready"))
-        return word, f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready{lost}{waited}"
-    load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
-    count, failed = (
-        sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed")
-    )
-    what = "activity report" if load == ["activity"] or not load else "request"
-    return word, f"{count - failed:,} of {counted(count, what)} {'was' if count == 1 else 'were'} accepted"
+        sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
+        sentence += f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
+        return word, sentence + waits_text(operations.get("server_ready"))
+    load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
+    count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
+    requests_text = counted(count, "activity report" if load in ([], ["activity"]) else "request")
+    return word, f"{count - failed:,} of {requests_text} {'was' if count == 1 else 'were'} accepted"
 
 
-def _waited(ready: Operation | None) -> str:
-    if not ready or ready.latency_s.max is None:
+def waits_text(operation: Operation | None) -> str:
+    """How long half, nearly all, and the last of those that succeeded waited; empty when none did."""
+    if not operation or operation.latency_s.max is None:
         return ""
-    most = ready.enough("p95")
-    nearly_all = f", 95 % at most {duration_text(most)}" if most is not None else ""
-    return f"; half waited {duration_text(ready.latency_s.p50)}{nearly_all}, the last {duration_text(ready.latency_s.max)}"
+    p95_s = operation.enough("p95")
+    nearly_all = "" if p95_s is None else f", 95 % at most {duration_text(p95_s)}"
+    half, last = duration_text(operation.latency_s.p50), duration_text(operation.latency_s.max)
+    return f"; half waited {half}{nearly_all}, the last {last}"
 
 
 def _capacity_sentence(capacity: Capacity) -> str:
     if capacity.rate_per_s is None:
-        why_not = (
-            "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
-        )
-        return f"the capacity was not found: {why_not if capacity.finished else 'the search did not finish'}"
-    least = "at least " if capacity.generator_bound or not capacity.finished else ""
+        bound = capacity.generator_bound
+        cause = "this tool could not send the first rate" if bound else "no rate was sustained"
+        return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
+    at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
     if capacity.people_per_minute:
-        of_300 = f"a class of 300 in {duration_text(300 * 60 / capacity.people_per_minute)}"
         people = counted(capacity.people_per_minute, "person", "people")
-        return f"this hub takes {least}{people} a minute: {of_300}"
-    servers = capacity.servers_reporting_every_300_s
-    meaning = (
-        f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
-    )
-    return f"this hub sustains {least}{counted(round(capacity.rate_per_s), 'request')} per second{meaning}"
+        of_300 = duration_text(300 * 60 / capacity.people_per_minute)
+        return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
+    sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
+    if not (servers := capacity.servers_reporting_every_300_s):
+        return sustained
+    return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
-    """What makes a comparison pointless: another command or hub, other people, or something else that they do."""
+    """What makes a comparison pointless: another command or hub, other people, or other things they do."""
     if not baseline:
         return []
-    hubs, options = (
-        (baseline.get("hub", {}), as_json(results.hub)),
-        (baseline.get("options", {}), results.options),
-    )
+    hubs = (baseline.get("hub", {}), as_json(results.hub))
+    options = (baseline.get("options", {}), results.options)
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
-    pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
+    pairs |= {f"the hub's {key}": [hub.get(key) for hub in hubs] for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
         keys = [row.key for row in OPTIONS.values() if row.compared and row.key in results.options]
         pairs |= {
@@ -6054,313 +6028,253 @@ def _option_text(key: str, value: Any) -> str:
 
 def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
-    differences = differences_to(baseline, results)
-    through = f", through {results.hub.proxy}" if results.hub.proxy else ""
-    http = results.http
-    monitoring = (
-        f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
-    )
+    hub = results.hub
+    through = f", through {hub.proxy}" if hub.proxy else ""
+    by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
+    judged = [one for one in results.conditions if not (by_default and one.condition == FAILED.text)]
+    values = [(one.held, one.condition, _value_text(one, results)) for one in judged]
     rows = [
-        *_tested(results),
+        *_tested_rows(results),
         *(("because", reason) for reason in results.warnings),
-        *(("because", f"{one.condition}: it is {_value_text(one, results)}") for one in _told(results, True)),
-        *(("baseline", difference) for difference in differences),
-        ("hub", f"{results.hub.version} at {results.hub.endpoint}" + through),
-        *_server_facts(results),
-        *_errors(results.operations, results.own_servers),
-        ("requests", f"{http.requests:,}{' to the hub' if http.servers else ''}, of which {monitoring}"),
-        *_server_requests(http.servers),
+        *(("because", f"{text}: it is {value}") for met, text, value in values if met),
+        *(("baseline", difference) for difference in differences_to(baseline, results)),
+        ("hub", f"{hub.version} at {hub.endpoint}{through}"),
+        *_server_rows(results),
+        *_failed_rows(results),
+        *(_slowest_row(results.servers) if results.servers else ()),
+        *_request_rows(results),
         ("duration", duration_text(results.duration_s)),
-        *_hub_facts(results),
+        *_hub_rows(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
-        *_cleanup_facts(results),
-        *_proxy_facts(results.proxy_check),
-        *_aftermath_facts(results.aftermath or {}),
-        *(
-            ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
-            for one in _told(results, False)
-        ),
-        *(("next", one) for one in results.advice),
+        *_cleanup_rows(results),
+        *_proxy_rows(results),
+        *(("condition", f"{text}: not met, it is {value}") for met, text, value in values if not met),
+        *(("next", sentence) for sentence in results.advice),
     ]
     return Section("Summary", rows)
 
 
-def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
-    if http:
-        answers = ", ".join(f"{number:,} × {status}" for status, number in http.statuses.items())
-        retries = counted(http.retries, "retry", "retries")
-        yield "requests", f"{http.requests:,} to servers, of which {retries}: {answers}"
-
-
-def _tested(results: Results) -> Iterator[tuple[str, str]]:
+def _tested_rows(results: Results) -> Iterator[Row]:
+    """What a search for capacity tried, and what its result means."""
     capacity = results.capacity
     if not capacity:
         return
-    latencies = (
-        f"The latencies below are of the {'rate sustained' if capacity.rate_per_s else 'last rate tried'}"
-    )
+    mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
+    tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
         lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
-        yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"
-    else:
-        sent = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
-        yield "tested", f"{sent} only: starting servers, memory and nodes were not. {latencies}"
-    if reporting := capacity.servers_reporting_every_300_s:
-        default_s = SERVER_REPORTS_EVERY_S
-        every_s = max(default_s, math.ceil(default_s * MANY_SERVERS / (REPORTS_SHARE * reporting)))
-        servers = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
-        yield "activity", f"{servers} take at most {share_text(REPORTS_SHARE)} of this"
+        tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
+    below = "rate sustained" if capacity.rate_per_s else "last rate tried"
+    yield "tested", f"{tested}. The latencies below are of the {below}"
+    if servers := capacity.servers_reporting_every_300_s:
+        usual_s = SERVER_REPORTS_EVERY_S
+        every_s = max(usual_s, math.ceil(usual_s * MANY_SERVERS / (REPORTS_SHARE * servers)))
+        reports = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
+        yield "activity", f"{reports} take at most {share_text(REPORTS_SHARE)} of this"
     if capacity.limited_by:
         yield "limit", capacity.limited_by
 
 
-def _told(results: Results, held: bool) -> list[Judgement]:
-    """The conditions worth a line: all that were asked for; the default one is told by the rest."""
-    asked = results.options["fail_if"]
-    return [one for one in results.conditions if one.held is held and (asked or one.condition != FAILED.text)]
-
-
 def _value_text(judged: Judgement, results: Results | None = None) -> str:
+    """The value of a condition's metric; of too few samples, or beside a baseline, with these."""
     metric = condition(judged.condition).metric
-    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
-    text = functools.partial(value_text, metric=metric)
     if judged.value is None:
         return "not measured"
-    seen = results.operations.get(name) if results else None
-    few = ""
-    if seen and statistic in ENOUGH and (samples := seen.count - seen.failed) < ENOUGH[statistic]:
-        few = f" (of {counted(samples, 'sample')})"
-    if not judged.baseline or judged.limit is None:
-        return f"{text(judged.value)}{few}"
-    ratio = f"{judged.value / judged.baseline:.3g}x of {text(judged.baseline)}"
-    return f"{text(judged.value)}{few}, {ratio}; the limit is {text(judged.limit)}"
+    text = value_text(judged.value, metric)
+    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
+    operation = results.operations.get(name) if results else None
+    if operation and operation.count - operation.failed < ENOUGH.get(statistic, 0):
+        text += f" (of {counted(operation.count - operation.failed, 'sample')})"
+    if judged.baseline and judged.limit is not None:
+        ratio = f"{judged.value / judged.baseline:.3g}x of {value_text(judged.baseline, metric)}"
+        text += f", {ratio}; the limit is {value_text(judged.limit, metric)}"
+    return text
 
 
-def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
-    servers, options = results.servers, results.options
-    if not servers or results.command == PURGE or results.capacity:
+def _server_rows(results: Results) -> Iterator[Row]:
+    """What became of servers and people."""
+    servers, people, options = results.servers, results.people, results.options
+    if not servers or not servers.requested:  # of a purge, or a search
         return
-    throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
-    since = (
-        f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
-    )
-    counts = (
-        f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
-    )
-    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}{throttled}{since}"
-    if given_up := _given_up(results):
-        yield "given up", given_up
-    if options["hold"] and "stay" in results.operations and not results.people:
-        yield (
-            "hold",
-            f"{duration_text(options['hold'])}; who stayed is the hub's word, --visit asks the servers too",
-        )
-    if people := results.people:
+    counts = f"{servers.ready} ready, {servers.failed} failed" + f", {servers.lost} lost" * bool(servers.lost)
+    if servers.throttled:
+        began = duration_text(servers.throttling_began_s)
+        counts += f"; {servers.throttled} throttled, from {began} after the first start on"
+    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}"
+    own = results.hub.metrics
+    if not servers.ready and servers.given_up and own and (started := own.spawns.get("success")):
+        by_the_hub = f"by the hub's own clock {started.count:.0f} of them became ready, after "
+        by_the_hub += f"{duration_text(started.mean_s)} on average"
+        if started.count > servers.given_up:  # others start servers too
+            by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
+        after = duration_text(options["server_timeout"])
+        yield "given up", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
+    if options["hold"] and "stay" in results.operations and not people:
+        hold = duration_text(options["hold"])
+        yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
+    if people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
-        waited = _waited(results.operations.get(f"at_work[{group['name']}]"))
-        pace = pace_text(options | group | {"event": None})
-        came_to = f"{came.expected} expected, {pace}; {came.at_work} at work, {came.failed} failed{waited}"
-        yield "people", f"{group['name']}: {came_to}"
-    told = people or servers
-    for reason, number in list(told.reasons.items())[:REASONS_SHOWN]:
-        yield (
-            "failed",
-            f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}",
-        )
-    if others := sum(list(told.reasons.values())[REASONS_SHOWN:]):
+        waits = waits_text(results.operations.get(f"at_work[{group['name']}]"))
+        pace = f"{came.expected} expected, {pace_text(options | group | {'event': None})}"
+        yield "people", f"{group['name']}: {pace}; {came.at_work} at work, {came.failed} failed{waits}"
+
+
+def _failed_rows(results: Results) -> Iterator[Row]:
+    """Why people or servers failed, the commonest reasons first, each with some names."""
+    failing = results.people or results.servers
+    if not failing:
+        return
+    reasons = list(failing.reasons.items())
+    for reason, number in reasons[:REASONS_SHOWN]:
+        users = sorted((one.user for one in failing.failures if one.reason == reason), key=natural)
+        shown = users[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
+        more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
+        yield "failed", f"{number} × {reason}" + (f" ({', '.join(shown)}{more})" if users else "")
+    if others := sum(number for _, number in reasons[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
-    slowest = [
-        f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest
-    ]
-    if any(_why_slow(one, servers) for one in servers.slowest):
-        yield from (("slowest", one) for one in slowest)
-    elif slowest:
-        yield "slowest", "; ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in slowest)
 
 
-def _given_up(results: Results) -> str:
-    """What became of servers that nobody waited for any longer, by the hub's own clock; "" where some became ready."""
-    servers, own = results.servers, results.hub.metrics
-    came = own.spawns.get("success") if own else None
-    if not servers or servers.ready or not servers.given_up or not came:
-        return ""
-    after = f"{counted(servers.given_up, 'was', 'were')} given up after {duration_text(results.options['server_timeout'])}"
-    if came.count > servers.given_up:  # others start servers too
-        return f"{after}; the hub counted {counted(round(came.count), 'successful start')}"
-    mean = duration_text(came.mean_s)
-    return f"{after}; by the hub's own clock {came.count:.0f} of them became ready, after {mean} on average"
+def _slowest_row(servers: Servers) -> Iterator[Row]:
+    """The slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
+    slowest = []
+    for server in servers.slowest:
+        causes = [f"throttled {server.throttled} ×"] if server.throttled else []
+        if server.message not in ("", servers.usual_message):
+            causes.append(f"longest at: {server.message}")
+        slowest.append(
+            f"{duration_text(server.ready_s)}, {server.user}" + ": " * bool(causes) + ", ".join(causes)
+        )
+    if slowest:
+        yield "slowest", "; ".join(slowest)
 
 
-def _named(users: Sequence[str]) -> str:
-    shown = sorted(users, key=natural)[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
-    more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
-    return f" ({', '.join(shown)}{more})" if users else ""
-
-
-def _why_slow(server: Slow, servers: Servers) -> str:
-    """How often it was throttled, and what the hub said for longest if that tells it from the other servers."""
-    reasons = [f"throttled {server.throttled} ×"] if server.throttled else []
-    reasons += (
-        [f"longest at: {server.message}"]
-        if server.message and server.message != servers.usual_message
-        else []
-    )
-    return ": " + ", ".join(reasons) if reasons else ""
-
-
-def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[tuple[str, str]]:
-    for name in in_order(operations):
-        if name not in PERSONAL and "[" not in name:  # which are told of people, servers and all
+def _request_rows(results: Results) -> Iterator[Row]:
+    """Why requests failed, by operation, and how many were sent; people's steps have failed elsewhere."""
+    operations, http = results.operations, results.http
+    for name in sorted_operations(operations):
+        if name not in PERSONAL and "[" not in name:
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
-                yield "errors", f"{title_of(name, own_servers)}: {number} × {reason}"
+                yield "errors", f"{title_of(name, results.own_servers)}: {number} × {reason}"
+    monitoring = f"{share_text(http.observer_share or 0)} monitoring"
+    retries = counted(http.retries, "retry", "retries")
+    to_hub = " to the hub" if http.servers else ""
+    yield "requests", f"{http.requests:,}{to_hub}, of which {monitoring}, {retries}"
+    if servers := http.servers:
+        answers = ", ".join(f"{number:,} × {status}" for status, number in servers.statuses.items())
+        retries = counted(servers.retries, "retry", "retries")
+        yield "requests", f"{servers.requests:,} to servers, of which {retries}: {answers}"
 
 
-def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
+def _hub_rows(results: Results) -> Iterator[Row]:
+    """The hub's own figures, or why they were not read."""
     own, missing = results.hub.metrics, results.hub.metrics_missing
     if missing:
-        yield (
-            "hub's own",
-            f"figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}",
-        )
+        figures = "figures (CPU, memory, event-loop lag, its own request times)"
+        yield "hub's own", f"{figures} were not read: {missing}"
     if not own:
         return
-    most_s = own.event_loop_lag_max_s
-    usual_s = own.event_loop_lag_p95_s if own.event_loop_samples >= 20 else None
-    usual = f"{_lag_text(usual_s)} (p95), " if usual_s is not None else ""
-    lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
-    many = results.servers is not None and results.servers.ready >= ENOUGH_SERVERS
-    each = (
-        f", {bytes_text(own.rss_per_server_bytes)} a server"
-        if many and own.rss_per_server_bytes is not None
-        else ""
-    )
-    memory = (
-        f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
-    )
-    most = f", under load up to {share_text(own.cpu_share_max)}" if own.cpu_share_max > own.cpu_share else ""
-    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor{most}"
-    yield "hub's own", f"{cpu}; {memory}{lag}"
+    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor"
+    if own.cpu_share_max > own.cpu_share:
+        cpu += f", under load up to {share_text(own.cpu_share_max)}"
+    memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after"
+    if results.servers and results.servers.ready >= ENOUGH_SERVERS and own.rss_per_server_bytes is not None:
+        memory += f", {bytes_text(own.rss_per_server_bytes)} a server"
+    lags = {"p95": own.event_loop_lag_p95_s, "max": own.event_loop_lag_max_s}
+    late = []
+    for name, lag_s in lags.items():
+        if lag_s is not None and own.event_loop_samples >= ENOUGH.get(name, 0):
+            late.append(f"{'≤ ' * (lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})")
+    yield "hub's own", f"{cpu}; {memory}" + f"; event loop late by {', '.join(late)}" * bool(late)
 
 
-def _lag_text(seconds: float) -> str:
-    return f"≤ {duration_text(seconds)}" if seconds <= LOOP_INTERVAL_S else duration_text(seconds)
-
-
-def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
-    cleaned, remedy = results.cleaned, purge_command(results.options["run"], results.own_servers)
-    what = thing(results.own_servers)
+def _cleanup_rows(results: Results) -> Iterator[Row]:
+    """What was removed, what is still there, and what may be left where the hub does not look."""
+    cleaned, users, run = results.cleaned, results.users, results.options["run"]
+    remedy, what = purge_command(run, results.own_servers), thing(results.own_servers)
     done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
-    traces = list(_traces(results))
-    if cleaned.kept:
-        yield "cleanup", f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"
-    elif cleaned.left:
-        yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
-        yield "cleanup", names_text(cleaned.left)
-        if cleaned.in_the_way:
-            yield "cleanup", cleaned.in_the_way
-        yield "cleanup", f"{'when that is solved, ' if cleaned.in_the_way else ''}remove them with: {remedy}"
-    else:
-        yield "cleanup", f"{done}, none left{' on the hub' if traces else ''}"
-    yield from (("cleanup", sentence) for sentence in traces)
-
-
-def _traces(results: Results) -> Iterator[str]:
-    """What may be left where the hub does not look."""
-    users = results.users
-    if users.stopped_while_starting:
-        yield still_starting(users.stopped_while_starting)
-    if number := users.stops_failed or 0:
-        they, their = ("it was", "its pod") if number == 1 else ("they were", "their pods")
-        yield (
-            f"the hub failed to stop {counted(number, 'server')} during this run, though it said that {they} stopped: "
-            f"{their} and volumes may still be there. "
-            f"Look with: {pods_command(results.options['run'], results.own_servers)}"
+    traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
+    if failed := users.stops_failed:
+        they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
+        traces.append(
+            f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
+            f"stopped: {their} and volumes may still be there. "
+            f"Look with: {pods_command(run, results.own_servers)}"
         )
+    sentences = [f"{done}, none left{' on the hub' * bool(traces)}"]
+    if cleaned.kept:
+        sentences = [f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"]
+    elif cleaned.left:
+        number = counted(len(cleaned.left), "IS", "ARE")
+        sentences = [f"{done}; {number} STILL THERE:", names_text(cleaned.left), cleaned.in_the_way]
+        sentences += [f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"]
+    yield from (("cleanup", sentence) for sentence in (*sentences, *traces) if sentence)
 
 
-def _whose(name: str) -> str:
-    return "the hub" if name == "hub" else name
-
-
-PORTS = 28_232  # from which a machine takes one for each connection, unless it is told otherwise
-TABS_IMAGINED, ASKING_PER_MINUTE = 300, 2
-PROJECTION = (
-    f"Each failed reconnect of an open tab adds one, for an hour. If {TABS_IMAGINED} open tabs kept reconnecting twice "
-    f"a minute to ended servers that still have a route, the proxy's {PORTS // 1000},000 ports would last "
-    f"{PORTS / (TABS_IMAGINED * ASKING_PER_MINUTE):.0f} minutes; then every page of the hub answers 503"
+PROJECTION = (  # Linux has 28,232 ports for outgoing connections: 28,232 / (300 * 2 per minute) = 47 minutes
+    "Each failed reconnect of an open tab adds one, for an hour. If 300 open tabs kept reconnecting twice a "
+    "minute to ended servers that still have a route, the proxy's 28,000 ports would last 47 minutes; then "
+    "every page of the hub answers 503"
 )
 
 
-def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
-    """What the check of the proxy has shown."""
+def _proxy_rows(results: Results) -> Iterator[Row]:
+    """What the check of the proxy has shown; connections that it keeps to the hub, as error pages prove."""
+    check, changes = results.proxy_check, (results.aftermath or {}).get("hub", {})
     if check and check.verdict != UNDECIDED:  # which is a warning
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
-
-
-def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
-    """Connections to the hub that its proxy keeps: as many as the error pages that it fetched."""
-    changes = aftermath.get("hub", {})
     files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
-    number, fetched = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
-    if files and number > FILES_TO_MENTION and fetched >= PROOF_SHARE * number:
-        more = f"the hub has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
-        yield "aftermath", f"{more}: its proxy fetched as many error pages, and keeps these connections open"
+    more, fetched = (change.grown or 0.0 if change else 0.0 for change in (files, pages))
+    if files and more > FILES_TO_MENTION and fetched >= PROOF_SHARE * more:
+        counts = f"{more:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        kept = "its proxy fetched as many error pages, and keeps these connections open"
+        yield "aftermath", f"the hub has {counts}: {kept}"
 
 
-def in_order(operations: Collection[str]) -> list[str]:
-    """Operations in the order of the table of steps, those of groups behind that of all, one's own at the end."""
+def sorted_operations(operations: Collection[str]) -> list[str]:
+    """Operations in the order of the table of steps, a group's behind that of all, one's own at the end."""
     places = {name: place for place, name in enumerate(STEPS)}
     return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
 
 
-def _label(name: str, own_servers: bool) -> str:
-    """What a row of a table is about: an operation, or, below that, one of its groups."""
-    _, bracket, group = name.partition("[")
-    return f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{group[:-1]}" if bracket else title_of(name, own_servers)
-
-
 def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
     """A row for each operation, with a dash where too few succeeded for a statistic."""
-    columns = ("mean", "p50", "p95", "p99", "max")
-    rows = [
-        (
-            _label(name, own_servers),
-            str(operations[name].count),
-            str(operations[name].failed),
-            *(duration_text(operations[name].enough(column)) for column in columns),
-        )
-        for name in in_order(operations)
-    ]
+    columns, rows = ("mean", "p50", "p95", "p99", "max"), []
+    for name in sorted_operations(operations):
+        one = operations[name]
+        cells = (duration_text(one.enough(column)) for column in columns)
+        rows.append((title_of(name, own_servers), str(one.count), str(one.failed), *cells))
     return Section("Latency", rows, ("operation", "count", "failed", *columns))
 
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    unit, factor, goal = ("a minute", 60, "server ready p95") if of_people else ("per s", 1, "p95")
-    rows = [
-        (
-            f"{factor * step.rate_per_s:.4g}",
-            f"{factor * step.sent_per_s:.4g}",
-            duration_text(step.p95_s),
-            str(step.failed),
-            step.held or "none: sustained",
-        )
-        for step in capacity.steps
-    ]
-    header = (f"tried {unit}", f"{'came' if of_people else 'sent'} {unit}", goal, "failed", "condition met")
-    return Section("Capacity", rows, header, left=(4,))
+    header = (
+        ("tried a minute", "came a minute", "server ready p95")
+        if of_people
+        else ("tried per s", "sent per s", "p95")
+    )
+    rows = []
+    for step in capacity.steps:
+        rates = (f"{rate * (60 if of_people else 1):.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
+    return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
 
 
 def comparison_section(baseline: Json, results: Results) -> Section:
-    """Old, new and ratio of what both runs measured; a dash for a percentile of too few samples."""
-    columns, now = ("p50", "p95", "max"), as_json({"operations": results.operations})
-    rows = []
-    for name in in_order(results.operations):
-        if name in baseline.get("operations", {}):
-            old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, now))
-            cells = (comparison(baseline, now, f"{name}.{column}") for column in columns)
-            rows.append((_label(name, results.own_servers), *cells, f"{old:g}→{new:g}"))
+    """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
+    columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
+    for name in sorted_operations(results.operations):
+        if name not in baseline.get("operations", {}):
+            continue
+        both, cells = (baseline["operations"][name], now[name]), []
+        for column in columns:
+            enough = (run["count"] - run["failed"] >= ENOUGH.get(column, 1) for run in both)
+            old, new = (run["latency_s"][column] if many else None for run, many in zip(both, enough))
+            ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
+            cells.append(f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio)
+        failed = "→".join(str(run["failed"]) for run in both)
+        rows.append((title_of(name, results.own_servers), *cells, failed))
     before = (baseline.get("capacity") or {}).get("rate_per_s")
     after = results.capacity and results.capacity.rate_per_s
     if before and after:
@@ -6368,58 +6282,38 @@ def comparison_section(baseline: Json, results: Results) -> Section:
     return Section("Against the baseline", rows, ("against baseline", *columns, "failed"))
 
 
-def comparison(baseline: Json, results: Json, metric: str) -> str:
-    """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
-    old, new = (_enough(run, metric) for run in (baseline, results))
-    ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
-    return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
-
-
-def _enough(run: Json, metric: str) -> float | None:
-    name, _, statistic = metric.partition(".")
-    measured = run["operations"][name]
-    return (
-        metric_value(run, metric)
-        if measured["count"] - measured["failed"] >= ENOUGH.get(statistic, 1)
-        else None
-    )
+def tables_of(results: Results, baseline: Json | None) -> list[Section]:
+    """The tables below the facts, in the summary and in the report."""
+    tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
+    tables += [latency_section(results.operations, results.own_servers)] if results.operations else []
+    return tables + ([comparison_section(baseline, results)] if baseline else [])
 
 
 def render_summary(
     results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100
 ) -> str:
-    """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
-    word, sentence = verdict_of(results)
-    sections = [facts(results, baseline)]
-    if results.capacity:
-        sections.append(capacity_section(results.capacity, results.command == STRESS))
-    if results.operations:
-        sections.append(latency_section(results.operations, results.own_servers))
-    if baseline:
-        sections.append(comparison_section(baseline, results))
-    return render_page(f"{word}: {sentence}", sections, colour=colour, width=width)
+    """The page that an operator reads: the verdict first, then facts and tables."""
+    sections = [facts(results, baseline), *tables_of(results, baseline)]
+    return render_page(": ".join(verdict_of(results)), sections, colour=colour, width=width)
 
 
 def render_page(headline: str, sections: Iterable[Section], *, colour: bool = False, width: int = 100) -> str:
     """A sentence, and sections below it."""
-    page = textwrap.wrap(headline, width, subsequent_indent="  ", **_UNBROKEN)
+    wrap = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    page = wrap(headline, subsequent_indent="  ")
     for number, section in enumerate(sections):
-        page += [""] * (number > 0) + list(
-            _as_table(section) if section.header else _as_prose(section, width)
-        )
+        page += [""] if number else []
+        if section.header:
+            page += _table_lines(section)
+            continue
+        indent = max(len(row[0]) for row in section.rows) + 2
+        for label, sentence in labelled_once(section.rows):
+            page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
     return "\n".join(map(_coloured, page) if colour else page)
 
 
-_UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-_COLOURS = {
-    "PASSED": 32,
-    "FAILED": 31,
-    "LEFT": 31,
-    "INTERRUPTED": 33,
-    "because": 33,
-    "failed": 31,
-    "next": 36,
-}
+_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
+_COLOURS |= {"because": 33, "failed": 31, "next": 36}
 
 
 def _coloured(line: str) -> str:
@@ -6428,41 +6322,29 @@ def _coloured(line: str) -> str:
     return f"\033[1;{_COLOURS[word]}m{word}\033[0m{line[len(word) :]}" if word in _COLOURS else line
 
 
-def _as_prose(section: Section, width: int) -> Iterator[str]:
-    """Sentences behind their labels, a label that repeats left out."""
-    indent = max(len(row[0]) for row in section.rows) + 2
-    for label, sentence in labelled_once(section.rows):
-        head = label.ljust(indent) + sentence
-        yield from textwrap.wrap(head, width, subsequent_indent=" " * indent, **_UNBROKEN)
-
-
 def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
     """Labels and sentences, a label that repeats left out."""
     for before, (label, sentence) in zip([("", ""), *rows], rows):
         yield ("" if label == before[0] else label, sentence)
 
 
-def _as_table(section: Section) -> Iterator[str]:
+def _table_lines(section: Section) -> Iterator[str]:
     lines = [section.header, *section.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(section.header))]
-    for line in lines:
-        cells = (
-            cell.ljust(width) if column in section.left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths))
-        )
-        yield "  ".join(cells).rstrip()
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for cells in lines:
+        aligned = []
+        for column, (cell, width) in enumerate(zip(cells, widths)):
+            aligned.append(cell.ljust(width) if column in section.left else cell.rjust(width))
+        yield "  ".join(aligned).rstrip()
 
 
-# ==== The plan in words, for a dry run ===============================================================================
+# ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
-MEANWHILE = (
-    f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
-)
-Presence = tuple[
-    float, float, Plan
-]  # when a person arrives and leaves, in seconds since the first start; their group
+MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
+MEANWHILE += f"every {METRICS_EVERY_S:g} s"
+Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
 
 
 def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
@@ -6476,142 +6358,121 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
         arrives_s = due_s if plan.is_open else rounds * start_s
         parts = len(group.page.requests) if group.page else 0
-        parts_s = DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
-        slow_s = group.opens * group.visit_timeout_s + parts_s + group.work * group.cell_timeout_s
-        works_s = arrives_s + start_s + at_worst * slow_s
+        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
+        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
+        works_s = arrives_s + start_s + look_s + parts_s
         cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        last_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, last_s * STEPS["stay"].wanted(group), group))
-    all_leave_s = plan.hold_s + max(settled_s for _, _, settled_s, _, _ in people)
+        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
     return [
-        (arrives_s, last_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
-        for arrives_s, works_s, _, last_s, group in people
+        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
+        for arrives_s, works_s, _, look_s, group in people
     ]
 
 
 def at_one_time(people: Sequence[Presence], noun: str) -> str:
-    """The most of something that these people have at one time; about, where that depends on how long starts take."""
-    changes = sorted(
-        change for arrives_s, leaves_s, _ in people for change in ((arrives_s, 1), (leaves_s, -1))
-    )
-    most = max(itertools.accumulate(number for _, number in changes), default=0)
-    return "about " * any(group.stay_s for _, _, group in people) + counted(most, noun)
-
-
-def numbers_text(numbers: Mapping[str, int]) -> str:
-    """Numbers with their nouns, without zeros: 3 starts, 3 stops."""
-    return ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+    """The most of something that these people have at one time; about, where that depends on starts."""
+    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
+    most = max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
+    about = "about " if any(group.stay_s for _, _, group in people) else ""
+    return f"{about}{counted(most, noun)}" if people else f"no {noun}s"
 
 
 def steps_planned(group: Plan) -> str:
     """What each person of a group does, in order."""
     book, parts = group.notebook, len(group.page.requests) if group.page else 0
-    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
     cells = f"{counted(len(book.cells), 'cell')} of {book.file}" if book else "6*7 again and again"
+    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
     steps = {
         f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
         f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
         f"fetches {counted(parts, 'part')} of the page": parts,
         f"runs {cells} in a kernel ({limits})": group.work,
-        f"stays until {duration_text(group.hold_s)} after the last has got this far": group.hold_s
-        and not group.stay_s,
+        f"stays until {duration_text(group.hold_s)} after the last has got this far": (
+            group.hold_s and not group.stay_s
+        ),
         f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
     }
     return ", ".join(step for step, planned in steps.items() if planned)
 
 
-def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+def people_planned(plan: Plan) -> Iterator[Row]:
     """Who arrives when, what they do and send, how long that takes, and what it costs."""
-    people, removed, seed = (
-        timetable(plan),
-        plan.count * (not plan.keep),
-        f" (--seed {plan.seed})" * bool(plan.seed),
-    )
+    people = timetable(plan)
+    usual, worst = (duration_text(max(row[1] for row in rows)) for rows in (people, timetable(plan, True)))
     for group in plan.groups:
-        mine, name = [row for row in people if row[2] is group], f"{group.group}: " * bool(group.group)
-        first, last = (f"after {duration_text(mine[n][0])}" if mine[n][0] else "at once" for n in (0, -1))
-        pace = f"{counted(len(mine), 'person', 'people')}, {pace_text(group.options())}{seed * bool(group.within_s)}"
-        pace += f" ({FIRST_STARTS} until one server is ready)" * (
-            len(mine) > FIRST_STARTS < plan.batch_size and not plan.is_open
-        )
-        yield (
-            "people",
-            f"{name}{pace}: the first {first}, the last {last}; {at_one_time(mine, 'server')} at one time",
-        )
+        name = f"{group.group}: " if group.group else ""
+        moments_s = [arrives_s for arrives_s, _, their_group in people if their_group is group]
+        first, last = (f"after {duration_text(moments_s[n])}" if moments_s[n] else "at once" for n in (0, -1))
+        pace = f"{counted(group.count, 'person', 'people')}, {pace_text(group.options())}"
+        pace += f" (--seed {plan.seed})" * bool(plan.seed and group.within_s)
+        few_first = not plan.is_open and min(group.count, plan.batch_size) > FIRST_STARTS
+        pace += f" ({FIRST_STARTS} until one server is ready)" * few_first
+        yield "people", f"{name}{pace}: the first {first}, the last {last}"
         yield "each person", name + steps_planned(group)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
-    creates = math.ceil(plan.count / plan.batch_size) * (not plan.own_servers)
-    hub = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
-    hub |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
-    servers = {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
-    yield "requests", f"{numbers_text(hub | servers)}; a progress stream for each slow start; {MEANWHILE}"
-    ends_s, worst_s = (
-        max(leaves_s for _, leaves_s, _ in timetable(plan, at_worst)) for at_worst in (False, True)
-    )
-    usual = f"from the first start on, about {duration_text(ends_s)} if servers start in {USUAL_START_S:g} s"
-    yield "duration", f"{usual}, at most {duration_text(worst_s)} if every step takes as long as it may"
-    kernels = [row for row in people if row[2].work]
-    some = at_one_time(kernels, "kernel") if kernels else "no kernels"
-    yield "cost", f"{at_one_time(people, 'server')} and {some} at one time"
+    creates = 0 if plan.own_servers else math.ceil(plan.count / plan.batch_size)
+    removed = 0 if plan.keep else plan.count
+    numbers = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
+    numbers |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
+    numbers |= {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
+    counts = ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+    yield "requests", f"{counts}; a progress stream for each slow start; {MEANWHILE}"
+    expected = f"about {usual} from the first start on if servers start in {USUAL_START_S:g} s"
+    yield "duration", f"{expected}, at most {worst} if every step takes as long as it may"
+    kernels = at_one_time([row for row in people if row[2].work], "kernel")
+    yield "cost", f"{at_one_time(people, 'server')} and {kernels} at one time"
     if plan.check_proxy:
         yield "proxy check", f"after that, with one of the servers or one more: {CHECK_COSTS}"
 
 
-def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
     load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
     lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
-    rounds = 1 if lasts_s else math.ceil(plan.count / (load.workers * load.processes))
-    number = (
-        "as many requests as that allows"
-        if lasts_s and not load.schedule
-        else counted(load.planned, "request")
-    )
+    threads = load.workers * load.processes
+    rounds = 1 if lasts_s else math.ceil(plan.count / threads)
+    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
+    unlimited = lasts_s and not load.schedule
+    number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
-    yield "load", f"{load.title} from {counted(load.workers * load.processes, 'thread')}: {number}, {mix}"
-    numbers = {"create": math.ceil(plan.count / 10), "delete": plan.count * (not plan.keep)}
-    yield (
-        "requests",
-        f"besides, 2 checks, {counted(2 - plan.keep, 'list')}, at most {numbers_text(numbers)}; {MEANWHILE}",
-    )
-    usual = (
-        duration_text(lasts_s)
-        if lasts_s
-        else f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
-    )
+    yield "load", f"{load.title} from {counted(threads, 'thread')}: {number}, {mix}"
+    lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
+    deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
+    yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
-    yield "duration", f"{usual}, at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+    worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+    yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
 
 
 def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
-    people = plan.command == STRESS
-    rate_per_s = fastest(plan.rate_per_s) or (
-        CAPACITY_FIRST_PEOPLE_PER_S if people else CAPACITY_FIRST_RATE_PER_S
-    )
-    for_s = plan.duration_s or (CAPACITY_PEOPLE_STEP_S if people else CAPACITY_STEP_S)
-    count = max(1, round(rate_per_s * for_s)) if people else plan.count
+    if plan.command == ACTIVITY:
+        rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
+        return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=plan.duration_s or CAPACITY_STEP_S)
+    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    for_s = plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    count = max(1, round(rate_per_s * for_s))
     return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
 def plan_section(plan: Plan) -> Section:
     """What a run of this plan does and costs, as far as that can be known without asking the hub."""
     what, prefix, step = things(plan.own_servers), username(0, plan.run or "")[:-1], plan
-    rows = [("hub", plan.endpoint or "not given yet")]
+    rows: list[Row] = [("hub", plan.endpoint or "not given yet")]
     if plan.find_capacity:
         step = first_step(plan)
         bound = f" or {counted(plan.max_servers, 'server')} would run" if plan.max_servers else ""
-        how = (
-            f"in steps of {duration_text(step.duration_s)}, usually a dozen, until a condition is met{bound}"
-        )
-        rows.append(("search", f"{how}; below is the first step"))
-    names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
+        steps = f"in steps of {duration_text(step.duration_s)}, usually a dozen"
+        rows.append(("search", f"{steps}, until a condition is met{bound}; below is the first step"))
     if plan.command == PURGE:
-        rows.append((what, f"{prefix}<n>" + ("" if plan.run else ", and those of every --run")))
-        rows.append(("requests", "2 checks, 2 lists; for each of them a stop if it runs, and a delete"))
-        rows.append(("duration", f"as long as that takes for {plan.batch_size} at a time"))
+        every = "" if plan.run else ", and those of every --run"
+        requests_text = "2 checks, 2 lists; for each of them a stop if it runs, and a delete"
+        rows += [(what, f"{prefix}<n>{every}"), ("requests", requests_text)]
+        rows += [("duration", f"as long as that takes for {plan.batch_size} at a time")]
     else:
+        names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
         first = "; those that are there come first" if plan.command == ACTIVITY else ""
         rows.append((what, f"{names}, or as many after the highest number in use{first}"))
         rows += people_planned(step) if plan.command == STRESS else load_planned(step)
@@ -6620,9 +6481,8 @@ def plan_section(plan: Plan) -> Section:
     removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
     rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
     mine = "!user=<owner>" * plan.own_servers
-    rows.append(
-        ("scopes", ", ".join(scope + mine for scope in sorted(needed_scopes(plan.command, plan.own_servers))))
-    )
+    scopes = sorted(needed_scopes(plan.command, plan.own_servers))
+    rows.append(("scopes", ", ".join(scope + mine for scope in scopes)))
     if plan.command == STRESS and plan.opens:
         whose = "the token" if plan.visit_token else "the token, or better a second one"
         rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
@@ -6630,320 +6490,223 @@ def plan_section(plan: Plan) -> Section:
     return Section("Plan", rows)
 
 
-# ==== The report =====================================================================================================
+# ==== The report ============================================================================================
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; --card: #f8fafc }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #0f172a; --ink: #e2e8f0; --faint: #94a3b8; --line: #334155; --card: #1e293b } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1160px; padding: 1rem; background: var(--paper); color: var(--ink);
+:root { color-scheme: light dark }
+body { max-width: 1160px; margin: 0 auto; padding: 1rem; background: Canvas; color: CanvasText;
   font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.35rem; line-height: 1.3; margin: .5rem 0 }
-h1 b { padding: .1em .5em; border-radius: .3em; color: #fff }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin: 1.2rem 0 0 }
-p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
-.PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED { background: #a16207 }
-.words td:first-child { white-space: nowrap }
-@media (max-width: 700px) { .words td:first-child { white-space: normal }
-  .scroll { font-size: .7rem } .scroll td, .scroll th { padding-right: .25rem } }
+h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
+h3 { font-size: .95rem; margin: 1rem 0 0 }
+h1 b { padding: .1em .5em; border-radius: .3em; color: #fff; background: #b91c1c }
+b.PASSED { background: #15803d } b.INTERRUPTED { background: #a16207 }
+p, th { color: #777; font-weight: normal }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-.left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
-.words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
-.plot { width: 100%; min-width: 0 }
-.js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
-.js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
-.js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap }
+tr { border-bottom: 1px solid #8884 }
+.left, .words td { text-align: left; vertical-align: top }
+.words td + td { white-space: normal; overflow-wrap: anywhere }
 """
-BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
-CYAN, TEAL, VIOLET, BROWN = "#06b6d4", "#0f766e", "#8b5cf6", "#a8763e"
-READY = "rgba(34,163,85,.3)"
-LAYOUT: dict[str, Any] = {
-    "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
-    "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
-    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
-    "font": {"family": "system-ui, sans-serif", "size": 12},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hovermode": "closest",
-    "showlegend": True,
-}
+BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
 Trace = dict[str, Any]  # of plotly
 Moments = Sequence["float | None"]
-
-
-class Page:
-    """An HTML page that is being put together, with its plots."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._plots: list[tuple[str, list[Trace], dict[str, Any]]] = []
-
-    def add(self, element: str, text: str) -> None:
-        self._parts.append(f"<{element}>{html.escape(text)}</{element}>")
-
-    def open(self, tag: str) -> None:
-        self._parts.append(tag)
-
-    def section(self, section: Section) -> None:
-        """A heading and a table, which scrolls by itself; rows without a header are sentences."""
-        self.add("h2", section.title)
-        lines = [("th", section.header)] if section.header else []
-        lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
-        body = "".join(
-            "<tr>"
-            + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row))
-            + "</tr>"
-            for kind, row in lines
-        )
-        kind = "" if section.header else "words"
-        self._parts.append(f'<div class="scroll"><table class="{kind}">{body}</table></div>')
-
-    @staticmethod
-    def _cell(kind: str, text: str, left: bool) -> str:
-        return f"<{kind}{' class=left' if left else ''}>{html.escape(text)}</{kind}>"
-
-    def plot(self, traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> None:
-        """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
-        name = f"plot-{len(self._plots)}"
-        self._parts.append(f'<div class="plot" id="{name}" style="height:{height}px"></div>')
-        own = {
-            "height": height,
-            "yaxis": {"title": {"text": y_title}, "rangemode": "tozero", "tickformat": ","},
-        }
-        self._plots.append((name, list(traces), LAYOUT | own | layout))
-
-    def render(self, title: str, plotly_js: str) -> str:
-        draw = "".join(
-            f"Plotly.newPlot({_script(name)},{_script(traces)},{_script(layout)},"
-            "{responsive: true, displayModeBar: false});"
-            for name, traces, layout in self._plots
-        )
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(self._parts)}"
-            f"<script>{plotly_js}</script><script>{draw}</script></body></html>\n"
-        )
-
-
-def _script(data: Any) -> str:
-    """JSON that can stand in a script element, whatever names and messages it holds."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+Span = tuple[int, float, float]  # which server was in a state, from when to when
 
 
 def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
-    page, timeline = Page(), results.timeline
     word, sentence = verdict_of(results)
-    page.open(f'<h1><b class="{word.split()[0]}">{html.escape(word)}</b>')
-    page.add("span", " " + re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence))
-    page.open("</h1>")
-    versions = f"{results.tool['name']} {results.tool['version']}"
-    page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
-    page.section(facts(results, baseline))
-    if results.capacity:
-        page.section(capacity_section(results.capacity, results.command == STRESS))
-    if timeline.servers and timeline.servers.user:
-        _plot_servers(page, timeline.servers, timeline.load_ended_s or 0.0)
-    _plot_watch(page, results)
-    if results.operations:
-        page.section(latency_section(results.operations, results.own_servers))
-        _plot_latency(page, results)
-    for section in _appendix(results, baseline):
-        page.section(section)
-    title = f"hub-stress-test: {word}: {sentence}"
-    return page.render(title, importlib.import_module("plotly.offline").get_plotlyjs())
+    unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
+    tool = f"{results.tool['name']} {results.tool['version']} {results.command}"
+    body = [
+        f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
+        element("p", f"{tool}, {results.started} to {results.finished}"),
+        section_html(facts(results, baseline)),
+        *_server_plots(results.timeline),
+        *_ping_plot(results.timeline),
+    ]
+    for section in (*tables_of(results, baseline), *_appendix(results)):
+        body += [section_html(section), *(_latency_plot(results) if section.title == "Latency" else ())]
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>hub-stress-test: {html.escape(f'{word}: {sentence}')}</title><style>{STYLE}</style>"
+        f"<script>{importlib.import_module('plotly.offline').get_plotlyjs()}</script></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
 
 
-def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
-    if baseline:
-        yield comparison_section(baseline, results)
+def element(tag: str, text: str, kind: str = "") -> str:
+    """An HTML element with this text, of a class or none."""
+    return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
+
+
+def section_html(section: Section) -> str:
+    """A heading and a table, which scrolls by itself; rows without a header are sentences."""
+    rows, lines = "", [section.header, *section.rows] if section.header else labelled_once(section.rows)
+    for n, line in enumerate(lines):
+        tag = "th" if section.header and n == 0 else "td"
+        cells = (element(tag, cell, "left" * (column in section.left)) for column, cell in enumerate(line))
+        rows += f"<tr>{''.join(cells)}</tr>"
+    kind = "numbers" if section.header else "words"
+    return f'{element("h2", section.title)}<div class="scroll"><table class="{kind}">{rows}</table></div>'
+
+
+def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
+    """A plot in HTML, whose x axis is the time since the run began."""
+    axis = {"rangemode": "tozero", "tickformat": ",", "gridcolor": "#8884", "zerolinecolor": "#8888"}
+    usual = {
+        "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
+        "xaxis": axis | {"title": {"text": "seconds since the run began"}},
+        "yaxis": axis | {"title": {"text": y_title}} | layout.pop("yaxis", {}),
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#777"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "x unified",
+        "showlegend": True,
+    }
+    config = {"responsive": True, "displayModeBar": False}
+    figure = {"data": traces, "layout": usual | layout, "config": config}
+    values = json.dumps(figure, separators=(",", ":")).replace("<", "\\u003c")  # a name may hold </script>
+    draw = f"Plotly.newPlot(document.currentScript.previousElementSibling,{values})"
+    return f'<div class="plot" style="height:{height}px"></div><script>{draw}</script>'
+
+
+def trace(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any) -> Trace:
+    """A line of a plot."""
+    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | more}
+
+
+def _appendix(results: Results) -> Iterator[Section]:
     if own := results.hub.metrics:
-        durations = [(f"spawn: {name}", one) for name, one in own.spawns.items()] + list(own.requests.items())
-        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations]
+        durations = {f"spawn: {name}": one for name, one in own.spawns.items()} | own.requests
+        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations.items()]
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
     if results.conditions:
-        judged = [
-            (one.condition, "met" if one.held else "not met", _value_text(one, results))
-            for one in results.conditions
-        ]
-        yield Section("Conditions", judged, ("the run fails if", "", "it is"))
-    given = {name.replace("_", "-"): value for name, value in results.options.items()}
-    for group in given.pop("event", None) or ():
-        words = ((key.replace("_", "-"), value) for key, value in group.items() if value and key != "name")
-        given[f"group {group['name']}"] = [key if value is True else f"{key} {value}" for key, value in words]
+        met = {True: "met", False: "not met"}
+        rows = [(one.condition, met[one.held], _value_text(one, results)) for one in results.conditions]
+        yield Section("Conditions", rows, ("the run fails if", "", "it is"))
+    given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
+    given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    texts = {
-        name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()
+    rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
+    yield Section("Options and versions", rows_of_options)
+
+
+def states_of(servers: ServersTimeline) -> dict[str, tuple[str, list[Span]]]:
+    """Each state with its colour, and which server was in it from when to when; infinite without an end."""
+    good, ended, opened, works = servers.ready, servers.ended_s, servers.opened_s, servers.works_s
+    never = [math.inf] * len(good)
+    ready, bad = ([at if ok is wanted else None for ok, at in zip(good, ended)] for wanted in (True, False))
+    asked = [due if at is None else at for due, at in zip(servers.due_s, servers.asked_s)]
+    sent = [at if first is None else first for first, at in zip(servers.throttled_s, asked)]
+    loaded = [start if at is None else at for start, at in zip(opened, servers.loaded_s)]
+    lost_or_left = zip(servers.lost_s, servers.left_s, never)
+    over = [min(at for at in moments if at is not None) for moments in lost_or_left]
+    rows: dict[str, tuple[str, Moments, Moments]] = {  # a later state is drawn on top
+        "asked": ("#94a3b8", servers.due_s, sent),
+        "throttled": (AMBER, servers.throttled_s, asked),
+        "starting": (BLUE, asked, ended),
+        "failed": (RED, bad, never),
+        "ready": ("rgba(34,163,85,.3)", ready, over),
+        "opening": ("#06b6d4", ready, opened),
+        "loading the page": (TEAL, opened, loaded),
+        "starting a kernel": (VIOLET, loaded, works),
+        "at work": ("#22a355", works, over),
+        "failed after it was ready": (RED, servers.failed_s, over),
+        "lost": ("#a21caf", servers.lost_s, never),
     }
-    shown = [(name, texts[name]) for name, value in given.items() if value not in (None, False, [])]
-    yield Section("Options and versions", shown)
+    states = {}
+    for state, (colour, begins, ends) in rows.items():
+        spans = [(n, a, b) for n, (a, b) in enumerate(zip(begins, ends)) if a is not None and b is not None]
+        states[state] = colour, [span for span in spans if span[1] <= span[2]]
+    return states
 
 
 def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting (throttled), starting, ready, in use, failed and lost at so many moments."""
-    due, asked, ended = (
-        sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s)
-    )
-    ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
-    lost, works = (sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.works_s))
-    ends = [
-        min((at for at in both if at is not None), default=None)
-        for both in zip(servers.lost_s, servers.left_s)
-    ]
-    over = sorted(at for at, good in zip(ends, servers.ready) if at is not None and good)
-    gone = sorted(at for at, began in zip(ends, servers.works_s) if at is not None and began is not None)
+    """How many servers were waiting, starting, ready, at work, failed and lost at so many moments."""
     moments = [until_s * n / points for n in range(points + 1)]
-    count = bisect.bisect_right
-    return {
-        "at_s": [round(at, 3) for at in moments],
-        "waiting": [count(due, at) - count(asked, at) for at in moments],
-        "starting": [count(asked, at) - count(ended, at) for at in moments],
-        "at work": [count(works, at) - count(gone, at) for at in moments],
-        "ready": [count(ready, at) - count(over, at) - count(works, at) + count(gone, at) for at in moments],
-        "failed": [count(ended, at) - count(ready, at) for at in moments],
-        "lost": [count(lost, at) for at in moments],
-    }
+    curves: dict[str, list[float]] = {}
+    for state, (_, spans) in states_of(servers).items():
+        begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
+        began, ended = ([bisect.bisect_right(row, at_s) for at_s in moments] for row in (begins, ends))
+        curves[state] = list(map(operator.sub, began, ended))
+    curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
+    curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
+    curves["at_s"] = [round(at_s, 3) for at_s in moments]
+    shown = ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
+    return {name: curves[name] for name in shown}
 
 
-def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
-    page.add("h2", "Servers")
-    curves = server_curves(servers, until_s)
-    kinds = {
-        "failed": RED,
-        "lost": LOST,
-        "at work": GREEN,
-        "ready": READY,
-        "starting": BLUE,
-        "waiting": AMBER,
-    }
-    kinds = {kind: colour for kind, colour in kinds.items() if any(curves[kind])}
-    stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
-    traces = [
-        stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()
-    ]
-    page.plot(traces, 260, "servers", hovermode="x unified")
-    page.add("h3", "How long each waited, in the order in which they were due")
-    asked, ended, good = servers.asked_s, servers.ended_s, servers.ready
-    taken = [at if held is None else held for held, at in zip(servers.throttled_s, asked)]
-    left = [
-        min(at for at in (until_s, *ends) if at is not None) for ends in zip(servers.lost_s, servers.left_s)
-    ]
-    opened, works, failed = servers.opened_s, servers.works_s, servers.failed_s
-    loaded = [page or start for page, start in zip(servers.loaded_s, opened)]
-    bars = [
-        _bars("asked", GREY, servers.due_s, taken, servers.user),
-        _bars("throttled", AMBER, servers.throttled_s, asked, servers.user),
-        _bars("starting", BLUE, [at if ok else None for at, ok in zip(asked, good)], ended, servers.user),
-        _bars("failed", RED, [None if ok else at for at, ok in zip(asked, good)], ended, servers.user),
-        _bars("ready", READY, [at if ok else None for at, ok in zip(ended, good)], left, servers.user),
-        _bars("opening", CYAN, [at if ok else None for at, ok in zip(ended, good)], opened, servers.user),
-        _bars("loading the page", TEAL, opened, loaded, servers.user),
-        _bars("starting a kernel", VIOLET, loaded, works, servers.user),
-        _bars("at work", GREEN, works, left, servers.user),
-        _bars("failed after it was ready", RED, failed, left, servers.user),
-        _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
-    ]
-    shown = [bar for bar in bars if bar["x"]]
-    page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
+def _server_plots(timeline: RunTimeline) -> Iterator[str]:
+    """How many servers were in each state, and how long each was, in the order in which they were due."""
+    servers, until_s = timeline.servers, timeline.load_ended_s or 0.0
+    if not servers or not servers.user:
+        return
+    states, curves = states_of(servers), server_curves(servers, until_s)
+    areas: list[Trace] = []
+    stack: Trace = {"x": curves.pop("at_s"), "stackgroup": "one", "mode": "none"}
+    for state, numbers in curves.items():
+        colour = AMBER if state == "waiting" else states[state][0]
+        areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
+    bars, width = [], max(1.0, min(9.0, 380 / len(servers.user)))
+    for state, (colour, spans) in states.items():
+        bar = trace(state, [], [], colour, width=width) | {"text": [], "hoverinfo": "text"}
+        for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
+            end_s = max(began_s, min(end_s, until_s))
+            bar["x"] += (began_s, end_s, None)
+            bar["y"] += (n + 1, n + 1, None)
+            bar["text"] += (*[f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
+        bars += [bar] * bool(spans)
+    yield element("h2", "Servers") + plot(areas, 260, "servers")
+    yield element("h3", "How long each waited, in the order in which they were due")
+    downwards = {"autorange": "reversed", "rangemode": "normal"}
+    yield plot(bars, 460, "server", hovermode="closest", yaxis=downwards)
 
 
-def _bars(name: str, colour: str, begins: Moments, ends: Moments, users: Sequence[str]) -> Trace:
-    """A horizontal bar for each server that has a beginning: one line with gaps, since there may be thousands."""
-    spans = enumerate(zip(begins, ends))
-    shown = [(n, a, b) for n, (a, b) in spans if a is not None and b is not None and b >= a]
-    said = [f"{users[n]}: {name} for {duration_text(end - begin)}" for n, begin, end in shown]
-    x = [at for _, begin, end in shown for at in (begin, end, None)]
-    y = [at for n, _, _ in shown for at in (n + 1, n + 1, None)]
-    text = [one for words in said for one in (words, words, "")]
-    width = max(1.0, min(9.0, 380 / len(users)))
-    return _line(name, x, y, colour, width=width) | {"text": text, "hoverinfo": "text"}
+def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
+    """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
+    for statistic, opacity in (("p50", 0.5), (high, 1.0)):
+        values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
+        more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
+        yield trace(f"{title} {statistic}", seen.at_s, values, colour) | more
+    failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
+    if failed:
+        marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
+        yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
 
 
-def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **line: Any) -> Trace:
-    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | line}
-
-
-def _plot_watch(page: Page, results: Results) -> None:
-    """What everybody else felt, beside how busy the hub was."""
-    ping, hub = results.timeline.operations.get("ping"), results.timeline.hub
+def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
+    """What everybody else felt, beside how busy the hub and other processes were."""
+    ping, hub = timeline.operations.get("ping"), timeline.hub
     if not ping:
         return
-    page.add("h2", "What everybody else felt, and how busy the hub was")
-    for sentence in time_spent(results):
-        page.add("p", sentence[:1].upper() + sentence[1:] + ".")
-    pings = (("ping p50", ping.p50_s, BLUE), ("ping max", ping.max_s, AMBER))
-    traces = [_line(name, ping.at_s, milliseconds(values), colour) for name, values, colour in pings]
-    traces += _failed_marks("ping", ping)
-    if not hub:
-        page.plot(traces, 280, "ping, ms", hovermode="x unified")
-        return
-    watched = {"hub": hub} | results.timeline.watched
-    busy = [
-        _cpu_line(name, one, colour) for (name, one), colour in zip(watched.items(), itertools.cycle(LINES))
-    ]
-    busy[0] |= {"fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
-    right = {
-        "title": {"text": "CPU, % of a processor"},
-        "overlaying": "y",
-        "side": "right",
-        "showgrid": False,
-    }
-    right |= {"range": [0, max([105, *(share for line in busy for share in line["y"])])], "dtick": 25}
-    margin = LAYOUT["margin"] | {"r": 56}
-    page.plot([*traces, *busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
-    page.add("h3", "Open files, connections among them")
-    lines = zip(watched.items(), itertools.cycle(LINES))
-    files = [_line(_whose(name), one.at_s, one.open_files, colour) for (name, one), colour in lines]
-    page.plot(files, 230, "open files", hovermode="x unified")
+    busy, watched = [], {"hub": hub} | timeline.watched if hub else {}
+    for (name, process), colour in zip(watched.items(), itertools.cycle((RED, VIOLET, TEAL, "#a8763e"))):
+        share = [round(100 * (one or 0.0)) for one in process.cpu_share]
+        moments = [process.at_s[0], *process.cpu_at_s]
+        title = "hub's CPU" if name == "hub" else f"CPU of {name}"
+        busy.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
+    most = max([105, *(share for one in busy for share in one["y"])])
+    right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
+    right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
+    yield element("h2", "What everybody else felt, and how busy the hub was")
+    yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 280, "ping, ms", yaxis2=right)
 
 
-LINES = (RED, VIOLET, TEAL, BROWN)  # the hub's, and those of whatever else is watched
-
-
-def _cpu_line(name: str, seen: HubTimeline, colour: str) -> Trace:
-    share = [round(100 * (one or 0.0)) for one in seen.cpu_share]
-    title = "hub's CPU" if name == "hub" else f"CPU of {name}"
-    line = _line(title, [seen.at_s[0], *seen.cpu_at_s], [*share[:1], *share], colour, shape="vh", width=1)
-    return line | {"yaxis": "y2"}
-
-
-def milliseconds(seconds: Moments) -> list[float | None]:
-    """The same durations in milliseconds; None stays None."""
-    return [None if one is None else round(one * 1000, 1) for one in seconds]
-
-
-def _failed_marks(title: str, seen: OperationTimeline) -> list[Trace]:
-    """Marks on the axis where something failed."""
-    failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
-    marks = _line(f"{title} failed", [at for at, _ in failed], [0] * len(failed), RED)
-    text = [f"{number} failed" for _, number in failed]
-    return [marks | {"mode": "markers", "cliponaxis": False, "text": text}] if failed else []
-
-
-def _plot_latency(page: Page, results: Results) -> None:
+def _latency_plot(results: Results) -> Iterator[str]:
     """How long people waited, or how long the requests of the load took, over time."""
-    felt = (
-        ("server_ready", "at_work")
-        if results.command == STRESS
-        else results.options.get("mix") or DEFAULT_MIX
-    )
-    traces: list[Trace] = []
-    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, *LINES[1:]))):
+    felt, traces = results.options.get("mix") or DEFAULT_MIX, list[Trace]()
+    felt = ("server_ready", "at_work") if results.command == STRESS else felt
+    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, VIOLET, TEAL))):
         if seen := results.timeline.operations.get(name):
-            title = title_of(name, results.own_servers)
-            for label, values, dash in (("p50", seen.p50_s, "dot"), ("p95", seen.p95_s, "solid")):
-                line = _line(f"{title} {label}", seen.at_s, milliseconds(values), colour, dash=dash)
-                traces.append(line | {"mode": "lines+markers"})
-            traces += _failed_marks(title, seen)
+            traces += _latency_lines(title_of(name, results.own_servers), seen, colour, "p95")
     if traces:
-        page.add("h3", "Over time, by when each was due")
-        page.plot(traces, 260, "ms")
+        yield element("h3", "Over time, by when each was due") + plot(traces, 260, "ms")
 
 
-# ==== Files ==========================================================================================================
+# ==== Files =================================================================================================
 
 
 def render_results(results: Results, baseline: Json | None = None) -> str:
@@ -6954,27 +6717,27 @@ def render_results(results: Results, baseline: Json | None = None) -> str:
 
 
 def write_files(plan: Plan, results: Results) -> Results:
-    """Write the files that were asked for; the results, which have failed when one could not be written (any more)."""
-    files = (("--report", plan.report, render_report), ("--results", plan.results, render_results))
+    """Write the files that were asked for; the results, which fail when a file cannot be written any more."""
+    files = (("report", plan.report, render_report), ("results", plan.results, render_results))
     for flag, path, render in files:
         try:
             if path:
                 write_whole(path, render(results, plan.baseline))
         except OSError as error:
-            sentence = f"{flag} {path} could not be written: {_in_words(error)}"
+            sentence = f"--{flag} {path} could not be written: {_in_words(error)}"
             LOG.error(sentence)
-            code = results.exit_code or int(ExitCode.FAILED)
-            results = dataclasses.replace(results, warnings=[*results.warnings, sentence], exit_code=code)
+            code, warnings = results.exit_code or int(ExitCode.FAILED), [*results.warnings, sentence]
+            results = dataclasses.replace(results, warnings=warnings, exit_code=code)
     return results
 
 
 def write_whole(path: str, text: str) -> None:
-    """Write a file, or the one that a link points to, whole or not at all.
-
-    Standard output, pipes and devices are written to as they are.
-    """
-    if os.path.exists(path) and not os.path.isfile(path) or _is_standard_output(path):
-        with open(os.dup(1) if _is_standard_output(path) else path, "w", encoding="utf-8") as file:
+    """Write a file, or the one that a link points to, whole or not at all; stdout and pipes as they are."""
+    standard_output = False
+    with contextlib.suppress(OSError):
+        standard_output = os.path.samestat(os.stat(path), os.fstat(1))
+    if standard_output or os.path.exists(path) and not os.path.isfile(path):
+        with open(os.dup(1) if standard_output else path, "w", encoding="utf-8") as file:
             file.write(text)
         return
     target = os.path.realpath(path)
@@ -6987,13 +6750,6 @@ def write_whole(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-
-
-def _is_standard_output(path: str) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(1))
-    except OSError:
-        return False
 
 
 # ==== The seeds' functions: thin wrappers, for use as a library =============================================

@@ -658,12 +658,11 @@ PLANS: dict[str, list[str]] = {
     "stress-test": [
         "hub not given yet",
         "users hub-stress-test-1 to -100, or as many after the highest number in use",
-        "people 100 people, 10 at a time (3 until one server is ready): the first at once, the last after 1 min 40 s; "
-        "100 servers at one time",
+        "people 100 people, 10 at a time (3 until one server is ready): the first at once, the last after 1 min 40 s",
         "each person starts a server (at most 60.0 s)",
         "requests 2 checks, 2 lists, 10 creates, 100 starts, 100 stops, 100 deletes; a progress stream for each slow "
         "start; 5 pings per second; with read:metrics, the hub's figures every 5 s",
-        "duration from the first start on, about 1 min 50 s if servers start in 10 s, at most 34 min 0 s if",
+        "duration about 1 min 50 s from the first start on if servers start in 10 s, at most 34 min 0 s if",
         "cost 100 servers and no kernels at one time",
         "cleanup users are removed; times out after 5 min 0 s without progress",
         "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers",
@@ -672,19 +671,19 @@ PLANS: dict[str, list[str]] = {
     "stress-test -c 1 -e http://x/hub/api --run ci --keep --server-timeout 5s": [
         "hub http://x/hub/api",
         "users hub-stress-test-ci-1, or",
-        "people 1 person, 10 at a time: the first at once, the last at once; 1 server at one time",
+        "people 1 person, 10 at a time: the first at once, the last at once",
         "requests 2 checks, 1 list, 1 create, 1 start; a progress stream",
-        "about 5.00 s if servers start in 10 s, at most 5.00 s if",
+        "about 5.00 s from the first start on if servers start in 10 s, at most 5.00 s if",
         "cleanup users are kept",
     ],
     "stress-test -c 300 --within 5m --seed 7 --work --hold 30m --check-proxy": [
-        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after 4 min "
-        "58 s; 300 servers at one time",
+        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after "
+        "4 min 58 s",
         "each person starts a server (at most 60.0 s), opens its page (at most 30.0 s), runs 6*7 again and again in a "
         "kernel (at most 60.0 s each, 10.0 s between two), stays until 30 min 0 s after the last has got this far",
         "requests 3 checks, 2 lists, 30 creates, 300 starts, 600 reads, 300 stops, 300 deletes, "
         "600 visits, 300 kernels; a progress stream",
-        "about 35 min 8 s if servers start in 10 s, at most 38 min 58 s if",
+        "about 35 min 8 s from the first start on if servers start in 10 s, at most 38 min 58 s if",
         "cost 300 servers and 300 kernels at one time",
         "proxy check after that, with one of the servers or one more: some three minutes, and up to 120 connections",
         "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers access:servers, for the "
@@ -693,11 +692,10 @@ PLANS: dict[str, list[str]] = {
     ],
     "stress-test -c 60 --rate 1 --visit --stay 10s --own-servers": [  # 20 s each, of which a new one comes each second
         "servers hub-stress-test-1 to -60, or",
-        "people 60 people, 1 per second, however slow the hub: the first at once, the last after 59.0 s; "
-        "about 20 servers at one time",
+        "people 60 people, 1 per second, however slow the hub: the first at once, the last after 59.0 s",
         "opens its page (at most 30.0 s), leaves 10.0 s after getting to work",
         "requests 3 checks, 2 lists, 60 starts, 120 reads, 60 stops, 60 deletes, 120 visits",
-        "about 79.0 s if",
+        "about 79.0 s from the first start on if",
         "cost about 20 servers and no kernels at one time",
         "cleanup servers are removed",
         "scopes delete:servers!user=<owner>, read:servers!user=<owner>, servers!user=<owner> "
@@ -706,14 +704,14 @@ PLANS: dict[str, list[str]] = {
     "stress-test -c 2 --work --notebook class.py --page lab.har": [
         "fetches 1 part of the page, runs 3 cells of class.py in a kernel (at most 60.0 s each, 10.0 s between two)",
         "2 visits, 2 pages, 2 kernels",
-        "about 30.0 s if servers start in 10 s, at most 5 min 20 s if",
+        "about 30.0 s from the first start on if servers start in 10 s, at most 5 min 20 s if",
     ],
     "stress-test --event class.toml --seed 7": [
         "users hub-stress-test-1 to -210, or",
         "people students: 200 people, at random moments within 5 min 0 s (--seed 7): the first after",
-        "200 servers at one time each person students: starts a server",
+        "each person students: starts a server",
         "people assistants: 10 people, 1 per second, from 60.0 s on, however slow the hub: the first after 60.0 s, the "
-        "last after 69.0 s; about 10 servers at one time each person assistants: starts a server (at most 60.0 s), "
+        "last after 69.0 s each person assistants: starts a server (at most 60.0 s), "
         "leaves 5 min 0 s after getting to work",
         "210 starts, 410 reads, 210 stops, 210 deletes, 400 visits, 200 kernels",
         "cost about 210 servers and 200 kernels at one time",

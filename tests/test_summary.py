@@ -313,10 +313,7 @@ def test_a_message_that_the_hub_says_of_every_server_tells_nothing_of_the_slowes
     events = [ready(n, waited_s=float(n), message="Pulling the image") for n in range(1, 8)]
     results = results_of(events)
     assert results.servers and results.servers.usual_message == "Pulling the image"
-    (sentence,) = told(results, "slowest")
-    assert sentence.replace("\N{NO-BREAK SPACE}", " ") == "; ".join(
-        f"{n}.00 s, hub-stress-test-{n}" for n in (7, 6, 5, 4, 3)
-    )
+    assert told(results, "slowest") == ["; ".join(f"{n}.00 s, hub-stress-test-{n}" for n in (7, 6, 5, 4, 3))]
 
 
 def test_a_message_that_tells_servers_apart_says_where_the_slowest_took_long() -> None:
@@ -324,17 +321,16 @@ def test_a_message_that_tells_servers_apart_says_where_the_slowest_took_long() -
     results = results_of(events)
     assert results.servers and results.servers.usual_message == ""
     assert told(results, "slowest") == [
-        "7.00 s, hub-stress-test-7: longest at: Pulling the image",
-        "6.00 s, hub-stress-test-6: longest at: Pulling the image",
-        *(f"{n}.00 s, hub-stress-test-{n}: longest at: Starting" for n in (5, 4, 3)),
+        "7.00 s, hub-stress-test-7: longest at: Pulling the image; "
+        "6.00 s, hub-stress-test-6: longest at: Pulling the image; "
+        + "; ".join(f"{n}.00 s, hub-stress-test-{n}: longest at: Starting" for n in (5, 4, 3))
     ]
 
 
 def test_the_slowest_say_how_often_they_were_throttled() -> None:
     events = [ready(1, 1.0, message="Pulling"), ready(2, 5.0, throttled=3, throttled_s=1.0, message="Pulling")]
     assert told(results_of(events), "slowest") == [
-        "5.00 s, hub-stress-test-2: throttled 3 ×",
-        "1.00 s, hub-stress-test-1",
+        "5.00 s, hub-stress-test-2: throttled 3 ×; 1.00 s, hub-stress-test-1"
     ]
 
 
@@ -427,7 +423,7 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
             ["see the hub's log for the users", "servers were lost while held: an idle culler"],
         ),
         (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise its concurrent_spawn_limit"]),
-        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93 % of a processor"]),
+        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub is CPU-bound: it used 93 % of a processor"]),
         (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
         (
             set(),
