@@ -81,7 +81,7 @@ def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> Non
 def test_once_one_person_of_each_group_comes_at_once(file: Path) -> None:
     plan, usual = plan_for(file, "--once"), plan_for(file)
     assert plan.count == 2 and plan.options()["once"]
-    alone = {"count": 1, "within_s": 1.0, "rate_per_s": None, "after_s": 0.0}
+    alone = {"count": 1, "within_s": 1.0, "rate_per_s": None, "after_s": 0.0, "once": True}
     assert plan.event == tuple(dataclasses.replace(group, **alone) for group in usual.event)
     assert all(at_s <= 1.0 for at_s, _ in hst.arrivals(plan))
     with pytest.raises(hst.UsageError, match="--once has a meaning only with --event"):
