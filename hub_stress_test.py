@@ -7,52 +7,51 @@
 
 Three commands answer, from a shell or a CI job:
 
-  question                                         command                                           takes
-  What would it do? (no request is sent)           --dry-run stress-test --count 30                  a second
-  Do three servers start?                          stress-test --count 3                             a start
-  What if 30 people come within a minute?          stress-test --count 30 --rate 0.5                 1 to 3 min
-  Can 300 people work, who come in five minutes?   stress-test --count 300 --within 5m --work        6 to 15 min
-  Does the proxy lose connections of open tabs?    stress-test --count 3 --check-proxy               3 min
-  How many people a minute does it take?           stress-test --find-capacity --max-servers 200     10 to 20 min
-  Do 100 servers stay up for ten minutes?          stress-test --count 100 --hold 10m --visit        15 min
-  Does it bear the reports of 3,000 servers?       activity-stress-test --rate 10 --duration 5m      5 min
-  How many reports per second does it sustain?     activity-stress-test --find-capacity              1 to 4 min
-  What did earlier runs leave?                     purge                                             seconds
-  What can I find out without being an admin?      stress-test --count 5 --own-servers               a start
+  question                                      command                                         takes
+  What would it do? (no request is sent)        --dry-run stress-test --count 30                a second
+  Do three servers start?                       stress-test --count 3                           a start
+  What if 30 people come within a minute?       stress-test --count 30 --rate 0.5               1 to 3 min
+  Can 300 people work, who come in 5 minutes?   stress-test --count 300 --within 5m --work      6 to 15 min
+  Does the proxy lose connections of tabs?      stress-test --count 3 --check-proxy             3 min
+  How many people a minute does it take?        stress-test --find-capacity --max-servers 200   10 to 20 min
+  Do 100 servers stay up for ten minutes?       stress-test --count 100 --hold 10m --visit      15 min
+  Can it take the reports of 3,000 servers?     activity-stress-test --rate 10 --duration 5m    5 min
+  How many reports per second does it sustain?  activity-stress-test --find-capacity            1 to 4 min
+  What did earlier runs leave?                  purge                                           seconds
+  What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; with --visit, --page and --work it
-follows each person through the proxy to the results of their cells; with --own-servers it needs no admin rights, and
-starts named servers of whoever the token belongs to instead. activity-stress-test makes users alone, and sends
-the activity reports that running servers send; purge removes what earlier runs left behind.
+stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
+follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
+starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
+enough, Locust runs this same file: locust -f hub_stress_test.py.
 
-Where one machine is not enough, Locust runs this same file: locust -f hub_stress_test.py.
+What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
+starts and stops their servers, and deletes them. It writes to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
+admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
+listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
+that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
+connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
+--own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
 
-What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>), starts and
-stops their servers, and deletes them. It writes to users that it made; purge and activity-stress-test also to those of
-earlier runs, whose whole name follows that pattern, and never to an admin. Unless --keep is given, every user it made
-is deleted before it ends, whatever happened, and the hub is listed once more to be sure; what could not be removed is
-named, with exit code 4. What a hub keeps of users that it deletes (unix accounts, home directories, volumes) stays.
-With --check-proxy, a proxy that loses connections keeps those it lost for an hour, which no cleanup can take back: that
-is reported, and fails the run. With --own-servers it makes no users, but named servers of the token's owner, of which
-all this is true; the owner's other servers are left alone.
+What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
+that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
+was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
+sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
+slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
+succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
 
-What the numbers mean. "Server ready" is what a person waits: from the moment a start was due to the moment the hub says
-that the server is ready, throttling included. "Stay" is a server that was held: it failed if the server was lost, by
-the hub's word or, with --visit, because it no longer answers. "Visit" runs from ready to the page. Every other latency
-runs from sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Ping" reads one user five times a second, and counts from when each ping was
-due: it is what everybody else on the hub feels. "At work" is what a person waits who wants to work: from the moment
-they were due to the page of their server, or to the result of their first cell. "Hub's own" comes from the hub's
-metrics page. Latencies are of what succeeded; failures are counted beside them, never averaged in. Percentiles are
-within 1 %.
+Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
+the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
+143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or the run
-could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing was changed);
-4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and 143 interrupted by SIGINT
-and SIGTERM, cleaned up.
-
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a proxy, a
-page or a kernel costs is not measured. Two runs at the same time on one hub need different --run names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
+proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
+names.
 """
 
 from __future__ import annotations
@@ -94,18 +93,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from http.cookiejar import DefaultCookiePolicy
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 from urllib3.util.retry import Retry
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-# ==== Constants and exit codes =======================================================================================
+# ==== Constants and exit codes ==============================================================================
 
 __version__ = "0.1.0"
 
@@ -144,7 +144,6 @@ PINGS_AT_MOST = 20  # under way at the same time
 PROGRESS_EVERY_S = 5.0
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
-VISIT_TIMEOUT_S = 30.0
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -174,7 +173,7 @@ class ExitCode(enum.IntEnum):
     SIGTERM = 143
 
 
-# ==== Errors, by what the user does next =============================================================================
+# ==== Errors, by what the user does next ====================================================================
 
 
 class HubStressError(Exception):
@@ -212,18 +211,18 @@ class Stopped(Exception):
     """The run was told to stop."""
 
 
-# ==== Pure rules: words and numbers ==================================================================================
+# ==== Pure rules: words and numbers =========================================================================
 
 
 class Secret(str):
-    """A string that shows itself to no repr, so that no traceback, debugger or log can print it by accident."""
+    """A string that no repr shows, so that no traceback, debugger or log can print it by accident."""
 
     def __repr__(self) -> str:
         return "'***'"
 
 
 def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; a dash for None."""
+    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; – for None."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -264,21 +263,22 @@ def without_credentials(url: str) -> str:
 
 def counted(number: float, noun: str, plural: str = "") -> str:
     """A number with its noun: 1 user, 3,000 users, 2 people, 1.5 people."""
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-    return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"
+    digits = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{digits} {noun if digits == '1' else plural or f'{noun}s'}"
 
 
 def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
     """Phase, done, failed, rate, and how long the rest takes at that rate."""
-    of, left = (f" of {total:,}", "") if total else ("", "")
+    of_total, rest = f" of {total:,}" if total else "", ""
     if total and 0 < done < total:
-        left_s = elapsed_s / done * (total - done)
-        left = f", about {f'{left_s:.0f} s' if left_s < 100 else duration_text(left_s)} left"
+        rest_s = elapsed_s / done * (total - done)
+        rest = f", about {f'{rest_s:.0f} s' if rest_s < 100 else duration_text(rest_s)} left"
     some_failed = f", {failed:,} failed" if failed else ""
-    return f"{phase}: {done:,}{of} done{some_failed} after {elapsed_s:.0f} s, {done / elapsed_s:.1f} per second{left}"
+    rate = f"{done / elapsed_s:.1f} per second"
+    return f"{phase}: {done:,}{of_total} done{some_failed} after {elapsed_s:.0f} s, {rate}{rest}"
 
 
-# ==== Pure rules: names ==============================================================================================
+# ==== Pure rules: names =====================================================================================
 
 RUN_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _ANY_RUN = re.compile(rf"{USERNAME_PREFIX}-(?:{RUN_NAME.pattern}-)?(?:0|[1-9][0-9]*)")
@@ -290,12 +290,9 @@ def username(index: int, run: str = "") -> str:
 
 
 def index_of(name: str, run: str = "") -> int | None:
-    """The number in a name of this very run; None for any other name."""
-    prefix = username(0, run)[:-1]
-    digits = name.removeprefix(prefix)
-    if digits == name or not re.fullmatch("0|[1-9][0-9]*", digits):
-        return None
-    return int(digits)
+    """The index in one of this run's user names, else None."""
+    match = re.fullmatch(f"{re.escape(username(0, run)[:-1])}(0|[1-9][0-9]*)", name)
+    return int(match[1]) if match else None
 
 
 def is_test_user(name: str, run: str | None = None) -> bool:
@@ -304,8 +301,8 @@ def is_test_user(name: str, run: str | None = None) -> bool:
 
 
 def first_free_index(names: Iterable[str], run: str = "") -> int:
-    """One more than the highest index in use; gaps are not filled, since a gap may be in use a moment later."""
-    return 1 + max((index for name in names if (index := index_of(name, run)) is not None), default=0)
+    """One more than the highest index in use; gaps are not filled, since others may be about to use them."""
+    return 1 + max((index_of(name, run) or 0 for name in names), default=0)
 
 
 def natural(name: str) -> tuple[str, int]:
@@ -315,31 +312,31 @@ def natural(name: str) -> tuple[str, int]:
 
 
 def names_text(names: Iterable[str]) -> str:
-    """Names in natural order, three and more in a row as the first `to` the last: hub-stress-test-1 to -60."""
-    groups: list[list[str]] = []
+    """Names in natural order, three or more in a row as first `to` last: hub-stress-test-1 to -60."""
+    rows: list[list[str]] = []
     for name in sorted(names, key=natural):
         text, number = natural(name)
-        if groups and natural(groups[-1][-1]) == (text, number - 1):
-            groups[-1].append(name)
+        if rows and natural(rows[-1][-1]) == (text, number - 1):
+            rows[-1].append(name)
         else:
-            groups.append([name])
-    shown = ((f"{one[0]} to -{natural(one[-1])[1]}",) if len(one) > 2 else one for one in groups)
-    return " ".join(name for group in shown for name in group)
+            rows.append([name])
+    texts = (f"{row[0]} to -{natural(row[-1])[1]}" if len(row) > 2 else " ".join(row) for row in rows)
+    return " ".join(texts)
 
 
 def with_few_names(text: str) -> str:
-    """A text in which a list of our names, as a hub gives those that it refuses, is written as `names_text` does."""
+    """A hub's message whose lists of test users are shortened as by `names_text`."""
     name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
-    return re.sub(rf"{name}(?:, {name})+", lambda found: names_text(found[0].split(", ")), text)
+    return re.sub(rf"{name}(?:, {name})+", lambda match: names_text(match[0].split(", ")), text)
 
 
 def thing(own_servers: bool) -> str:
-    """What a run makes and removes, one of them."""
+    """What a run makes and removes."""
     return "server" if own_servers else "user"
 
 
 def things(own_servers: bool) -> str:
-    """What a run makes and removes."""
+    """The plural of `thing`."""
     return f"{thing(own_servers)}s"
 
 
@@ -349,24 +346,24 @@ def purge_command(run: str | None, own_servers: bool = False) -> str:
 
 
 def pods_command(run: str | None, own_servers: bool = False) -> str:
-    """The command that finds the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
+    """The command that lists the pods and volumes of a run's servers on Kubernetes, whose names may be cut.
 
-    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for each hyphen.
+    KubeSpawner calls them jupyter-hub-stress-test-1 and claim-hub-stress-test-1, before 7.0 with -2d for -.
     """
     name = USERNAME_PREFIX if own_servers or not run else username(0, run)[:-2][:36]
     return f"kubectl get pods,pvc -n NAMESPACE | grep -E '{name.replace('-', '-(2d)?')}'"
 
 
 def still_starting(number: int) -> str:
-    """What may be left of so many servers that were stopped while they were starting."""
+    """What may remain of this many servers that were stopped while they were starting."""
     they, their = ("it was", "its") if number == 1 else ("they were", "their")
     return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} spawner may have "
-        "left jobs, pods or containers (squeue, kubectl, docker ps)"
+        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
+        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
     )
 
 
-# ==== Pure rules: conditions =========================================================================================
+# ==== Pure rules: conditions ================================================================================
 
 LATENCY_STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
 STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
@@ -374,12 +371,7 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": oper
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
 KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
-COUNTS = (
-    "errors",
-    "in_front",
-    "reasons",
-    "statuses",
-)  # mappings of the results in which an absent name counts 0
+COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings in results where an absent name counts 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,26 +395,23 @@ class Condition:
     limit: float  # seconds, a share, a number, or a multiple of the baseline's value
     unit: str  # as it was written; x for such a multiple
 
-    def judge(self, found: Json, baseline: Json | None) -> Judgement:
-        """Whether results meet the condition; where nothing was measured, they do."""
-        value, before = metric_value(found, self.metric), None
+    def judge(self, results: Json, baseline: Json | None) -> Judgement:
+        """Whether the condition is met. A metric without data meets every condition."""
+        value, before = metric_value(results, self.metric), None
         limit: float | None = self.limit
         if self.unit == "x":
             before = metric_value(baseline or {}, self.metric)
             limit = None if before is None else before * self.limit
-        held = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
-        return Judgement(self.text, value, held, limit, before)
+        met = value is None or limit is None or COMPARISONS[self.comparison](value, limit)
+        return Judgement(self.text, value, met, limit, before)
 
 
-def metric_value(found: Json, metric: str) -> float | None:
-    """The value of a condition's metric in results, by its path or a short form; None when nothing was measured.
-
-    Where counts are kept by name, as in `http.statuses`, an absent name counts 0.
-    """
+def metric_value(results: Json, metric: str) -> float | None:
+    """The value of a condition's metric, by its path or a short form; None when nothing was measured."""
     name, _, statistic = metric.rpartition(".")
-    of_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
-    for path in (["http", metric] if metric == "throttled" else metric.split("."), of_operation):
-        value: Any = found
+    in_operation = ["operations", name, *["latency_s"] * (statistic in LATENCY_STATISTICS), statistic]
+    for path in (["http", metric] if metric == "throttled" else metric.split("."), in_operation):
+        value: Any = results
         for above, key in zip(("", *path), path):
             value = value.get(key, 0 if above in COUNTS else None) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)):
@@ -431,7 +420,7 @@ def metric_value(found: Json, metric: str) -> float | None:
 
 
 def unit_of(metric: str) -> str:
-    """What a metric's value is in, by its keys: seconds (s), bytes, a share of 1 (%), or nothing for a plain number."""
+    """The unit of a metric, by its keys: seconds (s), bytes, a share of 1 (%), or "" for a plain number."""
     *_, above, key = ("", *metric.split("."))
     if key in STATISTICS:
         return "s" if key in LATENCY_STATISTICS else ""
@@ -445,46 +434,55 @@ def value_text(value: float, metric: str) -> str:
     return texts.get(unit_of(metric), "{:g}".format)(value).replace("%", " %")
 
 
-# ==== The plan, made from one table of options =======================================================================
+# ==== The plan, made from one table of options ==============================================================
 #
-# The fields of Plan are the table: each says how it is written on the command line, for which commands, and under
-# Locust. Parser, help, the results' `options` and Locust's options are made from it. First, what a value may be.
+# A field of Plan is a row of the table: how its option is written, where it can stand, and the rules that it
+# brings with it. The command line, an event's file, the results' `options` and Locust's options are made from
+# these rows. First, what a value may be.
 
 
-def whole_number(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
+def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
+    """What to raise for a text that is not what was expected."""
+    return argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
 
 
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return float(text)
+def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+    """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
+
+    def parse(text: str) -> T:
+        """The value of a text; raises `argparse.ArgumentTypeError`."""
+        if not re.fullmatch(pattern, text) or not (value := value_of(text)):
+            raise bad_value(expected, text)
+        return value
+
+    return parse
 
 
-def duration(text: str) -> float:
-    """Seconds in a duration like 90, 90s, 5m or 1h."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|)", text)
-    if not match or not (seconds := float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]):
-        raise argparse.ArgumentTypeError(f"expected a duration like 90, 90s, 5m or 1h, not {text!r}")
-    return seconds
+whole_number = matching("[0-9]+", "a whole number of at least 1", int)
+positive_number = matching(r"[0-9]*\.?[0-9]+", "a number above 0", float)
+duration = matching(
+    r"[0-9]+(\.[0-9]+)?[smh]?",
+    "a duration like 90, 90s, 5m or 1h",
+    lambda text: float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1], 1),
+)
+run_name = matching(  # hubs lower-case user names
+    f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
+)
+group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """When the n-th (from 0) of many is due, in seconds since the first one, however slowly the hub answers.
 
-    Its stages follow each other: so many per second, for so many seconds. A fixed rate is a stage that need not end.
+    Each stage is a rate per second and its duration in seconds. A fixed rate is a stage that need not end.
     """
 
     stages: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, rate: float | Schedule | None, for_s: float = math.inf) -> Schedule | None:
-        """So many per second, for so long; stages as they are; None without a rate."""
+        """A rate as a schedule; stages as they are; None without a rate."""
         return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
 
     def __str__(self) -> str:
@@ -513,11 +511,11 @@ def _due_within(rate_per_s: float, for_s: float) -> int:
 
 
 def rate_of(text: str) -> float | Schedule:
-    """So many per second, or stages of that, from R:DURATION,…"""
+    """A rate per second, or stages from R:DURATION,…"""
     if ":" not in text:
         return positive_number(text)
     stages = [part.strip().partition(":") for part in text.split(",")]
-    return Schedule(tuple((positive_number(rate), duration(lasts)) for rate, _, lasts in stages))
+    return Schedule(tuple((positive_number(rate), duration(for_s)) for rate, _, for_s in stages))
 
 
 def fastest(rate: float | Schedule | None) -> float:
@@ -527,36 +525,38 @@ def fastest(rate: float | Schedule | None) -> float:
 
 def rate_text(rate: float | Schedule) -> str:
     """2.5 per second; stages follow each other: 1 per second for 60.0 s, then 5 per second for 30.0 s."""
-    stages = rate.stages if isinstance(rate, Schedule) else ((rate, 0.0),)
-    return ", then ".join(
-        f"{each:.4g} per second" + f" for {duration_text(s)}" * bool(s) for each, s in stages
-    )
-
-
-def run_name(text: str) -> str:
-    """A run's name: lower-case letters, digits and inner hyphens, since hubs lower-case user names."""
-    if not RUN_NAME.fullmatch(text) or len(text) > 40:
-        raise argparse.ArgumentTypeError(
-            f"expected at most 40 lower-case letters, digits and inner hyphens, not {text!r}"
-        )
-    return text
+    if not isinstance(rate, Schedule):
+        return f"{rate:.4g} per second"
+    return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise argparse.ArgumentTypeError(
-            f"expected a URL like https://hub.example.org/hub/api, not {without_credentials(text)!r}"
-        )
+        raise bad_value("a URL like https://hub.example.org/hub/api", without_credentials(text))
     return without_credentials(text).rstrip("/")
 
 
 def token_text(text: str) -> Secret:
-    """A token, wrapped so that it cannot be printed by accident."""
+    """A token. A text that is refused may be a secret too, and is not shown."""
     if not re.fullmatch(r"[!-~]+", text):
         raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
     return Secret(text)
+
+
+def header(text: str) -> tuple[str, Secret]:
+    """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
+    match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
+    name, value = match.groups()
+    if name.lower() in ("authorization", "content-length", "host"):
+        why_not = (
+            "the hub's token is sent in it" if name.lower() == "authorization" else "each request has its own"
+        )
+        raise argparse.ArgumentTypeError(f"the header {name} cannot be set: {why_not}")
+    return name, Secret(value)
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -564,7 +564,7 @@ def mix_of(text: str) -> dict[str, float]:
     parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
     mix = {part[1]: float(part[2]) for part in parts if part}
     if len(mix) != len(parts) or not all(mix.values()):
-        raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
+        raise bad_value("NAME=WEIGHT,… like activity=8,read=2", text)
     return mix
 
 
@@ -583,7 +583,7 @@ def profile_value(text: str) -> str | Json:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """Another process of the deployment, and where it shows its figures."""
+    """Another process of the deployment, and the URL of its figures."""
 
     name: str
     url: str
@@ -596,22 +596,21 @@ def watched(text: str) -> Watched:
     """A process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub=…), not {without_credentials(text)!r}"
-        )
+        raise bad_value("NAME=URL, like proxy=http://proxy:8002/metrics (not hub)", without_credentials(text))
     return Watched(name, url)
 
 
-def results_file(text: str) -> Json:
-    """The results that an earlier run wrote."""
-    try:
-        with open(text, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as results ({error})") from None
-    if not isinstance(found, dict) or found.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
-    return found
+def condition(text: str) -> Condition:
+    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
+    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
+    if not match:
+        raise bad_value("METRIC OP VALUE, like 'server_ready.p95 > 30s'", text)
+    metric, comparison, limit, unit = match.groups()
+    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def writable_file(text: str) -> str:
@@ -629,61 +628,64 @@ def samples_file(text: str) -> str:
     return writable_file(text)
 
 
+@contextlib.contextmanager
+def reading(path: str, kind: str) -> Iterator[str]:
+    """The text of a file, for a `with` block that reads it, whose errors refuse the file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield file.read()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as {kind} ({_in_words(error)})") from None
+
+
+def _in_words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)  # without the file's name
+
+
+def results_file(text: str) -> Json:
+    """The results that an earlier run wrote."""
+    with reading(text, "results") as content:
+        results = json.loads(content)
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+    return results
+
+
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a browser fetched when it opened a page: paths below the server's own, and the statuses that it got."""
+    """What a browser fetched when it opened a page: paths below the server's own, and the statuses it got."""
 
     file: str
     requests: tuple[tuple[str, int], ...]
 
 
-SECRET = re.compile(
-    "token|code|state|auth|key|xsrf|secret", re.IGNORECASE
-)  # parameters that stay in the recording
+SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
 
 
 def recording(text: str) -> Recording:
-    """The GETs below one person's server in a HAR file, in order; cookies, tokens and bodies are not taken over."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            entries = [
-                (one["request"], one["response"]["status"]) for one in json.load(file)["log"]["entries"]
-            ]
-        urls = [
-            (urllib.parse.urlsplit(asked["url"]), status)
-            for asked, status in entries
-            if asked["method"] == "GET"
-        ]
-        below = [(BELOW_A_SERVER.search(url.path), url, status) for url, status in urls if status >= 200]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a HAR file ({_in_words(error)})"
-        ) from None
-    owners = collections.Counter(
-        (url.netloc, match[1]) for match, url, _ in below if match and "http" in url.scheme
-    )
-    rows = [
-        (match[2] + _without_secrets(url.query), status)
-        for match, url, status in below
-        if match and "http" in url.scheme and (url.netloc, match[1]) in dict(owners.most_common(1))
-        if not {"..", "oauth_callback", "logout"} & set(match[2].split("/"))
-    ]
-    if not rows:
-        raise argparse.ArgumentTypeError(
-            f"{text} holds no GET below /user/NAME/: record the page of a person's server"
-        )
-    return Recording(text, tuple(rows))
-
-
-def _in_words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)  # which does not name the file once more
+    """The GETs below one person's server in a HAR file, in order, without cookies, tokens and bodies."""
+    requests_below: dict[tuple[str, str], list[tuple[str, int]]] = collections.defaultdict(list)
+    with reading(text, "a HAR file") as content:
+        for entry in json.loads(content)["log"]["entries"]:
+            method, url = entry["request"]["method"], urllib.parse.urlsplit(entry["request"]["url"])
+            status, below = entry["response"]["status"], BELOW_A_SERVER.search(url.path)
+            if method == "GET" and status >= 200 and below and url.scheme in ("http", "https"):
+                path = below[2] + _without_secrets(url.query)
+                requests_below[url.netloc, below[1]].append((path, status))
+    most = max(requests_below.values(), key=len, default=[])
+    ends = {"..", "oauth_callback", "logout"}
+    requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
+    if not requests:
+        sentence = f"{text} holds no GET below /user/NAME/: record the page of a person's server"
+        raise argparse.ArgumentTypeError(sentence)
+    return Recording(text, tuple(requests))
 
 
 def _without_secrets(query: str) -> str:
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    kept = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
-    return f"?{kept}" if kept else ""
+    rest = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
+    return f"?{rest}" if rest else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -706,29 +708,20 @@ SIX_TIMES_SEVEN = Code("6*7")
 
 
 def notebook(text: str) -> Notebook:
-    """The code cells of a notebook, or of a Python file in percent format; one tagged raises-exception may raise."""
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            content = file.read()
-        cells = list(
-            _cells_of_notebook(json.loads(content)) if text.endswith(".ipynb") else _cells_of_script(content)
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be read as a notebook ({_in_words(error)})"
-        ) from None
+    """The code cells of an .ipynb or a # %% file in order; those tagged raises-exception may raise."""
+    with reading(text, "a notebook") as content:
+        if text.endswith(".ipynb"):
+            code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
+            tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
+            cells = [
+                Code("".join(cell["source"]), "raises-exception" in tag) for cell, tag in zip(code, tags)
+            ]
+        else:
+            cells = list(_cells_of_script(content))
     cells = [cell for cell in cells if cell.source.strip()]
     if not cells:
         raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
     return Notebook(text, tuple(cells))
-
-
-def _cells_of_notebook(content: Json) -> Iterator[Code]:
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            yield Code(
-                "".join(cell["source"]), "raises-exception" in cell.get("metadata", {}).get("tags", [])
-            )
 
 
 def _cells_of_script(content: str) -> Iterator[Code]:
@@ -743,12 +736,21 @@ def _cells_of_script(content: str) -> Iterator[Code]:
 
 @dataclasses.dataclass(frozen=True)
 class EventFile:
-    """Who comes to an event, when, and what they do: a file's text, and what it says as TOML."""
+    """An event's file: its text, and its tables as TOML has them: what stands above the groups, then each."""
 
     path: str
     text: str
-    above: Json
-    people: list[Json]
+    tables: list[Json]
+
+    def error(self, n: int, key: str, sentence: str) -> UsageError:
+        """What is wrong with a key of the n-th table, or with the whole table, with its line."""
+        table = 0
+        for number, line in enumerate(self.text.splitlines(), 1):
+            begins = re.match(r"\s*\[\[\s*people\s*\]\]", line)
+            table += bool(begins)
+            if table == n and (re.match(rf"[\s\[]*[\"']?{key}[\"']?\s*[\]=.]", line) if key else begins):
+                return UsageError(f"--event {self.path}, line {number}: {sentence}")
+        return UsageError(f"--event {self.path}: {sentence}")
 
 
 def event_file(text: str) -> EventFile:
@@ -756,101 +758,63 @@ def event_file(text: str) -> EventFile:
     toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
     if not toml:
         raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
-    try:
-        with open(text, encoding="utf-8") as file:
-            content = file.read()
+    with reading(text, "TOML") as content:
         above = toml.loads(content)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read as TOML ({_in_words(error)})") from None
-    people = above.pop("people", None)
+        people = above.pop("people", None)
     if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
         raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
-    return EventFile(text, content, above, people)
+    return EventFile(text, content, [above, *people])
 
 
-def group_name(text: str) -> str:
-    """What a group is called, as in server_ready[students]."""
-    if not re.fullmatch(r"[\w-]+", text):
-        raise argparse.ArgumentTypeError(f"expected letters, digits and hyphens, not {text!r}")
-    return text
-
-
-def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
-    number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
-    match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}"
-        )
-    metric, comparison, limit, unit = match.groups()
-    return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
-
+# ---- Options -------------------------------------------------------------------------------------
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
-STRESS, ACTIVITY, PURGE = COMMANDS = ("stress-test", "activity-stress-test", "purge")
-LOADS, NO_COMMAND = (STRESS, ACTIVITY), ()
-DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
-Parse = Callable[[str], Any]
-METAVARS: dict[Parse, str] = {
-    whole_number: "N",
-    positive_number: "R",
-    rate_of: "R",
-    duration: "DURATION",
-    run_name: "NAME",
-    endpoint_url: "URL",
-    token_text: "TOKEN",
-    mix_of: "NAME=WEIGHT,…",
-    profile_value: "P",
-    condition: "CONDITION",
-    results_file: "FILE",
-    writable_file: "FILE",
-    samples_file: "FILE",
-    watched: "NAME=URL",
-    recording: "FILE.har",
-    notebook: "FILE",
-    event_file: "FILE.toml",
-    group_name: "NAME",
-    str: "FILE",
+COMMANDS = {
+    "stress-test": "make users, start their servers, measure, remove them",
+    "activity-stress-test": "send the activity reports of running servers, measure",
+    "purge": "remove the users that earlier runs left behind",
 }
+STRESS, ACTIVITY, PURGE = COMMANDS
+LOADS = (STRESS, ACTIVITY)
+EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
+DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a field of the plan is written: on the command line, and as --hub-… under Locust."""
+    """How a field of the plan is written, and the rules that it brings with it."""
 
-    flags: str
+    flags: tuple[str, ...]
+    flag: str  # the long one
+    name: str  # in an event's file
+    key: str  # in the results' `options`
+    metavar: str
     help: str
-    kind: Parse | None  # None: a switch
-    on: Collection[str]  # the commands that have it
-    locust: str | None = None  # the default under Locust, as text; None: not an option there
+    kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
+    default: str  # as text; "" where there is none, or where it needs no help
+    on: Collection[str]  # where it can stand: commands, and the tables of an event's file
+    needs: str = ""  # fields: without any of them it has no meaning
+    excludes: str = ""  # fields that cannot be given beside it,
+    because: str = ""  # and the sentence that says why not, with {} for their flag
+    rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
+    package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
     const: Any = None  # what it means without a value, if that is allowed
-    locust_name: str = ""  # where it is called otherwise there
+    compared: bool = False  # a baseline with another value is no fair comparison
+    reported: bool = True  # in results and log
+    locust: bool | str = False  # whether Locust has it; text: with another default
+    locust_flag: str = ""
 
-    @property
-    def flag(self) -> str:
-        return self.flags.split()[-1]
-
-    @property
-    def key(self) -> str:
-        """The name in the results' `options`."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def locust_flag(self) -> str:
-        return f"--hub-{self.locust_name or self.flag[2:]}"
-
-    def add_to(self, parser: argparse.ArgumentParser, **settings: Any) -> None:
-        settings |= (
-            {"type": self.kind, "metavar": METAVARS[self.kind]} if self.kind else {"action": "store_true"}
-        )
-        settings |= {"nargs": "?", "const": self.const} if self.const else {}
-        settings |= {"action": "append"} if self.repeatable else {}
-        parser.add_argument(*self.flags.split(), help=self.help, **settings)
+    def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
+        settings: Json = {"help": self.help, "dest": dest}
+        if self.kind:
+            settings |= {"type": self.kind, "metavar": self.metavar}
+            settings |= {"nargs": "?", "const": self.const} if self.const else {}
+        action = "append" if self.repeatable else "store" if self.kind else "store_true"
+        parser.add_argument(*self.flags, action=action, **settings)
 
     def add_to_locust(self, parser: Any) -> None:
-        """As --hub-…, whose values stay text: that is what a web form holds and what Locust sends to workers."""
+        """As --hub-…, whose values stay text, which a web form holds and Locust sends to workers."""
 
         def check(text: str) -> str:
             if text and self.kind:
@@ -860,31 +824,37 @@ class Option:
         if not self.kind:
             parser.add_argument(self.locust_flag, help=self.help, action="store_true")
             return
-        settings: Json = {"action": "append"} if self.repeatable else {"default": self.locust}
-        secret = self.flag in ("--endpoint", "--token")  # which a page is not to change
-        settings |= {"include_in_web_ui": False} if self.repeatable or secret else {}
-        parser.add_argument(
-            self.locust_flag, help=self.help, metavar=METAVARS[self.kind], type=check, **settings
-        )
+        default = self.locust if isinstance(self.locust, str) else self.default
+        settings: Json = {"action": "append"} if self.repeatable else {"default": default}
+        if self.repeatable or self.flag in ("--endpoint", "--token"):  # which a page is not to change
+            settings["include_in_web_ui"] = False
+        parser.add_argument(self.locust_flag, help=self.help, metavar=self.metavar, type=check, **settings)
 
 
 def option(
-    flags: str,
+    usage: str,
     help: str,
-    kind: Parse | None = None,
+    kind: Callable[[str], Any] | None = None,
     default: Any = None,
-    on: Collection[str] = COMMANDS,
-    **more: Any,
+    on: Collection[str] = (*COMMANDS, EVENT),
+    **rules: Any,
 ) -> Any:
-    """A field of the plan with its option; without `kind` a switch, whose default is False."""
-    row = Option(flags, help, kind, on, **more)
-    return dataclasses.field(default=default if kind else False, metadata={"option": row})
+    """A field of the plan with its option. A default that is text is shown, and read like a value."""
+    flags = tuple(word for word in usage.split() if word.startswith("-"))
+    flag, text = flags[-1], default if isinstance(default, str) else ""
+    name, metavar = flag[2:], usage.partition(f"{flag} ")[2]
+    package, _ = rules.get("package", ("", ""))
+    help += f" ({text})" * bool(text) + f" (needs {package})" * bool(package)
+    rules = {"locust_flag": f"--hub-{name}"} | rules
+    row = Option(flags, flag, name, name.replace("-", "_"), metavar, help, kind, text, on, **rules)
+    value = kind(text) if kind and text else default if kind else False
+    return dataclasses.field(default=value, metadata={"option": row})
 
 
-for_people = functools.partial(option, on=(STRESS,))
+for_loads = functools.partial(option, on=(*LOADS, EVENT))
 for_requests = functools.partial(option, on=(ACTIVITY,))
-for_loads = functools.partial(option, on=LOADS)
-for_locust = for_groups = functools.partial(option, on=NO_COMMAND)
+for_people = functools.partial(option, on=(STRESS, EVENT))
+for_groups = functools.partial(option, on=(STRESS, EVENT, GROUP), compared=True, locust=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -892,167 +862,124 @@ class Plan:
     """What was asked for: whom, how many, how they arrive, what is sent, when the run has failed."""
 
     command: str = STRESS
-    endpoint: str | None = option(
-        "-e --endpoint",
-        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL",
-        endpoint_url,
-        locust="",
-    )
-    token: Secret | None = option(
-        "-t --token",
-        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)",
-        token_text,
-        locust="",
-    )
-    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs")
-    log_to_file: bool | str = option(
-        "--log-to-file", "log to FILE, or to a new file in the temporary directory", str, const=True
-    )
+    # A row for each option: how it is written, what it does, its value and default, its rules.
+    # fmt: off
+    endpoint: str | None = option("-e --endpoint URL",
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True)
+    token: Secret | None = option("-t --token TOKEN",
+        "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, on=COMMANDS,
+        reported=False, locust=True)
+    headers: tuple[tuple[str, Secret], ...] = option("--header 'Name: value'",
+        "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
+        repeatable=True, reported=False, locust=True)
+    dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
+        excludes="results report samples metrics_port",
+        because="--dry-run measures nothing that {} could show: give one of them")
+    log_to_file: bool | str = option("--log-to-file FILE",
+        "log to FILE, or to a new file in the temporary directory", str, const=True)
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
-    run: str | None = option(
-        "--run",
-        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet",
-        run_name,
-        locust="locust",
-    )
-    results: str | None = option("--results", "write the results as JSON", writable_file)
-    report: str | None = option("--report", "write a report as one HTML page (needs plotly)", writable_file)
-    fail_if: tuple[Condition, ...] = option(
-        "--fail-if",
-        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces the default, failed > 0",
-        condition,
-        (),
-        locust="",
-        repeatable=True,
-    )
-    baseline: Json | None = option(
-        "--baseline", "results of an earlier run: print old, new and ratio", results_file
-    )
-    count: int = for_loads("-c --count", "users, in stress-test each with a server (100)", whole_number, 100)
-    batch_size: int = option(
-        "-b --batch-size",
-        "servers starting, users made or removed at the same time (10)",
-        whole_number,
-        10,
-        on=(STRESS, PURGE),
-    )
-    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub")
-    profile: str | Json | None = for_people(
-        "-p --profile", "a profile's slug, or a JSON object of user options", profile_value, locust=""
-    )
-    own_servers: bool = option(
-        "--own-servers",
+    run: str | None = option("--run NAME",
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
+    results: str | None = option("--results FILE", "write the results as JSON", writable_file)
+    report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
+        package=("plotly", "plotly"))
+    fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
+        "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
+        (), repeatable=True, locust=True)
+    baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
+        results_file, reported=False)
+    count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
+        on=(*LOADS, GROUP), compared=True)
+    batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
+    keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
+        excludes="stay_s check_proxy",
+        because="{} ends servers, and --keep leaves them running: give one of them")
+    profile: str | Json | None = for_groups("-p --profile P",
+        "a profile's slug, or a JSON object of user options", profile_value)
+    own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE),
-        locust="",
-    )
-    server_timeout_s: float = for_people(
-        "--server-timeout", "how long a person waits for a server (60s)", duration, 60.0, locust="60s"
-    )
-    fail_fast: int = for_people(
-        "--fail-fast", "start no more servers after N failures in a row (1)", whole_number, 0, const=1
-    )
-    rate_per_s: float | Schedule | None = for_loads(
-        "--rate",
-        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…",
-        rate_of,
-    )
-    hold_s: float = for_people(
-        "--hold", "keep the servers for so long, then check that all are still there", duration, 0.0
-    )
-    within_s: float | None = for_people(
-        "--within", "people come at random moments within this time, however slow the hub", duration
-    )
-    event: tuple[Plan, ...] = for_people(
-        "--event", "who comes, when, and what they do, in groups: see README", event_file, ()
-    )
-    group: str = for_groups("--name", "of a group", group_name, "")
-    after_s: float = for_groups("--after", "a group begins to come so long after the run", duration, 0.0)
-    seed: int | None = for_people("--seed", "draw the moments of --within as this seed did", whole_number)
-    visit: bool = for_people(
-        "--visit", "each person opens the start page of their server", locust="", locust_name="open"
-    )
-    visit_timeout_s: float = for_people(
-        "--visit-timeout", "how long a person tries to open it (30s)", duration, VISIT_TIMEOUT_S, locust="30s"
-    )
-    page: Recording | None = for_people(
-        "--page", "each person fetches what a browser did that this HAR file recorded", recording, locust=""
-    )
-    work: bool = for_people(
-        "--work", "each person starts a kernel and runs cells (needs websocket-client)", locust=""
-    )
-    notebook: Notebook | None = for_people(
-        "--notebook",
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True)
+    server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
+        duration, "60s")
+    fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
+        whole_number, 0, const=1)
+    rate_per_s: float | Schedule | None = option("--rate R",
+        "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
+        on=(*LOADS, GROUP), compared=True)
+    hold_s: float = for_people("--hold DURATION",
+        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them")
+    within_s: float | None = option("--within DURATION",
+        "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
+        compared=True, excludes="rate_per_s",
+        because="--within and {} both say when people come: give one of them")
+    event: tuple[Plan, ...] = option("--event FILE.toml",
+        "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
+        compared=True, excludes="count within_s rate_per_s",
+        because="the groups of --event say who comes and when: leave out {}")
+    once: bool = option("--once", "with --event: one person of each group, at once, to try it",
+        on=(STRESS,), compared=True, needs="event")
+    group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
+    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+        on=(GROUP,))
+    seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
+        needs="within_s")
+    visit: bool = for_groups("--visit", "each person opens the start page of their server",
+        locust_flag="--hub-open")
+    visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
+        duration, "30s", needs="visit page work check_proxy", locust=True)
+    page: Recording | None = for_groups("--page FILE.har",
+        "each person fetches what a browser did that this HAR file recorded", recording)
+    work: bool = for_groups("--work", "each person starts a kernel and runs cells",
+        package=("websocket-client", "websocket"))
+    notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook,
-        locust="",
-    )
-    think_s: float = for_people(
-        "--think", "between the result of a cell and the next cell (10s)", duration, 10.0, locust="10s"
-    )
-    cell_timeout_s: float = for_people(
-        "--cell-timeout", "how long a person waits for a kernel or a cell (60s)", duration, 60.0, locust="60s"
-    )
-    stay_s: float | None = for_people(
-        "--stay",
+        notebook, needs="work")
+    think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
+        duration, "10s", needs="work")
+    cell_timeout_s: float = for_people("--cell-timeout DURATION",
+        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True)
+    stay_s: float | None = for_groups("--stay DURATION",
         "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration,
-        locust="60s",
-    )
-    check_proxy: bool = for_people(
-        "--check-proxy",
-        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
-    )
-    public_url: str | None = for_people(
-        "--public-url", "where people reach the hub, if not at the endpoint", endpoint_url, locust=""
-    )
-    workers: int = for_requests(
-        "--workers", "threads that send (100); with --rate up to 200, as the rate needs", whole_number, 100
-    )
-    duration_s: float | None = for_loads(
-        "--duration",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)",
-        duration,
-    )
-    processes: int = for_requests("--processes", "spread the threads over N processes (1)", whole_number, 1)
-    mix: Mapping[str, float] | None = for_requests(
-        "--mix", "operations by weight (activity=1); read and list are there too", mix_of, locust="activity=1"
-    )
-    operations: str | None = for_requests(
-        "--operations", "a file that registers operations of your own", str, locust=""
-    )
-    find_capacity: bool = for_loads(
-        "--find-capacity",
+        duration, locust="60s")
+    check_proxy: bool = for_people("--check-proxy",
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes")
+    public_url: str | None = for_people("--public-url URL",
+        "where people reach the hub, if not at the endpoint", endpoint_url,
+        needs="visit page work check_proxy", locust=True)
+    workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
+        whole_number, "100")
+    duration_s: float | None = option("--duration DURATION",
+        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+    processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
+    mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
+        "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
+        locust="activity=1")
+    operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
+        str, locust=True)
+    find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-    )
-    max_servers: int | None = for_people(
-        "--max-servers", "with --find-capacity: no more than N servers at one time", whole_number
-    )
-    cleanup_timeout_s: float = option(
-        "--cleanup-timeout",
-        "cleanup gives up after so long without progress (5m)",
-        duration,
-        CLEANUP_TIMEOUT_S,
-    )
-    watch: Sequence[Watched] = for_loads(
-        "--watch",
-        "read this Prometheus page of another process too, without the token; repeatable",
-        watched,
-        (),
-        repeatable=True,
-    )
-    samples: str | None = for_loads(
-        "--samples", "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file
-    )
-    metrics_port: int | None = for_loads(
-        "--metrics-port",
-        "while it lasts, serve the run to Prometheus on this port, to other machines too (needs prometheus-client)",
-        whole_number,
-    )
-    scale: float = for_locust(
-        "--scale", "a RunningServer sends R times as often as every 300 s", positive_number, 1.0, locust="1"
-    )
-    visits: int = for_locust("--visits", "how many times a Person comes", whole_number, 1, locust="1")
+        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
+        because="--find-capacity says who comes, and when they leave: leave out {}")
+    max_servers: int | None = option("--max-servers N",
+        "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
+        needs="find_capacity")
+    cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
+        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S)
+    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "read this Prometheus page of another process too, without the token; repeatable", watched, (),
+        repeatable=True)
+    samples: str | None = for_loads("--samples FILE",
+        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
+    metrics_port: int | None = for_loads("--metrics-port N",
+        "serve the run to Prometheus on this port of all interfaces", whole_number,
+        package=("prometheus-client", "prometheus_client"))
+    scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
+        positive_number, "1", on=(), locust=True)
+    visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
+    # fmt: on
     visit_token: Secret | None = None  # for visits, which test servers see; else the token
 
     @property
@@ -1063,7 +990,7 @@ class Plan:
     @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return any(one.visit or one.page or one.work or one.check_proxy for one in self.groups)
+        return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
 
     @property
     def works(self) -> bool:
@@ -1077,7 +1004,7 @@ class Plan:
 
     @property
     def rehearses(self) -> bool:
-        """Whether people are followed until they can work; those of an event always, if only to a ready server."""
+        """Whether people are followed until they can work, those of an event if only to a ready server."""
         return self.opens or bool(self.event or self.group)
 
     @property
@@ -1086,63 +1013,51 @@ class Plan:
         return any(group.rate_per_s or group.within_s for group in self.groups)
 
     @property
+    def removed_at_once(self) -> int:
+        """How many users are removed at the same time: as many a second as came, if each takes two seconds."""
+        if self.command != STRESS:
+            return self.batch_size
+        paces = (
+            fastest(group.rate_per_s) or group.count / (group.within_s or math.inf) for group in self.groups
+        )
+        return max(self.batch_size, min(100, math.ceil(2 * sum(paces))))
+
+    @property
     def conditions(self) -> tuple[Condition, ...]:
         """What decides whether the run has failed: what was asked for, and always a leak that was proven.
 
         A search for capacity also minds how long requests take.
         """
-        limits = [f"{name}.p95 > 500ms" for name in self.mix or DEFAULT_MIX]
-        limits = ["server_ready.p95 > 30s"] if self.command == STRESS else limits
-        slow = [condition(limit) for limit in limits] if self.find_capacity else []
+        slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
+        limit = "30s" if self.command == STRESS else "500ms"
+        limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
         leaks = [PROXY_LEAKING] if self.check_proxy else []
-        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *slow)), *leaks)))
+        return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
     def options(self) -> Json:
-        """Every option of the command, or of a group, with its value, for the results, but token and baseline."""
-        of_command = [name for name, row in OPTIONS.items() if self.command in row.on]
-        names = [*GROUP_OPTIONS.values()] if self.group else of_command
-        return {
-            OPTIONS[name].key: told(getattr(self, name))
-            for name in names
-            if name not in ("token", "baseline")
-        }
+        """The options of the command, or of a group, with their values, for results and log."""
+        place = GROUP if self.group else self.command
+        rows = {name: row for name, row in OPTIONS.items() if place in row.on and row.reported}
+        return {row.key: _reported(getattr(self, name)) for name, row in rows.items()}
 
 
-def told(value: Any) -> Any:
-    """The value of an option as the results have it."""
+def _reported(value: Any) -> Any:
+    """An option's value as JSON has it: a file by its name, a group by its options."""
+    if isinstance(value, tuple):
+        return [_reported(each) for each in value]
+    if isinstance(value, Plan):
+        return value.options()
     if isinstance(value, (Recording, Notebook)):
         return value.file
-    if isinstance(value, (Watched, Schedule)):
-        return str(value)
     if isinstance(value, Condition):
         return value.text
-    if isinstance(value, Plan):  # of a group
-        return value.options()
-    return [told(one) for one in value] if isinstance(value, tuple) else value
+    return str(value) if isinstance(value, (Schedule, Watched)) else value
 
 
 OPTIONS: dict[str, Option] = {
     field.name: field.metadata["option"] for field in dataclasses.fields(Plan) if "option" in field.metadata
 }
-GROUP_KEYS = (
-    *(
-        "name",
-        "count",
-        "within",
-        "rate",
-        "after",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-        "think",
-        "stay",
-    ),
-    "server-timeout",
-)
-GROUP_OPTIONS = {row.flag[2:]: name for name, row in OPTIONS.items() if row.flag[2:] in GROUP_KEYS}
-LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust is not None}
+LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust}
 
 
 # ==== Events, and the recorder that folds them ==============================================================
@@ -1483,7 +1398,7 @@ class Traffic:
         )
 
 
-# ==== Pure rules: what the hub's answers mean ========================================================================
+# ==== Pure rules: what the hub's answers mean ===============================================================
 
 
 class ServerState(enum.Enum):
@@ -1500,8 +1415,7 @@ class ServerState(enum.Enum):
 def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known.
 
-    A hub that has restarted checks each server that it remembers, for up to 30 s ("pending": "check"). Until it has
-    found the server or shut it down, it does not know the state either, and answers 500 to a request to stop it.
+    After a restart, a hub checks each server for up to 30 s ("pending": "check"), and cannot stop it (500).
     """
     if "servers" not in model:
         return ServerState.UNKNOWN
@@ -1515,13 +1429,13 @@ def server_state(model: Json) -> ServerState:
 
 
 def state_after_stop(status: int) -> ServerState:
-    """What `DELETE server` answered: 400 (pending spawn on hubs before 5.1) and 500 mean that one has to look again."""
+    """What `DELETE server` answered. 400 (starting, on hubs before 5.1) and 500 mean: read the user again."""
     known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
     return known.get(status, ServerState.UNKNOWN)
 
 
 def state_after_delete(status: int) -> ServerState:
-    """What `DELETE user` answered: 400 (still stopping) and 500 (still starting) mean that one has to look again."""
+    """What `DELETE user` answered. 400 (stopping) and 500 (starting) mean: read the user again."""
     return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
@@ -1531,16 +1445,17 @@ VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server
 def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = "") -> list[str]:
     """The scopes that a token lacks; a hub lists those it has in full (`servers` with all its parts).
 
-    One that is limited to some users or groups (`users!user=x`) does not count, unless it is needed for this user only.
+    A scope that is limited to some users or groups (`users!user=x`) counts only if it is limited to `user`.
     """
-    have = {scope for one in granted if "!" not in (scope := one.removesuffix(f"!user={user}"))}
-    if "start:servers" in have:  # hubs from 6.0
-        have.add("servers")
-    return sorted(set(needed) - have)
+    full = {scope.removesuffix(f"!user={user}") for scope in granted}
+    full = {scope for scope in full if "!" not in scope}
+    if "start:servers" in full:  # hubs from 6.0
+        full.add("servers")
+    return sorted(set(needed) - full)
 
 
 def named_server_limit(reply: Reply) -> int | None:
-    """How many named servers the hub allows each user, if it refused a start for that; 0 when it allows none."""
+    """How many named servers a user may have (0: none are allowed), if the hub refused a start for that."""
     if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
         return 0
     match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
@@ -1563,9 +1478,7 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
     if location and endpoint.startswith("http:") and location.startswith("https:"):
         endpoint = "https:" + endpoint.removeprefix("http:")
-    if endpoint.endswith("/hub/api"):
-        return endpoint
-    return endpoint + "/api" if endpoint.endswith("/hub") else endpoint + "/hub/api"
+    return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
 # ==== Pure rules: what is said while a server starts =========================================================
@@ -1724,14 +1637,23 @@ def without_name(text: str, user: str) -> str:
     return plain
 
 
-# ==== The hub: session and transport =================================================================================
+# ==== The hub: session and transport ========================================================================
 
 RETRIED = frozenset({429, 503, 504})
-NEVER_SENT = (
-    NewConnectionError,
-    ConnectTimeoutError,
-    ssl.SSLCertVerificationError,
-)  # and so the hub has not acted
+BROKEN = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError)
+# After these the hub has not acted.
+NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
+TIMED_OUT = "no answer in time"
+NO_SUCH_HOST = "host name not found"
+NOT_ACCEPTED = "the certificate was not accepted"
+WHY: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (ConnectionRefusedError, "connection refused"),
+    ((ReadTimeoutError, requests.Timeout, TimeoutError), TIMED_OUT),
+    (ssl.SSLCertVerificationError, f"{NOT_ACCEPTED} ({{}})"),
+    (ConnectionError, "connection reset"),
+    (ChunkedEncodingError, "the answer broke off"),
+    (socket.gaierror, NO_SUCH_HOST),
+)
 
 
 @dataclasses.dataclass
@@ -1749,12 +1671,6 @@ class Call:
 def once(observer: bool = False, again: bool = False) -> Call:
     """A call without retries; `again` when it is itself a retry."""
     return Call(observer, retry_until_s=0.0, tries=int(again))
-
-
-def call_of(request: requests.Request | requests.PreparedRequest | None) -> Call:
-    """The call that a request is part of; it is kept with the request, so that whoever holds its answer finds it."""
-    call: Call = vars(request).setdefault("hub_call", Call()) if request else Call(tries=1)
-    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1776,7 +1692,7 @@ class Reply:
 
     @property
     def hub_status(self) -> int:
-        """The status, but 0 for a 404 that is not the hub's (which is JSON): a proxy says so of a hub that is away."""
+        """The status, but 0 for a 404 without JSON: a proxy says so when the hub is away."""
         return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
 
     @property
@@ -1793,141 +1709,151 @@ class Reply:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
         kind = Kind.REFUSED if self.status else Kind.FRONT if self.front else Kind.AWAY
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
-        return Event(
-            step, user, self.sent_s, self.sent_s, self.answered_s, failure, self.tries, self.backoff_s
-        )
-
-
-class Transport(BaseAdapter):
-    """What happens on the wire, around another adapter: a time-out on every request, retries, counts.
-
-    Connection failures and the statuses 429, 503 and 504 are retried, on every method. Repeating a POST or DELETE is
-    safe on a hub: a second create answers 409, a second start 202 or 400 "already running", a second stop 204 or 202,
-    a second delete 404. `Call.lost` tells the caller to expect that.
-    """
-
-    def __init__(self, wire: BaseAdapter, session: HubSession) -> None:
-        super().__init__()
-        self.wire, self._session = wire, session
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        call, session = call_of(request), self._session
-        if call.retry_until_s is None:
-            call.retry_until_s = session.clock() + session.retry_window_s
-        kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_TIMEOUT
-        while True:
-            call.tries += 1
-            session.traffic.sent(call.observer, again=call.tries > 1)
-            try:
-                response = self.wire.send(request, *args, **kwargs)
-                if not kwargs.get("stream"):
-                    response.content  # noqa: B018  # which reads it, and may break off
-            except requests.RequestException as error:
-                call.lost |= not _never_sent(error)
-                if not self._may_retry(call):
-                    raise
-                session.back_off(call, None)
-                continue
-            session.answered(response)
-            hubs = session.is_hubs(response)
-            call.lost |= not hubs
-            retried = RETRIED - call.seen if hubs else RETRIED
-            if response.status_code not in retried or not self._may_retry(call):
-                return response
-            session.back_off(call, _retry_after_s(response))
-            response.close()
-
-    def close(self) -> None:
-        self.wire.close()
-
-    def _may_retry(self, call: Call) -> bool:
-        return call.tries <= RETRIES and self._session.clock() < (call.retry_until_s or 0.0)
+        times = (self.sent_s, self.sent_s, self.answered_s)
+        return Event(step, user, *times, failure, self.tries, self.backoff_s)
 
 
 class HubSession(requests.Session):
-    """The session that talks to the hub: its transport retries and counts, no redirect is followed, no cookie is kept.
+    """The session that talks to the hub: it retries and counts, follows no redirect and keeps no cookie.
 
-    Threads share it. `stop()` ends back-offs, pauses and progress streams at once, and lets no further request go.
+    Threads share it. `stop()` ends back-offs, pauses and progress streams at once; nothing more is sent then.
     """
 
-    def __init__(
-        self,
-        token: str,
-        wire: BaseAdapter | None = None,
-        pool_maxsize: int = 100,
-        retry_window_s: float = RETRY_WINDOW_S,
-        gone_after_s: float = HUB_GONE_S,
-    ) -> None:
+    def __init__(self, token: str, wire: BaseAdapter | None = None, pool_maxsize: int = 100) -> None:
         super().__init__()
         self.token = token = Secret(token)
         self.headers["Authorization"] = Secret(f"token {token}")
-        self.auth = _keep_as_it_is  # so that neither a .netrc file nor the URL replaces the header
+        self.auth = lambda request: request  # so that neither a .netrc file nor the URL replaces the header
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
-        self.retry_window_s, self.gone_after_s = retry_window_s, gone_after_s
+        self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s = self.clock()
-        self.marked: bool | None = (
-            None  # whether the hub's answers have `VERSION_HEADER`; None: not known yet
-        )
+        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
-        self._asked_for_token_s, self._token_refused = -math.inf, False
-        self._silent = False  # whether that the hub is away was said
+        self._token_checked_s, self._token_refused = -math.inf, False
+        self._silent = False  # whether a warning said that the hub does not answer
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
-        self._simulated, self._pool_maxsize = wire, pool_maxsize
-        transport = Transport(wire or HTTPAdapter(pool_maxsize=pool_maxsize), self)
-        self.mount("http://", transport)
-        self.mount("https://", transport)
+        self._of_thread = threading.local()
+        self._wire, self._pool_maxsize = wire, pool_maxsize
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
+
+    def clone(
+        self,
+        *,
+        token: str | None = None,
+        wire: BaseAdapter | None = None,
+        traffic: Traffic | None = None,
+        own_stop: bool = False,
+    ) -> HubSession:
+        """A session on the same hub with the same settings, headers, counts and stop, but for what is given.
+
+        With a stop of its own it is for cleaning up, after this one was stopped: it tries each request once,
+        since cleanup reads users again anyway, and soon checks whether a silent hub is there at all.
+        """
+        other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize)
+        other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
+            setattr(other, setting, getattr(self, setting))
+        other.traffic = traffic or self.traffic
+        if own_stop:
+            other.retry_window_s, other.gone_after_s = 0.0, 20.0
+        else:
+            other.stopping = self.stopping
+        return other
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None: a redirect is an answer like another, and the token goes nowhere else."""
+        """None: never follow a redirect, since the token must not leave this hub."""
+
+    def send(
+        self, request: requests.PreparedRequest, *, call: Call | None = None, **settings: Any
+    ) -> requests.Response:
+        """The response to a request. Connection failures, 429, 503 and 504 are retried, on every method.
+
+        Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400, a
+        second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
+        """
+        call = call or Call()
+        until_s = call.retry_until_s
+        until_s = self.clock() + self.retry_window_s if until_s is None else until_s
+        self._of_thread.sent = request, call
+        settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
+        if self.stopping.is_set():
+            raise Stopped("the run was stopped before this was sent")
+        while True:
+            call.tries += 1
+            self.traffic.sent(call.observer, again=call.tries > 1)
+            try:
+                response = super().send(request, **settings)
+            except OSError as error:  # which requests' own errors are too
+                call.lost |= not any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
+                if not isinstance(error, BROKEN) or not self._back_off(call, until_s):
+                    raise
+                continue
+            hubs = self.is_hubs(response)
+            self.traffic.answered(response.status_code, in_front=not hubs)
+            if hubs:
+                self.answered_s = self.clock()
+            if hubs and self._silent:
+                self._silent = False
+                LOG.warning("The hub answers again")
+            call.lost |= not hubs
+            retried = response.status_code in (RETRIED - call.seen if hubs else RETRIED)
+            if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
+                return response
+            response.close()
+
+    def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
+        """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
+        began_s = self.clock()
+        if call.tries > RETRIES or began_s >= until_s:
+            return False
+        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
+        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
+        call.backoff_s += self.clock() - began_s
+        if not going_on:
+            raise Stopped("the run was stopped")
+        return True
+
+    def call_of(self, request: object) -> Call:
+        """The call with which this thread has just sent a request; of any other request nothing is known."""
+        sent, call = getattr(self._of_thread, "sent", (None, None))
+        return call if call and sent is request else Call(tries=1)
 
     def exchange(
-        self,
-        method: str,
-        url: str,
-        call: Call,
-        *,
-        stream: bool = False,
-        timeout: float | None = None,
-        **parts: Any,
+        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0, **parts: Any
     ) -> requests.Response:
-        """The response to one call; `parts` are those of a `requests.Request`. Raises what requests raises."""
+        """The response to one call; `parts` are those of a `requests.Request`. Raises as `send` does."""
         request = self.prepare_request(requests.Request(method, url, **parts))
-        vars(request)["hub_call"] = call
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
-        return self.send(request, timeout=timeout, **settings)
+        return self.send(request, call=call, timeout=timeout, **settings)
 
     def ask(self, method: str, url: str, *, call: Call | None = None, **parts: Any) -> Reply:
         """The final answer, or why there is none; never raises. `parts` are those of `exchange`."""
         sent_s, call = self.clock(), call or Call()
-        if self.stopping.is_set():
-            return Reply(0, sent_s, sent_s, message="the run was stopped before this was sent")
         try:
             response = self.exchange(method, url, call, **parts)
-            return _read_reply(response, call, sent_s, self.clock(), self.is_hubs(response))
-        except Stopped:
-            return Reply(0, sent_s, self.clock(), message="the run was stopped", lost=call.lost)
-        except OSError as error:  # which requests' own errors are too
-            lost = call.lost or not _never_sent(error)
-            return Reply(0, sent_s, self.clock(), None, why(error), lost, call.tries, call.backoff_s)
+            content = _content_of(response, self.is_hubs(response))
+        except Stopped as stop:
+            content = {"status": 0, "message": str(stop)}
+        except OSError as error:
+            content = {"status": 0, "message": why(error)}
+        outcome: Json = {"lost": call.lost, "tries": call.tries, "backoff_s": call.backoff_s}
+        return Reply(sent_s=sent_s, answered_s=self.clock(), **content, **outcome)
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call, timeout_s = (
-            Call(observer=True, retry_until_s=until_s),
-            min(STREAM_TIMEOUT_S, until_s - self.clock()),
-        )
+        call = Call(observer=True, retry_until_s=until_s)
+        timeout_s = max(0.05, min(STREAM_TIMEOUT_S, until_s - self.clock()))
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=max(0.05, timeout_s)) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=timeout_s) as response:
+                if response.status_code != 200 or not self.is_hubs(response):
+                    return
                 self._streams[response] = until_s
                 try:
-                    for line in (
-                        response.iter_lines()
-                        if response.status_code == 200 and self.is_hubs(response)
-                        else ()
-                    ):
+                    for line in response.iter_lines():
                         self.answered_s = self.clock()  # a keep-alive, too, shows that the hub is there
                         if line.startswith(b"data:"):
                             yield json.loads(line.removeprefix(b"data:"))
@@ -1940,26 +1866,17 @@ class HubSession(requests.Session):
         """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
-                with contextlib.suppress(
-                    RuntimeError, ValueError, OSError, AttributeError
-                ):  # it has just ended
-                    _end_reading(response.raw)
-
-    def answered(self, response: requests.Response) -> None:
-        """Count an answer, and note the moment if it is the hub's."""
-        hubs = self.is_hubs(response)
-        self.traffic.answered(response.status_code, in_front=not hubs)
-        if hubs:
-            self.answered_s = self.clock()
-            if self._silent:
-                self._silent = False
-                LOG.warning("The hub answers again")
+                raw: Any = response.raw
+                with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # just ended
+                    if hasattr(raw, "shutdown"):
+                        raw.shutdown()
+                    else:  # urllib3 before 2.3
+                        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
 
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header by which one can tell, only 502, 503 and 504 are taken for a proxy's: that is
-        what proxies answer for a hub that is away.
+        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
             self.marked = True if self.marked is None else self.marked
@@ -1967,9 +1884,9 @@ class HubSession(requests.Session):
         return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
 
     def token_is_refused(self, endpoint: str) -> bool:
-        """Whether the hub refuses the token even where nothing more is asked of it: `GET /user`, at most every 30 s."""
-        if self.clock() > self._asked_for_token_s + TOKEN_CHECK_EVERY_S:
-            self._asked_for_token_s = self.clock()
+        """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
+        if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
+            self._token_checked_s = self.clock()
             self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
         return self._token_refused
 
@@ -1983,68 +1900,28 @@ class HubSession(requests.Session):
 
     @property
     def hub_is_gone(self) -> bool:
-        """Whether the hub has not answered anything for so long that sending more is no use."""
+        """Whether the hub has been silent for so long that sending more is no use."""
         return self.clock() - self.answered_s > self.gone_after_s
 
     def pause(self, seconds: float) -> bool:
         """Wait; False when told to stop meanwhile. The only sleep of the program."""
         return not (self.stopping.wait(seconds) if seconds > 0 else self.stopping.is_set())
 
-    def back_off(self, call: Call, asked_s: float | None) -> None:
-        """Wait before the next try, as long as the hub asked or for 0, 1, 2, 4, 8 s; raises `Stopped` when told to."""
-        began_s = self.clock()
-        seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        left_s = (call.retry_until_s or 0.0) - began_s
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, left_s))
-        call.backoff_s += self.clock() - began_s
-        if not going_on:
-            raise Stopped
-
     def stop(self) -> None:
         """No further request; everything that waits goes on at once."""
         self.stopping.set()
         self.cut_streams()
 
-    def sibling(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
-        """A session on the same hub with the same settings, its own stop, and these counts (None: the same)."""
-        how = (
-            {"pool_maxsize": self._pool_maxsize}
-            | how
-            | ({"wire": self._simulated} if self._simulated else {})
-        )
-        other = HubSession(token or self.token, **how)
-        other.traffic = traffic or self.traffic
-        other.headers.update(self.headers)
-        other.headers["Authorization"] = Secret(f"token {other.token}")
-        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
-            setattr(other, setting, getattr(self, setting))
-        return other
-
     def proxy_to(self, url: str) -> str:
-        """This machine's own proxy on the way to a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
-        settings = self.merge_environment_settings(url, {}, None, None, None)
-        proxy, scheme = (
-            requests.utils.select_proxy(url, settings["proxies"]),
-            urllib.parse.urlsplit(url).scheme,
-        )
+        """This machine's own proxy for a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
+        proxies = self.merge_environment_settings(url, {}, None, None, None)["proxies"]
+        proxy = requests.utils.select_proxy(url, proxies)
         if not proxy:
             return ""
-        variables = [name for kind in (scheme, "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
-        named = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
-        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{named}"
-
-    def for_cleaning_up(self) -> HubSession:
-        """A session on the same hub, which the stop of this one does not reach.
-
-        It tries once, since cleanup looks again anyway, and soon looks whether a silent hub is there at all.
-        """
-        return self.sibling(retry_window_s=0.0, gone_after_s=20.0)
-
-    def beside(self, traffic: Traffic | None = None, token: str | None = None, **how: Any) -> HubSession:
-        """A session on the same hub with counts of its own (or these), which stops with this one."""
-        other = self.sibling(traffic or Traffic(), token, **how)
-        other.stopping = self.stopping
-        return other
+        kinds = (urllib.parse.urlsplit(url).scheme, "all")
+        variables = [name for kind in kinds for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+        variable = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
+        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{variable}"
 
 
 def without_proxy(url: str) -> str:
@@ -2053,54 +1930,27 @@ def without_proxy(url: str) -> str:
     return f"if this machine reaches {host} without that proxy too, set no_proxy={host}"
 
 
-def _keep_as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
-
-
-def _end_reading(raw: Any) -> None:
-    """Let whoever reads this body go on at once, as at its end; closing it would wait for them."""
-    if hasattr(raw, "shutdown"):
-        raw.shutdown()
-    else:  # urllib3 before 2.3
-        raw._fp.fp.raw._sock.shutdown(socket.SHUT_RD)
-
-
 def in_front(response: requests.Response) -> str:
     """That something in front of the hub gave an answer, and what it calls itself."""
     name = response.headers.get("Server", "")[:40]
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
 
-def _read_reply(
-    response: requests.Response, call: Call, sent_s: float, answered_s: float, hubs: bool
-) -> Reply:
+def _content_of(response: requests.Response, hubs: bool) -> Json:
+    """The fields of a `Reply` in an answer of the hub's, or (else) of something in front of it."""
+    status, location = response.status_code, response.headers.get("Location")
     if not hubs:
-        location, status = response.headers.get("Location"), response.status_code
-        lost: Json = {"lost": True, "tries": call.tries, "backoff_s": call.backoff_s}
-        return Reply(
-            0, sent_s, answered_s, message=in_front(response), location=location, front=status, **lost
-        )
+        return {"status": 0, "message": in_front(response), "location": location, "front": status}
+    data, message = None, ""
     try:
         data = response.json() if response.content else None
+        message = (data.get("message") or "") if isinstance(data, dict) else ""
     except ValueError:
-        data = None
-    message = data.get("message") if isinstance(data, dict) else None
-    if data is None and response.content:
         kind = response.headers.get("Content-Type", "").partition(";")[0]
         message = f"not JSON but {kind}" if kind else "not JSON"
-    return Reply(
-        response.status_code,
-        sent_s,
-        answered_s,
-        data,
-        message or "",
-        call.lost,
-        call.tries,
-        call.backoff_s,
-        _retry_after_s(response),
-        response.headers.get("Location"),
-        version=response.headers.get(VERSION_HEADER, ""),
-    )
+    version, retry_after_s = response.headers.get(VERSION_HEADER, ""), _retry_after_s(response)
+    body: Json = {"data": data, "message": message, "version": version}
+    return body | {"status": status, "location": location, "retry_after_s": retry_after_s}
 
 
 def _retry_after_s(response: requests.Response) -> float | None:
@@ -2118,107 +1968,74 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in inner if isinstance(e, BaseException)), None)
 
 
-def _never_sent(error: BaseException) -> bool:
-    return any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
-
-
-TIMED_OUT = "no answer in time"
-NO_SUCH_HOST = "host name not found"
-NOT_ACCEPTED = "the certificate was not accepted"
-
-
 def why(error: BaseException) -> str:
     """Why no answer came, in a few words without addresses or objects."""
     for cause in _causes(error):
-        if isinstance(cause, ConnectionRefusedError):
-            return "connection refused"
-        if isinstance(cause, (ReadTimeoutError, requests.Timeout, TimeoutError)):
-            return TIMED_OUT
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"{NOT_ACCEPTED} ({cause})"
-        if isinstance(cause, ssl.SSLError):
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLCertVerificationError):
             return f"TLS failed ({(cause.reason or str(cause)).lower().replace('_', ' ')})"
+        for kind, words in WHY:
+            if isinstance(cause, kind):
+                return words.format(cause)
         if str(cause).startswith("Tunnel connection failed: "):
             return f"this machine's proxy refused ({str(cause).partition(': ')[2]})"
-        if isinstance(cause, ConnectionError):
-            return "connection reset"
-        if isinstance(cause, requests.exceptions.ChunkedEncodingError):
-            return "the answer broke off"
-        if "NameResolution" in type(cause).__name__ or type(cause).__name__ == "gaierror":
-            return NO_SUCH_HOST
     return type(error).__name__ if isinstance(error, requests.RequestException) else str(error)
 
 
 def log_response_time(resp: requests.Response, *args: Any, **kwargs: Any) -> None:
     """A response hook: one debug line with method, path, status and seconds."""
-    request = resp.request
-    LOG.debug(
-        "%s %s: %d in %.3f s",
-        request.method,
-        request.path_url,
-        resp.status_code,
-        resp.elapsed.total_seconds(),
-    )
+    method, path, seconds = resp.request.method, resp.request.path_url, resp.elapsed.total_seconds()
+    LOG.debug("%s %s: %d in %.3f s", method, path, resp.status_code, seconds)
 
 
-def get_session(token: str, dry_run: bool = False, pool_maxsize: int = 100) -> HubSession:
-    """A session that sends the token, retries connection failures, 429, 503 and 504 on every method, and counts.
+def get_session(
+    token: str, dry_run: bool = False, pool_maxsize: int = 100, *, headers: Sequence[tuple[str, str]] = ()
+) -> HubSession:
+    """A session with a token. It retries connection failures, 429, 503 and 504 on every method, and counts.
 
     With `dry_run` a simulated hub answers and nothing is sent. `pool_maxsize` connections are kept open.
+    `headers` go with every request, even with one that goes without the token.
     """
     session = HubSession(token, SimulatedHub() if dry_run else None, pool_maxsize)
+    session.headers.update(headers)
     if LOG.isEnabledFor(logging.DEBUG):
         session.hooks["response"].append(log_response_time)
     return session
 
 
-class SimulatedHub(BaseAdapter):
-    """An adapter of requests that answers as an empty hub would: every server is ready at once, nothing is sent."""
+class SimulatedHub(HTTPAdapter):
+    """Answers as an empty hub would, and sends nothing: every server is ready at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()
         self._users: dict[str, Json] = {}
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).split("/")
-        path = path[path.index("users") :] if "users" in path else path[-1:]
-        body = json.loads(request.body or "null")
-        with self._lock:
-            status, data = self._answer(request.method or "", path, body)
+        path = urllib.parse.unquote(urllib.parse.urlsplit(request.url or "").path).partition("/hub/api/")[2]
+        status, data = self._answer(request.method or "", path.split("/"), json.loads(request.body or "null"))
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
-    def close(self) -> None:
-        pass
-
     def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
-        users, unknown = self._users, (404, {"status": 404, "message": None})
-        match method, path:
-            case _, ["users", name, *_] if name not in users:
-                return unknown
-            case "GET", ["users"]:
-                return 200, list(users.values())
-            case "POST", ["users"]:
-                users |= {name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]}
-                return 201, [users[name] for name in body["usernames"]]
-            case "GET", ["users", name]:
-                return 200, users[name]
-            case "DELETE", ["users", name]:
-                return 204, users.pop(name) and None
-            case "POST", ["users", name, "server"]:
-                users[name]["servers"] = {"": {"pending": None, "ready": True}}
-                return 201, None
-            case "DELETE", ["users", name, "server"]:
-                return 204, users[name]["servers"].clear()
-            case "POST", ["users", _, "activity"]:
-                return 200, None
-        return unknown
+        users, (_, name, below) = self._users, (*path, "", "")[:3]
+        if path == ["users"] and method == "GET":
+            return 200, list(users.values())
+        if path == ["users"]:
+            users.update({name: {"name": name, "admin": False, "servers": {}} for name in body["usernames"]})
+            return 201, [users[name] for name in body["usernames"]]
+        if name not in users or below not in ("", "server", "activity"):
+            return 404, {"status": 404, "message": None}
+        if method == "GET" or below == "activity":
+            return 200, users[name] if method == "GET" else None
+        if below == "server":
+            users[name]["servers"] = {"": {"pending": None, "ready": True}} if method == "POST" else {}
+        else:
+            del users[name]
+        return 201 if method == "POST" else 204, None
 
 
-# ==== The hub: its API ===============================================================================================
+# ==== The hub: its API ======================================================================================
 
 
 def user_url(endpoint: str, name: str, *rest: str) -> str:
@@ -2228,25 +2045,27 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub's API: a method for each call, with the answers to expect. It neither measures nor claims nor cleans."""
+    """A hub's API: a method for each call, with the answers to expect."""
 
     endpoint: str
     session: HubSession
     version: str = ""
+    owner: str = ""  # whose named servers take the place of users; "": nobody's
     reading: ClassVar[dict[str, int]] = {}  # parameters of reading a user
 
     def owner_of(self, name: str) -> str:
         """The user whose server it is."""
-        return name
+        return self.owner or name
 
     def server_url(self, name: str, *rest: str) -> str:
-        """The URL of a user's server, or of what follows below it."""
-        return user_url(self.endpoint, name, "server", *rest)
+        """The URL of a server, or of what follows below it."""
+        place = (self.owner, "servers", name) if self.owner else (name, "server")
+        return user_url(self.endpoint, *place, *rest)
 
     @property
     def needs_users_tokens(self) -> bool:
         """Whether servers let in nobody but their users."""
-        return self.version.startswith("1.")
+        return self.version.startswith("1.") and not self.owner
 
     def page_of_users(self, offset: int) -> Reply:
         """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
@@ -2263,16 +2082,13 @@ class Hub:
 
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
-        timeout_s = max(len(names), DEFAULT_TIMEOUT)
-        return self.session.ask(
-            "POST", f"{self.endpoint}/users", json={"usernames": list(names)}, timeout=timeout_s
-        )
+        body, timeout_s = {"usernames": list(names)}, max(len(names), DEFAULT_TIMEOUT)
+        return self.session.ask("POST", f"{self.endpoint}/users", json=body, timeout=timeout_s)
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """`GET /users/{name}`, tried until `until_s`: 200 with the model, or 404 when gone; see `state_in`."""
+        """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
         timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
-        call = Call(observer, retry_until_s=until_s)
-        url = user_url(self.endpoint, name)
+        call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
         return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
@@ -2280,63 +2096,51 @@ class Hub:
         return state_in(self.read(name, observer, until_s))
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running or stopping, 500 failed."""
+        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
         options = {"profile": profile} if isinstance(profile, str) else profile or None
         call = Call(seen=frozenset({429}), retry_until_s=until_s)
         timeout_s = self._left_s(until_s)
         return self.session.ask("POST", self.server_url(name), call=call, json=options, timeout=timeout_s)
+
+    def _left_s(self, until_s: float) -> float:
+        return max(0.05, until_s - self.session.clock())
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
         """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
         return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
-        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no such user; see `state_after_stop`."""
+        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no user; see `state_after_stop`."""
         return self.session.ask("DELETE", self.server_url(name))
 
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
+        return self.session.ask("DELETE", user_url(self.endpoint, name))
+
+    def make_token(self, name: str) -> Reply:
+        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
+        url = user_url(self.endpoint, name, "tokens")
+        return self.session.ask("POST", url, json={"note": USERNAME_PREFIX})
+
     def denial(self, reply: Reply) -> str:
-        """What the hub does with a 401 or 403, the token blamed only if `GET /user` is refused too; "" for others."""
+        """What the hub does, by a 401 or 403; else "". The token is blamed only if `GET /user` does so."""
         if reply.status not in (401, 403):
             return ""
         if self.session.token_is_refused(self.endpoint):
             return f"no longer accepts the token ({reply.status})"
         return f"denies this{f': {reply.message}' if reply.message else ' without a reason'} ({reply.status})"
 
-    def make_token(self, name: str) -> Reply:
-        """`POST /users/{name}/tokens`: 200 (1.x) or 201 with the `token`, which goes with the user."""
-        return self.session.ask(
-            "POST", user_url(self.endpoint, name, "tokens"), json={"note": USERNAME_PREFIX}
-        )
-
-    def _left_s(self, until_s: float) -> float:
-        return max(0.05, until_s - self.session.clock())
-
-    def delete(self, name: str) -> Reply:
-        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
-        return self.session.ask("DELETE", user_url(self.endpoint, name))
-
 
 @dataclasses.dataclass(frozen=True)
 class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
-    A named server is made by its start, also by one that is throttled or fails, and is there until it is removed. Hubs
-    before 3.0 do not list it while it is stopped: `there` are those that were asked for and not seen removed.
+    A start makes a named server, even one that is throttled or fails; it exists until it is removed.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those requested and not seen removed.
     """
 
-    owner: str = ""
     there: set[str] = dataclasses.field(default_factory=set)
     reading = {"include_stopped_servers": 1}
-
-    def owner_of(self, name: str) -> str:
-        return self.owner
-
-    def server_url(self, name: str, *rest: str) -> str:
-        return user_url(self.endpoint, self.owner, "servers", name, *rest)
-
-    @property
-    def needs_users_tokens(self) -> bool:
-        return False
 
     def page_of_users(self, offset: int) -> Reply:
         """All named servers in `GET /users/{owner}`."""
@@ -2344,7 +2148,7 @@ class OwnServers(Hub):
         return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
-        """A named server in `GET /users/{owner}`, or 404 when it is not there. A 404 for the owner says nothing."""
+        """A named server in `GET /users/{owner}`; 404 when it is not there, but not when its owner is not."""
         reply, servers = self._read_owner(observer, until_s)
         if servers is not None and name not in servers:
             return dataclasses.replace(reply, status=404, data={})
@@ -2353,225 +2157,189 @@ class OwnServers(Hub):
     def _read_owner(
         self, observer: bool = False, until_s: float | None = None
     ) -> tuple[Reply, dict[str, Json] | None]:
-        """`GET /users/{owner}`, and the named servers in it: None when there is no word on them."""
+        """`GET /users/{owner}`, and a user model for each named server in it; None if it lists no servers."""
         reply = super().read(self.owner, observer, until_s)
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
             return reply, None
-        listed = {name: {"": _or_stopped(one)} for name, one in (reply.data["servers"] or {}).items() if name}
-        servers: dict[str, Json] = {name: {} for name in self.there.copy()} | listed
+        servers: dict[str, Json] = {name: {} for name in self.there.copy()}
+        for name, server in (reply.data["servers"] or {}).items():
+            if name:  # hubs before 3.0 do not say `stopped`
+                stopped = not server.get("ready") and not server.get("pending")
+                servers[name] = {"": server | {"stopped": stopped}}
         return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{owner}/servers/{name}`: as for a user; 400 too if no more are allowed: then none is made."""
+        """`POST /users/{owner}/servers/{name}`: as for a user; 400 also if no more are allowed."""
         self.there.add(name)
         reply = super().start(name, profile, until_s)
-        return self._unless(named_server_limit(reply) is not None, name, reply)
+        if named_server_limit(reply) is not None:
+            self.there.discard(name)
+        return reply
 
     def stop(self, name: str) -> Reply:
         """`DELETE /users/{owner}/servers/{name}`: as for a user, 404 when it is gone."""
         self.there.add(name)
         reply = super().stop(name)
-        return self._unless(reply.hub_status == 404, name, reply)
-
-    def delete(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}` for good: 204, or 404 when gone; 202 if it has yet to stop."""
-        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
-        return self._unless(state_after_delete(reply.hub_status) is ServerState.GONE, name, reply)
-
-    def _unless(self, gone: bool, name: str, reply: Reply) -> Reply:
-        if gone:
+        if reply.hub_status == 404:
             self.there.discard(name)
         return reply
 
-
-def _or_stopped(server: Json) -> Json:
-    """A named server with `stopped`, which hubs before 3.0 do not say."""
-    return server | {"stopped": not server.get("ready") and not server.get("pending")}
+    def delete(self, name: str) -> Reply:
+        """`DELETE /users/{owner}/servers/{name}` for good: 204, 404 when gone; 202 if it has yet to stop."""
+        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
+        if state_after_delete(reply.hub_status) is ServerState.GONE:
+            self.there.discard(name)
+        return reply
 
 
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
     if reply.hub_status == 404:
         return ServerState.GONE
-    return (
-        server_state(reply.data)
-        if reply.status == 200 and isinstance(reply.data, dict)
-        else ServerState.UNKNOWN
-    )
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        return ServerState.UNKNOWN
+    return server_state(reply.data)
+
+
+# ==== The hub: checks before a run ==========================================================================
+
+Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
 
 
 def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, once it has shown its version and accepted the token for `command`; else `SetupError`.
+    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
 
-    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token). Nothing is written.
+    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
-    version = _hub_version(endpoint, session)
+    reply, version = _probe(endpoint, session)
+    if not version:
+        raise SetupError(_no_hub(endpoint, reply, session))
     session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
-    reply = session.ask("GET", f"{endpoint}/user", call=once())
-    if reply.status in (401, 403):
-        right = _own_token(endpoint) if own_servers else "the token of the hub-stress-test service"
-        if len(session.token) == 64 and version in ("5.5.3", "6.1.0"):
-            raise SetupError(
-                f"The hub at {endpoint} refuses the token: JupyterHub {version} takes none of 64 characters. Make a "
-                "shorter one, or upgrade the hub."
-            )
-        raise SetupError(
-            f"The hub at {endpoint} refuses the token (GET /user answered {reply.status}): it is wrong, has expired, "
-            f"or belongs to another hub. Put {right} into JUPYTERHUB_API_TOKEN."
-        )
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {endpoint} could not say whose token this is: GET /user: {reply}.")
-    if own_servers:
-        _check_rights_to_own_servers(reply.data, endpoint, command)
-        return OwnServers(endpoint, session, version, reply.data["name"])
-    _check_rights(reply.data, command)
-    return Hub(endpoint, session, version)
+    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
+    hub = Hub(endpoint, session, version)
+    owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
+    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
+        if symptom:
+            raise SetupError(sentence)
+    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
 
 
-def _hub_version(endpoint: str, session: HubSession) -> str:
-    reply, proxy = _probe(endpoint, session), session.proxy_to(endpoint)
-    if version := _version_in(reply):
-        return version
+def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
+    """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
+    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
+    return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
+
+
+def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
+    """What was found in place of a hub, and what to do."""
+    proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
-    if not reply.seen_status:
-        what = (
-            "The server does not prove who it is"
-            if reply.message.startswith(NOT_ACCEPTED)
-            else "Nothing answers"
-        )
-        raise SetupError(f"{what} at {where}: {reply.message}. {_why_nothing(endpoint, reply, session)}")
-    remedy = f"; {without_proxy(endpoint)}" if proxy else ""
-    raise SetupError(
-        f"No hub API at {where}: {_what_came(reply)}. {_remedy(endpoint, reply, session)}{remedy}"
-    )
-
-
-def _wants_certificate(reply: Reply) -> bool:
-    """Whether a server ended the handshake as one does that lets in nobody without a certificate.
-
-    TLS 1.3 and 1.2 have an alert for that, which may get lost when the server closes the connection at once.
-    """
-    return any(end in reply.message for end in ("certificate required", "handshake failure", "eof occurred"))
-
-
-def _why_nothing(endpoint: str, reply: Reply, session: HubSession) -> str:
-    url = urllib.parse.urlsplit(endpoint)
+    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
     if reply.message.startswith(NOT_ACCEPTED):
-        return (
-            "If an authority of your own has signed it, name the file with its certificate in REQUESTS_CA_BUNDLE. Of a "
-            "hub with internal_ssl use the public URL."
-        )
-    if _wants_certificate(reply):
-        return "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL."
-    if session.proxy_to(endpoint):
-        return f"Is the proxy right? Else {without_proxy(endpoint)}."
-    if reply.message == NO_SUCH_HOST and "." not in (url.hostname or ""):
-        return "This name exists only inside the cluster: from outside, use the hub's public URL."
-    if _speaks_tls(endpoint, session):
-        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
-    return "Is the hub running, and is this its URL?"
-
-
-def _speaks_tls(endpoint: str, session: HubSession) -> bool:
-    """Whether an http endpoint is in truth one of https."""
-    if not endpoint.startswith("http:"):
-        return False
-    reply = _probe("https:" + endpoint.removeprefix("http:"), session)
-    return bool(_version_in(reply)) or reply.message.startswith(NOT_ACCEPTED)
-
-
-def _probe(endpoint: str, session: HubSession) -> Reply:
-    """What `GET /` answers; sent without the token, which nobody gets before a hub has shown itself."""
-    return session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
-
-
-def _version_in(reply: Reply) -> str | None:
-    return str(reply.data["version"]) if isinstance(reply.data, dict) and reply.data.get("version") else None
-
-
-def _what_came(reply: Reply) -> str:
+        return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
+    if not reply.seen_status:
+        return f"Nothing answers at {where}: {reply.message}. {remedy}"
+    answers = reply.message if reply.front else f"it answers {reply}"
+    if reply.status == 200 and not reply.message:
+        answers = "it answers JSON without a version"
     if reply.location:
-        return f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
-    if reply.front:
-        return reply.message
-    return (
-        f"it answers {reply}" if reply.status != 200 or reply.message else "it answers JSON without a version"
+        answers = f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
+    return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
+
+
+def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
+    """Why no hub has shown its version, with remedies."""
+    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
+    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+
+    def is_hub(url: str) -> bool:
+        other, version = _probe(url, session)
+        return bool(version) or other.message.startswith(NOT_ACCEPTED)
+
+    yield (
+        said.startswith(NOT_ACCEPTED),
+        "If an authority of your own has signed it, name the file with its certificate in "
+        "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
     )
-
-
-def _remedy(endpoint: str, reply: Reply, session: HubSession) -> str:
-    guess = likely_endpoint(endpoint, reply.location)
-    if guess.startswith("https:") and endpoint.startswith("http:"):
-        return f"Use https: --endpoint {guess}"
-    if reply.status == 400 and _speaks_tls(endpoint, session):
-        return f"Use https: --endpoint https:{endpoint.removeprefix('http:')}"
-    if guess != endpoint and _version_in(_probe(guess, session)):
-        return f"The hub's API is at --endpoint {guess}"
-    return "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
-
-
-def _check_rights(owner: Json, command: str) -> None:
-    """Hubs from 2.0 list a token's scopes; before that, its owner has to be an admin."""
-    otherwise = (
-        ""
-        if command == ACTIVITY
-        else " If you are not an admin, test with servers of your own: --own-servers."
+    yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
+        silent and re.search("certificate required|handshake failure|eof occurred", said),
+        "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
     )
-    if "scopes" not in owner:
-        if not owner.get("admin"):
-            raise SetupError(
-                f"The token's owner, {owner.get('name')}, is not an admin of this hub; only admins can make users."
-                f"{otherwise}"
-            )
-        return
-    if missing := missing_scopes(owner["scopes"], needed_scopes(command)):
-        raise SetupError(
-            f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into the "
-            f"hub's configuration, beside the service that owns the token, and restart the hub:\n\n{ROLE_TO_PASTE}"
-        )
+    yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
+    yield (
+        said == NO_SUCH_HOST and "." not in host,
+        "This name exists only inside the cluster: from outside, use the hub's public URL.",
+    )
+    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
+    yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
+    yield silent, "Is the hub running, and is this its URL?"
+    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
+    yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
 
-def _check_rights_to_own_servers(owner: Json, endpoint: str, command: str) -> None:
-    """A token of 1.x, or without restrictions, may do all that its user may."""
-    name = str(owner.get("name"))
-    if owner.get("kind") == "service":
-        raise SetupError(
-            f"The token belongs to the service {name}, which has no servers of its own: put {_own_token(endpoint)} "
-            "into JUPYTERHUB_API_TOKEN."
-        )
-    needed = needed_scopes(command, own_servers=True)
-    if "scopes" in owner and (missing := missing_scopes(owner["scopes"], needed, name)):
-        raise SetupError(
-            f"The token lacks what {command} --own-servers needs: {', '.join(f'{one}!user={name}' for one in missing)}."
-            f" Put {_own_token(endpoint)}, without restrictions, into JUPYTERHUB_API_TOKEN."
-        )
+def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
+    """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
+    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
+    if reply.status in (401, 403):
+        reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
+        if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
+            reason = f"JupyterHub {hub.version} takes none of 64 characters. Make a shorter one, or upgrade."
+        answered = f"refuses the token (GET /user answered {reply.status})"
+        raise SetupError(f"The hub at {hub.endpoint} {answered}: {reason}")
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        raise SetupError(f"The hub at {hub.endpoint} could not say whose token this is: GET /user: {reply}.")
+    return reply.data
 
 
-def _own_token(endpoint: str) -> str:
-    return f"one that you make at {endpoint.removesuffix('/api')}/token"
+def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
+    """Why a token will not do for a command.
+
+    Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
+    """
+    name, scopes = str(owner.get("name")), owner.get("scopes")
+    needed = needed_scopes(command, own_servers)
+    missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
+    own_missing = [f"{scope}!user={name}" for scope in missing]
+    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = "" if command == ACTIVITY else not_admin
+    yield (
+        own_servers and owner.get("kind") == "service",
+        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
+        "JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        own_servers and missing,
+        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
+        "without restrictions, into JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        not own_servers and scopes is None and not owner.get("admin"),
+        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
+    )
+    yield (
+        missing,
+        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
+        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+        f"{ROLE_TO_PASTE}",
+    )
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
-    """Nothing, if the token for visits may enter servers; else raises `SetupError`. On 1.x nothing tells."""
+    """Raise `SetupError` if the token for visits may not enter servers. On 1.x nothing tells."""
     if not plan.opens or hub.version.startswith("1."):
         return
-    reply = hub.session.beside(hub.session.traffic, plan.visit_token).ask("GET", f"{hub.endpoint}/user")
-    whose = "The token in JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "The token"
-    if reply.status in (401, 403):
+    variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
+    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
+    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
+        whose = f"The token in {variable}" if plan.visit_token else "The token"
+        if hub.owner:
+            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
         raise SetupError(
-            f"{whose} is refused by the hub at {hub.endpoint}: GET /user answered {reply.status}."
-        )
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(
-            f"The hub at {hub.endpoint} could not say whose token visits use: GET /user: {reply}."
-        )
-    owner = hub.owner_of("")
-    if missing_scopes(reply.data.get("scopes", ()), {"access:servers"}, owner):
-        if owner:
-            raise SetupError(f"{whose} lacks what visits need: access:servers!user={owner}.")
-        raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: give a "
-            "second service this scope alone, restart the hub, and put that service's token into "
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
+            "give a second service this scope alone, restart the hub, and put that service's token into "
             f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
         )
 
@@ -2582,10 +2350,7 @@ def public_url(hub: Hub, plan: Plan) -> str:
 
 
 def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
-    """Nothing, if the hub takes the names of all servers of one's own that a run will start; else raises `SetupError`.
-
-    Hubs from 6.0 take up to 30 characters, without two hyphens in a row.
-    """
+    """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
     major, run = hub.version.partition(".")[0], plan.run or ""
     if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
@@ -2594,21 +2359,19 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     if len(longest) > SERVER_NAME_MAX or "--" in longest:
         left = SERVER_NAME_MAX - len(longest) + len(run)
         raise SetupError(
-            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double hyphens, "
-            f"unlike {longest}: --run NAME may have at most {left} characters here. Nothing was changed."
+            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
+            f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
+            "changed."
         )
 
 
 def check_way(hub: Hub, plan: Plan) -> None:
-    """Nothing, if --check-proxy can be done from this machine; else raises `SetupError`.
-
-    Its websockets bypass a proxy that this machine has of its own.
-    """
+    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
     url = public_url(hub, plan)
     if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
         raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: {without_proxy(url)}. "
-            "Nothing was changed."
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
         )
 
 
@@ -2854,7 +2617,7 @@ class Monitor(Regularly):
         self._url, self._is_hub = url, is_hub
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
-        self._session = session.for_cleaning_up() if is_hub else session.sibling(Traffic())
+        self._session = session.clone(own_stop=True, traffic=None if is_hub else Traffic())
         self._looking = threading.Lock()
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
@@ -3059,14 +2822,13 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Afterma
     return aftermath or None
 
 
-# ==== Users: found, claimed, made ====================================================================================
+# ==== Users: found, claimed, made ===========================================================================
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user whose name contains the tool's prefix, and (from hubs that do not filter) others; else `HubRefused`.
+    """Every user with our prefix in the name, and (from hubs that do not filter) others; else `HubRefused`.
 
-    Pages are followed by `next.offset`, since `next.url` may be wrong behind a proxy; a page may be short while there
-    is a next one.
+    `next.offset` leads to the next page, since `next.url` may be wrong behind a proxy. A page may be short.
     """
     offset: int | None = 0
     while offset is not None:
@@ -3081,14 +2843,9 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def _end_if_stopped(hub: Hub, reply: Reply) -> None:
-    """Raise `Stopped` where it was we who gave a request up."""
+    """Raise `Stopped` if the stop ended a request."""
     if not reply.status and hub.session.stopping.is_set():
         raise Stopped
-
-
-def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return test_users(list_users(hub, record), run)
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
@@ -3096,14 +2853,18 @@ def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
+def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    return test_users(list_users(hub, record), run)
+
+
 class Claims:
     """The users that this run has made, or may have made: all that it will delete, and nothing else.
 
-    A name is claimed before it is asked for, and given up when the hub says that it was taken, or is not there. If the
-    answer is lost, the claim stands, even when the name is not there yet, since the hub may act late: the name was free
-    when this run looked, just before. Only a run with the same --run name at the same time could make it too, and such
-    a run is noticed when names that we did not create are taken: once `rivals` is set, a name whose making was not
-    confirmed is not deleted.
+    A name is claimed before the request for it, and dropped if the hub says that it was taken or is absent.
+    After a lost answer the claim stands, even when the name is not there yet, since the hub may act late: the
+    name was free just before. Only a run with the same --run name at the same time could make it too. It
+    is noticed when names that we did not create are taken: with `rivals`, only confirmed names are deleted.
     """
 
     def __init__(self) -> None:
@@ -3129,37 +2890,26 @@ class Claims:
 def make_users(
     count: int, batch_size: int, hub: Hub, record: Recorder, claims: Claims, taken: Iterable[str], run: str
 ) -> Iterator[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those `taken`.
+    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those taken.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused`, or `Stopped`; those made by then are in `claims`.
+    Names that turn out to be taken are skipped. Raises `HubRefused` or `Stopped`; `claims` has those made.
     """
-    indexes = itertools.count(first_free_index(taken, run))
+    names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
     with Progress("creating users", count) as progress:
         while made < count:
-            wanted = [
-                username(index, run) for index in itertools.islice(indexes, min(batch_size, count - made))
-            ]
+            wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
             progress.tell(made)
 
 
-def _strange(listed: Iterable[str], claims: Claims) -> str:
-    """The names that look like this tool's, nobody asked for, and were not there before the run."""
-    if claims.known is None:
-        return ""
-    return names_text(
-        name for name in {*listed} - claims.known if USERNAME_PREFIX in name and not is_test_user(name)
-    )
-
-
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
     """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
 
-    All names in a 201 were made by this call, whatever they are called. After anything but that or a 409 the hub is
-    listed, since part of the batch may have been made: after a lost answer, but also after a 400 or 500.
+    A 201 lists users that this call made, whatever they are called. After anything but that or a 409 (a lost
+    answer, but also 400 or 500) part of the batch may have been made: the hub's users are listed.
     """
     if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
         return wanted
@@ -3173,28 +2923,26 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
     not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
     unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    listed = [
-        user["name"] for user in (list_users(hub, record) if unsure else models) if not user.get("admin")
-    ]
+    users = list_users(hub, record) if unsure else models
+    listed = {user["name"] for user in users if not user.get("admin")}
     made = [name for name in wanted if name in listed]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
     claims.settle(made if reply.lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
-        raise CutShort(
-            f"the hub calls {asked} {renamed[0]}: its authenticator rewrites names; test with --own-servers"
-        )
-    if unsure and (strange := _strange(listed, claims)):
-        raise CutShort(
-            f"the hub was asked for users: {reply}. Since then it has {strange}, which may be this run's"
-        )
+        rewrites = "its authenticator rewrites names; test with --own-servers"
+        raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
+    known = listed if claims.known is None else claims.known
+    strange = {name for name in listed - known if USERNAME_PREFIX in name and not is_test_user(name)}
+    if unsure and strange:
+        since = f"Since then it has {names_text(strange)}, which may be this run's"
+        raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
         raise HubRefused("make users", reply, hub.denial(reply))
     if claims.in_vain > 1:
-        raise CutShort(
-            f"two requests in a row made no user ({reply}): is another run with this --run name under way?"
-        )
+        rival = "is another run with this --run name under way?"
+        raise CutShort(f"two requests in a row made no user ({reply}): {rival}")
     return made
 
 
@@ -3274,7 +3022,7 @@ class PublicSide:
                 raise Failed(Reason(Kind.REFUSED, text))
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
-        browser = self._hub.session.beside(self.traffic, token, wire=wire)
+        browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
         browser.of_servers = True
         return browser
 
@@ -3346,7 +3094,7 @@ def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
     context = tls_context(trusted(browser, url.replace("ws", "http", 1)))
     socket = websocket.WebSocket(sslopt={"context": context}, skip_utf8_validation=True)
     usual, failure = requests.utils.default_headers(), ""
-    headers = {name: value for name, value in browser.headers.items() if name not in usual}
+    headers = {name: value for name, value in browser.headers.items() if usual.get(name) != value}
     try:
         socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
         status = socket.handshake_response.status
@@ -3402,6 +3150,7 @@ class Kernel:
                 awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
                 if content.get("status", "ok") != "ok" or kind == "error":
                     raised = str(content.get("ename") or content.get("status"))
+                    raised += f": {value[:80]}" if (value := str(content.get("evalue") or "")) else ""
         if raised and not code.may_raise:
             raise Failed(Reason(Kind.CELL, f"cell {number} raised {raised}"))
 
@@ -3642,7 +3391,9 @@ class Visitor:
             failure = Failed(Reason(Kind.CELL, f"no result after {lasted}"))
         except Failed as error:
             failure = error
-        attempt.reason = failure.reason if failure else None
+        if failure:
+            text = without_name(failure.reason.text, self.name)
+            attempt.reason = dataclasses.replace(failure.reason, text=text)
         self.add(name, attempt)
         if failure:
             raise failure
@@ -4489,7 +4240,7 @@ def perform(
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
-        call = call_of(response.request)
+        call = session.call_of(response.request)
         if str(response.url).startswith(endpoint) and not session.is_hubs(response):
             reason = Reason(Kind.FRONT, in_front(response))
         elif not response.ok and response.status_code not in fine:
@@ -4497,7 +4248,7 @@ def perform(
     except Stopped:
         return None
     except requests.RequestException as error:
-        reason, call = Reason(Kind.AWAY, why(error)), call_of(error.request)
+        reason, call = Reason(Kind.AWAY, why(error)), session.call_of(error.request)
     except Exception as error:
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
         reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
@@ -4623,7 +4374,11 @@ def _spread_over_processes(
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(load.processes)]
     children = [
-        context.Process(target=_send_in_process, args=(theirs, load, part, session.token), daemon=True)
+        context.Process(
+            target=_send_in_process,
+            args=(theirs, load, part, session.token, list(session.headers.items())),
+            daemon=True,
+        )
         for part, (_, theirs) in enumerate(pipes)
     ]
     with _signals_blocked():
@@ -4686,10 +4441,13 @@ def _lead(
     return busiest
 
 
-def _send_in_process(pipe: Connection, load: Load, part: int, token: str) -> None:
+def _send_in_process(
+    pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
+) -> None:
     """One of several processes; it leaves signals to the one that started it, and ends with it."""
     load_operations(load.operations_file)
-    session, events = get_session(token, pool_maxsize=load.open_workers), collections.deque[Event]()
+    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
+    events = collections.deque[Event]()
 
     def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
         if pipe.poll():  # told to stop, or left alone
@@ -5093,7 +4851,9 @@ class Run:
 
     def __init__(self, plan: Plan, closing: contextlib.ExitStack, interruption: Interruption) -> None:
         self.plan = plan = seeded(plan)
-        self.session = get_session(plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2)
+        self.session = get_session(
+            plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2, headers=plan.headers
+        )
         self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
         self.record = new_recorder() if plan.command == STRESS else Recorder()
         self.troubles: list[str] = []  # what cut the run short
@@ -5239,7 +4999,7 @@ class Run:
         """Remove users, for whom `states` are what is thought of their servers, from the hub."""
         hub, plan, removal = dataclasses.replace(self.hub, session=session), self.plan, self.site.removal
         self.cleaned = remove_users(
-            states, ours, hub, self.record, plan.batch_size, plan.cleanup_timeout_s, removal
+            states, ours, hub, self.record, plan.removed_at_once, plan.cleanup_timeout_s, removal
         )
 
     def clean_up(self) -> None:
@@ -5260,7 +5020,7 @@ class Run:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
-            session, unsure = self.session.for_cleaning_up(), self.claims.unconfirmed.copy()
+            session, unsure = self.session.clone(own_stop=True), self.claims.unconfirmed.copy()
             states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
             session.pause(LATE_ACT_S if unsure else 0)
@@ -5497,7 +5257,7 @@ def search_requests(run: Run, load: Load) -> None:
     """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
 
     def attempt(rate: float) -> Trial:
-        beside, seen = run.session.beside(), Recorder(*run.record.listeners)
+        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
         part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
         cpu_share = spread_load(part, beside, seen)
         run.session.traffic.add(beside.traffic.counts)
@@ -6033,83 +5793,88 @@ def _judged(results: Results, run: Run) -> Results:
     return dataclasses.replace(results, conditions=conditions, exit_code=int(code), advice=next_steps)
 
 
-# ==== What it means: where the time went, and what to look at next ===================================================
+# ==== What it means: where the time went, and what to look at next ==========================================
 
-HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
-NEGLIGIBLE_S = 0.02  # on a request, for which the way to the hub and back does not deserve a mention
+HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
+WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
+WAITS |= {"kernel_ready": "the kernel"}
+NEGLIGIBLE_S = 0.02  # too little to mention
+SLOW_PING_S = 0.1  # as a mean; a faster one is no news
 
 
 def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
-    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of its time.
+    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of it.
 
     A request that waits for the hub's one thread is not on the hub's clock.
     """
-    outside_s = whole_s - inside_s
+    outside_s, waiting = whole_s - inside_s, "most of it was spent waiting for the hub"
     if outside_s < whole_s / 2:
         return "most of it was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
     if hub.busy:
-        used = f"which used up to {share_text(hub.cpu_share_max)} of a processor"
-        return f"most of it was spent waiting for the hub's one thread, {used}"
+        return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
     if hub.late_s:
-        late = (
-            f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a processor"
-        )
-        return f"most of it was spent waiting for the hub, {late}: a busy machine, or a slow disk or database"
+        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
+        return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
         return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
 
 
+def start_parts(results: Results, wait_s: float) -> dict[str, float]:
+    """What the mean wait for a server consists of, in seconds; empty where nothing tells.
+
+    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was full.
+    """
+    own, asked = results.hub.metrics, results.operations.get("start_server")
+    phases = results.servers.phases if results.servers else None
+    throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s)
+    parts = {"throttling": throttled_s}
+    if phases:
+        new = f" ({phases.new_node} of {results.servers.ready if results.servers else 0} for a new one)"
+        for name, title in PHASES.items():
+            parts[title + new * (name == "node_s" and phases.new_node > 0)] = getattr(phases, name)
+    elif own and not own.busy and (start := own.spawns.get("success")):
+        parts["the spawner"] = min(start.mean_s, wait_s - throttled_s)
+    else:
+        return {}
+    return parts | {"everything else": wait_s - sum(parts.values())}
+
+
 def time_spent(results: Results) -> Iterator[str]:
-    """Sentences that set the client's times beside the hub's own, and so say on which side the time was spent."""
+    """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    if results.people:
-        yield from _until_work(results.people.until_work_s)
-    if not own:
-        return
-    ready, started = operations.get("server_ready"), own.spawns.get("success")
-    # a capacity's operations are those of one step, the hub's figures those of all
-    if ready and ready.latency_s.mean and started and not results.capacity:
-        wait_s = ready.latency_s.mean
-        asked = operations.get("start_server")  # the mean of all, whose servers became ready or not
-        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, max(0.0, wait_s - started.mean_s))
-        rest_s = wait_s - throttled_s - started.mean_s
-        parts = [f"the hub took {duration_text(min(started.mean_s, wait_s))} to start the server"]
-        parts += [f"throttling took {duration_text(throttled_s)}"] if throttled_s > NEGLIGIBLE_S else []
-        parts += [f"everything else took {duration_text(rest_s)}"] if rest_s > NEGLIGIBLE_S else []
-        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join(parts)}"
+    if own and own.busy:
+        yield f"the hub's one thread was full: it used up to {share_text(own.cpu_share_max)} of a processor"
+    if results.people and (means := results.people.until_work_s):
+        waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
+        at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
+        yield f"{at_work}: {', '.join(waits)}"
+    ready = operations.get("server_ready")
+    # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
+    if ready and (wait_s := ready.latency_s.mean) and not results.capacity:
+        parts = start_parts(results, wait_s)
+        least_s = max(NEGLIGIBLE_S, wait_s / 100)
+        shown = [f"{duration_text(seconds)} {what}" for what, seconds in parts.items() if seconds > least_s]
+        if shown:
+            yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
     for name, handler in HANDLERS.items():
-        seen, inside = operations.get(name), own.requests.get(handler)
-        if results.hub.restarts:  # whoever waited for a hub that was away waited in front of nothing
-            continue
-        if seen and seen.latency_s.mean and inside and (name == "ping" or not results.capacity):
-            whole_s = seen.latency_s.mean
+        operation, inside = operations.get(name), own and own.requests.get(handler)
+        comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
+        whole_s = operation.latency_s.mean if operation else None
+        if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
-            took = took if inside.mean_s <= whole_s else ""  # its clock has other people's requests, too
+            took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
             where = where_time_went(whole_s, inside.mean_s, own)
             yield f"a mean {title_of(name)} of {duration_text(whole_s)}{took}: {where}"
 
 
-def _until_work(means: Mapping[str, float]) -> Iterator[str]:
-    parts = {
-        "server_ready": "the server",
-        "visit": "the start page",
-        "page": "the rest of it",
-        "kernel_ready": "the kernel",
-    }
-    took = ", ".join(f"{parts[name]} {duration_text(mean)}" for name, mean in means.items() if name in parts)
-    if means:
-        yield f"people waited {duration_text(means['at_work'])} on average until they could work: {took}"
-
-
 def time_out_in_front(people: People) -> float | None:
-    """How long all websockets had been open that broke; None when it differs, or they broke at the same moment."""
+    """How long all broken websockets had been open; None when that differs, or they broke together."""
     ends = [end for row in people.values() for end in row.values()]
-    broken = [
-        (end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None
-    ]
+    reasons = ((end.reason, end.ended_s) for end in ends if end.reason)
+    broken = [(reason.open_s, at_s) for reason, at_s in reasons if reason.open_s is not None]
     if len(broken) < 3:
         return None
     open_s, moments_s = map(sorted, zip(*broken))
@@ -6118,72 +5883,127 @@ def time_out_in_front(people: People) -> float | None:
     return open_s[len(open_s) // 2] if alike else None
 
 
-def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> Iterator[str]:
-    """What to look at next, when a run has failed in such ways."""
-    servers, own, in_front = results.servers, results.hub.metrics, results.http.in_front
-    if Kind.AWAY in kinds and results.hub.proxy:
-        yield f"some requests through {results.hub.proxy} got no answer: {without_proxy(results.hub.endpoint)}"
-    elif Kind.AWAY in kinds and not results.hub.restarts:
-        yield "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed starts"
-    if Kind.FULL in kinds:
-        yield "the hub allows no more servers: raise its active_server_limit"
-    elif servers and servers.throttled:
-        yield "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller -b)"
-    yield from _without_servers(results, kinds)
-    if Kind.LATE in kinds:
-        yield "some servers were still starting: see the hub's log and the spawner's events, or raise --server-timeout"
-    elif servers and servers.failures:
-        named = things(results.own_servers)
-        yield f"see the hub's log for the {named} named above; on Kubernetes, the events of their pods"
-    if Kind.LOST in kinds:
-        yield "servers were lost while held: an idle culler? a node that went away? the hub's log says who stopped them"
-    if Kind.ROUTE in kinds:
-        yield "some pages did not come: look at the proxy's log and its routes, and at the servers' own logs"
-    if time_out_s is not None:
-        lasted = f"{time_out_s:.0f} s"
-        yield f"all websockets that broke had been open for {lasted}: something in front has a time-out of {lasted}"
-    elif Kind.WIRE in kinds:
-        yield "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep connections open"
-    if results.leaking:
-        yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; upgrade it"
-    if Kind.KERNEL in kinds:
-        yield "kernels ended: that is what a memory limit does; see the servers' logs, and their memory limit"
-    if own and own.cpu_share_max > BUSY:
-        yield (
-            f"the hub's process used {share_text(own.cpu_share_max)} of a processor, and it can use only one: "
-            "give it a faster one, or less to do"
-        )
-    if results.hub.restarts:
-        yield "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)"
+KUBERNETES = re.compile(r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|\bpods?\b")
+
+
+def arrivals_per_s(options: Json) -> float:
+    """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
+    rates = [
+        fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
+        or group["count"] / (group.get("within") or math.inf)
+        for group in options.get("event") or [options]
+    ]
+    return float(sum(rates))
+
+
+def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
+    """What to do next, with the setting's name: each sentence whose rule applies.
+
+    The settings are those of Zero to JupyterHub's values.yaml where Kubernetes shows itself, else the hub's.
+    """
+    servers, hub, in_front = results.servers, results.hub, results.http.in_front
+    failures, phases = (servers.failures, servers.phases) if servers else ([], None)
+    reasons = {failure.reason for failure in failures}
+    words = " ".join([*results.warnings, *reasons])
+    on_kubernetes = bool(phases or KUBERNETES.search(words))
+
+    def setting(value: str, trait: str) -> str:
+        """A setting's name in values.yaml, or in jupyterhub_config.py."""
+        return value if on_kubernetes else f"c.{trait}"
+
+    causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
+    cause = next((cause for cause in causes if re.search(cause, words)), "")
+    no_account, no_login, no_name = (cause == each for each in causes)
+    chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
+    alike = servers and not servers.ready and len(failures) > len(reasons) == 1
+    cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    if denied > (results.hub.metrics_missing == NO_METRICS_SCOPE):
-        yield "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says which"
-    if in_front.keys() & {"429"}:
-        yield "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
-    if in_front.keys() & {"401", "403"}:
-        yield "something in front of the hub denies requests: let this machine, and POST and DELETE, through to the hub"
-    if any(status >= "500" for status in in_front):
-        yield "errors from 500 on came from what stands in front of the hub: look at the proxy's and the ingress's logs"
+    away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
+    ready, asked = results.operations.get("server_ready"), results.operations.get("start_server")
+    start_s = (ready.latency_s.mean or 0.0) if ready else 0.0
+    start_s -= min(start_s, asked.backoff_s / asked.count if asked else 0.0)
+    at_once = math.ceil(arrivals_per_s(results.options) * start_s)
+    limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
+    in_time = re.search(r"did not start in (\d+) s", words)
+    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
+    memory = setting("singleuser.memory", "Spawner.mem_limit")
+    many = phases is not None and servers is not None and max(2, servers.ready // 10)
+    new_nodes, pulls = (phases.new_node, phases.images_pulled) if phases else (0, 0)
+    rules: dict[str, object] = {
+        f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
+        f"some requests got no answer: does the hub run? It exits after {exit_limit} failed starts in a "
+        "row": away and not hub.proxy and not hub.restarts,
+        "the hub allows no more servers: raise "
+        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.FULL in kinds,
+        f"the hub throttled: {limit}: {at_once} lets as many start as came, or slow the arrivals": servers
+        and servers.throttled
+        and Kind.FULL not in kinds
+        and at_once,
+        f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
+            servers and servers.throttled and Kind.FULL not in kinds and not at_once
+        ),
+        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} keeps "
+        "room for them, or add nodes before the event": many and new_nodes >= many,
+        f"{pulls} servers waited for their image: prePuller.hook.enabled and prePuller.continuous.enabled "
+        "pull it before, a smaller image is faster": many and pulls >= many and phases and phases.image_s > 5,
+        "the hub's users need unix accounts: make some with these names, or test with "
+        "--own-servers": no_account,
+        "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
+        "--own-servers": no_login,
+        "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with "
+        "--own-servers": no_name,
+        "all starts failed alike: if people choose options before a start, choose them with "
+        "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
+        f"starts were given up after {in_time[1] if in_time else 0} s: if they only need longer, raise "
+        f"{setting('singleuser.startTimeout', 'Spawner.start_timeout')}, and keep --server-timeout below it, "
+        "since such failures count towards the hub's exit": in_time,
+        "some servers were still starting: see the hub's log and the spawner's events, or raise "
+        "--server-timeout": Kind.LATE in kinds,
+        f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
+        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and on_kubernetes,
+        f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
+        "them (squeue, sacct, docker ps, journalctl)": (
+            failures and Kind.LATE not in kinds and not on_kubernetes
+        ),
+        "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
+            NO_SUCH_HOST in words
+        ),
+        "servers were lost: an idle culler, a memory limit, a node that went away? The hub's log says who "
+        "stopped them": Kind.LOST in kinds,
+        "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
+        "logs": Kind.ROUTE in kinds,
+        f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
+        f"{lasted}": time_out_s is not None,
+        "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
+        "connections open": Kind.WIRE in kinds and time_out_s is None,
+        "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
+        "upgrade it": results.leaking,
+        f"kernels ended: that is what a memory limit does; see the servers' logs, and {memory}": (
+            Kind.KERNEL in kinds
+        ),
+        f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
+        "faster core, or reduce its load (JUPYTERHUB_ACTIVITY_INTERVAL in "
+        f"{setting('singleuser.extraEnv', 'Spawner.environment')})": cpu_share > BUSY,
+        f"the hub restarted, and {len(failures)} starts had failed: it exits after {exit_limit} of them in a "
+        "row; test with --fail-fast 4, or set that to 0 for the test": hub.restarts and len(failures) > 4,
+        "the hub restarted: look at why it ended (its memory limit? its liveness probe?)": (
+            hub.restarts and len(failures) < 5
+        ),
+        "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
+        "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
+        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+        "cluster": "429" in in_front,
+        "something in front of the hub denies requests: let this machine, and POST and DELETE, through to "
+        "the hub": in_front.keys() & {"401", "403"},
+        "errors from 500 on came from what stands in front of the hub: look at the proxy's and the "
+        "ingress's logs": any(status >= "500" for status in in_front),
+    }
+    return [sentence for sentence, applies in rules.items() if applies]
 
 
-def _without_servers(results: Results, kinds: Collection[Kind]) -> Iterator[str]:
-    """What to do on a hub where fake users as they are cannot have servers."""
-    servers, options = results.servers, results.options
-    reasons = {one.reason for one in servers.failures} if servers else set()
-    said = " ".join([*results.warnings, *reasons])
-    chosen = any(group.get("profile") for group in options.get("event") or [options])
-    alike = servers is not None and not servers.ready and len(servers.failures) > len(reasons) == 1
-    if re.search("getpwnam|does not exist on the system", said):
-        yield "the hub's users need unix accounts: make some with these names, or test with --own-servers"
-    elif "login again" in said:
-        yield "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with --own-servers"
-    elif "Invalid username" in said:
-        yield "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with --own-servers"
-    elif Kind.SPAWN in kinds and alike and not chosen:
-        yield "all starts failed alike: if people choose options before a start, choose them with --profile"
+# ==== Sections, and the summary as text =====================================================================
 
-
-# ==== Sections, and the summary as text ==============================================================================
+Row = tuple[str, str]  # a label and a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6201,96 +6021,73 @@ class Section:
 
 ENTITLED = {ExitCode.OK: "PASSED", ExitCode.FAILED: "FAILED", ExitCode.LEFT_BEHIND: "LEFT SOMETHING BEHIND"}
 REASONS_SHOWN = 5
-ENOUGH_SERVERS = 50  # before the hub's memory can be divided among them
 NAMES_SHOWN = 3
+ENOUGH_SERVERS = 50  # to divide the hub's memory among them
 
 
 def verdict_of(results: Results) -> tuple[str, str]:
     """The word and the sentence that a run comes down to."""
-    servers, capacity = results.servers, results.capacity
     word = ENTITLED.get(ExitCode(results.exit_code), "INTERRUPTED")
+    servers, people, operations = results.servers, results.people, results.operations
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
-    if capacity:
-        return word, _capacity_sentence(capacity)
-    if people := results.people:
+    if results.capacity:
+        return word, _capacity_sentence(results.capacity)
+    if people:
         later = people.failed + people.at_work - people.expected
-        afterwards = f"; {later} failed afterwards" if later else ""
-        waited = _waited(results.operations.get("at_work"))
-        leaks = "; the proxy lost connections afterwards" if results.leaking else ""
-        expected = counted(people.expected, "person", "people")
-        return word, f"{people.at_work:,} of {expected} got to work{afterwards}{waited}{leaks}"
+        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
+        sentence += f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        return word, sentence + "; the proxy lost connections afterwards" * results.leaking
     if servers:
-        lost = f"; {counted(servers.lost, 'was', 'were')} lost while held" if servers.lost else ""
-        waited = _waited(results.operations.get("server_ready"))
-        return word, f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready{lost}{waited}"
-    load = [name for name in results.operations if name in (results.options.get("mix") or DEFAULT_MIX)]
-    count, failed = (
-        sum(getattr(results.operations[name], key) for name in load) for key in ("count", "failed")
-    )
-    what = "activity report" if load == ["activity"] or not load else "request"
-    return word, f"{count - failed:,} of {counted(count, what)} {'was' if count == 1 else 'were'} accepted"
+        sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
+        sentence += f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
+        return word, sentence + waits_text(operations.get("server_ready"))
+    load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
+    count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
+    requests_text = counted(count, "activity report" if load in ([], ["activity"]) else "request")
+    return word, f"{count - failed:,} of {requests_text} {'was' if count == 1 else 'were'} accepted"
 
 
-def _waited(ready: Operation | None) -> str:
-    if not ready or ready.latency_s.max is None:
+def waits_text(operation: Operation | None) -> str:
+    """How long half, nearly all, and the last of those that succeeded waited; empty when none did."""
+    if not operation or operation.latency_s.max is None:
         return ""
-    most = ready.enough("p95")
-    nearly_all = f", 95 % at most {duration_text(most)}" if most is not None else ""
-    return f"; half waited {duration_text(ready.latency_s.p50)}{nearly_all}, the last {duration_text(ready.latency_s.max)}"
+    p95_s = operation.enough("p95")
+    nearly_all = "" if p95_s is None else f", 95 % at most {duration_text(p95_s)}"
+    half, last = duration_text(operation.latency_s.p50), duration_text(operation.latency_s.max)
+    return f"; half waited {half}{nearly_all}, the last {last}"
 
 
 def _capacity_sentence(capacity: Capacity) -> str:
     if capacity.rate_per_s is None:
-        why_not = (
-            "this tool could not send the first rate" if capacity.generator_bound else "no rate was sustained"
-        )
-        return f"the capacity was not found: {why_not if capacity.finished else 'the search did not finish'}"
-    least = "at least " if capacity.generator_bound or not capacity.finished else ""
+        bound = capacity.generator_bound
+        cause = "this tool could not send the first rate" if bound else "no rate was sustained"
+        return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
+    at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
     if capacity.people_per_minute:
-        of_300 = f"a class of 300 in {duration_text(300 * 60 / capacity.people_per_minute)}"
         people = counted(capacity.people_per_minute, "person", "people")
-        return f"this hub takes {least}{people} a minute: {of_300}"
-    servers = capacity.servers_reporting_every_300_s
-    meaning = (
-        f": the activity reports of {servers:,} running servers, one every 300 s each" if servers else ""
-    )
-    return f"this hub sustains {least}{counted(round(capacity.rate_per_s), 'request')} per second{meaning}"
+        of_300 = duration_text(300 * 60 / capacity.people_per_minute)
+        return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
+    sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
+    if not (servers := capacity.servers_reporting_every_300_s):
+        return sustained
+    return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
-    """What makes a comparison pointless: another command or hub, other people, or something else that they do."""
+    """What makes a comparison pointless: another command or hub, other people, or other things they do."""
     if not baseline:
         return []
-    hubs, options = (
-        (baseline.get("hub", {}), as_json(results.hub)),
-        (baseline.get("options", {}), results.options),
-    )
+    hubs = (baseline.get("hub", {}), as_json(results.hub))
+    options = (baseline.get("options", {}), results.options)
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
-    pairs |= {f"the hub's {key}": (hubs[0].get(key), hubs[1][key]) for key in ("endpoint", "version")}
+    pairs |= {f"the hub's {key}": [hub.get(key) for hub in hubs] for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
-        keys = [OPTIONS[name].key for name in COMPARED if OPTIONS[name].key in results.options]
+        keys = [row.key for row in OPTIONS.values() if row.compared and row.key in results.options]
         pairs |= {
             f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys
         }
     return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
-
-
-COMPARED = (
-    *(
-        "count",
-        "batch_size",
-        "rate_per_s",
-        "within_s",
-        "event",
-        "profile",
-        "visit",
-        "page",
-        "work",
-        "notebook",
-    ),
-    *("hold_s", "stay_s", "own_servers", "duration_s", "mix"),
-)
 
 
 DURATIONS = tuple(row.key for row in OPTIONS.values() if row.kind is duration)
@@ -6310,313 +6107,253 @@ def _option_text(key: str, value: Any) -> str:
 
 def facts(results: Results, baseline: Json | None = None) -> Section:
     """What was asked, what came of it, how long it took, why, and what to do next."""
-    differences = differences_to(baseline, results)
-    through = f", through {results.hub.proxy}" if results.hub.proxy else ""
-    http = results.http
-    monitoring = (
-        f"{share_text(http.observer_share or 0)} monitoring, {counted(http.retries, 'retry', 'retries')}"
-    )
+    hub = results.hub
+    through = f", through {hub.proxy}" if hub.proxy else ""
+    by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
+    judged = [one for one in results.conditions if not (by_default and one.condition == FAILED.text)]
+    values = [(one.held, one.condition, _value_text(one, results)) for one in judged]
     rows = [
-        *_tested(results),
+        *_tested_rows(results),
         *(("because", reason) for reason in results.warnings),
-        *(("because", f"{one.condition}: it is {_value_text(one, results)}") for one in _told(results, True)),
-        *(("baseline", difference) for difference in differences),
-        ("hub", f"{results.hub.version} at {results.hub.endpoint}" + through),
-        *_server_facts(results),
-        *_errors(results.operations, results.own_servers),
-        ("requests", f"{http.requests:,}{' to the hub' if http.servers else ''}, of which {monitoring}"),
-        *_server_requests(http.servers),
+        *(("because", f"{text}: it is {value}") for met, text, value in values if met),
+        *(("baseline", difference) for difference in differences_to(baseline, results)),
+        ("hub", f"{hub.version} at {hub.endpoint}{through}"),
+        *_server_rows(results),
+        *_failed_rows(results),
+        *(_slowest_row(results.servers) if results.servers else ()),
+        *_request_rows(results),
         ("duration", duration_text(results.duration_s)),
-        *_hub_facts(results),
+        *_hub_rows(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
-        *_cleanup_facts(results),
-        *_proxy_facts(results.proxy_check),
-        *_aftermath_facts(results.aftermath or {}),
-        *(
-            ("condition", f"{one.condition}: not met, it is {_value_text(one, results)}")
-            for one in _told(results, False)
-        ),
-        *(("next", one) for one in results.advice),
+        *_cleanup_rows(results),
+        *_proxy_rows(results),
+        *(("condition", f"{text}: not met, it is {value}") for met, text, value in values if not met),
+        *(("next", sentence) for sentence in results.advice),
     ]
     return Section("Summary", rows)
 
 
-def _server_requests(http: Http | None) -> Iterator[tuple[str, str]]:
-    if http:
-        answers = ", ".join(f"{number:,} × {status}" for status, number in http.statuses.items())
-        retries = counted(http.retries, "retry", "retries")
-        yield "requests", f"{http.requests:,} to servers, of which {retries}: {answers}"
-
-
-def _tested(results: Results) -> Iterator[tuple[str, str]]:
+def _tested_rows(results: Results) -> Iterator[Row]:
+    """What a search for capacity tried, and what its result means."""
     capacity = results.capacity
     if not capacity:
         return
-    latencies = (
-        f"The latencies below are of the {'rate sustained' if capacity.rate_per_s else 'last rate tried'}"
-    )
+    mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
+    tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
         lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
-        yield "tested", f"people who come at a fixed rate for {lasts}, new ones in each step. {latencies}"
-    else:
-        sent = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
-        yield "tested", f"{sent} only: starting servers, memory and nodes were not. {latencies}"
-    if reporting := capacity.servers_reporting_every_300_s:
-        default_s = SERVER_REPORTS_EVERY_S
-        every_s = max(default_s, math.ceil(default_s * MANY_SERVERS / (REPORTS_SHARE * reporting)))
-        servers = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
-        yield "activity", f"{servers} take at most {share_text(REPORTS_SHARE)} of this"
+        tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
+    below = "rate sustained" if capacity.rate_per_s else "last rate tried"
+    yield "tested", f"{tested}. The latencies below are of the {below}"
+    if servers := capacity.servers_reporting_every_300_s:
+        usual_s = SERVER_REPORTS_EVERY_S
+        every_s = max(usual_s, math.ceil(usual_s * MANY_SERVERS / (REPORTS_SHARE * servers)))
+        reports = f"the reports of {MANY_SERVERS:,} servers with JUPYTERHUB_ACTIVITY_INTERVAL={every_s}"
+        yield "activity", f"{reports} take at most {share_text(REPORTS_SHARE)} of this"
     if capacity.limited_by:
         yield "limit", capacity.limited_by
 
 
-def _told(results: Results, held: bool) -> list[Judgement]:
-    """The conditions worth a line: all that were asked for; the default one is told by the rest."""
-    asked = results.options["fail_if"]
-    return [one for one in results.conditions if one.held is held and (asked or one.condition != FAILED.text)]
-
-
 def _value_text(judged: Judgement, results: Results | None = None) -> str:
+    """The value of a condition's metric; of too few samples, or beside a baseline, with these."""
     metric = condition(judged.condition).metric
-    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
-    text = functools.partial(value_text, metric=metric)
     if judged.value is None:
         return "not measured"
-    seen = results.operations.get(name) if results else None
-    few = ""
-    if seen and statistic in ENOUGH and (samples := seen.count - seen.failed) < ENOUGH[statistic]:
-        few = f" (of {counted(samples, 'sample')})"
-    if not judged.baseline or judged.limit is None:
-        return f"{text(judged.value)}{few}"
-    ratio = f"{judged.value / judged.baseline:.3g}x of {text(judged.baseline)}"
-    return f"{text(judged.value)}{few}, {ratio}; the limit is {text(judged.limit)}"
+    text = value_text(judged.value, metric)
+    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
+    operation = results.operations.get(name) if results else None
+    if operation and operation.count - operation.failed < ENOUGH.get(statistic, 0):
+        text += f" (of {counted(operation.count - operation.failed, 'sample')})"
+    if judged.baseline and judged.limit is not None:
+        ratio = f"{judged.value / judged.baseline:.3g}x of {value_text(judged.baseline, metric)}"
+        text += f", {ratio}; the limit is {value_text(judged.limit, metric)}"
+    return text
 
 
-def _server_facts(results: Results) -> Iterator[tuple[str, str]]:
-    servers, options = results.servers, results.options
-    if not servers or results.command == PURGE or results.capacity:
+def _server_rows(results: Results) -> Iterator[Row]:
+    """What became of servers and people."""
+    servers, people, options = results.servers, results.people, results.options
+    if not servers or not servers.requested:  # of a purge, or a search
         return
-    throttled = f"; {servers.throttled} throttled" if servers.throttled else ""
-    since = (
-        f", from {duration_text(servers.throttling_began_s)} after the first start on" if throttled else ""
-    )
-    counts = (
-        f"{servers.ready} ready, {servers.failed} failed{f', {servers.lost} lost' if servers.lost else ''}"
-    )
-    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}{throttled}{since}"
-    if given_up := _given_up(results):
-        yield "given up", given_up
-    if options["hold"] and "stay" in results.operations and not results.people:
-        yield (
-            "hold",
-            f"{duration_text(options['hold'])}; who stayed is the hub's word, --visit asks the servers too",
-        )
-    if people := results.people:
+    counts = f"{servers.ready} ready, {servers.failed} failed" + f", {servers.lost} lost" * bool(servers.lost)
+    if servers.throttled:
+        began = duration_text(servers.throttling_began_s)
+        counts += f"; {servers.throttled} throttled, from {began} after the first start on"
+    yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}"
+    own = results.hub.metrics
+    if not servers.ready and servers.given_up and own and (started := own.spawns.get("success")):
+        by_the_hub = f"by the hub's own clock {started.count:.0f} of them became ready, after "
+        by_the_hub += f"{duration_text(started.mean_s)} on average"
+        if started.count > servers.given_up:  # others start servers too
+            by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
+        after = duration_text(options["server_timeout"])
+        yield "given up", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
+    if options["hold"] and "stay" in results.operations and not people:
+        hold = duration_text(options["hold"])
+        yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
+    if people:
         yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
-        waited = _waited(results.operations.get(f"at_work[{group['name']}]"))
-        pace = pace_text(options | group | {"event": None})
-        came_to = f"{came.expected} expected, {pace}; {came.at_work} at work, {came.failed} failed{waited}"
-        yield "people", f"{group['name']}: {came_to}"
-    told = people or servers
-    for reason, number in list(told.reasons.items())[:REASONS_SHOWN]:
-        yield (
-            "failed",
-            f"{number} × {reason}{_named([one.user for one in told.failures if one.reason == reason])}",
-        )
-    if others := sum(list(told.reasons.values())[REASONS_SHOWN:]):
+        waits = waits_text(results.operations.get(f"at_work[{group['name']}]"))
+        pace = f"{came.expected} expected, {pace_text(options | group | {'event': None})}"
+        yield "people", f"{group['name']}: {pace}; {came.at_work} at work, {came.failed} failed{waits}"
+
+
+def _failed_rows(results: Results) -> Iterator[Row]:
+    """Why people or servers failed, the commonest reasons first, each with some names."""
+    failing = results.people or results.servers
+    if not failing:
+        return
+    reasons = list(failing.reasons.items())
+    for reason, number in reasons[:REASONS_SHOWN]:
+        users = sorted((one.user for one in failing.failures if one.reason == reason), key=natural)
+        shown = users[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
+        more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
+        yield "failed", f"{number} × {reason}" + (f" ({', '.join(shown)}{more})" if users else "")
+    if others := sum(number for _, number in reasons[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
-    slowest = [
-        f"{duration_text(one.ready_s)}, {one.user}{_why_slow(one, servers)}" for one in servers.slowest
-    ]
-    if any(_why_slow(one, servers) for one in servers.slowest):
-        yield from (("slowest", one) for one in slowest)
-    elif slowest:
-        yield "slowest", "; ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in slowest)
 
 
-def _given_up(results: Results) -> str:
-    """What became of servers that nobody waited for any longer, by the hub's own clock; "" where some became ready."""
-    servers, own = results.servers, results.hub.metrics
-    came = own.spawns.get("success") if own else None
-    if not servers or servers.ready or not servers.given_up or not came:
-        return ""
-    after = f"{counted(servers.given_up, 'was', 'were')} given up after {duration_text(results.options['server_timeout'])}"
-    if came.count > servers.given_up:  # others start servers too
-        return f"{after}; the hub counted {counted(round(came.count), 'successful start')}"
-    mean = duration_text(came.mean_s)
-    return f"{after}; by the hub's own clock {came.count:.0f} of them became ready, after {mean} on average"
+def _slowest_row(servers: Servers) -> Iterator[Row]:
+    """The slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
+    slowest = []
+    for server in servers.slowest:
+        causes = [f"throttled {server.throttled} ×"] if server.throttled else []
+        if server.message not in ("", servers.usual_message):
+            causes.append(f"longest at: {server.message}")
+        slowest.append(
+            f"{duration_text(server.ready_s)}, {server.user}" + ": " * bool(causes) + ", ".join(causes)
+        )
+    if slowest:
+        yield "slowest", "; ".join(slowest)
 
 
-def _named(users: Sequence[str]) -> str:
-    shown = sorted(users, key=natural)[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
-    more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
-    return f" ({', '.join(shown)}{more})" if users else ""
-
-
-def _why_slow(server: Slow, servers: Servers) -> str:
-    """How often it was throttled, and what the hub said for longest if that tells it from the other servers."""
-    reasons = [f"throttled {server.throttled} ×"] if server.throttled else []
-    reasons += (
-        [f"longest at: {server.message}"]
-        if server.message and server.message != servers.usual_message
-        else []
-    )
-    return ": " + ", ".join(reasons) if reasons else ""
-
-
-def _errors(operations: Mapping[str, Operation], own_servers: bool) -> Iterator[tuple[str, str]]:
-    for name in in_order(operations):
-        if name not in PERSONAL and "[" not in name:  # which are told of people, servers and all
+def _request_rows(results: Results) -> Iterator[Row]:
+    """Why requests failed, by operation, and how many were sent; people's steps have failed elsewhere."""
+    operations, http = results.operations, results.http
+    for name in sorted_operations(operations):
+        if name not in PERSONAL and "[" not in name:
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
-                yield "errors", f"{title_of(name, own_servers)}: {number} × {reason}"
+                yield "errors", f"{title_of(name, results.own_servers)}: {number} × {reason}"
+    monitoring = f"{share_text(http.observer_share or 0)} monitoring"
+    retries = counted(http.retries, "retry", "retries")
+    to_hub = " to the hub" if http.servers else ""
+    yield "requests", f"{http.requests:,}{to_hub}, of which {monitoring}, {retries}"
+    if servers := http.servers:
+        answers = ", ".join(f"{number:,} × {status}" for status, number in servers.statuses.items())
+        retries = counted(servers.retries, "retry", "retries")
+        yield "requests", f"{servers.requests:,} to servers, of which {retries}: {answers}"
 
 
-def _hub_facts(results: Results) -> Iterator[tuple[str, str]]:
+def _hub_rows(results: Results) -> Iterator[Row]:
+    """The hub's own figures, or why they were not read."""
     own, missing = results.hub.metrics, results.hub.metrics_missing
     if missing:
-        yield (
-            "hub's own",
-            f"figures (CPU, memory, event-loop lag, its own request times) were not read: {missing}",
-        )
+        figures = "figures (CPU, memory, event-loop lag, its own request times)"
+        yield "hub's own", f"{figures} were not read: {missing}"
     if not own:
         return
-    most_s = own.event_loop_lag_max_s
-    usual_s = own.event_loop_lag_p95_s if own.event_loop_samples >= 20 else None
-    usual = f"{_lag_text(usual_s)} (p95), " if usual_s is not None else ""
-    lag = f"; event loop late by {usual}{_lag_text(most_s)} (max)" if most_s is not None else ""
-    many = results.servers is not None and results.servers.ready >= ENOUGH_SERVERS
-    each = (
-        f", {bytes_text(own.rss_per_server_bytes)} a server"
-        if many and own.rss_per_server_bytes is not None
-        else ""
-    )
-    memory = (
-        f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after{each}"
-    )
-    most = f", under load up to {share_text(own.cpu_share_max)}" if own.cpu_share_max > own.cpu_share else ""
-    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor{most}"
-    yield "hub's own", f"{cpu}; {memory}{lag}"
+    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor"
+    if own.cpu_share_max > own.cpu_share:
+        cpu += f", under load up to {share_text(own.cpu_share_max)}"
+    memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after"
+    if results.servers and results.servers.ready >= ENOUGH_SERVERS and own.rss_per_server_bytes is not None:
+        memory += f", {bytes_text(own.rss_per_server_bytes)} a server"
+    lags = {"p95": own.event_loop_lag_p95_s, "max": own.event_loop_lag_max_s}
+    late = []
+    for name, lag_s in lags.items():
+        if lag_s is not None and own.event_loop_samples >= ENOUGH.get(name, 0):
+            late.append(f"{'≤ ' * (lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})")
+    yield "hub's own", f"{cpu}; {memory}" + f"; event loop late by {', '.join(late)}" * bool(late)
 
 
-def _lag_text(seconds: float) -> str:
-    return f"≤ {duration_text(seconds)}" if seconds <= LOOP_INTERVAL_S else duration_text(seconds)
-
-
-def _cleanup_facts(results: Results) -> Iterator[tuple[str, str]]:
-    cleaned, remedy = results.cleaned, purge_command(results.options["run"], results.own_servers)
-    what = thing(results.own_servers)
+def _cleanup_rows(results: Results) -> Iterator[Row]:
+    """What was removed, what is still there, and what may be left where the hub does not look."""
+    cleaned, users, run = results.cleaned, results.users, results.options["run"]
+    remedy, what = purge_command(run, results.own_servers), thing(results.own_servers)
     done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
-    traces = list(_traces(results))
-    if cleaned.kept:
-        yield "cleanup", f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"
-    elif cleaned.left:
-        yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
-        yield "cleanup", names_text(cleaned.left)
-        if cleaned.in_the_way:
-            yield "cleanup", cleaned.in_the_way
-        yield "cleanup", f"{'when that is solved, ' if cleaned.in_the_way else ''}remove them with: {remedy}"
-    else:
-        yield "cleanup", f"{done}, none left{' on the hub' if traces else ''}"
-    yield from (("cleanup", sentence) for sentence in traces)
-
-
-def _traces(results: Results) -> Iterator[str]:
-    """What may be left where the hub does not look."""
-    users = results.users
-    if users.stopped_while_starting:
-        yield still_starting(users.stopped_while_starting)
-    if number := users.stops_failed or 0:
-        they, their = ("it was", "its pod") if number == 1 else ("they were", "their pods")
-        yield (
-            f"the hub failed to stop {counted(number, 'server')} during this run, though it said that {they} stopped: "
-            f"{their} and volumes may still be there. "
-            f"Look with: {pods_command(results.options['run'], results.own_servers)}"
+    traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
+    if failed := users.stops_failed:
+        they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
+        traces.append(
+            f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
+            f"stopped: {their} and volumes may still be there. "
+            f"Look with: {pods_command(run, results.own_servers)}"
         )
+    sentences = [f"{done}, none left{' on the hub' * bool(traces)}"]
+    if cleaned.kept:
+        sentences = [f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"]
+    elif cleaned.left:
+        number = counted(len(cleaned.left), "IS", "ARE")
+        sentences = [f"{done}; {number} STILL THERE:", names_text(cleaned.left), cleaned.in_the_way]
+        sentences += [f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"]
+    yield from (("cleanup", sentence) for sentence in (*sentences, *traces) if sentence)
 
 
-def _whose(name: str) -> str:
-    return "the hub" if name == "hub" else name
-
-
-PORTS = 28_232  # from which a machine takes one for each connection, unless it is told otherwise
-TABS_IMAGINED, ASKING_PER_MINUTE = 300, 2
-PROJECTION = (
-    f"Each failed reconnect of an open tab adds one, for an hour. If {TABS_IMAGINED} open tabs kept reconnecting twice "
-    f"a minute to ended servers that still have a route, the proxy's {PORTS // 1000},000 ports would last "
-    f"{PORTS / (TABS_IMAGINED * ASKING_PER_MINUTE):.0f} minutes; then every page of the hub answers 503"
+PROJECTION = (  # Linux has 28,232 ports for outgoing connections: 28,232 / (300 * 2 per minute) = 47 minutes
+    "Each failed reconnect of an open tab adds one, for an hour. If 300 open tabs kept reconnecting twice a "
+    "minute to ended servers that still have a route, the proxy's 28,000 ports would last 47 minutes; then "
+    "every page of the hub answers 503"
 )
 
 
-def _proxy_facts(check: ProxyCheck | None) -> Iterator[tuple[str, str]]:
-    """What the check of the proxy has shown."""
+def _proxy_rows(results: Results) -> Iterator[Row]:
+    """What the check of the proxy has shown; connections that it keeps to the hub, as error pages prove."""
+    check, changes = results.proxy_check, (results.aftermath or {}).get("hub", {})
     if check and check.verdict != UNDECIDED:  # which is a warning
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
-
-
-def _aftermath_facts(aftermath: Aftermath) -> Iterator[tuple[str, str]]:
-    """Connections to the hub that its proxy keeps: as many as the error pages that it fetched."""
-    changes = aftermath.get("hub", {})
     files, pages = changes.get("open_files"), changes.get("proxy_error_pages")
-    number, fetched = (files.grown if files else None) or 0, (pages.grown if pages else None) or 0
-    if files and number > FILES_TO_MENTION and fetched >= PROOF_SHARE * number:
-        more = f"the hub has {number:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
-        yield "aftermath", f"{more}: its proxy fetched as many error pages, and keeps these connections open"
+    more, fetched = (change.grown or 0.0 if change else 0.0 for change in (files, pages))
+    if files and more > FILES_TO_MENTION and fetched >= PROOF_SHARE * more:
+        counts = f"{more:.0f} open files more than before ({files.before:.0f}, now {files.after:.0f})"
+        kept = "its proxy fetched as many error pages, and keeps these connections open"
+        yield "aftermath", f"the hub has {counts}: {kept}"
 
 
-def in_order(operations: Collection[str]) -> list[str]:
-    """Operations in the order of the table of steps, those of groups behind that of all, one's own at the end."""
+def sorted_operations(operations: Collection[str]) -> list[str]:
+    """Operations in the order of the table of steps, a group's behind that of all, one's own at the end."""
     places = {name: place for place, name in enumerate(STEPS)}
     return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
 
 
-def _label(name: str, own_servers: bool) -> str:
-    """What a row of a table is about: an operation, or, below that, one of its groups."""
-    _, bracket, group = name.partition("[")
-    return f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{group[:-1]}" if bracket else title_of(name, own_servers)
-
-
 def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
     """A row for each operation, with a dash where too few succeeded for a statistic."""
-    columns = ("mean", "p50", "p95", "p99", "max")
-    rows = [
-        (
-            _label(name, own_servers),
-            str(operations[name].count),
-            str(operations[name].failed),
-            *(duration_text(operations[name].enough(column)) for column in columns),
-        )
-        for name in in_order(operations)
-    ]
+    columns, rows = ("mean", "p50", "p95", "p99", "max"), []
+    for name in sorted_operations(operations):
+        one = operations[name]
+        cells = (duration_text(one.enough(column)) for column in columns)
+        rows.append((title_of(name, own_servers), str(one.count), str(one.failed), *cells))
     return Section("Latency", rows, ("operation", "count", "failed", *columns))
 
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    unit, factor, goal = ("a minute", 60, "server ready p95") if of_people else ("per s", 1, "p95")
-    rows = [
-        (
-            f"{factor * step.rate_per_s:.4g}",
-            f"{factor * step.sent_per_s:.4g}",
-            duration_text(step.p95_s),
-            str(step.failed),
-            step.held or "none: sustained",
-        )
-        for step in capacity.steps
-    ]
-    header = (f"tried {unit}", f"{'came' if of_people else 'sent'} {unit}", goal, "failed", "condition met")
-    return Section("Capacity", rows, header, left=(4,))
+    header = (
+        ("tried a minute", "came a minute", "server ready p95")
+        if of_people
+        else ("tried per s", "sent per s", "p95")
+    )
+    rows = []
+    for step in capacity.steps:
+        rates = (f"{rate * (60 if of_people else 1):.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
+    return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
 
 
 def comparison_section(baseline: Json, results: Results) -> Section:
-    """Old, new and ratio of what both runs measured; a dash for a percentile of too few samples."""
-    columns, now = ("p50", "p95", "max"), as_json({"operations": results.operations})
-    rows = []
-    for name in in_order(results.operations):
-        if name in baseline.get("operations", {}):
-            old, new = (metric_value(run, f"{name}.failed") or 0 for run in (baseline, now))
-            cells = (comparison(baseline, now, f"{name}.{column}") for column in columns)
-            rows.append((_label(name, results.own_servers), *cells, f"{old:g}→{new:g}"))
+    """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
+    columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
+    for name in sorted_operations(results.operations):
+        if name not in baseline.get("operations", {}):
+            continue
+        both, cells = (baseline["operations"][name], now[name]), []
+        for column in columns:
+            enough = (run["count"] - run["failed"] >= ENOUGH.get(column, 1) for run in both)
+            old, new = (run["latency_s"][column] if many else None for run, many in zip(both, enough))
+            ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
+            cells.append(f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio)
+        failed = "→".join(str(run["failed"]) for run in both)
+        rows.append((title_of(name, results.own_servers), *cells, failed))
     before = (baseline.get("capacity") or {}).get("rate_per_s")
     after = results.capacity and results.capacity.rate_per_s
     if before and after:
@@ -6624,58 +6361,38 @@ def comparison_section(baseline: Json, results: Results) -> Section:
     return Section("Against the baseline", rows, ("against baseline", *columns, "failed"))
 
 
-def comparison(baseline: Json, results: Json, metric: str) -> str:
-    """Old, new and ratio of one metric, like 840ms→1.25s 1.49x."""
-    old, new = (_enough(run, metric) for run in (baseline, results))
-    ratio = f" {new / old:.{2 if new < 10 * old else 0}f}x" if old and new else ""
-    return f"{duration_text(old)}→{duration_text(new)}".replace(" ", "") + ratio
-
-
-def _enough(run: Json, metric: str) -> float | None:
-    name, _, statistic = metric.partition(".")
-    measured = run["operations"][name]
-    return (
-        metric_value(run, metric)
-        if measured["count"] - measured["failed"] >= ENOUGH.get(statistic, 1)
-        else None
-    )
+def tables_of(results: Results, baseline: Json | None) -> list[Section]:
+    """The tables below the facts, in the summary and in the report."""
+    tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
+    tables += [latency_section(results.operations, results.own_servers)] if results.operations else []
+    return tables + ([comparison_section(baseline, results)] if baseline else [])
 
 
 def render_summary(
     results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100
 ) -> str:
-    """The page that an operator reads: the verdict first, then what was asked, what came of it, how long it took."""
-    word, sentence = verdict_of(results)
-    sections = [facts(results, baseline)]
-    if results.capacity:
-        sections.append(capacity_section(results.capacity, results.command == STRESS))
-    if results.operations:
-        sections.append(latency_section(results.operations, results.own_servers))
-    if baseline:
-        sections.append(comparison_section(baseline, results))
-    return render_page(f"{word}: {sentence}", sections, colour=colour, width=width)
+    """The page that an operator reads: the verdict first, then facts and tables."""
+    sections = [facts(results, baseline), *tables_of(results, baseline)]
+    return render_page(": ".join(verdict_of(results)), sections, colour=colour, width=width)
 
 
 def render_page(headline: str, sections: Iterable[Section], *, colour: bool = False, width: int = 100) -> str:
     """A sentence, and sections below it."""
-    page = textwrap.wrap(headline, width, subsequent_indent="  ", **_UNBROKEN)
+    wrap = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    page = wrap(headline, subsequent_indent="  ")
     for number, section in enumerate(sections):
-        page += [""] * (number > 0) + list(
-            _as_table(section) if section.header else _as_prose(section, width)
-        )
+        page += [""] if number else []
+        if section.header:
+            page += _table_lines(section)
+            continue
+        indent = max(len(row[0]) for row in section.rows) + 2
+        for label, sentence in labelled_once(section.rows):
+            page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
     return "\n".join(map(_coloured, page) if colour else page)
 
 
-_UNBROKEN: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-_COLOURS = {
-    "PASSED": 32,
-    "FAILED": 31,
-    "LEFT": 31,
-    "INTERRUPTED": 33,
-    "because": 33,
-    "failed": 31,
-    "next": 36,
-}
+_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
+_COLOURS |= {"because": 33, "failed": 31, "next": 36}
 
 
 def _coloured(line: str) -> str:
@@ -6684,41 +6401,29 @@ def _coloured(line: str) -> str:
     return f"\033[1;{_COLOURS[word]}m{word}\033[0m{line[len(word) :]}" if word in _COLOURS else line
 
 
-def _as_prose(section: Section, width: int) -> Iterator[str]:
-    """Sentences behind their labels, a label that repeats left out."""
-    indent = max(len(row[0]) for row in section.rows) + 2
-    for label, sentence in labelled_once(section.rows):
-        head = label.ljust(indent) + sentence
-        yield from textwrap.wrap(head, width, subsequent_indent=" " * indent, **_UNBROKEN)
-
-
 def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
     """Labels and sentences, a label that repeats left out."""
     for before, (label, sentence) in zip([("", ""), *rows], rows):
         yield ("" if label == before[0] else label, sentence)
 
 
-def _as_table(section: Section) -> Iterator[str]:
+def _table_lines(section: Section) -> Iterator[str]:
     lines = [section.header, *section.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(section.header))]
-    for line in lines:
-        cells = (
-            cell.ljust(width) if column in section.left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths))
-        )
-        yield "  ".join(cells).rstrip()
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for cells in lines:
+        aligned = []
+        for column, (cell, width) in enumerate(zip(cells, widths)):
+            aligned.append(cell.ljust(width) if column in section.left else cell.rjust(width))
+        yield "  ".join(aligned).rstrip()
 
 
-# ==== The plan in words, for a dry run ===============================================================================
+# ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
-MEANWHILE = (
-    f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
-)
-Presence = tuple[
-    float, float, Plan
-]  # when a person arrives and leaves, in seconds since the first start; their group
+MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
+MEANWHILE += f"every {METRICS_EVERY_S:g} s"
+Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
 
 
 def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
@@ -6732,142 +6437,121 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
         arrives_s = due_s if plan.is_open else rounds * start_s
         parts = len(group.page.requests) if group.page else 0
-        parts_s = DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
-        slow_s = group.opens * group.visit_timeout_s + parts_s + group.work * group.cell_timeout_s
-        works_s = arrives_s + start_s + at_worst * slow_s
+        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
+        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
+        works_s = arrives_s + start_s + look_s + parts_s
         cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        last_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, last_s * STEPS["stay"].wanted(group), group))
-    all_leave_s = plan.hold_s + max(settled_s for _, _, settled_s, _, _ in people)
+        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
     return [
-        (arrives_s, last_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
-        for arrives_s, works_s, _, last_s, group in people
+        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
+        for arrives_s, works_s, _, look_s, group in people
     ]
 
 
 def at_one_time(people: Sequence[Presence], noun: str) -> str:
-    """The most of something that these people have at one time; about, where that depends on how long starts take."""
-    changes = sorted(
-        change for arrives_s, leaves_s, _ in people for change in ((arrives_s, 1), (leaves_s, -1))
-    )
-    most = max(itertools.accumulate(number for _, number in changes), default=0)
-    return "about " * any(group.stay_s for _, _, group in people) + counted(most, noun)
-
-
-def numbers_text(numbers: Mapping[str, int]) -> str:
-    """Numbers with their nouns, without zeros: 3 starts, 3 stops."""
-    return ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+    """The most of something that these people have at one time; about, where that depends on starts."""
+    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
+    most = max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
+    about = "about " if any(group.stay_s for _, _, group in people) else ""
+    return f"{about}{counted(most, noun)}" if people else f"no {noun}s"
 
 
 def steps_planned(group: Plan) -> str:
     """What each person of a group does, in order."""
     book, parts = group.notebook, len(group.page.requests) if group.page else 0
-    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
     cells = f"{counted(len(book.cells), 'cell')} of {book.file}" if book else "6*7 again and again"
+    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
     steps = {
         f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
         f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
         f"fetches {counted(parts, 'part')} of the page": parts,
         f"runs {cells} in a kernel ({limits})": group.work,
-        f"stays until {duration_text(group.hold_s)} after the last has got this far": group.hold_s
-        and not group.stay_s,
+        f"stays until {duration_text(group.hold_s)} after the last has got this far": (
+            group.hold_s and not group.stay_s
+        ),
         f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
     }
     return ", ".join(step for step, planned in steps.items() if planned)
 
 
-def people_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+def people_planned(plan: Plan) -> Iterator[Row]:
     """Who arrives when, what they do and send, how long that takes, and what it costs."""
-    people, removed, seed = (
-        timetable(plan),
-        plan.count * (not plan.keep),
-        f" (--seed {plan.seed})" * bool(plan.seed),
-    )
+    people = timetable(plan)
+    usual, worst = (duration_text(max(row[1] for row in rows)) for rows in (people, timetable(plan, True)))
     for group in plan.groups:
-        mine, name = [row for row in people if row[2] is group], f"{group.group}: " * bool(group.group)
-        first, last = (f"after {duration_text(mine[n][0])}" if mine[n][0] else "at once" for n in (0, -1))
-        pace = f"{counted(len(mine), 'person', 'people')}, {pace_text(group.options())}{seed * bool(group.within_s)}"
-        pace += f" ({FIRST_STARTS} until one server is ready)" * (
-            len(mine) > FIRST_STARTS < plan.batch_size and not plan.is_open
-        )
-        yield (
-            "people",
-            f"{name}{pace}: the first {first}, the last {last}; {at_one_time(mine, 'server')} at one time",
-        )
+        name = f"{group.group}: " if group.group else ""
+        moments_s = [arrives_s for arrives_s, _, their_group in people if their_group is group]
+        first, last = (f"after {duration_text(moments_s[n])}" if moments_s[n] else "at once" for n in (0, -1))
+        pace = f"{counted(group.count, 'person', 'people')}, {pace_text(group.options())}"
+        pace += f" (--seed {plan.seed})" * bool(plan.seed and group.within_s)
+        few_first = not plan.is_open and min(group.count, plan.batch_size) > FIRST_STARTS
+        pace += f" ({FIRST_STARTS} until one server is ready)" * few_first
+        yield "people", f"{name}{pace}: the first {first}, the last {last}"
         yield "each person", name + steps_planned(group)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
-    creates = math.ceil(plan.count / plan.batch_size) * (not plan.own_servers)
-    hub = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
-    hub |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
-    servers = {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
-    yield "requests", f"{numbers_text(hub | servers)}; a progress stream for each slow start; {MEANWHILE}"
-    ends_s, worst_s = (
-        max(leaves_s for _, leaves_s, _ in timetable(plan, at_worst)) for at_worst in (False, True)
-    )
-    usual = f"from the first start on, about {duration_text(ends_s)} if servers start in {USUAL_START_S:g} s"
-    yield "duration", f"{usual}, at most {duration_text(worst_s)} if every step takes as long as it may"
-    kernels = [row for row in people if row[2].work]
-    some = at_one_time(kernels, "kernel") if kernels else "no kernels"
-    yield "cost", f"{at_one_time(people, 'server')} and {some} at one time"
+    creates = 0 if plan.own_servers else math.ceil(plan.count / plan.batch_size)
+    removed = 0 if plan.keep else plan.count
+    numbers = {"check": 2 + plan.opens, "list": 2 - plan.keep, "create": creates, "start": plan.count}
+    numbers |= {"read": of["visit"] + of["stay"], "stop": removed, "delete": removed}
+    numbers |= {"visit": of["visit"] + again, "page": of["page"], "kernel": of["kernel_ready"]}
+    counts = ", ".join(counted(number, noun) for noun, number in numbers.items() if number)
+    yield "requests", f"{counts}; a progress stream for each slow start; {MEANWHILE}"
+    expected = f"about {usual} from the first start on if servers start in {USUAL_START_S:g} s"
+    yield "duration", f"{expected}, at most {worst} if every step takes as long as it may"
+    kernels = at_one_time([row for row in people if row[2].work], "kernel")
+    yield "cost", f"{at_one_time(people, 'server')} and {kernels} at one time"
     if plan.check_proxy:
         yield "proxy check", f"after that, with one of the servers or one more: {CHECK_COSTS}"
 
 
-def load_planned(plan: Plan) -> Iterator[tuple[str, str]]:
+def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
     load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
     lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
-    rounds = 1 if lasts_s else math.ceil(plan.count / (load.workers * load.processes))
-    number = (
-        "as many requests as that allows"
-        if lasts_s and not load.schedule
-        else counted(load.planned, "request")
-    )
+    threads = load.workers * load.processes
+    rounds = 1 if lasts_s else math.ceil(plan.count / threads)
+    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
+    unlimited = lasts_s and not load.schedule
+    number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
-    yield "load", f"{load.title} from {counted(load.workers * load.processes, 'thread')}: {number}, {mix}"
-    numbers = {"create": math.ceil(plan.count / 10), "delete": plan.count * (not plan.keep)}
-    yield (
-        "requests",
-        f"besides, 2 checks, {counted(2 - plan.keep, 'list')}, at most {numbers_text(numbers)}; {MEANWHILE}",
-    )
-    usual = (
-        duration_text(lasts_s)
-        if lasts_s
-        else f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
-    )
+    yield "load", f"{load.title} from {counted(threads, 'thread')}: {number}, {mix}"
+    lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
+    deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
+    yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
-    yield "duration", f"{usual}, at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+    worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
+    yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
 
 
 def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
-    people = plan.command == STRESS
-    rate_per_s = fastest(plan.rate_per_s) or (
-        CAPACITY_FIRST_PEOPLE_PER_S if people else CAPACITY_FIRST_RATE_PER_S
-    )
-    for_s = plan.duration_s or (CAPACITY_PEOPLE_STEP_S if people else CAPACITY_STEP_S)
-    count = max(1, round(rate_per_s * for_s)) if people else plan.count
+    if plan.command == ACTIVITY:
+        rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
+        return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=plan.duration_s or CAPACITY_STEP_S)
+    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    for_s = plan.duration_s or CAPACITY_PEOPLE_STEP_S
+    count = max(1, round(rate_per_s * for_s))
     return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
 def plan_section(plan: Plan) -> Section:
     """What a run of this plan does and costs, as far as that can be known without asking the hub."""
     what, prefix, step = things(plan.own_servers), username(0, plan.run or "")[:-1], plan
-    rows = [("hub", plan.endpoint or "not given yet")]
+    rows: list[Row] = [("hub", plan.endpoint or "not given yet")]
     if plan.find_capacity:
         step = first_step(plan)
         bound = f" or {counted(plan.max_servers, 'server')} would run" if plan.max_servers else ""
-        how = (
-            f"in steps of {duration_text(step.duration_s)}, usually a dozen, until a condition is met{bound}"
-        )
-        rows.append(("search", f"{how}; below is the first step"))
-    names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
+        steps = f"in steps of {duration_text(step.duration_s)}, usually a dozen"
+        rows.append(("search", f"{steps}, until a condition is met{bound}; below is the first step"))
     if plan.command == PURGE:
-        rows.append((what, f"{prefix}<n>" + ("" if plan.run else ", and those of every --run")))
-        rows.append(("requests", "2 checks, 2 lists; for each of them a stop if it runs, and a delete"))
-        rows.append(("duration", f"as long as that takes for {plan.batch_size} at a time"))
+        every = "" if plan.run else ", and those of every --run"
+        requests_text = "2 checks, 2 lists; for each of them a stop if it runs, and a delete"
+        rows += [(what, f"{prefix}<n>{every}"), ("requests", requests_text)]
+        rows += [("duration", f"as long as that takes for {plan.batch_size} at a time")]
     else:
+        names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
         first = "; those that are there come first" if plan.command == ACTIVITY else ""
         rows.append((what, f"{names}, or as many after the highest number in use{first}"))
         rows += people_planned(step) if plan.command == STRESS else load_planned(step)
@@ -6876,9 +6560,8 @@ def plan_section(plan: Plan) -> Section:
     removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
     rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
     mine = "!user=<owner>" * plan.own_servers
-    rows.append(
-        ("scopes", ", ".join(scope + mine for scope in sorted(needed_scopes(plan.command, plan.own_servers))))
-    )
+    scopes = sorted(needed_scopes(plan.command, plan.own_servers))
+    rows.append(("scopes", ", ".join(scope + mine for scope in scopes)))
     if plan.command == STRESS and plan.opens:
         whose = "the token" if plan.visit_token else "the token, or better a second one"
         rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
@@ -6886,320 +6569,223 @@ def plan_section(plan: Plan) -> Section:
     return Section("Plan", rows)
 
 
-# ==== The report =====================================================================================================
+# ==== The report ============================================================================================
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; --card: #f8fafc }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #0f172a; --ink: #e2e8f0; --faint: #94a3b8; --line: #334155; --card: #1e293b } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1160px; padding: 1rem; background: var(--paper); color: var(--ink);
+:root { color-scheme: light dark }
+body { max-width: 1160px; margin: 0 auto; padding: 1rem; background: Canvas; color: CanvasText;
   font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.35rem; line-height: 1.3; margin: .5rem 0 }
-h1 b { padding: .1em .5em; border-radius: .3em; color: #fff }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: .95rem; margin: 1.2rem 0 0 }
-p { margin: .3rem 0 } p, figcaption { color: var(--faint) }
-.PASSED { background: #15803d } .FAILED, .LEFT { background: #b91c1c } .INTERRUPTED { background: #a16207 }
-.words td:first-child { white-space: nowrap }
-@media (max-width: 700px) { .words td:first-child { white-space: normal }
-  .scroll { font-size: .7rem } .scroll td, .scroll th { padding-right: .25rem } }
+h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
+h3 { font-size: .95rem; margin: 1rem 0 0 }
+h1 b { padding: .1em .5em; border-radius: .3em; color: #fff; background: #b91c1c }
+b.PASSED { background: #15803d } b.INTERRUPTED { background: #a16207 }
+p, th { color: #777; font-weight: normal }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-.left, .words td { text-align: left } .words td { white-space: normal; vertical-align: top }
-.words td + td { overflow-wrap: anywhere } th { color: var(--faint); font-weight: normal }
-.plot { width: 100%; min-width: 0 }
-.js-plotly-plot .main-svg :is(.xtick, .ytick, .y2tick, .legendtext, .infolayer) text,
-.js-plotly-plot .main-svg text.legendtext, .js-plotly-plot .main-svg .annotation text { fill: var(--faint) !important }
-.js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap }
+tr { border-bottom: 1px solid #8884 }
+.left, .words td { text-align: left; vertical-align: top }
+.words td + td { white-space: normal; overflow-wrap: anywhere }
 """
-BLUE, GREEN, AMBER, RED, GREY, LOST = "#3b82f6", "#22a355", "#f59e0b", "#ef4444", "#94a3b8", "#a21caf"
-CYAN, TEAL, VIOLET, BROWN = "#06b6d4", "#0f766e", "#8b5cf6", "#a8763e"
-READY = "rgba(34,163,85,.3)"
-LAYOUT: dict[str, Any] = {
-    "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
-    "xaxis": {"title": {"text": "seconds since the run began"}, "rangemode": "tozero"},
-    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
-    "font": {"family": "system-ui, sans-serif", "size": 12},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hovermode": "closest",
-    "showlegend": True,
-}
+BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
 Trace = dict[str, Any]  # of plotly
 Moments = Sequence["float | None"]
-
-
-class Page:
-    """An HTML page that is being put together, with its plots."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._plots: list[tuple[str, list[Trace], dict[str, Any]]] = []
-
-    def add(self, element: str, text: str) -> None:
-        self._parts.append(f"<{element}>{html.escape(text)}</{element}>")
-
-    def open(self, tag: str) -> None:
-        self._parts.append(tag)
-
-    def section(self, section: Section) -> None:
-        """A heading and a table, which scrolls by itself; rows without a header are sentences."""
-        self.add("h2", section.title)
-        lines = [("th", section.header)] if section.header else []
-        lines += [("td", row) for row in (section.rows if section.header else labelled_once(section.rows))]
-        body = "".join(
-            "<tr>"
-            + "".join(self._cell(kind, cell, n in section.left) for n, cell in enumerate(row))
-            + "</tr>"
-            for kind, row in lines
-        )
-        kind = "" if section.header else "words"
-        self._parts.append(f'<div class="scroll"><table class="{kind}">{body}</table></div>')
-
-    @staticmethod
-    def _cell(kind: str, text: str, left: bool) -> str:
-        return f"<{kind}{' class=left' if left else ''}>{html.escape(text)}</{kind}>"
-
-    def plot(self, traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> None:
-        """A plot whose x axis is the time since the run began, unless `layout` says otherwise."""
-        name = f"plot-{len(self._plots)}"
-        self._parts.append(f'<div class="plot" id="{name}" style="height:{height}px"></div>')
-        own = {
-            "height": height,
-            "yaxis": {"title": {"text": y_title}, "rangemode": "tozero", "tickformat": ","},
-        }
-        self._plots.append((name, list(traces), LAYOUT | own | layout))
-
-    def render(self, title: str, plotly_js: str) -> str:
-        draw = "".join(
-            f"Plotly.newPlot({_script(name)},{_script(traces)},{_script(layout)},"
-            "{responsive: true, displayModeBar: false});"
-            for name, traces, layout in self._plots
-        )
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(self._parts)}"
-            f"<script>{plotly_js}</script><script>{draw}</script></body></html>\n"
-        )
-
-
-def _script(data: Any) -> str:
-    """JSON that can stand in a script element, whatever names and messages it holds."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+Span = tuple[int, float, float]  # which server was in a state, from when to when
 
 
 def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
-    page, timeline = Page(), results.timeline
     word, sentence = verdict_of(results)
-    page.open(f'<h1><b class="{word.split()[0]}">{html.escape(word)}</b>')
-    page.add("span", " " + re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence))
-    page.open("</h1>")
-    versions = f"{results.tool['name']} {results.tool['version']}"
-    page.add("p", f"{versions} {results.command}, {results.started} to {results.finished}")
-    page.section(facts(results, baseline))
-    if results.capacity:
-        page.section(capacity_section(results.capacity, results.command == STRESS))
-    if timeline.servers and timeline.servers.user:
-        _plot_servers(page, timeline.servers, timeline.load_ended_s or 0.0)
-    _plot_watch(page, results)
-    if results.operations:
-        page.section(latency_section(results.operations, results.own_servers))
-        _plot_latency(page, results)
-    for section in _appendix(results, baseline):
-        page.section(section)
-    title = f"hub-stress-test: {word}: {sentence}"
-    return page.render(title, importlib.import_module("plotly.offline").get_plotlyjs())
+    unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
+    tool = f"{results.tool['name']} {results.tool['version']} {results.command}"
+    body = [
+        f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
+        element("p", f"{tool}, {results.started} to {results.finished}"),
+        section_html(facts(results, baseline)),
+        *_server_plots(results.timeline),
+        *_ping_plot(results.timeline),
+    ]
+    for section in (*tables_of(results, baseline), *_appendix(results)):
+        body += [section_html(section), *(_latency_plot(results) if section.title == "Latency" else ())]
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>hub-stress-test: {html.escape(f'{word}: {sentence}')}</title><style>{STYLE}</style>"
+        f"<script>{importlib.import_module('plotly.offline').get_plotlyjs()}</script></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
 
 
-def _appendix(results: Results, baseline: Json | None) -> Iterator[Section]:
-    if baseline:
-        yield comparison_section(baseline, results)
+def element(tag: str, text: str, kind: str = "") -> str:
+    """An HTML element with this text, of a class or none."""
+    return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
+
+
+def section_html(section: Section) -> str:
+    """A heading and a table, which scrolls by itself; rows without a header are sentences."""
+    rows, lines = "", [section.header, *section.rows] if section.header else labelled_once(section.rows)
+    for n, line in enumerate(lines):
+        tag = "th" if section.header and n == 0 else "td"
+        cells = (element(tag, cell, "left" * (column in section.left)) for column, cell in enumerate(line))
+        rows += f"<tr>{''.join(cells)}</tr>"
+    kind = "numbers" if section.header else "words"
+    return f'{element("h2", section.title)}<div class="scroll"><table class="{kind}">{rows}</table></div>'
+
+
+def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
+    """A plot in HTML, whose x axis is the time since the run began."""
+    axis = {"rangemode": "tozero", "tickformat": ",", "gridcolor": "#8884", "zerolinecolor": "#8888"}
+    usual = {
+        "margin": {"l": 52, "r": 12, "t": 26, "b": 42},
+        "xaxis": axis | {"title": {"text": "seconds since the run began"}},
+        "yaxis": axis | {"title": {"text": y_title}} | layout.pop("yaxis", {}),
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#777"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "x unified",
+        "showlegend": True,
+    }
+    config = {"responsive": True, "displayModeBar": False}
+    figure = {"data": traces, "layout": usual | layout, "config": config}
+    values = json.dumps(figure, separators=(",", ":")).replace("<", "\\u003c")  # a name may hold </script>
+    draw = f"Plotly.newPlot(document.currentScript.previousElementSibling,{values})"
+    return f'<div class="plot" style="height:{height}px"></div><script>{draw}</script>'
+
+
+def trace(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any) -> Trace:
+    """A line of a plot."""
+    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | more}
+
+
+def _appendix(results: Results) -> Iterator[Section]:
     if own := results.hub.metrics:
-        durations = [(f"spawn: {name}", one) for name, one in own.spawns.items()] + list(own.requests.items())
-        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations]
+        durations = {f"spawn: {name}": one for name, one in own.spawns.items()} | own.requests
+        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations.items()]
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
     if results.conditions:
-        judged = [
-            (one.condition, "met" if one.held else "not met", _value_text(one, results))
-            for one in results.conditions
-        ]
-        yield Section("Conditions", judged, ("the run fails if", "", "it is"))
-    given = {name.replace("_", "-"): value for name, value in results.options.items()}
-    for group in given.pop("event", None) or ():
-        words = ((key.replace("_", "-"), value) for key, value in group.items() if value and key != "name")
-        given[f"group {group['name']}"] = [key if value is True else f"{key} {value}" for key, value in words]
+        met = {True: "met", False: "not met"}
+        rows = [(one.condition, met[one.held], _value_text(one, results)) for one in results.conditions]
+        yield Section("Conditions", rows, ("the run fails if", "", "it is"))
+    given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
+    given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    texts = {
-        name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in given.items()
+    rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
+    yield Section("Options and versions", rows_of_options)
+
+
+def states_of(servers: ServersTimeline) -> dict[str, tuple[str, list[Span]]]:
+    """Each state with its colour, and which server was in it from when to when; infinite without an end."""
+    good, ended, opened, works = servers.ready, servers.ended_s, servers.opened_s, servers.works_s
+    never = [math.inf] * len(good)
+    ready, bad = ([at if ok is wanted else None for ok, at in zip(good, ended)] for wanted in (True, False))
+    asked = [due if at is None else at for due, at in zip(servers.due_s, servers.asked_s)]
+    sent = [at if first is None else first for first, at in zip(servers.throttled_s, asked)]
+    loaded = [start if at is None else at for start, at in zip(opened, servers.loaded_s)]
+    lost_or_left = zip(servers.lost_s, servers.left_s, never)
+    over = [min(at for at in moments if at is not None) for moments in lost_or_left]
+    rows: dict[str, tuple[str, Moments, Moments]] = {  # a later state is drawn on top
+        "asked": ("#94a3b8", servers.due_s, sent),
+        "throttled": (AMBER, servers.throttled_s, asked),
+        "starting": (BLUE, asked, ended),
+        "failed": (RED, bad, never),
+        "ready": ("rgba(34,163,85,.3)", ready, over),
+        "opening": ("#06b6d4", ready, opened),
+        "loading the page": (TEAL, opened, loaded),
+        "starting a kernel": (VIOLET, loaded, works),
+        "at work": ("#22a355", works, over),
+        "failed after it was ready": (RED, servers.failed_s, over),
+        "lost": ("#a21caf", servers.lost_s, never),
     }
-    shown = [(name, texts[name]) for name, value in given.items() if value not in (None, False, [])]
-    yield Section("Options and versions", shown)
+    states = {}
+    for state, (colour, begins, ends) in rows.items():
+        spans = [(n, a, b) for n, (a, b) in enumerate(zip(begins, ends)) if a is not None and b is not None]
+        states[state] = colour, [span for span in spans if span[1] <= span[2]]
+    return states
 
 
 def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting (throttled), starting, ready, in use, failed and lost at so many moments."""
-    due, asked, ended = (
-        sorted(at or 0.0 for at in row) for row in (servers.due_s, servers.asked_s, servers.ended_s)
-    )
-    ready = sorted(end or 0.0 for end, good in zip(servers.ended_s, servers.ready) if good)
-    lost, works = (sorted(at for at in row if at is not None) for row in (servers.lost_s, servers.works_s))
-    ends = [
-        min((at for at in both if at is not None), default=None)
-        for both in zip(servers.lost_s, servers.left_s)
-    ]
-    over = sorted(at for at, good in zip(ends, servers.ready) if at is not None and good)
-    gone = sorted(at for at, began in zip(ends, servers.works_s) if at is not None and began is not None)
+    """How many servers were waiting, starting, ready, at work, failed and lost at so many moments."""
     moments = [until_s * n / points for n in range(points + 1)]
-    count = bisect.bisect_right
-    return {
-        "at_s": [round(at, 3) for at in moments],
-        "waiting": [count(due, at) - count(asked, at) for at in moments],
-        "starting": [count(asked, at) - count(ended, at) for at in moments],
-        "at work": [count(works, at) - count(gone, at) for at in moments],
-        "ready": [count(ready, at) - count(over, at) - count(works, at) + count(gone, at) for at in moments],
-        "failed": [count(ended, at) - count(ready, at) for at in moments],
-        "lost": [count(lost, at) for at in moments],
-    }
+    curves: dict[str, list[float]] = {}
+    for state, (_, spans) in states_of(servers).items():
+        begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
+        began, ended = ([bisect.bisect_right(row, at_s) for at_s in moments] for row in (begins, ends))
+        curves[state] = list(map(operator.sub, began, ended))
+    curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
+    curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
+    curves["at_s"] = [round(at_s, 3) for at_s in moments]
+    shown = ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
+    return {name: curves[name] for name in shown}
 
 
-def _plot_servers(page: Page, servers: ServersTimeline, until_s: float) -> None:
-    page.add("h2", "Servers")
-    curves = server_curves(servers, until_s)
-    kinds = {
-        "failed": RED,
-        "lost": LOST,
-        "at work": GREEN,
-        "ready": READY,
-        "starting": BLUE,
-        "waiting": AMBER,
-    }
-    kinds = {kind: colour for kind, colour in kinds.items() if any(curves[kind])}
-    stack = {"x": curves["at_s"], "stackgroup": "one", "mode": "none"}
-    traces = [
-        stack | {"name": kind, "y": curves[kind], "fillcolor": colour} for kind, colour in kinds.items()
-    ]
-    page.plot(traces, 260, "servers", hovermode="x unified")
-    page.add("h3", "How long each waited, in the order in which they were due")
-    asked, ended, good = servers.asked_s, servers.ended_s, servers.ready
-    taken = [at if held is None else held for held, at in zip(servers.throttled_s, asked)]
-    left = [
-        min(at for at in (until_s, *ends) if at is not None) for ends in zip(servers.lost_s, servers.left_s)
-    ]
-    opened, works, failed = servers.opened_s, servers.works_s, servers.failed_s
-    loaded = [page or start for page, start in zip(servers.loaded_s, opened)]
-    bars = [
-        _bars("asked", GREY, servers.due_s, taken, servers.user),
-        _bars("throttled", AMBER, servers.throttled_s, asked, servers.user),
-        _bars("starting", BLUE, [at if ok else None for at, ok in zip(asked, good)], ended, servers.user),
-        _bars("failed", RED, [None if ok else at for at, ok in zip(asked, good)], ended, servers.user),
-        _bars("ready", READY, [at if ok else None for at, ok in zip(ended, good)], left, servers.user),
-        _bars("opening", CYAN, [at if ok else None for at, ok in zip(ended, good)], opened, servers.user),
-        _bars("loading the page", TEAL, opened, loaded, servers.user),
-        _bars("starting a kernel", VIOLET, loaded, works, servers.user),
-        _bars("at work", GREEN, works, left, servers.user),
-        _bars("failed after it was ready", RED, failed, left, servers.user),
-        _bars("lost", LOST, servers.lost_s, [until_s] * len(good), servers.user),
-    ]
-    shown = [bar for bar in bars if bar["x"]]
-    page.plot(shown, 460, "server", yaxis={"title": {"text": "server"}, "autorange": "reversed"})
+def _server_plots(timeline: RunTimeline) -> Iterator[str]:
+    """How many servers were in each state, and how long each was, in the order in which they were due."""
+    servers, until_s = timeline.servers, timeline.load_ended_s or 0.0
+    if not servers or not servers.user:
+        return
+    states, curves = states_of(servers), server_curves(servers, until_s)
+    areas: list[Trace] = []
+    stack: Trace = {"x": curves.pop("at_s"), "stackgroup": "one", "mode": "none"}
+    for state, numbers in curves.items():
+        colour = AMBER if state == "waiting" else states[state][0]
+        areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
+    bars, width = [], max(1.0, min(9.0, 380 / len(servers.user)))
+    for state, (colour, spans) in states.items():
+        bar = trace(state, [], [], colour, width=width) | {"text": [], "hoverinfo": "text"}
+        for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
+            end_s = max(began_s, min(end_s, until_s))
+            bar["x"] += (began_s, end_s, None)
+            bar["y"] += (n + 1, n + 1, None)
+            bar["text"] += (*[f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
+        bars += [bar] * bool(spans)
+    yield element("h2", "Servers") + plot(areas, 260, "servers")
+    yield element("h3", "How long each waited, in the order in which they were due")
+    downwards = {"autorange": "reversed", "rangemode": "normal"}
+    yield plot(bars, 460, "server", hovermode="closest", yaxis=downwards)
 
 
-def _bars(name: str, colour: str, begins: Moments, ends: Moments, users: Sequence[str]) -> Trace:
-    """A horizontal bar for each server that has a beginning: one line with gaps, since there may be thousands."""
-    spans = enumerate(zip(begins, ends))
-    shown = [(n, a, b) for n, (a, b) in spans if a is not None and b is not None and b >= a]
-    said = [f"{users[n]}: {name} for {duration_text(end - begin)}" for n, begin, end in shown]
-    x = [at for _, begin, end in shown for at in (begin, end, None)]
-    y = [at for n, _, _ in shown for at in (n + 1, n + 1, None)]
-    text = [one for words in said for one in (words, words, "")]
-    width = max(1.0, min(9.0, 380 / len(users)))
-    return _line(name, x, y, colour, width=width) | {"text": text, "hoverinfo": "text"}
+def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
+    """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
+    for statistic, opacity in (("p50", 0.5), (high, 1.0)):
+        values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
+        more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
+        yield trace(f"{title} {statistic}", seen.at_s, values, colour) | more
+    failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
+    if failed:
+        marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
+        yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
 
 
-def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **line: Any) -> Trace:
-    return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | line}
-
-
-def _plot_watch(page: Page, results: Results) -> None:
-    """What everybody else felt, beside how busy the hub was."""
-    ping, hub = results.timeline.operations.get("ping"), results.timeline.hub
+def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
+    """What everybody else felt, beside how busy the hub and other processes were."""
+    ping, hub = timeline.operations.get("ping"), timeline.hub
     if not ping:
         return
-    page.add("h2", "What everybody else felt, and how busy the hub was")
-    for sentence in time_spent(results):
-        page.add("p", sentence[:1].upper() + sentence[1:] + ".")
-    pings = (("ping p50", ping.p50_s, BLUE), ("ping max", ping.max_s, AMBER))
-    traces = [_line(name, ping.at_s, milliseconds(values), colour) for name, values, colour in pings]
-    traces += _failed_marks("ping", ping)
-    if not hub:
-        page.plot(traces, 280, "ping, ms", hovermode="x unified")
-        return
-    watched = {"hub": hub} | results.timeline.watched
-    busy = [
-        _cpu_line(name, one, colour) for (name, one), colour in zip(watched.items(), itertools.cycle(LINES))
-    ]
-    busy[0] |= {"fill": "tozeroy", "fillcolor": "rgba(239,68,68,.15)"}
-    right = {
-        "title": {"text": "CPU, % of a processor"},
-        "overlaying": "y",
-        "side": "right",
-        "showgrid": False,
-    }
-    right |= {"range": [0, max([105, *(share for line in busy for share in line["y"])])], "dtick": 25}
-    margin = LAYOUT["margin"] | {"r": 56}
-    page.plot([*traces, *busy], 280, "ping, ms", hovermode="x unified", yaxis2=right, margin=margin)
-    page.add("h3", "Open files, connections among them")
-    lines = zip(watched.items(), itertools.cycle(LINES))
-    files = [_line(_whose(name), one.at_s, one.open_files, colour) for (name, one), colour in lines]
-    page.plot(files, 230, "open files", hovermode="x unified")
+    busy, watched = [], {"hub": hub} | timeline.watched if hub else {}
+    for (name, process), colour in zip(watched.items(), itertools.cycle((RED, VIOLET, TEAL, "#a8763e"))):
+        share = [round(100 * (one or 0.0)) for one in process.cpu_share]
+        moments = [process.at_s[0], *process.cpu_at_s]
+        title = "hub's CPU" if name == "hub" else f"CPU of {name}"
+        busy.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
+    most = max([105, *(share for one in busy for share in one["y"])])
+    right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
+    right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
+    yield element("h2", "What everybody else felt, and how busy the hub was")
+    yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 280, "ping, ms", yaxis2=right)
 
 
-LINES = (RED, VIOLET, TEAL, BROWN)  # the hub's, and those of whatever else is watched
-
-
-def _cpu_line(name: str, seen: HubTimeline, colour: str) -> Trace:
-    share = [round(100 * (one or 0.0)) for one in seen.cpu_share]
-    title = "hub's CPU" if name == "hub" else f"CPU of {name}"
-    line = _line(title, [seen.at_s[0], *seen.cpu_at_s], [*share[:1], *share], colour, shape="vh", width=1)
-    return line | {"yaxis": "y2"}
-
-
-def milliseconds(seconds: Moments) -> list[float | None]:
-    """The same durations in milliseconds; None stays None."""
-    return [None if one is None else round(one * 1000, 1) for one in seconds]
-
-
-def _failed_marks(title: str, seen: OperationTimeline) -> list[Trace]:
-    """Marks on the axis where something failed."""
-    failed = [(at, number) for at, number in zip(seen.at_s, seen.failed) if number]
-    marks = _line(f"{title} failed", [at for at, _ in failed], [0] * len(failed), RED)
-    text = [f"{number} failed" for _, number in failed]
-    return [marks | {"mode": "markers", "cliponaxis": False, "text": text}] if failed else []
-
-
-def _plot_latency(page: Page, results: Results) -> None:
+def _latency_plot(results: Results) -> Iterator[str]:
     """How long people waited, or how long the requests of the load took, over time."""
-    felt = (
-        ("server_ready", "at_work")
-        if results.command == STRESS
-        else results.options.get("mix") or DEFAULT_MIX
-    )
-    traces: list[Trace] = []
-    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, *LINES[1:]))):
+    felt, traces = results.options.get("mix") or DEFAULT_MIX, list[Trace]()
+    felt = ("server_ready", "at_work") if results.command == STRESS else felt
+    for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, VIOLET, TEAL))):
         if seen := results.timeline.operations.get(name):
-            title = title_of(name, results.own_servers)
-            for label, values, dash in (("p50", seen.p50_s, "dot"), ("p95", seen.p95_s, "solid")):
-                line = _line(f"{title} {label}", seen.at_s, milliseconds(values), colour, dash=dash)
-                traces.append(line | {"mode": "lines+markers"})
-            traces += _failed_marks(title, seen)
+            traces += _latency_lines(title_of(name, results.own_servers), seen, colour, "p95")
     if traces:
-        page.add("h3", "Over time, by when each was due")
-        page.plot(traces, 260, "ms")
+        yield element("h3", "Over time, by when each was due") + plot(traces, 260, "ms")
 
 
-# ==== Files ==========================================================================================================
+# ==== Files =================================================================================================
 
 
 def render_results(results: Results, baseline: Json | None = None) -> str:
@@ -7210,27 +6796,27 @@ def render_results(results: Results, baseline: Json | None = None) -> str:
 
 
 def write_files(plan: Plan, results: Results) -> Results:
-    """Write the files that were asked for; the results, which have failed when one could not be written (any more)."""
-    files = (("--report", plan.report, render_report), ("--results", plan.results, render_results))
+    """Write the files that were asked for; the results, which fail when a file cannot be written any more."""
+    files = (("report", plan.report, render_report), ("results", plan.results, render_results))
     for flag, path, render in files:
         try:
             if path:
                 write_whole(path, render(results, plan.baseline))
         except OSError as error:
-            sentence = f"{flag} {path} could not be written: {_in_words(error)}"
+            sentence = f"--{flag} {path} could not be written: {_in_words(error)}"
             LOG.error(sentence)
-            code = results.exit_code or int(ExitCode.FAILED)
-            results = dataclasses.replace(results, warnings=[*results.warnings, sentence], exit_code=code)
+            code, warnings = results.exit_code or int(ExitCode.FAILED), [*results.warnings, sentence]
+            results = dataclasses.replace(results, warnings=warnings, exit_code=code)
     return results
 
 
 def write_whole(path: str, text: str) -> None:
-    """Write a file, or the one that a link points to, whole or not at all.
-
-    Standard output, pipes and devices are written to as they are.
-    """
-    if os.path.exists(path) and not os.path.isfile(path) or _is_standard_output(path):
-        with open(os.dup(1) if _is_standard_output(path) else path, "w", encoding="utf-8") as file:
+    """Write a file, or the one that a link points to, whole or not at all; stdout and pipes as they are."""
+    standard_output = False
+    with contextlib.suppress(OSError):
+        standard_output = os.path.samestat(os.stat(path), os.fstat(1))
+    if standard_output or os.path.exists(path) and not os.path.isfile(path):
+        with open(os.dup(1) if standard_output else path, "w", encoding="utf-8") as file:
             file.write(text)
         return
     target = os.path.realpath(path)
@@ -7245,20 +6831,16 @@ def write_whole(path: str, text: str) -> None:
         raise
 
 
-def _is_standard_output(path: str) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(1))
-    except OSError:
-        return False
+# ==== The seeds' functions: thin wrappers, for use as a library =============================================
 
 
-# ==== The seeds' functions: thin wrappers, for use as a library ======================================================
+Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
 
 
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
-    """The models of all users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
     return find_users(Hub(endpoint, session), Recorder(), run)
 
 
@@ -7272,7 +6854,7 @@ def create_users(
     *,
     run: str = "",
 ) -> list[list[str]]:
-    """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after `existing_users`.
+    """The names of exactly `count` new users, in batches, numbered after `existing_users`.
 
     Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
     """
@@ -7289,8 +6871,7 @@ def start_server(
     username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
 ) -> bool:
     """Whether the hub took the request to start this user's server; it may still be starting."""
-    until_s = session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    reply = Hub(endpoint, session).start(username, profile, until_s)
+    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
     if reply.status not in (201, 202):
         LOG.error("The server of %s did not start: %s", username, reply)
     return reply.status in (201, 202)
@@ -7298,7 +6879,7 @@ def start_server(
 
 @timeit
 def start_servers(
-    users: Sequence[Sequence[str]],
+    users: Batches,
     endpoint: str,
     session: HubSession,
     profile: str | Json | None = None,
@@ -7307,20 +6888,16 @@ def start_servers(
     fail_fast: int = 0,
     rate_per_s: float | Schedule | None = None,
 ) -> dict[str, Event]:
-    """The `server_ready` event of each user, for batches of users; its `reason` is None when the server became ready.
+    """The `server_ready` event of each user; its `reason` is None when the server became ready.
 
-    As many start at one time as the largest batch has (closed model), or, with a rate, one every 1 / rate seconds,
-    however slowly the hub answers (open model). Users whose start was not begun (after `fail_fast` failures in a row,
-    where True is 1, a stop, or three failures before any server was ready) are absent.
+    As many start at one time as the largest batch has (closed model), or one every 1 / `rate_per_s` seconds,
+    however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
+    stop, or three failures before any server was ready) are absent.
     """
-    names = [name for batch in users for name in batch]
-    largest = max((len(batch) for batch in users), default=1)
+    names, largest = _flat(users)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-    site = Site(
-        Hub(endpoint, session),
-        Plan(count=len(names), batch_size=largest, profile=profile, **how),
-        new_recorder(),
-    )
+    plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
+    site = Site(Hub(endpoint, session), plan, new_recorder())
     try:
         send_people(names, site)
     except CutShort as error:
@@ -7329,18 +6906,11 @@ def start_servers(
 
 
 def wait_for_servers_to_start(
-    users: Sequence[Sequence[str]],
-    endpoint: str,
-    session: HubSession,
-    *,
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    users: Batches, endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    names = [name for batch in users for name in batch]
-    concurrency = max((len(batch) for batch in users), default=1)
-    ends = _for_each(lambda name: await_ready(name, hub, until_s), names, concurrency)
-    return {name: end.ready_at_s is not None for name, end in ends.items()}
+    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -7397,6 +6967,11 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
 
 
+def _flat(users: Batches) -> tuple[list[str], int]:
+    """The names in batches of users, and how many the largest batch has."""
+    return [name for batch in users for name in batch], max(map(len, users), default=1)
+
+
 def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
     with ThreadPoolExecutor(concurrency) as pool:
         return dict(zip(names, pool.map(work, names)))
@@ -7412,15 +6987,14 @@ def run_stress_test(
     profile: str | Json | None = None,
     **options: Any,
 ) -> Json:
-    """Make `count` users, start their servers, measure, and remove them all; the results, also of what failed.
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of failures.
 
     With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
     `UsageError` or `SetupError`; nothing has been changed then.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    plan = Plan(STRESS, count=count, batch_size=batch_size, keep=keep, profile=profile, **where, **options)
-    return _results_as_json(plan)
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep, "profile": profile}
+    return _results_as_json(Plan(STRESS, count=count, batch_size=batch_size, **options))
 
 
 def notebook_activity_test(
@@ -7434,226 +7008,93 @@ def notebook_activity_test(
 ) -> Json:
     """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
 
-    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
-    `UsageError` or `SetupError`; nothing has been changed then.
+    `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
-    where: Json = {"token": token, "endpoint": endpoint, "dry_run": dry_run}
-    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, keep=keep, **where, **options))
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep}
+    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, **options))
 
 
 def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
     """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
 
-    Finding nothing is success. With `dry_run` nothing is sent, and the result is the plan. `options` are further
-    fields of `Plan`. Raises `UsageError` or `SetupError`.
+    Finding nothing is success. `dry_run`, `options` and errors are those of `run_stress_test`.
     """
     token = Secret(token)
     return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
 
 
 def _results_as_json(plan: Plan) -> Json:
-    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` for what the command line refuses."""
+    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)
-        return {
-            "command": plan.command,
-            "options": plan.options(),
-            "plan": list(map(list, plan_section(plan).rows)),
-        }
+        rows = [list(row) for row in plan_section(plan).rows]
+        return {"command": plan.command, "options": plan.options(), "plan": rows}
     found: Json = as_json(carry_out(plan))
     return found
 
 
-# ==== An event as a file =============================================================================================
-#
-# Its keys are the command line's options: those of a group below [[people]], all others above.
-
-
-WHO_COMES = ("count", "within_s", "rate_per_s")  # which the groups say
-OF_A_SEARCH = ("find_capacity", "max_servers", "duration_s")
-ABOVE_GROUPS = {
-    row.flag[2:]: name
-    for name, row in OPTIONS.items()
-    if STRESS in row.on
-    and name not in (*WHO_COMES, *OF_A_SEARCH, "event", "token")  # which has no place in a file
-}
-
-
-def event_of(file: EventFile, given: Json) -> Json:
-    """The fields of the plan that an event's file sets, groups included; what is `given` wins. Raises `UsageError`."""
-    for name in given.keys() & WHO_COMES:
-        raise UsageError(f"the groups of --event say who comes and when: leave out {OPTIONS[name].flag}")
-    fields = _fields_in(file.above, file, 0) | given
-    groups = tuple(_group_in(table, file, n, Plan(**fields)) for n, table in enumerate(file.people, 1))
-    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
-    if times > 1:
-        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
-    return fields | {"event": groups, "count": sum(group.count for group in groups)}
-
-
-def _group_in(table: Json, file: EventFile, n: int, base: Plan) -> Plan:
-    """The plan of the n-th group, whose keys go before those of all."""
-    fields = _fields_in(table, file, n)
-    try:
-        fields |= _by_stages(fields | {"command": STRESS})
-    except UsageError as error:
-        raise _refused(file, n, "count", str(error)) from None
-    needed = {"a name": {"group"}, "a count": {"count"}, "within or rate": {"within_s", "rate_per_s"}}
-    for what in (what for what, names in needed.items() if not names & fields.keys()):
-        raise _refused(file, n, "", f"a group needs {what}")
-    return dataclasses.replace(base, **fields)
-
-
-def _fields_in(table: Json, file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table sets: that of the n-th group, or (0) what is above all."""
-    fields: Json = {}
-    for key, value in table.items():
-        try:
-            name = _field_of(key, in_group=n > 0)
-            fields[name] = value_in_toml(value, OPTIONS[name], file.path)
-        except argparse.ArgumentTypeError as error:
-            raise _refused(file, n, key, f"{key}: {error}") from None
-    return fields
-
-
-def _field_of(key: str, in_group: bool) -> str:
-    """The field of the plan that a key sets; raises `argparse.ArgumentTypeError`."""
-    known, elsewhere = (GROUP_OPTIONS, ABOVE_GROUPS) if in_group else (ABOVE_GROUPS, GROUP_OPTIONS)
-    if key in known:
-        return known[key]
-    if key in elsewhere:
-        raise argparse.ArgumentTypeError(
-            f"this key stands {'above the groups' if in_group else 'in a group'}"
-        )
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise argparse.ArgumentTypeError(f"there is no such key here: {hint}")
-
-
-NUMBERS = (whole_number, positive_number, rate_of, duration)
-
-
-def value_in_toml(value: Any, row: Option, file: str) -> Any:
-    """The value of an option, from a file; raises `argparse.ArgumentTypeError`. Paths begin where the file is."""
-    if row.repeatable:
-        once = dataclasses.replace(row, repeatable=False)
-        return tuple(
-            value_in_toml(each, once, file) for each in (value if isinstance(value, list) else [value])
-        )
-    if not row.kind or (row.const and isinstance(value, bool)):
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"expected true or false, not {value!r}")
-        return value
-    if type(value) in (int, float) and row.kind in NUMBERS:
-        value = str(value)
-    if isinstance(value, dict) and row.kind is profile_value:
-        value = json.dumps(value)
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f"expected {METAVARS[row.kind]}, not {value!r}")
-    is_path = "FILE" in METAVARS[row.kind]
-    return row.kind(os.path.join(os.path.dirname(file), value) if is_path else value)
-
-
-def _refused(file: EventFile, n: int, key: str, sentence: str) -> UsageError:
-    """What is said of a key of the n-th group (0: above all), or of the whole group, with its line."""
-    seen = 0
-    for number, line in enumerate(file.text.splitlines(), 1):
-        header = re.match(r"\s*\[\[\s*people\s*\]\]", line)
-        seen += bool(header)
-        if seen == n and (
-            re.match(rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]", line) if key else header
-        ):
-            return UsageError(f"--event {file.path}, line {number}: {sentence}")
-    return UsageError(f"--event {file.path}: {sentence}")
-
-
-# ==== Command line ===================================================================================================
-
-COMMAND_HELP = {
-    STRESS: "make users, start their servers, measure, remove them",
-    ACTIVITY: "send the activity reports of running servers, measure",
-    PURGE: "remove the users that earlier runs left behind",
-}
+# ==== Command line, and an event's file =====================================================================
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses bad usage in one sentence."""
+    """Refuses bad usage in one sentence, and sets only what is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, which sets only what is given.
-
-    Options of all commands stand before or after the command.
-    """
-    only_given: Json = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    """The parser of the command line. Options of all commands can stand before and after the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw, **only_given)
+    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
     for name, row in OPTIONS.items():
-        if row.on == COMMANDS and name != "cleanup_timeout_s":
-            row.add_to(parser, dest=name)
+        if set(COMMANDS) <= set(row.on):
+            row.add_to(parser, name)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(command, help=COMMAND_HELP[command], **only_given)
+    for command, help in COMMANDS.items():
+        sub = commands.add_parser(command, help=help)
         for name, row in OPTIONS.items():
-            if command in row.on:
-                row.add_to(sub, dest=f"{name}_too" if row.repeatable else name)
+            if command in row.on:  # a list that a command continues would replace the one before it
+                row.add_to(sub, f"{name}_too" if row.repeatable else name)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, completed from the environment. Raises `UsageError`; --help and --version end the program."""
+    """The command line, completed from the environment. Raises `UsageError`; --help and --version end Python.
+
+    Its `given` are the fields of the plan that the command line or an event's file has set.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     for at, (word, following) in enumerate(zip(words, words[1:])):
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    lists = [name for name, row in OPTIONS.items() if row.repeatable]
-    given = vars(build_parser().parse_args(words, argparse.Namespace(**{name: [] for name in lists})))
-    for name in lists:
-        given[name] = (*given[name], *given.pop(f"{name}_too", ()))
-    given = {name: value for name, value in given.items() if value != ()}
-    _check_search(given)
-    given |= event_of(given.pop("event"), given) if "event" in given else _by_stages(given)
-    args = argparse.Namespace(**vars(Plan()) | given)
+    given = vars(build_parser().parse_args(words))
+    for name in [name for name, row in OPTIONS.items() if row.repeatable]:
+        if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
+            given[name] = values
+    if file := given.get("event"):
+        given = read_table(file, 0) | given
+        of_groups = {"event", *OPTIONS["event"].excludes.split()}
+        above = Plan(**{name: value for name, value in given.items() if name not in of_groups})
+        groups = event_groups(file, above)
+        if given.get("once"):
+            alone: Json = {"count": 1, "after_s": 0.0, "within_s": 1.0, "rate_per_s": None}
+            groups = tuple(dataclasses.replace(group, **alone) for group in groups)
+        fields = given | {"event": groups, "count": sum(group.count for group in groups)}
+    else:
+        fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
+    args = argparse.Namespace(**vars(Plan()) | fields, given=given.keys() & OPTIONS.keys())
     args.endpoint = args.endpoint or endpoint_from_environment()
     args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
     args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
-
-
-NOT_IN_A_SEARCH = ("count", "within_s", "event", "hold_s", "stay_s", "keep", "check_proxy")
-
-
-def _check_search(given: Json) -> None:
-    """Nothing, if a search for capacity is not told what it finds out or decides; else raises `UsageError`."""
-    if "find_capacity" not in given:
-        return
-    if isinstance(given.get("rate_per_s"), Schedule):
-        raise UsageError("--find-capacity begins with one rate: --rate R, without stages")
-    for name in NOT_IN_A_SEARCH if given["command"] == STRESS else ():
-        if name in given:
-            raise UsageError(
-                f"--find-capacity says who comes, and when they leave: leave out {OPTIONS[name].flag}"
-            )
-
-
-def _by_stages(given: Json) -> Json:
-    """What the stages of a rate decide: for how long requests are sent, or how many people come."""
-    stages = given.get("rate_per_s")
-    if not isinstance(stages, Schedule):
-        return {}
-    name, value = ("count", stages.count) if given["command"] == STRESS else ("duration_s", stages.lasts_s)
-    if name in given:
-        raise UsageError(
-            f"the stages of --rate decide the {name.partition('_')[0]}: leave out {OPTIONS[name].flag}"
-        )
-    return {name: value}
 
 
 def endpoint_from_environment() -> str | None:
@@ -7671,6 +7112,111 @@ def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
     return None
 
 
+def read_table(file: EventFile, n: int) -> Json:
+    """The fields of the plan that a table of an event's file sets, read as the command line it stands for.
+
+    Table 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
+    """
+    names = {row.name: name for name, row in OPTIONS.items() if (GROUP if n else EVENT) in row.on}
+    parser, fields = _Parser(add_help=False), Json()
+    for name in names.values():
+        OPTIONS[name].add_to(parser, name)
+    for key, value in file.tables[n].items():
+        try:
+            if key not in names:
+                raise UsageError(_no_such_key(key, names, n))
+            name = names[key]
+            words = _words_for(OPTIONS[name], value, os.path.dirname(file.path))
+            read = vars(parser.parse_args(words)).get(name, getattr(Plan, name))
+            fields[name] = tuple(read) if isinstance(read, list) else read
+        except UsageError as error:
+            sentence = re.sub(r"^argument \S+: ", "", str(error))
+            raise file.error(n, key, f"{key}: {sentence}") from None
+    return fields
+
+
+def _no_such_key(key: str, names: Collection[str], n: int) -> str:
+    if any(row.name == key and (EVENT if n else GROUP) in row.on for row in OPTIONS.values()):
+        return f"this key stands {'above the groups' if n else 'in a group'}"
+    near = difflib.get_close_matches(key, names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"there is no such key here: {hint}"
+
+
+def _words_for(row: Option, value: Any, folder: str) -> list[str]:
+    """The words that a key of an event's file stands for; `false` for none. Paths begin where the file is."""
+    if isinstance(value, bool) and (row.const or not row.kind):
+        return [row.flag] * value
+    if isinstance(value, bool) or not row.kind:
+        raise UsageError(f"expected {row.metavar or 'true or false'}, not {value!r}")
+    values = value if row.repeatable and isinstance(value, list) else [value]
+    texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
+    if row.metavar.startswith("FILE"):
+        texts = [os.path.join(folder, text) for text in texts]
+    return [f"{row.flag}={text}" for text in texts]
+
+
+def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
+    """The plans of an event's groups, whose keys go before those of all. Raises `UsageError`."""
+    groups: list[Plan] = []
+    for n in range(1, len(file.tables)):
+        given = read_table(file, n)
+        fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
+        group = dataclasses.replace(base, **fields)
+        of_all = {"keep"} if base.keep else set()
+        for name, sentence in broken_rules(group, given.keys() | of_all):
+            raise file.error(n, OPTIONS[name].name, sentence)
+        needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
+        for need, names in needed.items():
+            if not any(fields.get(name) for name in names):
+                raise file.error(n, "", f"a group needs {need}")
+        groups.append(group)
+    (name, times), *_ = collections.Counter(group.group for group in groups).most_common(1)
+    if times > 1:
+        raise UsageError(f"--event {file.path}: there are {times} groups called {name}")
+    return tuple(groups)
+
+
+# ---- What can be used together -------------------------------------------------------------------
+
+
+def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
+    """What the stages of a rate decide: how many people come, or for how long requests are sent."""
+    if not isinstance(rate, Schedule):
+        return {}
+    return {"count": rate.count} if command == STRESS else {"duration_s": rate.lasts_s}
+
+
+def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Each field of those that were given that cannot be what it is, with the sentence that says why."""
+    given = [name for name in OPTIONS if name in given and getattr(plan, name)]
+    for name in given:
+        row = OPTIONS[name]
+        needs, excludes = row.needs.split(), row.excludes.split()
+        if plan.command not in row.rules_on:
+            needs = excludes = []
+        if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
+            flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
+            yield name, f"{row.flag} has a meaning only with {flags}"
+        for other in (other for other in excludes if other in given):
+            yield other, row.because.format(OPTIONS[other].flag)
+        package, module = row.package
+        if package and not optional(module):
+            yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"
+    for name in decided_by_stages(plan.command, plan.rate_per_s):
+        row = OPTIONS[name]
+        if name in given:
+            yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
+        if plan.find_capacity:
+            yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
+    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
+    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
+    if most and first > most:
+        yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
+    if (processes := plan.processes) > (workers := plan.workers):
+        yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     fields = {field.name for field in dataclasses.fields(Plan)}
@@ -7683,115 +7229,58 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     `paths` tells whether there will be results, so that conditions can be on any of their numbers.
     """
     plan = plan_of(args)
-    for name in ("count", "batch_size", "workers"):
-        if (value := getattr(plan, name)) < 1:
-            raise UsageError(f"{OPTIONS[name].flag} {value}: expected a whole number of at least 1")
-    if files := [OPTIONS[name].flag for name in WRITTEN_BY_A_RUN if plan.dry_run and getattr(plan, name)]:
-        raise UsageError(f"--dry-run measures nothing that {files[0]} could show: give one of them")
-    _validate_rehearsal(plan, Plan())
-    for group in plan.event:
+    differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
+    for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
         try:
-            _validate_rehearsal(group, dataclasses.replace(plan, group=group.group))
-        except UsageError as error:
-            raise UsageError(f"--event, group {group.group}: {error}") from None
-    if plan.processes > plan.workers:
-        raise UsageError(
-            f"--processes {plan.processes} is more than --workers {plan.workers}: each needs a thread"
-        )
+            if row.kind and isinstance(value, (int, str)):  # as it would have to be on the command line
+                row.kind(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{row.flag}: {error}") from None
+    # The seeds' functions are always called with a count.
+    for _, sentence in broken_rules(plan, getattr(args, "given", {*differs} - {"count"})):
+        raise UsageError(sentence)
     load_operations(plan.operations)
     if unknown := sorted((plan.mix or {}).keys() - OPERATIONS.keys()):
-        raise UsageError(
-            f"--mix: there is no operation {unknown[0]!r}; there are {', '.join(sorted(OPERATIONS))}"
-        )
-    _validate_conditions(plan, paths and not plan.find_capacity)
-    _validate_files(plan)
-    for flag, given, module, package in (
-        ("--report", plan.report, "plotly", "plotly"),
-        ("--work", any(group.work for group in plan.groups), "websocket", "websocket-client"),
-        ("--metrics-port", plan.metrics_port, "prometheus_client", "prometheus-client"),
-    ):
-        if given and not optional(module):
-            raise UsageError(f"{flag} needs {package}, which is not installed: pip install {package}")
+        names = ", ".join(sorted(OPERATIONS))
+        raise UsageError(f"--mix: there is no operation {unknown[0]!r}; there are {names}")
+    for each in plan.fail_if:
+        if why_not := _why_not_judged(each, plan, paths and not plan.find_capacity):
+            raise UsageError(f"--fail-if {each.text!r}: {why_not}")
     missing = {
-        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": args.endpoint,
-        "no token: set JUPYTERHUB_API_TOKEN, or give --token": args.token,
+        "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": plan.endpoint,
+        "no token: set JUPYTERHUB_API_TOKEN, or give --token": plan.token,
     }
     if None in missing.values() and not plan.dry_run:
         raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
 
 
-WRITTEN_BY_A_RUN = ("results", "report", "samples", "metrics_port")
+def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
+    """Why a run cannot judge a condition; "" when it can."""
+    if nearest := instead_of(limit.metric, paths):
+        known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
+        return f"no {limit.metric!r} {known}; nearest is {nearest}"
+    for name in re.findall(r"\[([^]]*)\]", limit.metric):
+        if name not in [group.group for group in plan.event]:
+            return f"there is no group {name!r}"
+    if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
+        return f"the unit {limit.unit!r} does not fit {limit.metric}"
+    return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
 
 
-def _validate_files(plan: Plan) -> None:
-    """Nothing, if the files that are asked for can be written; else raises `UsageError`."""
-    for name, can_be_written in (
-        ("results", writable_file),
-        ("report", writable_file),
-        ("samples", samples_file),
-    ):
-        try:
-            if path := getattr(plan, name):
-                can_be_written(path)
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{OPTIONS[name].flag}: {error}") from None
-
-
-def _validate_conditions(plan: Plan, paths: bool) -> None:
-    """Nothing, if each condition can be judged; else raises `UsageError`."""
-    for one in plan.fail_if:
-        if nearest := instead_of(one.metric, paths):
-            of = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
-            raise UsageError(f"--fail-if {one.text!r}: no {one.metric!r} {of}; nearest is {nearest}")
-        for name in set(re.findall(r"\[([^]]*)\]", one.metric)) - {group.group for group in plan.event}:
-            raise UsageError(f"--fail-if {one.text!r}: there is no group {name!r}")
-        if one.unit not in ("", "x", *FITTING.get(unit_of(one.metric), ())):
-            raise UsageError(f"--fail-if {one.text!r}: the unit {one.unit!r} does not fit {one.metric}")
-        if one.unit == "x" and not plan.baseline:
-            raise UsageError(f"--fail-if {one.text!r}: a multiple needs a --baseline")
-
-
-def _validate_rehearsal(plan: Plan, usual: Plan) -> None:
-    """Nothing, if what differs from what is usual can be used together; else raises `UsageError`."""
-    given = [name for name in OPTIONS if getattr(plan, name) != getattr(usual, name)]
-    together = {*given, *["keep"] * plan.keep}  # which holds for all groups
-    for one, other, why_not in (
-        ("stay_s", "hold_s", "says when each leaves, and --hold when all do"),
-        ("stay_s", "keep", "lets each leave, and --keep nobody"),
-        ("check_proxy", "keep", "lets a server end, and --keep keeps all"),
-        ("within_s", "rate_per_s", "and --rate both say when people come"),
-    ):
-        if {one, other} <= together:
-            raise UsageError(f"{OPTIONS[one].flag} {why_not}: give one of them")
-    for names, there, others in (
-        (("notebook", "think_s", "cell_timeout_s"), any(group.work for group in plan.groups), "--work"),
-        (("visit_timeout_s", "public_url"), plan.opens, "--visit, --page or --work"),
-        (("max_servers", "duration_s"), plan.find_capacity or plan.command == ACTIVITY, "--find-capacity"),
-        (("seed",), any(group.within_s for group in plan.groups), "--within"),
-    ):
-        for name in names:
-            if name in given and not there:
-                raise UsageError(f"{OPTIONS[name].flag} has a meaning only with {others}")
-    first = (fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S) * (
-        plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    )
-    if plan.max_servers and round(first) > plan.max_servers:
-        raise UsageError(
-            f"--max-servers {plan.max_servers}: the first step has {first:.0f} people; lower --rate"
-        )
+# ---- Logging, and the program --------------------------------------------------------------------
 
 
 class _Redacting(logging.Formatter):
-    """Log lines, tracebacks included, from which the token is taken out."""
+    """Log lines, tracebacks included, without the secrets of a run."""
 
-    def __init__(self, *tokens: str | None) -> None:
+    def __init__(self, secrets: Collection[str]) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._tokens = [token for token in tokens if token]
+        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be part of another
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        for token in self._tokens:
-            line = line.replace(token, "***")
+        for secret in self._secrets:
+            line = line.replace(secret, "***")
         return line
 
 
@@ -7800,47 +7289,42 @@ def setup_logging(
 ) -> None:
     """Log to standard error, or to a file, and say where. Raises `UsageError` when that file cannot be used.
 
-    A file that is there already is added to if it is a log of ours, and refused otherwise.
+    A file that is there already is added to if it is a log of this tool, and refused otherwise.
     """
-    tokens = (getattr(args, "token", None), getattr(args, "visit_token", None))
+    plan = plan_of(args) if args else Plan()
     handler: logging.Handler = logging.StreamHandler()
     if log_to_file:
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    handler.setFormatter(_Redacting(*tokens))
+    values = [value for _, value in plan.headers]
+    handler.setFormatter(_Redacting({each for each in (plan.token, plan.visit_token, *values) if each}))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
-        LOG.info("Started with %s", plan_of(args).options())
-    sys.excepthook = _log_uncaught
+        LOG.info("Started with %s", plan.options())
+    sys.excepthook = lambda *error: LOG.critical("This is a bug of hub-stress-test", exc_info=error)
 
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
     import tempfile
 
+    path = str(log_to_file)
+    if log_to_file is True:
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
     try:
-        if log_to_file is True:
-            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-            path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
-        else:
-            path = str(log_to_file)
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
                 file.write(f"{LOG_HEADER}, version {__version__}\n")
             file.seek(0)
-            if not file.readline().startswith(LOG_HEADER):
-                raise UsageError(
-                    f"--log-to-file {path}: this file is there already and is not a log of ours; name another"
-                )
+            ours = file.readline().startswith(LOG_HEADER)
     except OSError as error:
-        raise UsageError(f"--log-to-file {log_to_file}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"--log-to-file {path}: cannot be written ({error.strerror})") from None
+    if not ours:
+        raise UsageError(f"--log-to-file {path}: this file is not a log of hub-stress-test; name another")
     return path
-
-
-def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    LOG.critical("This is a bug of hub-stress-test", exc_info=(kind, error, traceback))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -7873,10 +7357,8 @@ def show(render: Callable[..., str]) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     try:
         print(render(colour=colour), flush=True)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left in the buffer goes nowhere
+    except BrokenPipeError:  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> None:
@@ -7936,10 +7418,11 @@ if locust_is_loading():
     class FastSession:
         """What operations need of a session, over Locust's fast client, which reports each request as `operation`."""
 
-        def __init__(self, user: FastHttpUser, token: str) -> None:
+        def __init__(self, client: Any, plan: Plan) -> None:
             self.operation: str | None = None
-            self._client = user.client
-            self._headers = {"Authorization": f"token {token}", "Accept-Encoding": "identity"}
+            self._client = client
+            self._headers = {"Authorization": f"token {plan.token}", "Accept-Encoding": "identity"}
+            self._headers |= dict(plan.headers)
 
         def request(
             self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any
@@ -7960,7 +7443,7 @@ if locust_is_loading():
         def __init__(self, environment: Any, worker: int) -> None:
             plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
             self.run = f"{plan.run}-{worker}"
-            self.session = get_session(plan.token or "", pool_maxsize=1000)
+            self.session = get_session(plan.token or "", pool_maxsize=1000, headers=plan.headers)
             hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
             check_visits(hub, plan)
             self._fire, self._runner = environment.events.request.fire, environment.runner
@@ -8010,7 +7493,7 @@ if locust_is_loading():
                     self._cutting.kill()
                     self.site.public.close_kernels()
                     ours = set(self.claims.ours) - left_already
-                    hub = dataclasses.replace(self.site.hub, session=self.session.for_cleaning_up())
+                    hub = dataclasses.replace(self.site.hub, session=self.session.clone(own_stop=True))
                     hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
                     thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
                     thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
@@ -8043,7 +7526,7 @@ if locust_is_loading():
         """The plan of a test, from the command line or the web form; raises `UsageError`."""
         options, given = vars(environment.parsed_options), Json()
         for name, row in LOCUST_OPTIONS.items():
-            if name in ("endpoint", "token"):
+            if name in ("endpoint", "token", "headers"):
                 continue
             value = options[row.locust_flag[2:].replace("-", "_")]
             try:
@@ -8066,6 +7549,7 @@ if locust_is_loading():
             )
         endpoint = environment.host and endpoint_url(environment.host)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
+        given |= {"headers": environment.hub_headers}
         plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
@@ -8108,7 +7592,7 @@ if locust_is_loading():
 
         def on_start(self) -> None:
             super().on_start()
-            self.username, self.session = self.new_user(), FastSession(self, self.plan.token or "")
+            self.username, self.session = self.new_user(), FastSession(self.client, self.plan)
             self._interval_s: float = SERVER_REPORTS_EVERY_S / self.plan.scale
             self._number = random.randrange(1000)  # where in the mix this one begins
             self._due_s: float = time.monotonic() + random.random() * self._interval_s
@@ -8165,6 +7649,8 @@ if locust_is_loading():
         options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
         environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        environment.hub_headers = tuple(map(header, options.hub_header or ()))
+        options.hub_header = None
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
         environment.hub_reports, environment.hub_failed = {}, False
         for kind in environment.user_classes:
@@ -8184,7 +7670,7 @@ if locust_is_loading():
     def _check(environment: Any) -> None:
         """Whether the hub accepts the token for what the user classes will do; else raises `HubStressError`."""
         plan = locust_plan(environment)
-        session = get_session(plan.token or "")
+        session = get_session(plan.token or "", headers=plan.headers)
         check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
 
     def _start(environment: Any, **_: Any) -> None:

@@ -47,6 +47,7 @@ class Request:
     path: str
     number: int
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -226,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         # Not self.path, in which the standard library merges leading slashes; a forward proxy is asked for a whole URL.
         path = re.sub("^http://[^/]*", "", self.requestline.split()[1])
-        request, self.entry = self.server.proxy.arrived(self.command, path, body)
+        request, self.entry = self.server.proxy.arrived(self.command, path, body, self.headers)
         try:
             self.hold_if_silent()
             self.act(request, self.server.proxy.decide(request, self.entry))
@@ -445,12 +446,12 @@ class FaultProxy:
         else:
             self._server.stop()
 
-    def arrived(self, method: str, path: str, body: bytes) -> tuple[Request, Entry]:
+    def arrived(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[Request, Entry]:
         """The request as a rule sees it and its entry in the log."""
         with self._lock:
             entry = Entry(method, path, time.monotonic())
             self._log.append(entry)
-            return Request(method, path, len(self._log), body), entry
+            return Request(method, path, len(self._log), body, headers), entry
 
     def decide(self, request: Request, entry: Entry) -> Fault | None:
         """The rule's fault for this request, noted in its entry."""

@@ -28,7 +28,8 @@ class TimeTraveller(hst.HubSession):
     """A session whose pauses take no time but move its clock, which stands still otherwise."""
 
     def __init__(self, wire: BaseAdapter | None = None, token: str = "x", **times: float) -> None:
-        super().__init__(token, wire, **times)
+        super().__init__(token, wire)
+        vars(self).update(times)
         self.paused_s: list[float] = []
         self.clock = lambda: sum(self.paused_s)
         self.answered_s = 0.0
@@ -44,7 +45,8 @@ class Hurried(hst.HubSession):
     FASTER = 50.0
 
     def __init__(self, wire: BaseAdapter | None = None) -> None:
-        super().__init__("x", wire, gone_after_s=1e9)
+        super().__init__("x", wire)
+        self.gone_after_s = 1e9
         began_s = time.monotonic()
         self.clock = lambda: (time.monotonic() - began_s) * self.FASTER
         self.answered_s = 0.0

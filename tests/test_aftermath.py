@@ -14,6 +14,7 @@ import pytest
 import hub_stress_test as hst
 from hub_stress_test import Change, Snapshot
 from localhub import LocalHub
+from test_summary import results_of, told
 from tool import run_for_results, tool_users
 
 FILES, PAGES = ("process_open_fds", ""), ("request_duration_seconds_count", "GET ProxyErrorHandler")
@@ -42,20 +43,19 @@ def test_without_two_looks_there_is_no_aftermath(seen: dict[str, list[Snapshot]]
 
 
 @pytest.mark.parametrize(
-    ("grown", "pages", "told"), [(20.0, 20.0, False), (21.0, 0.0, False), (100.0, 79.0, False), (100.0, 80.0, True)]
+    ("grown", "pages", "mentioned"),
+    [(20.0, 20.0, False), (21.0, 0.0, False), (100.0, 79.0, False), (100.0, 80.0, True)],
 )
-def test_open_files_are_mentioned_only_where_error_pages_explain_them(grown: float, pages: float, told: bool) -> None:
+def test_open_files_are_mentioned_only_where_error_pages_explain_them(
+    grown: float, pages: float, mentioned: bool
+) -> None:
     files, drawn = Change(10.0, 10.0 + grown, 10.0 + grown, grown), Change(0.0, pages, pages, pages)
     aftermath = {"hub": {"open_files": files, "proxy_error_pages": drawn}, "proxy": {"open_files": files}}
-    sentences = [words for _, words in hst._aftermath_facts(aftermath)]
-    assert (
-        sentences
-        == [
-            "the hub has 100 open files more than before (10, now 110): its proxy fetched as many error "
-            "pages, and keeps these connections open"
-        ]
-        * told
+    explained = (
+        "the hub has 100 open files more than before (10, now 110): its proxy fetched as many error "
+        "pages, and keeps these connections open"
     )
+    assert told(results_of([], aftermath=aftermath), "aftermath") == [explained] * mentioned
 
 
 def test_a_condition_on_the_aftermath_is_judged_by_what_has_grown() -> None:
@@ -125,10 +125,9 @@ def test_the_token_is_not_sent_to_a_process_that_is_watched(hub: LocalHub, tmp_p
 
 
 def test_headers_of_ones_own_go_wherever_the_token_goes() -> None:
-    session = hst.get_session("mine")
-    session.headers["X-Org"] = "physics"
+    session = hst.get_session("mine", headers=[("X-Org", "physics")])
     with other_process() as (url, heard):
-        for other in (session.sibling(), session.for_cleaning_up(), session.beside(token="theirs")):
+        for other in (session.clone(), session.clone(own_stop=True), session.clone(token="theirs")):
             assert other.ask("GET", url).status == 200
         hst.Monitor(url, session, is_hub=False).look()
     seen = [(each["Authorization"], each["X-Org"]) for each in heard]

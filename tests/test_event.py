@@ -78,10 +78,28 @@ def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> Non
     )
 
 
+def test_once_one_person_of_each_group_comes_at_once(file: Path) -> None:
+    plan, usual = plan_for(file, "--once"), plan_for(file)
+    assert plan.count == 2 and plan.options()["once"]
+    alone = {"count": 1, "within_s": 1.0, "rate_per_s": None, "after_s": 0.0, "once": True}
+    assert plan.event == tuple(dataclasses.replace(group, **alone) for group in usual.event)
+    assert all(at_s <= 1.0 for at_s, _ in hst.arrivals(plan))
+    with pytest.raises(hst.UsageError, match="--once has a meaning only with --event"):
+        hst.validate(hst.parse_args(["stress-test", "--once", "-e", "http://x/hub/api", "-t", "x"]))
+
+
 def test_the_command_line_wins_over_what_stands_above_the_groups(file: Path) -> None:
     plan = plan_for(file, "--hold", "9s", "--fail-if", "failed > 7", "--think", "2s")
     assert (plan.hold_s, [one.text for one in plan.fail_if]) == (9.0, ["failed > 7"])
     assert [group.think_s for group in plan.event] == [2.0, 2.0]
+
+
+def test_false_in_a_group_takes_back_what_stands_above(tmp_path: Path) -> None:
+    file = tmp_path / "class.toml"
+    file.write_text("visit = true\nfail-if = 'failed > 3'\n" + GROUP + "visit = false\n")
+    plan = plan_for(file)
+    assert (plan.visit, [one.text for one in plan.fail_if]) == (True, ["failed > 3"])
+    assert [group.visit for group in plan.event] == [False]
 
 
 def test_the_groups_come_in_one_order_each_at_its_own_moments_and_the_same_with_the_same_seed(file: Path) -> None:
@@ -107,18 +125,24 @@ WRONG = {
     'token = "5ecret"\n' + GROUP: (1, "token: there is no such key here"),
     GROUP + "hold = 3\n": (5, "hold: this key stands above the groups"),
     "count = 3\n" + GROUP: (1, "count: this key stands in a group"),
-    GROUP.replace("= 3", "= [3]"): (3, "count: expected N, not [3]"),
+    GROUP.replace("= 3", "= [3]"): (3, "count: expected a whole number of at least 1, not '[3]'"),
     GROUP.replace("= 3", "= -3"): (3, "count: expected a whole number of at least 1, not '-3'"),
     GROUP.replace("= 3", "= true"): (3, "count: expected N, not True"),
-    GROUP.replace('"a"', "7"): (2, "name: expected NAME, not 7"),
+    GROUP.replace("= 3", "= false"): (3, "count: expected N, not False"),
+    GROUP.replace('"a"', "[7]"): (2, "name: expected letters, digits and hyphens, not '[7]'"),
+    GROUP.replace('"a"', "{x = 7}"): (2, "name: expected letters, digits and hyphens"),
     GROUP.replace('"a"', '"a b"'): (2, "name: expected letters, digits and hyphens"),
     GROUP + 'visit = "yes"\n': (5, "visit: expected true or false, not 'yes'"),
     GROUP + "work = true\nnotebook = 'nope.py'\n": (6, "nope.py cannot be read as a notebook"),
-    GROUP + "rate = 2\n": (None, "group a: --within and --rate both say when people come"),
-    GROUP + 'rate = "1:2"\n': (3, "the stages of --rate decide the count"),
+    GROUP + "rate = 2\n": (5, "--within and --rate both say when people come: give one of them"),
+    '[[people]]\nname = "a"\ncount = 3\nrate = "1:2"\n': (3, "the stages of --rate decide the count"),
     '[[people]]\nname = "a"\nrate = "1:2x"\n': (3, "rate: expected a duration like 90, 90s, 5m or 1h, not '2x'"),
-    '[[people]]\nname = "a"\nrate = [1, 2]\n': (3, "rate: expected R, not [1, 2]"),
-    GROUP + "think = 5\n": (None, "group a: --think has a meaning only with --work"),
+    '[[people]]\nname = "a"\nrate = [1, 2]\n': (3, "rate: expected a number above 0, not '[1, 2]'"),
+    GROUP + "think = 5\n": (5, "--think has a meaning only with --work"),
+    GROUP + "work = false\nthink = 5\n": (6, "--think has a meaning only with --work"),
+    "keep = true\n" + GROUP + "stay = 5\n": (6, "--stay ends servers, and --keep leaves them running"),
+    'header = "X: 5ecret"\n' + GROUP: (1, "header: there is no such key here"),
+    "find-capacity = true\n" + GROUP: (1, "find-capacity: there is no such key here"),
     "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
     'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),

@@ -78,7 +78,7 @@ def test_servers_that_became_ready_after_everybody_had_given_up_are_told_by_the_
         done, found = run_for_results(tmp_path / "r", *WORDS, hub=hub)
         assert not tool_users(hub)
     assert found["servers"]["ready"] == 0
-    assert "3 were given up after 3.00 s; by the hub's own clock 3 of them became ready, after 5." in done.summary
+    assert "3 servers timed out after 3.00 s; by the hub's own clock 3 of them became ready, after 5." in done.summary
 
 
 def test_a_delayed_hub_is_no_reason_to_give_up_late(tmp_path: Path) -> None:

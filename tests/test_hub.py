@@ -111,7 +111,7 @@ def test_a_likely_endpoint_is_recognised(endpoint: str, location: str | None, gu
 
 @pytest.mark.parametrize("status", [200, 201, 302, 401, 403, 404, 429, 500, 502, 521])
 def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: FaultProxy, endpoint: str) -> None:
-    session = hst.HubSession("x", retry_window_s=0)
+    session = hst.HubSession("x").clone(own_stop=True)
     assert session.ask("GET", endpoint + "/").status == 200
     proxy.rule = every(matching(None, "users"), Answer(status, b"{}", {"Server": "nginx/1.22"}))
     reply = session.ask("POST", endpoint + "/users", json={})
@@ -127,7 +127,7 @@ def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: Fa
 def test_where_the_version_is_stripped_only_gateway_errors_are_lost(
     status: int, lost: bool, proxy: FaultProxy, endpoint: str
 ) -> None:
-    session = hst.HubSession("x", retry_window_s=0)
+    session = hst.HubSession("x").clone(own_stop=True)
     session.marked = False
     proxy.rule = every(matching(None, "users"), Answer(status, b"{}"))
     assert session.ask("POST", endpoint + "/users", json={}).lost is lost
@@ -259,7 +259,7 @@ def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: p
     session.verify, session.cert, session.proxies = "/own/ca.pem", "/own/cert.pem", {"https": "http://proxy:3128"}
     session.get(endpoint + "/user")
     hst.Hub(endpoint, session).state("alice")
-    hst.Hub(endpoint, session.for_cleaning_up()).state("alice")
+    hst.Hub(endpoint, session.clone(own_stop=True)).state("alice")
     assert wire.asked[0][2]["verify"] is True and len(wire.asked) == 4
     for _, _, settings in wire.asked[1:]:
         assert (settings["verify"], settings["cert"]) == ("/own/ca.pem", "/own/cert.pem")
@@ -291,7 +291,7 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, make_h
         session.cut_streams()
         reading.join(0.1)
     assert [(end.ready_at_s, end.running) for end in found] == [(None, True)]
-    assert hst.delete_users([NAME], local.endpoint, session.for_cleaning_up()) and not tool_users(local)
+    assert hst.delete_users([NAME], local.endpoint, session.clone(own_stop=True)) and not tool_users(local)
 
 
 # ==== Answers that were lost =========================================================================================

@@ -92,6 +92,43 @@ def test_a_host_that_does_not_exist_is_said(new_hub: LocalHub) -> None:
     assert "host name not found" in refused(new_hub, "http://hub.invalid/hub/api")
 
 
+# ==== A gateway that demands a header ================================================================================
+
+
+@pytest.fixture
+def gateway(new_hub: LocalHub) -> Iterator[FaultProxy]:
+    """In front of the hub, it lets nobody pass without a header."""
+    with FaultProxy(new_hub.endpoint) as proxy:
+        closed = Answer(403, b"<html>", {"Server": "nginx/1.22.1", "Content-Type": "text/html"})
+        proxy.rule = lambda request: None if request.headers.get("X-Access") == "0p3n" else closed
+        yield proxy
+
+
+def test_a_gateway_that_demands_a_header_names_the_option(gateway: FaultProxy, new_hub: LocalHub) -> None:
+    said = refused(new_hub, gateway.url + "/hub/api")
+    assert "it answers 403 (not JSON but text/html). If a proxy demands a header: --header" in said
+    assert len(gateway.requests) == 1
+
+
+def test_headers_of_ones_own_are_sent_with_every_request(gateway: FaultProxy, new_hub: LocalHub) -> None:
+    endpoint, header = gateway.url + "/hub/api", ("X-Access", hst.Secret("0p3n"))
+    session, record = hst.get_session(new_hub.token, headers=[header]), hst.Recorder()
+    hub = hst.check_hub(endpoint, session, hst.STRESS)
+    assert gateway.requests[0].path == "/hub/api/"  # the probe, without the token
+    names = sum(hst.create_users(2, 2, endpoint, session), [])
+    assert all(event.reason is None for event in hst.start_servers([names], endpoint, session).values())
+    assert [event["ready"] for event in hub.progress(names[0], session.clock() + 10)] == [True]
+    hst.spread_load(hst.Load(endpoint, tuple(names), {"activity": 1.0}, workers=2, processes=2), session, record)
+    assert record.summarise()["activity"].failed == 0
+    public = hst.PublicSide(hub, hst.Plan(visit=True))
+    browser = public.browser(names[0])
+    assert isinstance(browser, hst.HubSession) and browser.ask("GET", endpoint + "/user").status == 200
+    assert hst.Monitor(hst.metrics_url(endpoint), session).look()
+    assert hst.delete_users(names, endpoint, session.clone(own_stop=True)) and not tool_users(new_hub)
+    assert {entry.status for entry in gateway.requests} <= {200, 201, 202, 204, 404}
+    assert "0p3n" not in repr(session.headers)
+
+
 # ==== The token ======================================================================================================
 
 
@@ -106,7 +143,7 @@ def test_a_token_of_64_characters_is_named_where_the_hub_takes_none() -> None:
     hub.token = secrets.token_hex(32)
     with hub:
         said = refused(hub, hub.endpoint)
-    assert "refuses the token: JupyterHub 6.1.0 takes none of 64 characters" in said
+    assert "(GET /user answered 403): JupyterHub 6.1.0 takes none of 64 characters" in said
 
 
 def test_a_token_is_sent_to_nobody_who_has_not_shown_to_be_a_hub(new_hub: LocalHub) -> None:

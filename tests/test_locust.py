@@ -201,6 +201,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
     "no endpoint": ((), {"JUPYTERHUB_ENDPOINT": ""}, 2, "no endpoint"),
     "no token": ((), {"JUPYTERHUB_API_TOKEN": ""}, 2, "no token:"),
     "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "--hub-mix: there is no operation 'walk'"),
+    "a header of the tool": (("--hub-header", "Host: 5ecret"), {}, 2, "the header Host cannot be set"),
     "a strange scale": (("--hub-scale", "-3"), {}, 2, "expected a number above 0"),
     "a strange condition": (("--hub-fail-if", "it is slow"), {}, 2, "expected METRIC OP VALUE"),
     "a path": (("--hub-fail-if", "http.requests > 9"), {}, 2, "'http.requests' among failed, failed_rate, throttled"),
@@ -309,7 +310,8 @@ def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, slow
 @pytest.mark.browser
 def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust, slow_hub: LocalHub) -> None:
     port = str(free_port())
-    locust.start("web", "--web-host", "127.0.0.1", "--web-port", port, "RunningServer", env=slow_hub.environment)
+    words = ("--web-host", "127.0.0.1", "--web-port", port, "--hub-header", "X-Access: 5ecret", "RunningServer")
+    locust.start("web", *words, env=slow_hub.environment)
     wait_until(lambda: "Starting web interface" in locust.said("web"))
     with browser(height=1600) as page:
         wait_until(lambda: _opens(page, f"http://127.0.0.1:{port}/"))
@@ -324,6 +326,7 @@ def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust
         ]
         assert {"host", *(camel(row.locust_flag[2:]) for row in fields)} <= names
         assert "hubToken" not in names and slow_hub.token not in page.page_source
+        assert "hubHeader" not in names and "5ecret" not in page.page_source
         assert page.find_element("name", "host").get_attribute("value") == slow_hub.endpoint
         for name, value in {"userCount": "15", "spawnRate": "15", "hubScale": "300"}.items():
             field = page.find_element("name", name)

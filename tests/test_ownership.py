@@ -158,14 +158,14 @@ class Creates(hst.SimulatedHub):
 def test_whatever_a_create_answers_nobody_is_left_unnamed(does: list[tuple[int, str, int | None]]) -> None:
     """All, some or none of the names are made, under other names, or under both; it says so, refuses, or is lost."""
     wire = Creates(does)
-    session = hst.HubSession("x", wire, retry_window_s=0.0)
+    session = hst.HubSession("x", wire).clone(own_stop=True)
     hub, claims, said = hst.Hub("http://hub.invalid/hub/api", session), hst.Claims(), ""
     claims.known = set()
     try:
         list(hst.make_users(6, 3, hub, hst.Recorder(), claims, [], ""))
     except hst.CutShort as error:
         said = str(error)
-    session = hst.HubSession("x", wire, retry_window_s=0.0)
+    session = hst.HubSession("x", wire).clone(own_stop=True)
     thought = dict.fromkeys(claims.ours, hst.ServerState.UNKNOWN)
     hst.remove_users(thought, thought.__contains__, hst.Hub(hub.endpoint, session), hst.Recorder(), 3)
     left = [name for name in wire.made if name in wire._users]

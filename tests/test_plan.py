@@ -202,6 +202,9 @@ GOOD_VALUES = [
     (hst.endpoint_url, "https://hub.example.org/hub/api/", "https://hub.example.org/hub/api"),
     (hst.endpoint_url, "http://me:pw@[::1]:8/hub/api", "http://[::1]:8/hub/api"),
     (hst.token_text, "abc-!~", "abc-!~"),
+    (hst.header, "X-Access: a b:c", ("X-Access", "a b:c")),
+    (hst.header, "Cookie:a=1; b=2 ", ("Cookie", "a=1; b=2")),
+    (hst.header, "~!#$%&'*+.^_`|-9:\t x", ("~!#$%&'*+.^_`|-9", "x")),
     (hst.mix_of, "activity=8, read=.5,own-one=2", {"activity": 8.0, "read": 0.5, "own-one": 2.0}),
     (hst.profile_value, "small", "small"),
     (hst.profile_value, ' {"image": "a:b"}', {"image": "a:b"}),
@@ -216,6 +219,18 @@ BAD_VALUES = {
     hst.run_name: ["", "Big", "-a", "a-", "a_b", "a b", "a" * 41, "a\n"],
     hst.endpoint_url: ["", "hub", "hub.example.org/hub/api", "ftp://x/", "https://", "http://x/?a=1", "http://x/#a"],
     hst.token_text: ["", "abc\ndef", "a b", "ä"],
+    hst.header: [
+        "",
+        "X-Access",
+        "X-Access:",
+        "X-Access: ",
+        ": x",
+        "X Access: x",
+        "X-Ä: x",
+        "X: ä",
+        "X: a\nb",
+        "X: a\x00",
+    ],
     hst.mix_of: ["", "activity", "activity=", "activity=0", "activity=1,", "activity=-1", "activity=1=2"],
     hst.profile_value: ["{broken", "[1]"],
 }
@@ -236,6 +251,34 @@ def test_an_endpoint_that_is_refused_is_shown_without_its_password() -> None:
     with pytest.raises(argparse.ArgumentTypeError) as refused:
         hst.endpoint_url("ftp://me:pa55word@hub.example.org/")
     assert "ftp://hub.example.org/" in str(refused.value) and "pa55word" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["Authorization", "authorization", "Host", "HOST", "Content-Length"])
+def test_a_header_that_the_tool_sets_itself_is_refused(name: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"the header {name} cannot be set: .*(token|own)"):
+        hst.header(f"{name}: 5ecret")
+
+
+def test_a_header_that_is_refused_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["X-Access 5ecret"], ["X-Ä: 5ecret"], ["Host: 5ecret"], ["X-Access: 5ecret\x07"]):
+        assert "5ecret" not in refused_usage(["purge", "--header", *words], NOWHERE, capsys)
+
+
+def test_headers_are_collected_and_shown_to_no_repr_results_or_log(
+    logging_as_before: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--header", "X-Access: the 1st 5ecret", "purge", *HUB[:3], "a-token", "--header", "Cookie: the 2nd 5ecret"]
+    args = hst.parse_args(words)
+    plan = hst.plan_of(args)
+    assert plan.headers == (("X-Access", "the 1st 5ecret"), ("Cookie", "the 2nd 5ecret"))
+    assert "5ecret" not in repr(args) + repr(plan) + json.dumps(plan.options())
+    hst.setup_logging(args=args)
+    try:
+        raise ValueError("sent the 1st 5ecret")
+    except ValueError:
+        hst.LOG.exception("with %s", dict(plan.headers) | {"also": "the 2nd 5ecret"})
+    log = capsys.readouterr().err
+    assert "5ecret" not in log and "ValueError: sent ***" in log and "'also': '***'" in log
 
 
 def test_a_file_is_read_as_results_only_if_it_holds_some(tmp_path: Path) -> None:
@@ -267,6 +310,7 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     # field: (what is given, what it means)
     "endpoint": ("http://x/hub/api", "http://x/hub/api"),
     "token": ("abc", "abc"),
+    "headers": ("X-Access: 5ecret", (("X-Access", "5ecret"),)),
     "dry_run": (None, True),
     "log_to_file": ("run.log", "run.log"),
     "verbose": (None, True),
@@ -345,7 +389,7 @@ def test_without_options_a_command_has_the_plans_defaults(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "field"), [(command, field) for field in GIVEN for command in hst.OPTIONS[field].on]
+    ("command", "field"), [(c, field) for field in GIVEN for c in hst.COMMANDS if c in hst.OPTIONS[field].on]
 )
 def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_other(
     command: str, field: str, files: Path
@@ -353,7 +397,7 @@ def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_oth
     value, meaning = GIVEN[field]
     default = {field: getattr(hst.Plan(), field)}
     words = [*HUB, command, *COMPANIONS.get(field, ())]
-    for flag in hst.OPTIONS[field].flags.split():
+    for flag in hst.OPTIONS[field].flags:
         plan = plan_for(*words, flag, *([value] if value else []))
         assert getattr(plan, field) == meaning != default[field]
         assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*words), **default)
@@ -363,12 +407,19 @@ def test_every_option_is_tried_but_those_of_an_events_file() -> None:
     assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "group", "after_s", "scale", "visits"}  # or of Locust
 
 
+def test_the_rules_of_an_option_are_about_other_options() -> None:
+    for row in hst.OPTIONS.values():
+        assert {*row.needs.split(), *row.excludes.split()} <= hst.OPTIONS.keys()
+        assert ("{}" in row.because) == bool(row.excludes)
+    assert len(hst.OPTIONS) <= 48
+
+
 @pytest.mark.parametrize("command", hst.COMMANDS)
-def test_the_results_options_are_those_of_the_command_without_token_and_baseline(command: str, files: Path) -> None:
+def test_the_results_options_are_those_of_the_command_without_secrets_and_baseline(command: str, files: Path) -> None:
     plan = plan_for(command, *HUB, "--baseline", "old.json", "--fail-if", "failed > 2", "--fail-if", "throttled > 9")
     options = plan.options()
     rows = [row for row in hst.OPTIONS.values() if command in row.on]
-    assert options.keys() == {row.key for row in rows} - {"token", "baseline"}
+    assert options.keys() == {row.key for row in rows} - {"token", "header", "baseline"}
     assert options["fail_if"] == ["failed > 2", "throttled > 9"]
     assert json.loads(json.dumps(options)) == options
 
@@ -563,7 +614,7 @@ def test_a_file_that_is_no_log_of_ours_is_not_written_to(tmp_path: Path) -> None
     notes = tmp_path / "notes.txt"
     notes.write_text("mine\n")
     done = run_tool("purge", "--log-to-file", str(notes), env=NOWHERE)
-    assert done.code == 2 and "not a log of ours" in done.stderr
+    assert done.code == 2 and "not a log of hub-stress-test" in done.stderr
     assert notes.read_text() == "mine\n"
 
 
@@ -607,12 +658,11 @@ PLANS: dict[str, list[str]] = {
     "stress-test": [
         "hub not given yet",
         "users hub-stress-test-1 to -100, or as many after the highest number in use",
-        "people 100 people, 10 at a time (3 until one server is ready): the first at once, the last after 1 min 40 s; "
-        "100 servers at one time",
+        "people 100 people, 10 at a time (3 until one server is ready): the first at once, the last after 1 min 40 s",
         "each person starts a server (at most 60.0 s)",
         "requests 2 checks, 2 lists, 10 creates, 100 starts, 100 stops, 100 deletes; a progress stream for each slow "
         "start; 5 pings per second; with read:metrics, the hub's figures every 5 s",
-        "duration from the first start on, about 1 min 50 s if servers start in 10 s, at most 34 min 0 s if",
+        "duration about 1 min 50 s from the first start on if servers start in 10 s, at most 34 min 0 s if",
         "cost 100 servers and no kernels at one time",
         "cleanup users are removed; times out after 5 min 0 s without progress",
         "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers",
@@ -621,19 +671,19 @@ PLANS: dict[str, list[str]] = {
     "stress-test -c 1 -e http://x/hub/api --run ci --keep --server-timeout 5s": [
         "hub http://x/hub/api",
         "users hub-stress-test-ci-1, or",
-        "people 1 person, 10 at a time: the first at once, the last at once; 1 server at one time",
+        "people 1 person, 10 at a time: the first at once, the last at once",
         "requests 2 checks, 1 list, 1 create, 1 start; a progress stream",
-        "about 5.00 s if servers start in 10 s, at most 5.00 s if",
+        "about 5.00 s from the first start on if servers start in 10 s, at most 5.00 s if",
         "cleanup users are kept",
     ],
     "stress-test -c 300 --within 5m --seed 7 --work --hold 30m --check-proxy": [
-        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after 4 min "
-        "58 s; 300 servers at one time",
+        "people 300 people, at random moments within 5 min 0 s (--seed 7): the first after 70 ms, the last after "
+        "4 min 58 s",
         "each person starts a server (at most 60.0 s), opens its page (at most 30.0 s), runs 6*7 again and again in a "
         "kernel (at most 60.0 s each, 10.0 s between two), stays until 30 min 0 s after the last has got this far",
         "requests 3 checks, 2 lists, 30 creates, 300 starts, 600 reads, 300 stops, 300 deletes, "
         "600 visits, 300 kernels; a progress stream",
-        "about 35 min 8 s if servers start in 10 s, at most 38 min 58 s if",
+        "about 35 min 8 s from the first start on if servers start in 10 s, at most 38 min 58 s if",
         "cost 300 servers and 300 kernels at one time",
         "proxy check after that, with one of the servers or one more: some three minutes, and up to 120 connections",
         "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers access:servers, for the "
@@ -642,11 +692,10 @@ PLANS: dict[str, list[str]] = {
     ],
     "stress-test -c 60 --rate 1 --visit --stay 10s --own-servers": [  # 20 s each, of which a new one comes each second
         "servers hub-stress-test-1 to -60, or",
-        "people 60 people, 1 per second, however slow the hub: the first at once, the last after 59.0 s; "
-        "about 20 servers at one time",
+        "people 60 people, 1 per second, however slow the hub: the first at once, the last after 59.0 s",
         "opens its page (at most 30.0 s), leaves 10.0 s after getting to work",
         "requests 3 checks, 2 lists, 60 starts, 120 reads, 60 stops, 60 deletes, 120 visits",
-        "about 79.0 s if",
+        "about 79.0 s from the first start on if",
         "cost about 20 servers and no kernels at one time",
         "cleanup servers are removed",
         "scopes delete:servers!user=<owner>, read:servers!user=<owner>, servers!user=<owner> "
@@ -655,14 +704,14 @@ PLANS: dict[str, list[str]] = {
     "stress-test -c 2 --work --notebook class.py --page lab.har": [
         "fetches 1 part of the page, runs 3 cells of class.py in a kernel (at most 60.0 s each, 10.0 s between two)",
         "2 visits, 2 pages, 2 kernels",
-        "about 30.0 s if servers start in 10 s, at most 5 min 20 s if",
+        "about 30.0 s from the first start on if servers start in 10 s, at most 5 min 20 s if",
     ],
     "stress-test --event class.toml --seed 7": [
         "users hub-stress-test-1 to -210, or",
         "people students: 200 people, at random moments within 5 min 0 s (--seed 7): the first after",
-        "200 servers at one time each person students: starts a server",
+        "each person students: starts a server",
         "people assistants: 10 people, 1 per second, from 60.0 s on, however slow the hub: the first after 60.0 s, the "
-        "last after 69.0 s; about 10 servers at one time each person assistants: starts a server (at most 60.0 s), "
+        "last after 69.0 s each person assistants: starts a server (at most 60.0 s), "
         "leaves 5 min 0 s after getting to work",
         "210 starts, 410 reads, 210 stops, 210 deletes, 400 visits, 200 kernels",
         "cost about 210 servers and 200 kernels at one time",
@@ -757,3 +806,18 @@ def test_a_run_sends_as_many_requests_as_its_plan_says(new_hub: LocalHub) -> Non
     assert "7 reads" in planned and {line for line in sent if re.fullmatch("GET .*-[0-9]", line)} == {
         f"GET /hub/api/users/hub-stress-test-{n}" for n in range(1, 8)
     }
+
+
+@pytest.mark.parametrize(
+    ("plan", "number"),
+    [
+        (hst.Plan(count=300, batch_size=50), 50),
+        (hst.Plan(count=300, rate_per_s=10.0), 20),
+        (hst.Plan(count=300, within_s=10.0), 60),
+        (hst.Plan(count=300, within_s=300.0), 10),
+        (hst.Plan(count=9000, within_s=10.0), 100),
+        (hst.Plan(hst.ACTIVITY, rate_per_s=50.0), 10),
+    ],
+)
+def test_users_are_removed_as_fast_as_they_came(plan: hst.Plan, number: int) -> None:
+    assert plan.removed_at_once == number

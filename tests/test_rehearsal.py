@@ -427,7 +427,7 @@ def test_servers_are_entered_with_the_token_for_visits_and_on_1x_with_one_of_the
     ("status", "said"), [(403, "403"), (500, "500"), (503, "something in front of the hub answered 503")]
 )
 def test_on_1x_nobody_elses_token_enters_a_server_when_the_hub_makes_none(status: int, said: str) -> None:
-    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status), retry_window_s=0.0), "1.5.1")
+    hub = hst.Hub(ENDPOINT, hst.HubSession("the-first", HubThatMakesTokens(status)).clone(own_stop=True), "1.5.1")
     public = hst.PublicSide(hub, hst.Plan(visit=True, visit_token=hst.Secret("the-second")))
     with pytest.raises(hst.Failed) as failed:
         public.browser("ann")
@@ -935,10 +935,12 @@ def test_the_options_in_the_results_name_the_files_and_hold_no_token(files: Path
     ("words", "said"),
     [
         (["--stay", "1m", "--hold", "1m"], "--stay says when each leaves, and --hold when all do: give one of them"),
-        (["--stay", "1m", "--keep"], "--stay lets each leave, and --keep nobody: give one of them"),
+        (["--stay", "1m", "--keep"], "--stay ends servers, and --keep leaves them running: give one of them"),
         (["--within", "1m", "--rate", "2"], "--within and --rate both say when people come: give one of them"),
         (["--seed", "7"], "--seed has a meaning only with --within"),
         (["--notebook", "class.py"], "--notebook has a meaning only with --work"),
+        (["--think", "10s"], "--think has a meaning only with --work"),
+        (["--public-url", "http://x"], "only with --visit, --page, --work or --check-proxy"),
         (["--work", "--notebook", "text.ipynb"], "argument --notebook: text.ipynb has no code cells"),
         (["--work", "--notebook", "none.ipynb"], "argument --notebook: none.ipynb cannot be read as a notebook"),
         (["--page", "other.har"], "argument --page: other.har holds no GET below /user/NAME/"),
@@ -1007,8 +1009,8 @@ def test_a_second_token_that_the_hub_refuses_or_that_may_not_enter_servers_is_to
     new_hub: LocalHub,
 ) -> None:
     said = check_visits(new_hub, visit_token="0" * 32)
-    refused = f"The token in JUPYTERHUB_VISIT_TOKEN is refused by the hub at {new_hub.endpoint}: GET /user answered 403"
-    assert refused in said and "0" * 32 not in said
+    assert f"The hub at {new_hub.endpoint} refuses the token (GET /user answered 403)" in said
+    assert said.endswith("into JUPYTERHUB_VISIT_TOKEN.\n") and "0" * 32 not in said
     said = check_visits(new_hub, visit_token=new_hub.token)
     assert "The token in JUPYTERHUB_VISIT_TOKEN lacks what visits need: access:servers" in said
 

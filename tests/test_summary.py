@@ -288,10 +288,10 @@ def test_an_interrupted_start_is_not_told_from_one_that_never_was() -> None:
 
 
 def test_the_commonest_reasons_are_told_and_the_rest_is_counted() -> None:
-    events = [failed(10 * kind + n, f"reason {kind}") for kind in range(1, 8) for n in range(kind)]
+    events = [failed(10 * kind + n, f"reason {'abcdefg'[kind - 1]}") for kind in range(1, 8) for n in range(kind)]
     sentences = told(results_of(events), "failed")
     assert [sentence.partition(" (")[0] for sentence in sentences] == [
-        *(f"{kind} × reason {kind}" for kind in (7, 6, 5, 4, 3)),
+        *(f"{kind} × reason {'abcdefg'[kind - 1]}" for kind in (7, 6, 5, 4, 3)),
         "3 × something else: see the results file",
     ]
 
@@ -313,10 +313,7 @@ def test_a_message_that_the_hub_says_of_every_server_tells_nothing_of_the_slowes
     events = [ready(n, waited_s=float(n), message="Pulling the image") for n in range(1, 8)]
     results = results_of(events)
     assert results.servers and results.servers.usual_message == "Pulling the image"
-    (sentence,) = told(results, "slowest")
-    assert sentence.replace("\N{NO-BREAK SPACE}", " ") == "; ".join(
-        f"{n}.00 s, hub-stress-test-{n}" for n in (7, 6, 5, 4, 3)
-    )
+    assert told(results, "slowest") == ["; ".join(f"{n}.00 s, hub-stress-test-{n}" for n in (7, 6, 5, 4, 3))]
 
 
 def test_a_message_that_tells_servers_apart_says_where_the_slowest_took_long() -> None:
@@ -324,17 +321,16 @@ def test_a_message_that_tells_servers_apart_says_where_the_slowest_took_long() -
     results = results_of(events)
     assert results.servers and results.servers.usual_message == ""
     assert told(results, "slowest") == [
-        "7.00 s, hub-stress-test-7: longest at: Pulling the image",
-        "6.00 s, hub-stress-test-6: longest at: Pulling the image",
-        *(f"{n}.00 s, hub-stress-test-{n}: longest at: Starting" for n in (5, 4, 3)),
+        "7.00 s, hub-stress-test-7: longest at: Pulling the image; "
+        "6.00 s, hub-stress-test-6: longest at: Pulling the image; "
+        + "; ".join(f"{n}.00 s, hub-stress-test-{n}: longest at: Starting" for n in (5, 4, 3))
     ]
 
 
 def test_the_slowest_say_how_often_they_were_throttled() -> None:
     events = [ready(1, 1.0, message="Pulling"), ready(2, 5.0, throttled=3, throttled_s=1.0, message="Pulling")]
     assert told(results_of(events), "slowest") == [
-        "5.00 s, hub-stress-test-2: throttled 3 ×",
-        "1.00 s, hub-stress-test-1",
+        "5.00 s, hub-stress-test-2: throttled 3 ×; 1.00 s, hub-stress-test-1"
     ]
 
 
@@ -355,7 +351,7 @@ def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_look_at_next
     assert [one["message"] for one in slow] == ["Pulling the image"] * 5 and slow[0]["throttled"]
     first = f"{hst.duration_text(slow[0]['ready_s'])}, {slow[0]['user']}: throttled {slow[0]['throttled']} ×"
     assert re.search(rf"^slowest +{first}", done.summary, re.M) and "longest at" not in done.summary
-    assert re.search("^next +the hub throttled: raise its concurrent_spawn_limit", done.summary, re.M)
+    assert re.search("^next +the hub throttled: raise c.JupyterHub.concurrent_spawn_limit", done.summary, re.M)
     assert re.search("of a mean wait of .*, throttling took ", done.summary)
     assert not tool_users(hub)
 
@@ -417,17 +413,17 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
     ("kinds", "events", "more", "advised"),
     [
         ({Kind.AWAY}, [ready(1)], {}, ["some requests got no answer"]),
-        ({Kind.FULL}, [failed(1, kind=Kind.FULL)], {}, ["raise its active_server_limit", "hub's log for"]),
+        ({Kind.FULL}, [failed(1, kind=Kind.FULL)], {}, ["raise c.JupyterHub.active_server_limit", "hub's log for"]),
         ({Kind.LATE}, [failed(1, kind=Kind.LATE)], {}, ["raise --server-timeout"]),
         ({Kind.SPAWN}, [failed(1)], {}, ["see the hub's log for the users named above"]),
         (
             {Kind.LOST},
             [ready(1), held(1, lost=True)],
             {},
-            ["see the hub's log for the users", "servers were lost while held: an idle culler"],
+            ["see the hub's log for the users", "servers were lost: an idle culler"],
         ),
-        (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise its concurrent_spawn_limit"]),
-        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub's process used 93 % of a processor"]),
+        (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise c.JupyterHub.concurrent_spawn_limit"]),
+        (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub is CPU-bound: it used 93 % of a processor"]),
         (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
         (
             set(),
@@ -474,10 +470,10 @@ def test_what_makes_a_comparison_pointless_is_named_before_it() -> None:
     now = results_of([ready(1)], options=hst.Plan().options() | {"work": True, "event": groups})
     assert hst.differences_to(then, now) == [
         "--count was 300, and is 100 now",
+        "--hold was 90s, and is not given now",
         "--event was not given, and is name staff, count 2, work given, within 60s now",
         "--page was lab.har, and is not given now",
         "--work was not given, and is given now",
-        "--hold was 90s, and is not given now",
     ]
     then["command"] = "purge"
     assert told(now, "baseline", then) == ["the command was purge, and is stress-test now"]  # with other options
