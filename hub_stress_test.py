@@ -1463,19 +1463,15 @@ def named_server_limit(reply: Reply) -> int | None:
 
 
 ROLE_TO_PASTE = """\
-c.JupyterHub.load_roles = [
-    {
-        "name": "hub-stress-test",
-        "scopes": ["admin:users", "servers", "read:metrics"],
-        "services": ["hub-stress-test"],
-    }
-]"""
-
+c.JupyterHub.load_roles.append({
+    "name": "hub-stress-test", "services": ["hub-stress-test"],
+    "scopes": ["admin:users", "servers", "read:metrics"],
+})"""
 
 VISIT_ROLE_TO_PASTE = """\
-c.JupyterHub.load_roles.append(
-    {"name": "hub-stress-test-visits", "scopes": ["access:servers"], "services": ["hub-stress-test-visits"]}
-)"""
+c.JupyterHub.load_roles.append({
+    "name": "hub-stress-test-visits", "services": ["hub-stress-test-visits"], "scopes": ["access:servers"],
+})"""
 
 
 def likely_endpoint(endpoint: str, location: str | None) -> str:
