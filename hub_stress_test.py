@@ -5892,7 +5892,7 @@ def arrivals_per_s(options: Json) -> float:
     """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
     rates = [
         fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
-        or group["count"] / (group.get("within") or math.inf)
+        or group.get("count", 0) / (group.get("within") or math.inf)
         for group in options.get("event") or [options]
     ]
     return float(sum(rates))

@@ -417,19 +417,19 @@ def test_where_a_request_spent_its_time(
 
 
 def test_a_ping_did_not_take_longer_inside_the_hub_than_in_all() -> None:
-    own = dataclasses.replace(FIGURES, requests={"GET UserAPIHandler": hst.OwnDurations(9, 0.0085)})
-    pings = [hst.Event("ping", "x", 0.0, 0.0, took_s) for took_s in (0.0073, 0.0105)]
-    for ping, said in zip(pings, ("of 7.3 ms: most", "of 10 ms took 8.5 ms by the hub's own clock: most")):
+    own = dataclasses.replace(FIGURES, requests={"GET UserAPIHandler": hst.OwnDurations(9, 0.15)})
+    pings = [hst.Event("ping", "x", 0.0, 0.0, took_s) for took_s in (0.12, 0.18)]
+    for ping, said in zip(pings, ("of 120 ms: most", "of 180 ms took 150 ms by the hub's own clock: most")):
         found = results_of([ping], hub=hst.HubSide("http://x/hub/api", "6.1.1", 0, own, None), servers=None)
         assert told(found, "where the time went") == [f"a mean ping {said} of it was spent in the hub"]
 
 
 def where_pings_spent_their_time(summary: str) -> str:
+    """What is said of that; nothing of pings that were fast."""
     found = re.search(
         r"a mean ping of \S+ m?s(?: took \S+ m?s by the hub's own clock)?: ([^;]*?)(?= a mean |$)", summary, re.M
     )
-    assert found, summary
-    return found[1]
+    return found[1] if found else ""
 
 
 def test_a_long_way_to_the_hub_is_told_from_a_slow_hub(new_hub: LocalHub) -> None:
@@ -472,7 +472,7 @@ def test_a_mean_wait_for_a_server_is_divided_into_start_throttling_and_the_rest(
         number, unit = text.rstrip(",").split()
         return float(number) / (1000 if unit == "ms" else 1)
 
-    wait_s, start_s, throttled_s = map(seconds, sentence.groups())
+    wait_s, throttled_s, start_s = map(seconds, sentence.groups())
     assert start_s >= 0.5 and throttled_s > 0.1 and start_s + throttled_s <= wait_s * 1.01
     assert not tool_users(hub)
 
