@@ -130,10 +130,6 @@ OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LATE_LOOP_S = 0.2
-CAPACITY_FIRST_RATE_PER_S = 16.0
-CAPACITY_STEP_S = 10.0
-CAPACITY_FIRST_PEOPLE_PER_S = 0.1
-CAPACITY_PEOPLE_STEP_S = 60.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
@@ -5052,7 +5048,8 @@ def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
     if plan.find_capacity:
-        search_people(run)
+        run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
+        search(run)
         return
     who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
     run.announce(f"{who}, {pace_text(plan.options())}")
@@ -5071,11 +5068,11 @@ def activity(run: Run) -> None:
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
     users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    if plan.find_capacity:
+        search(run, users)
+        return
     load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
-        if plan.find_capacity:
-            search_requests(run, load)
-            return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
@@ -5118,6 +5115,8 @@ def carry_out(plan: Plan) -> Results:
 
 # ==== Capacity =======================================================================================================
 
+FIRST_STEPS = {STRESS: (0.1, 60.0), ACTIVITY: (16.0, 10.0)}  # people or requests per second, and for how long
+
 
 @dataclasses.dataclass(frozen=True)
 class CapacityStep:
@@ -5158,8 +5157,22 @@ class Limit(enum.Enum):
     SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
     PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
     GENERATOR = "this machine could not send more"
-    MAX_SERVERS = "--max-servers allows no step with more people"
+    MAX_SERVERS = "--max-servers {}: the hub may take more"
+    FAILURES = "what failed most often: {} × {}"
     UNKNOWN = "the hub's figures do not tell what the limit was"
+
+
+def first_step(plan: Plan) -> Plan:
+    """The plan of the first step of a search for capacity."""
+    usual_per_s, usual_s = FIRST_STEPS[plan.command]
+    rate_per_s, for_s = fastest(plan.rate_per_s) or usual_per_s, plan.duration_s or usual_s
+    people: Json = {
+        "count": max(1, round(rate_per_s * for_s)),
+        "within_s": None,
+        "mix": {"server_ready": 1.0},
+    }
+    of_command = people if plan.command == STRESS else {}
+    return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, **of_command)
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -5168,138 +5181,94 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
 
 
 def next_rate(
-    steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_s: float = 0.0
+    steps: Sequence[CapacityStep], first_per_s: float, grain_per_s: float = 0.0, most_per_s: float = math.inf
 ) -> float | None:
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
     None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
     hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
     """
-    sustained = sustained_rate(steps)
-    broken = min((step.rate_per_s for step in steps if step.held), default=None)
-    rate: float | None = None
-    if any(step.generator_bound for step in steps):
+    low = sustained_rate(steps) or 0.0
+    high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
+    hopeless = not low and not grain_per_s and high <= 1
+    if hopeless or high <= 1.05 * low or any(step.generator_bound for step in steps):
         return None
-    if broken is None:
-        rate = sustained * 2 if sustained else first_rate_per_s
-    elif sustained is None:
-        rate = broken / 2 if broken > 1 or grain_per_s else None
-    elif broken > sustained * 1.05:
-        rate = (sustained + broken) / 2
-    if rate is None or not grain_per_s:
-        return rate
-    rate = max(1, round(rate / grain_per_s)) * grain_per_s
+    rate = (low + high) / 2 if high < math.inf else min(2 * low or first_per_s, most_per_s)
+    rate = max(1, round(rate / grain_per_s)) * grain_per_s if grain_per_s else rate
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-Trial = tuple[CapacityStep, Recorder, Sequence[str]]  # what a rate showed, the events, and the users
+def search(run: Run, users: Sequence[str] = ()) -> None:
+    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends.
 
-
-def search(run: Run, first_rate_per_s: float, grain_per_s: float, attempt: Callable[[float], Trial]) -> None:
-    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends."""
-    plan, session, steps, best = run.plan, run.session, list[CapacityStep](), Recorder()
+    Requests are sent for `users`; people who come are new ones in each step.
+    """
+    plan, session, of_people = run.plan, run.session, run.plan.command == STRESS
+    first, steps, best, last = first_step(plan), list[CapacityStep](), Recorder(), ""
+    grain_per_s = 1 / first.duration_s if of_people and first.duration_s else 0.0
     most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
-    rate: float | None = first_rate_per_s
     try:
-        while not session.stopping.is_set() and not session.hub_is_gone:
-            rate = next_rate(steps, first_rate_per_s, grain_per_s)
-            if rate is None or rate > most_per_s * 1.0001:
-                break
-            step, seen, users = attempt(rate)
+        while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
+            count = round(rate / grain_per_s) if of_people else plan.count
+            users = run.make_users(count, plan.batch_size) if of_people else users
+            step, seen = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            LOG.info("At %s: %s", pace_of_step(step, plan), step.held or "sustained")
+            people_text = f"{counted(60 * rate, 'person', 'people')} a minute"
+            last = people_text if of_people else f"{counted(rate, 'request')} per second"
+            LOG.info("At %s: %s", last, step.held or "sustained")
             best = seen if not step.held or sustained_rate(steps) is None else best
-            if plan.command == STRESS:
+            if of_people:
                 run.let_leave(users)
             _drain_hub(run.hub, users[0])
     finally:
         run.record.take_over(best)
-        run.capacity = capacity_of(plan, steps, rate, rate is not None and rate > most_per_s)
-        if steps and run.capacity.rate_per_s is None:
-            run.warnings.append(nothing_sustained(plan, steps, best))
+        run.capacity = capacity_of(plan, steps, finished=rate is None)
+        if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
+            reasons = collections.Counter[str]()
+            for name, operation in best.summarise().items():
+                reasons.update(operation.errors if name in {*(first.mix or DEFAULT_MIX), *PERSONAL} else {})
+            most = "".join(f" ({number:,} × {reason})" for reason, number in reasons.most_common(1))
+            run.warnings.append(f"no rate was sustained, not even {last}: {steps[-1].held}{most}")
 
 
-def capacity_of(plan: Plan, steps: list[CapacityStep], next_per_s: float | None, too_many: bool) -> Capacity:
-    """What a search has found that would try `next_per_s` next, unless that needs too many servers."""
+def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
+    """What the steps of a search have shown; it has not finished if nothing but --max-servers ended it."""
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    finished = next_per_s is None
     if plan.command == ACTIVITY:
         mix = plan.mix or DEFAULT_MIX
         reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
-        return Capacity(
-            sustained, int(reports_per_s * SERVER_REPORTS_EVERY_S) or None, bound, steps, finished
-        )
-    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
-    limit = lowest.limited_by if lowest else None
-    limit = Limit.MAX_SERVERS.value if too_many else limit
+        servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
+        return Capacity(sustained, servers, bound, steps, finished)
+    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+    limit = broken[0].limited_by if broken else None
+    if finished and not broken:
+        finished, limit = False, Limit.MAX_SERVERS.value.format(plan.max_servers)
     return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
-def pace_of_step(step: CapacityStep, plan: Plan) -> str:
-    """The rate of a step: 12 people a minute, or 16 requests per second."""
-    if plan.command == STRESS:
-        return f"{counted(60 * step.rate_per_s, 'person', 'people')} a minute"
-    return f"{counted(step.rate_per_s, 'request')} per second"
-
-
-def nothing_sustained(plan: Plan, steps: Sequence[CapacityStep], seen: Recorder) -> str:
-    """What the lowest rate met, and the most usual failure."""
-    lowest, failures = min(steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
-    names = PERSONAL if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    for name, operation in seen.summarise().items():
-        failures.update(operation.errors if name in names else {})
-    most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
-    return f"no rate was sustained, not even {pace_of_step(lowest, plan)}: {lowest.held}{most}"
-
-
-def search_requests(run: Run, load: Load) -> None:
-    """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
-
-    def attempt(rate: float) -> Trial:
-        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
-        part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(part, beside, seen)
-        run.session.traffic.add(beside.traffic.counts)
-        return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
-
-    search(run, fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S, 0.0, attempt)
-
-
-def search_people(run: Run) -> None:
-    """How many people does the hub take who come at a rate? New ones come in each step."""
-    plan, for_s = run.plan, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
-
-    def attempt(rate: float) -> Trial:
-        names = run.make_users(round(rate * for_s), plan.batch_size)
-        return *_try_people(run, names, for_s), names
-
-    search(run, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s, attempt)
-
-
-def _try_people(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
-    session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
-    seen = new_recorder(*run.record.listeners)
-    run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
+def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
+    """Have these people come, or send requests for these users: the step, and its events."""
+    session, monitor, seen = run.session, run.monitor, new_recorder(*run.record.listeners)
+    load, of_people = load_of(plan, run.hub.endpoint, users), plan.command == STRESS
+    run.begin_anew(plan, seen)
     looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
-    with run.pinging(names[0]):
-        run.start_servers(names)
+    with run.pinging(users[0]):
+        if of_people:
+            run.start_servers(users)
+            cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
+        else:
+            cpu_share = spread_load(load, session, seen)
     monitor.look()
-    cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
     traffic.add(session.traffic.counts - before)
-    load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
-    step = judge_step(load, seen, traffic, run.plan, cpu_share)
-    if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
-        step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
-    if step.held:
+    step = judge_step(load, seen, traffic, plan, cpu_share)
+    if step.held and of_people:
         own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
-        in_front = traffic.counts[-429] > traffic.throttled
-        limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
-        step = dataclasses.replace(step, limited_by=limit.value)
+        limit = limit_of(step, seen, own, in_front=traffic.counts[-429] > traffic.throttled)
+        step = dataclasses.replace(step, limited_by=limit)
     return step, seen
 
 
@@ -5311,6 +5280,9 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
     unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
     bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
+    ends = sorted(
+        (row[plan.goal] for row in seen.people.values() if plan.goal in row), key=lambda end: end.due_s
+    )
     if bound:
         held = "the generator could not send this rate"
     elif not held and unsent > 0 and of_people:
@@ -5318,15 +5290,11 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
         held = f"{unsent:,} of {people} never came, after failures in a row"
     elif not held and unsent > 0:
         held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
-    sent_per_s = count / (load.duration_s or math.nan)
+    elif not held and falls_behind([end.latency_s for end in ends if end.reason is None]):
+        held = "the hub fell behind: the last waited longer than the first"
     p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
+    sent_per_s = count / (load.duration_s or math.nan)
     return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
-
-
-def waits_of(people: People, goal: str) -> list[float]:
-    """How long each person waited who reached the goal, in the order in which they were due."""
-    reached = sorted((row[goal] for row in people.values() if goal in row), key=lambda end: end.due_s)
-    return [end.latency_s for end in reached if end.reason is None]
 
 
 def falls_behind(waits_s: Sequence[float]) -> bool:
@@ -5335,31 +5303,44 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     By the medians of the last and the first quarter. If people kept coming, they would wait ever longer.
     """
     quarter = max(1, len(waits_s) // 4)
-    first_s, last_s = (
-        sorted(part)[len(part) // 2] for part in (waits_s[:quarter] or [0], waits_s[-quarter:] or [0])
-    )
+    parts = (waits_s[:quarter] or [0.0], waits_s[-quarter:] or [0.0])
+    first_s, last_s = (sorted(part)[len(part) // 2] for part in parts)
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
-def limit_of(
-    seen: Mapping[str, Operation],
-    own: HubFigures | None,
-    generator_bound: bool,
-    limited_in_front: bool = False,
-) -> Limit:
-    """What kept people from getting through, by the hub's own figures: what took most of the time that they waited."""
-    means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
-    asked, ready_s = seen.get("start_server"), means.get("server_ready", 0.0)
-    whole_s = means.get("at_work", ready_s)
-    if generator_bound:
-        return Limit.GENERATOR
-    if own and own.busy:
-        return Limit.PROCESSOR
-    if asked and asked.backoff_s / asked.count > ready_s / 10:
-        return Limit.FRONT if limited_in_front else Limit.THROTTLING
-    if own and "success" in own.spawns and own.spawns["success"].mean_s > whole_s / 2:
-        return Limit.SPAWN
-    return Limit.PROXY if whole_s - ready_s > whole_s / 2 else Limit.UNKNOWN
+def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
+    """What kept people from getting through: by the condition that broke the step, and by the hub's own figures.
+
+    Failures are their own reason; only time-outs are judged like other waits for the same step.
+    """
+    broken, _, statistic = re.split("[ <>]", step.held or "", maxsplit=1)[0].rpartition(".")
+    operations, failed = seen.summarise(), ""
+    if statistic in ("failed", "failed_rate") or "never came" in (step.held or ""):
+        ends = [end for row in seen.people.values() for end in row.values() if end.step in PERSONAL]
+        failures = [(end.step, end.reason) for end in ends if end.reason and broken in ("", end.step)]
+        if usual := collections.Counter(failures).most_common(1):
+            (broken, reason), number = usual[0]
+            failed = Limit.FAILURES.value.format(number, reason.text)
+            if reason.kind not in (Kind.LATE, Kind.THROTTLED):
+                return failed
+    means = {name: one.latency_s.mean or 0.0 for name, one in operations.items()}
+    ready_s, asked = means.get("server_ready", 0.0), operations.get("start_server")
+    of_starts = broken in ("start_server", "server_ready") or statistic == "throttled"
+    whole_s = ready_s if of_starts else means.get("at_work", ready_s)
+    spawn_s = own.spawns["success"].mean_s if own and "success" in own.spawns else 0.0
+    throttled = statistic == "throttled" or bool(asked and asked.backoff_s / asked.count > ready_s / 10)
+    idle = bool(own and own.cpu_share_max < IDLE and own.late_s is None)
+    at_the_server = broken in PERSONAL[1:] and broken != "at_work"
+    rules = {
+        Limit.GENERATOR: step.generator_bound,
+        Limit.PROCESSOR: (own and own.busy) or (broken == "ping" and not idle),
+        Limit.UNKNOWN: broken == "ping",
+        Limit.PROXY: at_the_server or whole_s - ready_s > whole_s / 2,
+        Limit.FRONT: throttled and in_front,
+        Limit.THROTTLING: throttled,
+        Limit.SPAWN: spawn_s > whole_s / 2,
+    }
+    return next((limit.value for limit, applies in rules.items() if applies), failed or Limit.UNKNOWN.value)
 
 
 def _drain_hub(hub: Hub, user: str) -> None:
@@ -5841,7 +5822,7 @@ def time_spent(results: Results) -> Iterator[str]:
         yield f"of a mean wait of {duration_text(wait_s)}, {', '.join([start_text, *parts])}"
     for name, handler in HANDLERS.items():
         operation, inside = operations.get(name), own and own.requests.get(handler)
-        comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
+        comparable = not results.hub.restarts and not results.capacity
         if own and inside and comparable and operation and (whole_s := operation.latency_s.mean):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
             took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
@@ -6062,7 +6043,7 @@ def _tested_rows(results: Results) -> Iterator[Row]:
     mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
     tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
-        lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
+        lasts = duration_text(results.options["duration"] or FIRST_STEPS[STRESS][1])
         tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
     below = "rate sustained" if capacity.rate_per_s else "last rate tried"
     yield "tested", f"{tested}. The latencies below are of the {below}"
@@ -6444,17 +6425,6 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
     worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
     yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
-
-
-def first_step(plan: Plan) -> Plan:
-    """The plan of the first step of a search for capacity."""
-    if plan.command == ACTIVITY:
-        rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
-        return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=plan.duration_s or CAPACITY_STEP_S)
-    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    for_s = plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    count = max(1, round(rate_per_s * for_s))
-    return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
 def plan_section(plan: Plan) -> Section:
@@ -7130,9 +7100,8 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
-    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
-    if most and first > most:
+    most = plan.max_servers
+    if most and (first := first_step(plan).count) > most:
         yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
     if (processes := plan.processes) > (workers := plan.workers):
         yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"
