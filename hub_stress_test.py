@@ -956,8 +956,9 @@ class Plan:
     operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
         str, locust=True)
     find_capacity: bool = option("--find-capacity",
-        "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
+        "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
+        "Do --count N fit --within DURATION?",
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy",
         because="--find-capacity says who comes, and when they leave: leave out {}")
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
@@ -4098,11 +4099,11 @@ def remove_users(
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
-    to_do = dict(left)
+    to_do, gone = dict(left), removal.gone.intersection  # others may have gone before
     with Progress(f"removing {things(isinstance(hub, OwnServers))}", len(left)) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(removal.gone)))
+            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(gone(thought))))
             try:
                 found = [
                     user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
@@ -6017,7 +6018,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
-        return word, _capacity_sentence(results.capacity)
+        return word, _capacity_sentence(results.capacity, results.options)
     if people:
         later = people.failed + people.at_work - people.expected
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
@@ -6043,20 +6044,35 @@ def waits_text(operation: Operation | None) -> str:
     return f"; half waited {half}{nearly_all}, the last {last}"
 
 
-def _capacity_sentence(capacity: Capacity) -> str:
+def _capacity_sentence(capacity: Capacity, options: Json) -> str:
+    """What a search found; of people, the step that showed it, and whether as many as were asked about fit."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
         return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
     at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
-    if capacity.people_per_minute:
-        people = counted(capacity.people_per_minute, "person", "people")
-        of_300 = duration_text(300 * 60 / capacity.people_per_minute)
-        return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
+    if people := capacity.people_per_minute:
+        within_s, for_s = options.get("within"), options.get("duration") or FIRST_STEPS[STRESS][1]
+        count, found_with = options["count"] if within_s else 300, round(capacity.rate_per_s * for_s)
+        takes = f"this hub takes {at_least}{counted(people, 'person', 'people')} a minute"
+        if found_with == options.get("max_servers"):
+            takes += f" with at most {counted(found_with, 'server')} at a time"
+        found = f"(found with {counted(found_with, 'person', 'people')} in {duration_text(for_s)})"
+        sentence = f"{takes} {found}: a class of {count} in {duration_text(60 * count / people)}"
+        return sentence + (_fit_text(count, within_s, people, at_least) if within_s else "")
     sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
     if not (servers := capacity.servers_reporting_every_300_s):
         return sustained
     return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
+
+
+def _fit_text(count: int, within_s: float, people_per_minute: float, at_least: str) -> str:
+    """Whether a hub takes so many people in this time, and how many times as many, rounded down."""
+    needed = 60 * count / within_s
+    times = math.floor(10 * people_per_minute / needed + 1e-6) / 10
+    fits = "fits," if times >= 1 else "not known:" if at_least else "does not fit:"
+    in_time = f"{count} in {duration_text(within_s)} are {needed:.4g} a minute"
+    return f"; {in_time}: {fits} {at_least}{times:g} times"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
@@ -7167,8 +7183,8 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
     for name in given:
         row = OPTIONS[name]
         needs, excludes = row.needs.split(), row.excludes.split()
-        if plan.command not in row.rules_on:
-            needs = excludes = []
+        if plan.command not in row.rules_on or (name == "within_s" and plan.find_capacity):
+            needs = excludes = []  # of a search, --rate is the first step's
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
@@ -7183,6 +7199,13 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
+    for name, other in (("count", "within_s"), ("within_s", "count")):
+        if plan.command == STRESS and "find_capacity" in given and name in given and other not in given:
+            flag, too = OPTIONS[name].flag, OPTIONS[other].flag
+            yield (
+                name,
+                f"--find-capacity says who comes: leave out {flag}, or ask with {too} whether they fit",
+            )
     most = plan.max_servers
     if most and (first := first_step(plan).count) > most:
         yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"

@@ -113,16 +113,45 @@ def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
         (hst.Capacity(64.0, None, False, []), "sustains 64 requests"),
         (
             hst.Capacity(0.7, None, False, [], people_per_minute=42.0),
-            "this hub takes 42 people a minute: a class of 300 in 7 min 9 s",
+            "this hub takes 42 people a minute (found with 42 people in 60.0 s): a class of 300 in 7 min 9 s",
         ),
         (
             hst.Capacity(20.0, None, False, [], finished=False, people_per_minute=1200.0),
-            "takes at least 1200 people a minute: a class of 300 in 15.0 s",
+            "takes at least 1200 people a minute (found with 1,200 people in 60.0 s): a class of 300 in 15.0 s",
         ),
     ],
 )
 def test_a_search_that_did_not_finish_knows_only_what_it_has_seen(capacity: hst.Capacity, sentence: str) -> None:
-    assert sentence in hst._capacity_sentence(capacity)
+    assert sentence in hst._capacity_sentence(capacity, {})
+
+
+OF_PEOPLE = hst.Capacity(1.0, None, False, [], people_per_minute=60.0)
+AT_LEAST = dataclasses.replace(OF_PEOPLE, finished=False)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "asked", "parts"),
+    [
+        (OF_PEOPLE, {"duration_s": 24.0}, ["takes 60 people", "(found with 24 people in 24.0 s)", "class of 300"]),
+        (OF_PEOPLE, {"duration_s": 1.0}, ["(found with 1 person in 1.00 s)"]),
+        (AT_LEAST, {"max_servers": 60}, ["takes at least 60 people a minute with at most 60 servers at a time (found"]),
+        (
+            OF_PEOPLE,
+            {"count": 225, "within_s": 300.0},
+            ["class of 225", "225 in 5 min 0 s are 45 a minute: fits, 1.3 t"],
+        ),
+        (OF_PEOPLE, {"count": 300, "within_s": 300.0}, ["are 60 a minute: fits, 1 times"]),
+        (OF_PEOPLE, {"count": 301, "within_s": 300.0}, ["are 60.2 a minute: does not fit: 0.9 times"]),
+        (AT_LEAST, {"count": 150, "within_s": 300.0}, ["are 30 a minute: fits, at least 2 times"]),
+        (AT_LEAST, {"count": 600, "within_s": 300.0}, ["are 120 a minute: not known: at least 0.5 times"]),
+    ],
+)
+def test_the_answer_says_from_how_many_people_it_was_found_and_whether_those_asked_about_fit(
+    capacity: hst.Capacity, asked: dict[str, Any], parts: list[str]
+) -> None:
+    sentence = hst._capacity_sentence(capacity, hst.Plan(find_capacity=True, **asked).options())
+    assert [part for part in parts if part not in sentence] == [], sentence
+    assert ("at a time" in sentence) is ("max_servers" in asked) and (" are " in sentence) is ("within_s" in asked)
 
 
 def test_a_rate_of_which_the_hub_let_only_a_part_be_sent_is_not_sustained() -> None:
@@ -300,12 +329,13 @@ def test_a_hub_that_starts_two_servers_a_second_takes_120_people_a_minute(
     make_hub: Callable[..., LocalHub], tmp_path: Path
 ) -> None:
     hub = make_hub(concurrent_spawn_limit=2, spawn_s=1.0, slow_spawn_timeout_s=0)
-    words = ("stress-test", "--find-capacity", "--duration", "5s", "--rate", "1.6")
+    words = ("stress-test", "--find-capacity", "--duration", "5s", "--rate", "1.6", "-c", "60", "--within", "2m")
     done, found = run_for_results(tmp_path / "r", *words, hub=hub)
     assert not tool_users(hub)
     capacity = found["capacity"]
     assert done.code == 0 and 72 <= capacity["people_per_minute"] <= 150, done
-    assert done.summary.startswith(f"PASSED: this hub takes {capacity['people_per_minute']:.4g} people a minute: ")
+    assert done.summary.startswith(f"PASSED: this hub takes {capacity['people_per_minute']:.4g} people a minute (")
+    assert "60 in 2 min 0 s are 30 a minute: fits, " in " ".join(done.summary.split())
     assert capacity["people_per_minute"] == pytest.approx(60 * capacity["rate_per_s"])
     people = sum(round(5 * step["rate_per_s"]) for step in capacity["steps"])
     expected = {"created": people, "deleted": people, "kept": 0, "left_behind": []}
