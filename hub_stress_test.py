@@ -5170,13 +5170,11 @@ def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
     usual_per_s, usual_s = FIRST_STEPS[plan.command]
     rate_per_s, for_s = fastest(plan.rate_per_s) or usual_per_s, plan.duration_s or usual_s
-    people: Json = {
-        "count": max(1, round(rate_per_s * for_s)),
-        "within_s": None,
-        "mix": {"server_ready": 1.0},
-    }
-    of_command = people if plan.command == STRESS else {}
-    return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, **of_command)
+    count, mix = plan.count, plan.mix
+    if plan.command == STRESS:
+        count, mix = max(1, round(rate_per_s * for_s)), {"server_ready": 1.0}
+    when: Json = {"rate_per_s": rate_per_s, "duration_s": for_s, "within_s": None}
+    return dataclasses.replace(plan, count=count, mix=mix, **when)
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -5230,10 +5228,10 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
         run.record.take_over(best)
         run.capacity = capacity_of(plan, steps, finished=rate is None)
         if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
-            reasons = collections.Counter[str]()
-            for name, operation in best.summarise().items():
-                reasons.update(operation.errors if name in {*(first.mix or DEFAULT_MIX), *PERSONAL} else {})
-            most = "".join(f" ({number:,} × {reason})" for reason, number in reasons.most_common(1))
+            judged = {*(first.mix or DEFAULT_MIX), *PERSONAL}
+            errors = (one.errors for name, one in best.summarise().items() if name in judged)
+            usual = sum(map(collections.Counter, errors), collections.Counter[str]()).most_common(1)
+            most = "".join(f" ({number:,} × {reason})" for reason, number in usual)
             run.warnings.append(f"no rate was sustained, not even {last}: {steps[-1].held}{most}")
 
 
@@ -5284,17 +5282,15 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
     unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
     bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
-    ends = sorted(
-        (row[plan.goal] for row in seen.people.values() if plan.goal in row), key=lambda end: end.due_s
-    )
+    ends = [row[plan.goal] for row in seen.people.values() if plan.goal in row]
+    waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
     if bound:
         held = "the generator could not send this rate"
-    elif not held and unsent > 0 and of_people:
-        people = counted(load.planned, "person", "people")
-        held = f"{unsent:,} of {people} never came, after failures in a row"
     elif not held and unsent > 0:
-        held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
-    elif not held and falls_behind([end.latency_s for end in ends if end.reason is None]):
+        noun = ("person", "people") if of_people else ("request", "requests")
+        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
+        held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
+    elif not held and falls_behind(waits_s):
         held = "the hub fell behind: the last waited longer than the first"
     p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
     sent_per_s = count / (load.duration_s or math.nan)
@@ -6329,14 +6325,11 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    header = (
-        ("tried a minute", "came a minute", "server ready p95")
-        if of_people
-        else ("tried per s", "sent per s", "p95")
-    )
-    rows = []
+    header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
+    if of_people:
+        header, unit = ("tried a minute", "came a minute", "server ready p95"), 60
     for step in capacity.steps:
-        rates = (f"{rate * (60 if of_people else 1):.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
         rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
     return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
 
