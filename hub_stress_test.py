@@ -1460,19 +1460,15 @@ def named_server_limit(reply: Reply) -> int | None:
 
 
 ROLE_TO_PASTE = """\
-c.JupyterHub.load_roles = [
-    {
-        "name": "hub-stress-test",
-        "scopes": ["admin:users", "servers", "read:metrics"],
-        "services": ["hub-stress-test"],
-    }
-]"""
-
+c.JupyterHub.load_roles.append({
+    "name": "hub-stress-test", "services": ["hub-stress-test"],
+    "scopes": ["admin:users", "servers", "read:metrics"],
+})"""
 
 VISIT_ROLE_TO_PASTE = """\
-c.JupyterHub.load_roles.append(
-    {"name": "hub-stress-test-visits", "scopes": ["access:servers"], "services": ["hub-stress-test-visits"]}
-)"""
+c.JupyterHub.load_roles.append({
+    "name": "hub-stress-test-visits", "services": ["hub-stress-test-visits"], "scopes": ["access:servers"],
+})"""
 
 
 def likely_endpoint(endpoint: str, location: str | None) -> str:
@@ -5828,7 +5824,9 @@ def time_spent(results: Results) -> Iterator[str]:
     """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
     if own and own.busy:
-        yield f"the hub's one thread was full: it used up to {share_text(own.cpu_share_max)} of a processor"
+        full = f"full: it used up to {share_text(own.cpu_share_max)} of a processor"
+        late = f"busy: its event loop was late by {duration_text(own.late_s)}"
+        yield f"the hub's one thread was {full if own.cpu_share_max > BUSY else late}"
     if results.people and (means := results.people.until_work_s):
         waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
         at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
