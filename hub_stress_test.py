@@ -5183,8 +5183,8 @@ def next_rate(
 ) -> float | None:
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
-    None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
-    hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
+    None when the answer is known as well as it can be: a rate that the generator could not send says nothing
+    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
     """
     low = sustained_rate(steps) or 0.0
     high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
@@ -5197,7 +5197,7 @@ def next_rate(
 
 
 def search(run: Run, users: Sequence[str] = ()) -> None:
-    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends.
+    """Search for the highest rate at which no condition is met; `run` has the answer, however this ends.
 
     Requests are sent for `users`; people who come are new ones in each step.
     """
@@ -5294,7 +5294,7 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
 
 
 def falls_behind(waits_s: Sequence[float]) -> bool:
-    """Whether those who came last waited longer than those who came first: by half, and by more than a second.
+    """Whether the last waited longer than those who came first: by half, and by more than a second.
 
     By the medians of the last and the first quarter. If people kept coming, they would wait ever longer.
     """
@@ -5305,7 +5305,7 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
 
 
 def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
-    """What kept people from getting through: by the condition that broke the step, and by the hub's own figures.
+    """What kept people from getting through, by the condition that broke the step and the hub's own figures.
 
     Failures are their own reason; only time-outs are judged like other waits for the same step.
     """
@@ -6039,7 +6039,7 @@ def waits_text(operation: Operation | None) -> str:
 
 
 def _capacity_sentence(capacity: Capacity, options: Json) -> str:
-    """What a search found; of people, the step that showed it, and whether as many as were asked about fit."""
+    """What a search found; of people, in which step, and whether as many as were asked about fit."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
