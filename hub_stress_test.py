@@ -4030,10 +4030,10 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
     try:
         with Team(session, on_tick) as team:
             for name, (after_s, group) in zip(names, arrivals(plan)):
-                due_s = began_s + after_s
+                due_s = began_s + after_s if plan.is_open else math.inf  # else when there is a place
                 if not team.wait_for(functools.partial(has_place, due_s), due_s) or streak.reached:
                     break
-                due_s = due_s if plan.is_open else session.clock()
+                due_s = min(due_s, session.clock())
                 starting.add(name)
                 begun += 1
                 team.start(journey, Visitor(name, due_s, group, site, functools.partial(started, name)))
