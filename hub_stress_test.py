@@ -130,10 +130,6 @@ OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LATE_LOOP_S = 0.2
-CAPACITY_FIRST_RATE_PER_S = 16.0
-CAPACITY_STEP_S = 10.0
-CAPACITY_FIRST_PEOPLE_PER_S = 0.1
-CAPACITY_PEOPLE_STEP_S = 60.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
@@ -960,8 +956,9 @@ class Plan:
     operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
         str, locust=True)
     find_capacity: bool = option("--find-capacity",
-        "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
+        "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
+        "Do --count N fit --within DURATION?",
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy",
         because="--find-capacity says who comes, and when they leave: leave out {}")
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
@@ -4098,11 +4095,11 @@ def remove_users(
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
-    to_do = dict(left)
+    to_do, gone = dict(left), removal.gone.intersection  # others may have gone before
     with Progress(f"removing {things(isinstance(hub, OwnServers))}", len(left)) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(removal.gone)))
+            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(gone(thought))))
             try:
                 found = [
                     user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
@@ -5051,7 +5048,8 @@ def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
     if plan.find_capacity:
-        search_people(run)
+        run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
+        search(run)
         return
     who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
     run.announce(f"{who}, {pace_text(plan.options())}")
@@ -5070,11 +5068,11 @@ def activity(run: Run) -> None:
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
     users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    if plan.find_capacity:
+        search(run, users)
+        return
     load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
-        if plan.find_capacity:
-            search_requests(run, load)
-            return
         cpu_share = spread_load(load, session, run.record)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
@@ -5117,6 +5115,8 @@ def carry_out(plan: Plan) -> Results:
 
 # ==== Capacity =======================================================================================================
 
+FIRST_STEPS = {STRESS: (0.1, 60.0), ACTIVITY: (16.0, 10.0)}  # people or requests per second, and for how long
+
 
 @dataclasses.dataclass(frozen=True)
 class CapacityStep:
@@ -5157,8 +5157,20 @@ class Limit(enum.Enum):
     SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
     PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
     GENERATOR = "this machine could not send more"
-    MAX_SERVERS = "--max-servers allows no step with more people"
+    MAX_SERVERS = "--max-servers {}: the hub may take more"
+    FAILURES = "what failed most often: {} × {}"
     UNKNOWN = "the hub's figures do not tell what the limit was"
+
+
+def first_step(plan: Plan) -> Plan:
+    """The plan of the first step of a search for capacity."""
+    usual_per_s, usual_s = FIRST_STEPS[plan.command]
+    rate_per_s, for_s = fastest(plan.rate_per_s) or usual_per_s, plan.duration_s or usual_s
+    count, mix = plan.count, plan.mix
+    if plan.command == STRESS:
+        count, mix = max(1, round(rate_per_s * for_s)), {"server_ready": 1.0}
+    when: Json = {"rate_per_s": rate_per_s, "duration_s": for_s, "within_s": None}
+    return dataclasses.replace(plan, count=count, mix=mix, **when)
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -5167,138 +5179,94 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
 
 
 def next_rate(
-    steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_s: float = 0.0
+    steps: Sequence[CapacityStep], first_per_s: float, grain_per_s: float = 0.0, most_per_s: float = math.inf
 ) -> float | None:
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
-    None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
-    hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
+    None when the answer is known as well as it can be: a rate that the generator could not send says nothing
+    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
     """
-    sustained = sustained_rate(steps)
-    broken = min((step.rate_per_s for step in steps if step.held), default=None)
-    rate: float | None = None
-    if any(step.generator_bound for step in steps):
+    low = sustained_rate(steps) or 0.0
+    high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
+    hopeless = not low and not grain_per_s and high <= 1
+    if hopeless or high <= 1.05 * low or any(step.generator_bound for step in steps):
         return None
-    if broken is None:
-        rate = sustained * 2 if sustained else first_rate_per_s
-    elif sustained is None:
-        rate = broken / 2 if broken > 1 or grain_per_s else None
-    elif broken > sustained * 1.05:
-        rate = (sustained + broken) / 2
-    if rate is None or not grain_per_s:
-        return rate
-    rate = max(1, round(rate / grain_per_s)) * grain_per_s
+    rate = (low + high) / 2 if high < math.inf else min(2 * low or first_per_s, most_per_s)
+    rate = max(1, round(rate / grain_per_s)) * grain_per_s if grain_per_s else rate
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-Trial = tuple[CapacityStep, Recorder, Sequence[str]]  # what a rate showed, the events, and the users
+def search(run: Run, users: Sequence[str] = ()) -> None:
+    """Search for the highest rate at which no condition is met; `run` has the answer, however this ends.
 
-
-def search(run: Run, first_rate_per_s: float, grain_per_s: float, attempt: Callable[[float], Trial]) -> None:
-    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends."""
-    plan, session, steps, best = run.plan, run.session, list[CapacityStep](), Recorder()
+    Requests are sent for `users`; people who come are new ones in each step.
+    """
+    plan, session, of_people = run.plan, run.session, run.plan.command == STRESS
+    first, steps, best, last = first_step(plan), list[CapacityStep](), Recorder(), ""
+    grain_per_s = 1 / first.duration_s if of_people and first.duration_s else 0.0
     most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
-    rate: float | None = first_rate_per_s
     try:
-        while not session.stopping.is_set() and not session.hub_is_gone:
-            rate = next_rate(steps, first_rate_per_s, grain_per_s)
-            if rate is None or rate > most_per_s * 1.0001:
-                break
-            step, seen, users = attempt(rate)
+        while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
+            count = round(rate / grain_per_s) if of_people else plan.count
+            users = run.make_users(count, plan.batch_size) if of_people else users
+            step, seen = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            LOG.info("At %s: %s", pace_of_step(step, plan), step.held or "sustained")
+            people_text = f"{counted(60 * rate, 'person', 'people')} a minute"
+            last = people_text if of_people else f"{counted(rate, 'request')} per second"
+            LOG.info("At %s: %s", last, step.held or "sustained")
             best = seen if not step.held or sustained_rate(steps) is None else best
-            if plan.command == STRESS:
+            if of_people:
                 run.let_leave(users)
             _drain_hub(run.hub, users[0])
     finally:
         run.record.take_over(best)
-        run.capacity = capacity_of(plan, steps, rate, rate is not None and rate > most_per_s)
-        if steps and run.capacity.rate_per_s is None:
-            run.warnings.append(nothing_sustained(plan, steps, best))
+        run.capacity = capacity_of(plan, steps, finished=rate is None)
+        if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
+            judged = {*(first.mix or DEFAULT_MIX), *PERSONAL}
+            errors = (one.errors for name, one in best.summarise().items() if name in judged)
+            usual = sum(map(collections.Counter, errors), collections.Counter[str]()).most_common(1)
+            most = "".join(f" ({number:,} × {reason})" for reason, number in usual)
+            run.warnings.append(f"no rate was sustained, not even {last}: {steps[-1].held}{most}")
 
 
-def capacity_of(plan: Plan, steps: list[CapacityStep], next_per_s: float | None, too_many: bool) -> Capacity:
-    """What a search has found that would try `next_per_s` next, unless that needs too many servers."""
+def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
+    """What the steps of a search have shown; it has not finished if nothing but --max-servers ended it."""
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    finished = next_per_s is None
     if plan.command == ACTIVITY:
         mix = plan.mix or DEFAULT_MIX
         reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
-        return Capacity(
-            sustained, int(reports_per_s * SERVER_REPORTS_EVERY_S) or None, bound, steps, finished
-        )
-    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
-    limit = lowest.limited_by if lowest else None
-    limit = Limit.MAX_SERVERS.value if too_many else limit
+        servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
+        return Capacity(sustained, servers, bound, steps, finished)
+    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+    limit = broken[0].limited_by if broken else None
+    if finished and not broken:
+        finished, limit = False, Limit.MAX_SERVERS.value.format(plan.max_servers)
     return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
-def pace_of_step(step: CapacityStep, plan: Plan) -> str:
-    """The rate of a step: 12 people a minute, or 16 requests per second."""
-    if plan.command == STRESS:
-        return f"{counted(60 * step.rate_per_s, 'person', 'people')} a minute"
-    return f"{counted(step.rate_per_s, 'request')} per second"
-
-
-def nothing_sustained(plan: Plan, steps: Sequence[CapacityStep], seen: Recorder) -> str:
-    """What the lowest rate met, and the most usual failure."""
-    lowest, failures = min(steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
-    names = PERSONAL if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    for name, operation in seen.summarise().items():
-        failures.update(operation.errors if name in names else {})
-    most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
-    return f"no rate was sustained, not even {pace_of_step(lowest, plan)}: {lowest.held}{most}"
-
-
-def search_requests(run: Run, load: Load) -> None:
-    """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
-
-    def attempt(rate: float) -> Trial:
-        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
-        part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(part, beside, seen)
-        run.session.traffic.add(beside.traffic.counts)
-        return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
-
-    search(run, fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S, 0.0, attempt)
-
-
-def search_people(run: Run) -> None:
-    """How many people does the hub take who come at a rate? New ones come in each step."""
-    plan, for_s = run.plan, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
-
-    def attempt(rate: float) -> Trial:
-        names = run.make_users(round(rate * for_s), plan.batch_size)
-        return *_try_people(run, names, for_s), names
-
-    search(run, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s, attempt)
-
-
-def _try_people(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
-    session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
-    seen = new_recorder(*run.record.listeners)
-    run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
+def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
+    """Have these people come, or send requests for these users: the step, and its events."""
+    session, monitor, seen = run.session, run.monitor, new_recorder(*run.record.listeners)
+    load, of_people = load_of(plan, run.hub.endpoint, users), plan.command == STRESS
+    run.begin_anew(plan, seen)
     looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
-    with run.pinging(names[0]):
-        run.start_servers(names)
+    with run.pinging(users[0]):
+        if of_people:
+            run.start_servers(users)
+            cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
+        else:
+            cpu_share = spread_load(load, session, seen)
     monitor.look()
-    cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
     traffic.add(session.traffic.counts - before)
-    load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
-    step = judge_step(load, seen, traffic, run.plan, cpu_share)
-    if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
-        step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
-    if step.held:
+    step = judge_step(load, seen, traffic, plan, cpu_share)
+    if step.held and of_people:
         own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
-        in_front = traffic.counts[-429] > traffic.throttled
-        limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
-        step = dataclasses.replace(step, limited_by=limit.value)
+        limit = limit_of(step, seen, own, in_front=traffic.counts[-429] > traffic.throttled)
+        step = dataclasses.replace(step, limited_by=limit)
     return step, seen
 
 
@@ -5310,55 +5278,65 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
     unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
     bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
+    ends = [row[plan.goal] for row in seen.people.values() if plan.goal in row]
+    waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
     if bound:
         held = "the generator could not send this rate"
-    elif not held and unsent > 0 and of_people:
-        people = counted(load.planned, "person", "people")
-        held = f"{unsent:,} of {people} never came, after failures in a row"
     elif not held and unsent > 0:
-        held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
-    sent_per_s = count / (load.duration_s or math.nan)
+        noun = ("person", "people") if of_people else ("request", "requests")
+        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
+        held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
+    elif not held and falls_behind(waits_s):
+        held = "the hub fell behind: the last waited longer than the first"
     p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
+    sent_per_s = count / (load.duration_s or math.nan)
     return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
-def waits_of(people: People, goal: str) -> list[float]:
-    """How long each person waited who reached the goal, in the order in which they were due."""
-    reached = sorted((row[goal] for row in people.values() if goal in row), key=lambda end: end.due_s)
-    return [end.latency_s for end in reached if end.reason is None]
-
-
 def falls_behind(waits_s: Sequence[float]) -> bool:
-    """Whether those who came last waited longer than those who came first: by half, and by more than a second.
+    """Whether the last waited longer than those who came first: by half, and by more than a second.
 
     By the medians of the last and the first quarter. If people kept coming, they would wait ever longer.
     """
     quarter = max(1, len(waits_s) // 4)
-    first_s, last_s = (
-        sorted(part)[len(part) // 2] for part in (waits_s[:quarter] or [0], waits_s[-quarter:] or [0])
-    )
+    parts = (waits_s[:quarter] or [0.0], waits_s[-quarter:] or [0.0])
+    first_s, last_s = (sorted(part)[len(part) // 2] for part in parts)
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
-def limit_of(
-    seen: Mapping[str, Operation],
-    own: HubFigures | None,
-    generator_bound: bool,
-    limited_in_front: bool = False,
-) -> Limit:
-    """What kept people from getting through, by the hub's own figures: what took most of the time that they waited."""
-    means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
-    asked, ready_s = seen.get("start_server"), means.get("server_ready", 0.0)
-    whole_s = means.get("at_work", ready_s)
-    if generator_bound:
-        return Limit.GENERATOR
-    if own and own.busy:
-        return Limit.PROCESSOR
-    if asked and asked.backoff_s / asked.count > ready_s / 10:
-        return Limit.FRONT if limited_in_front else Limit.THROTTLING
-    if own and "success" in own.spawns and own.spawns["success"].mean_s > whole_s / 2:
-        return Limit.SPAWN
-    return Limit.PROXY if whole_s - ready_s > whole_s / 2 else Limit.UNKNOWN
+def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
+    """What kept people from getting through, by the condition that broke the step and the hub's own figures.
+
+    Failures are their own reason; only time-outs are judged like other waits for the same step.
+    """
+    broken, _, statistic = re.split("[ <>]", step.held or "", maxsplit=1)[0].rpartition(".")
+    operations, failed = seen.summarise(), ""
+    if statistic in ("failed", "failed_rate") or "never came" in (step.held or ""):
+        ends = [end for row in seen.people.values() for end in row.values() if end.step in PERSONAL]
+        failures = [(end.step, end.reason) for end in ends if end.reason and broken in ("", end.step)]
+        if usual := collections.Counter(failures).most_common(1):
+            (broken, reason), number = usual[0]
+            failed = Limit.FAILURES.value.format(number, reason.text)
+            if reason.kind not in (Kind.LATE, Kind.THROTTLED):
+                return failed
+    means = {name: one.latency_s.mean or 0.0 for name, one in operations.items()}
+    ready_s, asked = means.get("server_ready", 0.0), operations.get("start_server")
+    of_starts = broken in ("start_server", "server_ready") or statistic == "throttled"
+    whole_s = ready_s if of_starts else means.get("at_work", ready_s)
+    spawn_s = own.spawns["success"].mean_s if own and "success" in own.spawns else 0.0
+    throttled = statistic == "throttled" or bool(asked and asked.backoff_s / asked.count > ready_s / 10)
+    idle = bool(own and own.cpu_share_max < IDLE and own.late_s is None)
+    at_the_server = broken in PERSONAL[1:] and broken != "at_work"
+    rules = {
+        Limit.GENERATOR: step.generator_bound,
+        Limit.PROCESSOR: (own and own.busy) or (broken == "ping" and not idle),
+        Limit.UNKNOWN: broken == "ping",
+        Limit.PROXY: at_the_server or whole_s - ready_s > whole_s / 2,
+        Limit.FRONT: throttled and in_front,
+        Limit.THROTTLING: throttled,
+        Limit.SPAWN: spawn_s > whole_s / 2,
+    }
+    return next((limit.value for limit, applies in rules.items() if applies), failed or Limit.UNKNOWN.value)
 
 
 def _drain_hub(hub: Hub, user: str) -> None:
@@ -5863,7 +5841,7 @@ def time_spent(results: Results) -> Iterator[str]:
             yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
     for name, handler in HANDLERS.items():
         operation, inside = operations.get(name), own and own.requests.get(handler)
-        comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
+        comparable = not results.hub.restarts and not results.capacity
         whole_s = operation.latency_s.mean if operation else None
         if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
@@ -6034,7 +6012,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
-        return word, _capacity_sentence(results.capacity)
+        return word, _capacity_sentence(results.capacity, results.options)
     if people:
         later = people.failed + people.at_work - people.expected
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
@@ -6060,20 +6038,35 @@ def waits_text(operation: Operation | None) -> str:
     return f"; half waited {half}{nearly_all}, the last {last}"
 
 
-def _capacity_sentence(capacity: Capacity) -> str:
+def _capacity_sentence(capacity: Capacity, options: Json) -> str:
+    """What a search found; of people, in which step, and whether as many as were asked about fit."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
         return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
     at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
-    if capacity.people_per_minute:
-        people = counted(capacity.people_per_minute, "person", "people")
-        of_300 = duration_text(300 * 60 / capacity.people_per_minute)
-        return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
+    if people := capacity.people_per_minute:
+        within_s, for_s = options.get("within"), options.get("duration") or FIRST_STEPS[STRESS][1]
+        count, found_with = options["count"] if within_s else 300, round(capacity.rate_per_s * for_s)
+        takes = f"this hub takes {at_least}{counted(people, 'person', 'people')} a minute"
+        if found_with == options.get("max_servers"):
+            takes += f" with at most {counted(found_with, 'server')} at a time"
+        found = f"(found with {counted(found_with, 'person', 'people')} in {duration_text(for_s)})"
+        sentence = f"{takes} {found}: a class of {count} in {duration_text(60 * count / people)}"
+        return sentence + (_fit_text(count, within_s, people, at_least) if within_s else "")
     sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
     if not (servers := capacity.servers_reporting_every_300_s):
         return sustained
     return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
+
+
+def _fit_text(count: int, within_s: float, people_per_minute: float, at_least: str) -> str:
+    """Whether a hub takes so many people in this time, and how many times as many, rounded down."""
+    needed = 60 * count / within_s
+    times = math.floor(10 * people_per_minute / needed + 1e-6) / 10
+    fits = "fits," if times >= 1 else "not known:" if at_least else "does not fit:"
+    in_time = f"{count} in {duration_text(within_s)} are {needed:.4g} a minute"
+    return f"; {in_time}: {fits} {at_least}{times:g} times"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
@@ -6143,7 +6136,7 @@ def _tested_rows(results: Results) -> Iterator[Row]:
     mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
     tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
-        lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
+        lasts = duration_text(results.options["duration"] or FIRST_STEPS[STRESS][1])
         tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
     below = "rate sustained" if capacity.rate_per_s else "last rate tried"
     yield "tested", f"{tested}. The latencies below are of the {below}"
@@ -6330,14 +6323,11 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    header = (
-        ("tried a minute", "came a minute", "server ready p95")
-        if of_people
-        else ("tried per s", "sent per s", "p95")
-    )
-    rows = []
+    header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
+    if of_people:
+        header, unit = ("tried a minute", "came a minute", "server ready p95"), 60
     for step in capacity.steps:
-        rates = (f"{rate * (60 if of_people else 1):.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
         rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
     return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
 
@@ -6525,17 +6515,6 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
     worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
     yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
-
-
-def first_step(plan: Plan) -> Plan:
-    """The plan of the first step of a search for capacity."""
-    if plan.command == ACTIVITY:
-        rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
-        return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=plan.duration_s or CAPACITY_STEP_S)
-    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    for_s = plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    count = max(1, round(rate_per_s * for_s))
-    return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
 def plan_section(plan: Plan) -> Section:
@@ -7195,8 +7174,8 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
     for name in given:
         row = OPTIONS[name]
         needs, excludes = row.needs.split(), row.excludes.split()
-        if plan.command not in row.rules_on:
-            needs = excludes = []
+        if plan.command not in row.rules_on or (name == "within_s" and plan.find_capacity):
+            needs = excludes = []  # of a search, --rate is the first step's
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
@@ -7211,9 +7190,15 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
-    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
-    if most and first > most:
+    for name, other in (("count", "within_s"), ("within_s", "count")):
+        if plan.command == STRESS and "find_capacity" in given and name in given and other not in given:
+            flag, too = OPTIONS[name].flag, OPTIONS[other].flag
+            yield (
+                name,
+                f"--find-capacity says who comes: leave out {flag}, or ask with {too} whether they fit",
+            )
+    most = plan.max_servers
+    if most and (first := first_step(plan).count) > most:
         yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
     if (processes := plan.processes) > (workers := plan.workers):
         yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"

@@ -716,6 +716,9 @@ PLANS: dict[str, list[str]] = {
         "210 starts, 410 reads, 210 stops, 210 deletes, 400 visits, 200 kernels",
         "cost about 210 servers and 200 kernels at one time",
     ],
+    "stress-test --find-capacity --rate 0.2 --count 300 --within 5m": [
+        "people 12 people, 0.2 per second, however slow the hub: the first at once, the last after 55.0 s"
+    ],
     "stress-test --find-capacity --max-servers 200": [
         "search in steps of 60.0 s, usually a dozen, until a condition is met or 200 servers would run",
         "people 6 people, 0.1 per second",
