@@ -5617,12 +5617,14 @@ def but_of(results: Results) -> list[str]:
     pings, failed, longest = (ping.count, ping.failed, ping.latency_s.max) if ping else (0, 0, None)
     slow = ping and any((ping.enough(name) or 0.0) > limit_s for name, limit_s in LONG_PINGS_S.items())
     throttled, requested = (servers.throttled, servers.requested) if servers else (0, 0)
-    cpu = share_text(own.cpu_share_max if own else 0.0)
+    share, late = (own.cpu_share_max, duration_text(own.late_s)) if own else (0.0, "")
+    used = f"it used up to {share_text(share)} of a processor"
+    used = used if share > BUSY else f"its event loop was late by {late}"  # on a busy machine
     starts = counted(requested, "start was", "starts were")
     rules: dict[str, object] = {
         f"everybody else saw errors: {failed} of {counted(pings, 'ping')} failed": failed,
         f"everybody else waited up to {duration_text(longest)}{f': {FULL}' * busy}": slow,
-        f"{FULL}: it used up to {cpu} of a processor": busy and not slow,
+        f"{FULL}: {used}": busy and not slow,
         f"{throttled} of {starts} throttled: people came faster than the hub starts servers": throttled
         > MANY_THROTTLED * requested,
     }
@@ -6035,15 +6037,17 @@ def verdict_of(results: Results) -> tuple[str, str]:
         return word, _capacity_sentence(results.capacity)
     outcome = people or servers
     early = bool(outcome and (outcome.under_way or outcome.not_begun))
+    asked = early and word == "FAILED" and results.options.get("fail_fast") and not results.warnings
     if people:
         later = people.failed + people.at_work - people.expected
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
-        sentence += unfinished_text(people, people.expected - people.at_work) * early
+        missing = unfinished_text(people, people.expected - people.at_work)
+        sentence += missing * early + " (--fail-fast)" * bool(asked)
         sentence += f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
         return word, sentence + "; the proxy lost connections afterwards" * results.leaking
     if servers:
         sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
-        sentence += unfinished_text(servers, servers.failed) * early
+        sentence += unfinished_text(servers, servers.failed) * early + " (--fail-fast)" * bool(asked)
         sentence += f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
         return word, sentence + waits_text(operations.get("server_ready"))
     load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
@@ -6259,7 +6263,7 @@ def on_kubernetes(results: Results) -> bool:
 def _slowest_rows(servers: Servers) -> Iterator[Row]:
     """Of the slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
     slowest = []
-    for server in servers.slowest:
+    for server in servers.slowest[:NAMES_SHOWN]:
         causes = [f"throttled {server.throttled} ×"] if server.throttled else []
         if server.message not in ("", servers.usual_message):
             causes.append(f"longest at: {server.message}")
@@ -6670,10 +6674,12 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
     word, sentence = verdict_of(results)
     unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
+    rows = facts(results, baseline).rows
+    first, later = ([row for row in rows if (row[0] in DETAILS) is folded] for folded in (False, True))
     body = [
         element("p", tested_text(results)),
         f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
-        section_html(facts(results, baseline)),
+        section_html(Section("Summary", first)),
         *_server_plots(results.timeline),
         *_ping_plot(results.timeline),
     ]
@@ -6682,7 +6688,8 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     shown = "".join(body)
     legend = [row for row in WORDS.items() if f">{row[0]}<" in shown or f'"{row[0]}"' in shown]
     body += [section_html(Section("Words", legend))] if legend else []
-    body += [section_html(section, folded=True) for section in _appendix(results)]
+    appendix = [Section("Details", later), *_appendix(results)]
+    body += [section_html(section, folded=True) for section in appendix]
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -6697,6 +6704,7 @@ def element(tag: str, text: str, kind: str = "") -> str:
     return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
 
 
+DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
 WORDS = {  # in tables and plots
     "throttled": "the hub refused the start for the moment (429), and it was tried again",
     "lost": "the server had become ready, and was gone while it was held",
@@ -6715,24 +6723,22 @@ WORDS = {  # in tables and plots
 
 def tested_text(results: Results) -> str:
     """What was tested, on which hub, and when, in a sentence."""
-    did, options, hub = results.operations, results.options, results.hub
+    options, hub = results.options, results.hub
     acts = {
+        "start_server": "started a server",
         "visit": "opened its page",
         "kernel_ready": "started a kernel",
-        "cell": "ran cells",
-        "stay": "stayed",
     }
+    acts |= {"cell": "ran cells", "stay": "stayed"}
+    did = [words for name, words in acts.items() if name in results.operations or name == "start_server"]
     mix = ", ".join(f"{title_of(name)}s" for name in options.get("mix") or DEFAULT_MIX)
     what = f"{mix} for {counted(options.get('count') or 0, 'user')} without servers"
     if results.command == PURGE:
         what = "removing what earlier runs had left"
     elif results.command == STRESS:
-        what = "people who started a server"
-        if not results.capacity:
-            what = (
-                f"{counted(options['count'], 'person', 'people')} ({pace_text(options)}) who started a server"
-            )
-        what += "".join(f", {words}" for name, words in acts.items() if name in did)
+        came = f"{counted(options['count'], 'person', 'people')} ({pace_text(options)})"
+        did[-2:] = [" and ".join(did[-2:])]
+        what = f"{'people' if results.capacity else came} who {', '.join(did)}"
     searched = "the search for what this hub takes: " * bool(results.capacity)
     when = f"{results.started} to {results.finished}, with {results.tool['name']} {results.tool['version']}"
     return f"Tested: {searched}{what}, on JupyterHub {hub.version} at {hub.endpoint}, {when}"
@@ -6870,7 +6876,7 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
     yield element("h2", "Servers") + plot(areas, 260, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
     downwards = {"autorange": "reversed", "rangemode": "normal"}
-    yield plot(bars, 460, "server", hovermode="closest", yaxis=downwards)
+    yield plot(bars, 420, "server", hovermode="closest", yaxis=downwards)
 
 
 def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:

@@ -229,7 +229,9 @@ def test_fail_fast_starts_no_more_once_one_has_failed(hub: LocalHub) -> None:
     assert done.code == 1
     count, failed = map(int, row(done.stdout, "server ready"))
     assert 1 <= failed == count <= 4
-    assert f"{failed} failed, {40 - count} not begun" in done.summary and "never started" not in done.summary
+    assert (
+        f"{failed} failed, {40 - count} not begun (--fail-fast)" in done.summary and "never started" not in done.summary
+    )
 
 
 def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:

@@ -232,7 +232,13 @@ def test_the_phases_of_a_start_on_kubernetes_follow_one_another_from_when_it_was
 def test_a_report_says_first_what_was_tested_and_explains_only_the_words_that_it_uses() -> None:
     page = hst.render_report(a_failed_run())
     tested = page.partition("<h1>")[0]
-    for part in ("3 people", "10 at a time", "started a server, stayed", "6.1.1 at http://x/hub/api", hst.__version__):
+    for part in (
+        "3 people",
+        "10 at a time",
+        "who started a server and stayed, on",
+        "6.1.1 at http://x/hub/api",
+        hst.__version__,
+    ):
         assert part in tested
     legend = page.partition("<h2>Words</h2>")[2].partition("</table>")[0]
     words = re.findall('<tr><td class="?left"?>(.*?)</td>', legend)
@@ -248,16 +254,16 @@ def test_a_run_in_which_no_server_was_lost_does_not_speak_of_lost_ones() -> None
 @pytest.mark.parametrize("run", [a_failed_run, a_search_for_capacity], ids=["stress", "capacity"])
 def test_every_row_of_a_table_has_as_many_cells_as_its_header(run: Any) -> None:
     page = Tables(hst.render_report(run(), hst.as_json(run())))
-    ends = ["Against the baseline", "Words", "Options and versions"]
+    ends = ["Against the baseline", "Words", "Details", "Options and versions"]
     expected = {
-        a_failed_run: ["Summary", "Latency", *ends[:2], "The hub's own clock", ends[2]],
+        a_failed_run: ["Summary", "Latency", *ends[:3], "The hub's own clock", ends[3]],
         a_search_for_capacity: ["Summary", "Capacity", "Latency", *ends],
     }[run]
     assert [heading for heading in page.headings if heading in expected] == expected
     assert len(page.tables) == len(expected)
     for heading, (header, *rows) in zip(expected, page.tables):
         assert header and rows, heading
-        assert (set(header) == {"th"}) == (heading not in ("Summary", "Words", "Options and versions"))
+        assert (set(header) == {"th"}) == (heading not in ("Summary", "Words", "Details", "Options and versions"))
         assert [len(row) for row in rows] == [len(header)] * len(rows), heading
         assert all(set(row) == {"td"} for row in rows), heading
 

@@ -356,7 +356,7 @@ def test_a_message_that_tells_servers_apart_says_where_the_slowest_took_long() -
     assert told(results, "slowest") == [
         "7.00 s, hub-stress-test-7: longest at: Pulling the image; "
         "6.00 s, hub-stress-test-6: longest at: Pulling the image; "
-        + "; ".join(f"{n}.00 s, hub-stress-test-{n}: longest at: Starting" for n in (5, 4, 3))
+        "5.00 s, hub-stress-test-5: longest at: Starting"
     ]
 
 
@@ -504,6 +504,7 @@ P95 = hst.Judgement("server_ready.p95 > 60s", 1.0, False)
         (pings(8.3), {"hub": own(cpu_share_max=0.98)}, ["up to 8.30 s: the hub's one thread was full"]),
         (pings(0.1), {"hub": own(cpu_share_max=0.98)}, ["thread was full: it used up to 98 %"]),
         (pings(0.1), {"hub": own(cpu_share_max=0.5)}, []),
+        (pings(0.1), {"hub": own(event_loop_lag_p95_s=0.425)}, ["thread was full: its event loop was late by 425 ms"]),
         (throttled_starts(17), {}, ["17 of 20 starts were throttled"]),
         (throttled_starts(5), {}, []),
         ([ready(1)], {"warnings": ["the hub restarted"]}, ["the hub restarted"]),
