@@ -5424,7 +5424,7 @@ class Failure:
     user: str
     reason: str
     message: str
-    failed_s: float | None = None  # since the run began
+    failed_s: float  # since the run began
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5657,7 +5657,7 @@ def _failures_of(
         if end and end.reason:
             text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.LATE)
             text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
-            failures.append(Failure(end.user, text, end.message, rounded(end.ended_s - began_s)))
+            failures.append(Failure(end.user, text, end.message, round(end.ended_s - began_s, 4)))
     reasons = collections.Counter(failure.reason for failure in failures)
     reasons[never] = number
     return {reason: count for reason, count in reasons.most_common() if count}, failures
@@ -6123,19 +6123,20 @@ def verdict_of(results: Results) -> tuple[str, str]:
     if results.capacity:
         return word, _capacity_sentence(results.capacity)
     outcome = people or servers
-    early = bool(outcome and (outcome.under_way or outcome.not_begun))
-    asked = early and word == "FAILED" and results.options.get("fail_fast") and not results.warnings
+    missing = people.expected - people.at_work if people else servers.failed if servers else 0
+    early = unfinished_text(outcome, missing) if outcome and (outcome.under_way or outcome.not_begun) else ""
+    if early and word == "FAILED" and results.options.get("fail_fast") and not results.warnings:
+        early += " (--fail-fast)"
     if people:
         later = people.failed + people.at_work - people.expected
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
-        missing = unfinished_text(people, people.expected - people.at_work)
-        sentence += missing * early + " (--fail-fast)" * bool(asked)
-        sentence += f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        sentence += (
+            early + f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        )
         return word, sentence + "; the proxy lost connections afterwards" * results.leaking
     if servers:
         sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
-        sentence += unfinished_text(servers, servers.failed) * early + " (--fail-fast)" * bool(asked)
-        sentence += f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
+        sentence += early + f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
         return word, sentence + waits_text(operations.get("server_ready"))
     load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
     count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
@@ -6300,10 +6301,8 @@ def _server_rows(results: Results) -> Iterator[Row]:
         hold = duration_text(options["hold"])
         yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
     if people:
-        yield (
-            "people",
-            f"{people.expected} expected; {people.at_work} at work{unfinished_text(people, people.failed)}",
-        )
+        failed = unfinished_text(people, people.failed)
+        yield "people", f"{people.expected} expected; {people.at_work} at work{failed}"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
         waits = waits_text(results.operations.get(f"at_work[{group['name']}]"))
         pace = f"{came.expected} expected, {pace_text(options | group | {'event': None})}"
@@ -6324,12 +6323,10 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         users = sorted((end.user for end in ends[reason]), key=natural)
         shown = users[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
         more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
-        moments = sorted(end.failed_s for end in ends[reason] if end.failed_s is not None)
-        first, last = map(duration_text, (moments[0], moments[-1])) if moments else ("", "")
-        when = (
-            f", first after {first}, last after {last}" if first != last else f", after {first}" * bool(first)
-        )
-        yield "failed", f"{len(users)} × {reason} ({', '.join(shown)}{more}){when}"
+        moments = [end.failed_s for end in ends[reason]]
+        first, last = duration_text(min(moments)), duration_text(max(moments))
+        when = f"first after {first}, last after {last}" if first != last else f"after {first}"
+        yield "failed", f"{len(users)} × {reason} ({', '.join(shown)}{more}), {when}"
     if others := sum(len(ends[reason]) for reason in reasons[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
     name = min((end.user for end in ends[reasons[0]]), key=natural)
@@ -6488,12 +6485,9 @@ HOUSEKEEPING = ("create_users", "list_users", "delete_user")  # of interest only
 def tables_of(results: Results, baseline: Json | None) -> list[Section]:
     """The tables below the facts, in the summary and in the report."""
     quiet = HOUSEKEEPING if results.exit_code == ExitCode.OK and results.command != PURGE else ()
-    of_interest = {
-        name: operation
-        for name, operation in results.operations.items()
-        if operation.failed or name.partition("[")[0] not in quiet
-    }
-    results = dataclasses.replace(results, operations=of_interest)
+    all_of_them = results.operations.items()
+    shown = {name: one for name, one in all_of_them if one.failed or name.partition("[")[0] not in quiet}
+    results = dataclasses.replace(results, operations=shown)
     tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
     tables += [latency_section(results.operations, results.own_servers)] if results.operations else []
     return tables + ([comparison_section(baseline, results)] if baseline else [])
@@ -6564,11 +6558,8 @@ def _table_lines(rows: Sequence[Sequence[str]], left: Collection[int], width: in
     for row in rows:
         cells = [textwrap.wrap(cell, room, break_on_hyphens=False) for cell, room in zip(row, widths)]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
-            aligned = (
-                part.ljust(room) if column in left else part.rjust(room)
-                for column, (part, room) in enumerate(zip(parts, widths))
-            )
-            yield "  ".join(aligned).rstrip()
+            sides = [str.ljust if column in left else str.rjust for column in range(len(parts))]
+            yield "  ".join(side(part, room) for side, part, room in zip(sides, parts, widths)).rstrip()
 
 
 # ==== The plan in words, for a dry run ======================================================================
@@ -6801,12 +6792,8 @@ WORDS = {  # in tables and plots
 def tested_text(results: Results) -> str:
     """What was tested, on which hub, and when, in a sentence."""
     options, hub = results.options, results.hub
-    acts = {
-        "visit": "opened its page",
-        "kernel_ready": "started a kernel",
-        "cell": "ran cells",
-        "stay": "stayed",
-    }
+    acts = {"visit": "opened its page", "kernel_ready": "started a kernel", "cell": "ran cells"}
+    acts["stay"] = "stayed"
     did = ["started a server", *(words for name, words in acts.items() if name in results.operations)]
     mix = ", ".join(f"{title_of(name)}s" for name in options.get("mix") or DEFAULT_MIX)
     what = f"{mix} for {counted(options.get('count') or 0, 'user')} without servers"
