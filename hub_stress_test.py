@@ -79,6 +79,7 @@ import operator
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -2699,6 +2700,13 @@ class HubFigures:
     def busy(self) -> bool:
         """Whether requests waited for the hub's one thread, which gets less CPU time on a busy machine."""
         return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
+
+    @property
+    def fullness(self) -> str:
+        """How full the hub's one thread was; empty when it was not busy."""
+        full = f"full: it used up to {share_text(self.cpu_share_max)} of a processor"
+        late = f"busy: its event loop was late by {duration_text(self.late_s)}"
+        return f"the hub's one thread was {full if self.cpu_share_max > BUSY else late}" if self.busy else ""
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
@@ -5394,11 +5402,15 @@ class Failure:
     user: str
     reason: str
     message: str
+    failed_s: float  # since the run began
 
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """The outcome of the servers: of the `ready` ones, `lost` were gone while they were held."""
+    """The outcome of the servers: of the `ready` ones, `lost` were gone while they were held.
+
+    Of a run that ended early, `failed` also counts those that were under way or had not begun.
+    """
 
     requested: int
     ready: int
@@ -5417,11 +5429,16 @@ class Servers:
     kept: int = 0
     left_behind: Sequence[str] = ()
     phases: Phases | None = None  # the means of those that became ready; None without Kubernetes' events
+    under_way: int = 0
+    not_begun: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
-    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`."""
+    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`.
+
+    Of a run that ended early, `failed` also counts those who were under way or had not begun.
+    """
 
     expected: int
     at_work: int
@@ -5429,6 +5446,8 @@ class Rehearsed:
     reasons: dict[str, int]
     failures: list[Failure]
     until_work_s: dict[str, float]  # the mean of each step, of those who got to work
+    under_way: int = 0
+    not_begun: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5484,10 +5503,11 @@ class Results:
     aftermath: Aftermath | None  # of the hub and each process that was watched
     proxy_check: ProxyCheck | None
     warnings: list[str]
-    advice: list[str]  # what to look at next, when the run has failed
+    advice: list[str]  # what to look at next, when the run has failed, or passed with a but
     timeline: RunTimeline
     groups: dict[str, Rehearsed] | None = None  # of an event
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
+    but: list[str] = dataclasses.field(default_factory=list)  # what to know of a run that passed
     exit_code: int = 0
 
     @property
@@ -5564,8 +5584,47 @@ def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: b
     return ExitCode.FAILED if cut_short or failed else ExitCode.OK
 
 
+LONG_PINGS_S = {"p99": 1.0, "max": 3.0}  # longer ones make people doubt the hub
+MANY_THROTTLED = 0.25  # of the starts
+
+
+def but_of(results: Results) -> list[str]:
+    """What to know of a run that passed: its warnings, and each sentence whose rule applies.
+
+    A search takes the hub to where it is slow, and a purge is no load: of these, the warnings are all.
+    """
+    if results.command == PURGE or results.capacity:
+        return list(results.warnings)
+    operations, own, servers = results.operations, results.hub.metrics, results.servers
+    ping, full = operations.get("ping"), own.fullness if own else ""
+    pings, failed, longest = (ping.count, ping.failed, ping.latency_s.max) if ping else (0, 0, None)
+    slow = ping and any((ping.enough(name) or 0.0) > limit_s for name, limit_s in LONG_PINGS_S.items())
+    throttled, requested = (servers.throttled, servers.requested) if servers else (0, 0)
+    many, starts = throttled > MANY_THROTTLED * requested, counted(requested, "start was", "starts were")
+    cause = full and f": {full.partition(':')[0]}"
+    rules: dict[str, object] = {
+        f"everybody else saw errors: {failed} of {counted(pings, 'ping')} failed": failed,
+        f"everybody else waited up to {duration_text(longest)}{cause}": slow,
+        full: full and not slow,
+        f"{throttled} of {starts} throttled: people came faster than the hub starts servers": many,
+    }
+    for metric in (condition(judged.condition).metric for judged in results.conditions):
+        number = too_few(metric, operations)
+        few = f"{metric} is only the maximum of {counted(number or 0, 'sample')}: too few for a percentile"
+        rules[few] = number is not None
+    return [*results.warnings, *(sentence for sentence, applies in rules.items() if applies)]
+
+
+def too_few(metric: str, operations: Mapping[str, Operation]) -> int | None:
+    """The number of samples behind a condition's percentile, if it is too small; else None."""
+    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
+    operation = operations.get(name)
+    number = operation.count - operation.failed if operation else 0
+    return number if operation and number < ENOUGH.get(statistic, 0) else None
+
+
 def _failures_of(
-    ends: Iterable[Event | None], never: str, number: int
+    ends: Iterable[Event | None], never: str, number: int, began_s: float
 ) -> tuple[dict[str, int], list[Failure]]:
     """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`.
 
@@ -5576,34 +5635,51 @@ def _failures_of(
         if end and end.reason:
             text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.LATE)
             text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
-            failures.append(Failure(end.user, text, end.message))
+            failures.append(Failure(end.user, text, end.message, round(end.ended_s - began_s, 4)))
     reasons = collections.Counter(failure.reason for failure in failures)
     reasons[never] = number
     return {reason: count for reason, count in reasons.most_common() if count}, failures
 
 
-def people_of(rows: People, expected: int, cut_short: bool, group: str = "") -> Rehearsed:
-    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
+def people_of(
+    rows: People,
+    expected: int,
+    cut_short: bool,
+    group: str = "",
+    *,
+    began_s: float = 0.0,
+    starting: Collection[str] = (),
+) -> Rehearsed:
+    """The outcome of all people, or a group's; those who failed after getting to work are counted as both.
+
+    Those whose servers were still `starting` at the end have left no event.
+    """
     people = [row for row in rows.values() if not group or any(end.group == group for end in row.values())]
     at_work = [row for row in people if "at_work" in row]
     failed = [[row[step] for step in PERSONAL if step in row and row[step].reason] for row in people]
     ends = [steps[0] if steps else row.get("at_work") for steps, row in zip(failed, people)]
     never = "cut short before getting to work" if cut_short else "never came"
-    reasons, failures = _failures_of(ends, never, expected - len(ends) + ends.count(None))
+    under_way = ends.count(None) + len(set(starting) - rows.keys())
+    not_begun = expected - len(ends) + ends.count(None) - under_way
+    reasons, failures = _failures_of(ends, never, under_way + not_begun, began_s)
     until_work_s = {}
     for step in ("at_work", *PERSONAL[: PERSONAL.index("at_work")]):
         if took_s := [row[step].latency_s for row in at_work if step in row]:
             until_work_s[step] = sum(took_s) / len(at_work)
-    return Rehearsed(expected, len(at_work), sum(reasons.values()), reasons, failures, until_work_s)
+    total = sum(reasons.values())
+    return Rehearsed(expected, len(at_work), total, reasons, failures, until_work_s, under_way, not_begun)
 
 
-def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
-    """The outcome of the servers of so many people."""
+def servers_of(
+    people: People, requested: int, cut_short: bool, *, began_s: float = 0.0, starting: Collection[str] = ()
+) -> Servers:
+    """The outcome of the servers of so many people, some of them still `starting` at the end."""
     ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
     ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
     lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].outcome == "lost"]
     never = "never started, or cut short" if cut_short else "never started"
-    reasons, failures = _failures_of([*ends, *lost], never, requested - len(ends))
+    reasons, failures = _failures_of([*ends, *lost], never, requested - len(ends), began_s)
+    under_way = len(set(starting) - {end.user for end in ends})
     throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
     messages = {end.message for end in ends if end.message}
     return Servers(
@@ -5619,6 +5695,8 @@ def servers_of(people: People, requested: int, cut_short: bool) -> Servers:
         slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
         usual_message=messages.pop() if len(messages) == 1 else "",
         phases=mean_phases([end.phases for end in ready if end.phases]),
+        under_way=under_way,
+        not_begun=requested - len(ends) - under_way,
     )
 
 
@@ -5702,12 +5780,16 @@ def results_of(run: Run) -> Results:
     plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
-    servers = servers_of(rows, expected, cut_short) if expected or plan.own_servers else None
+    ends: Json = {"began_s": run.began_s, "starting": run.site.starting.copy()}
+    servers = servers_of(rows, expected, cut_short, **ends) if expected or plan.own_servers else None
     if servers and plan.own_servers:
         removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
         servers = dataclasses.replace(servers, **removed)
-    people = people_of(rows, expected, cut_short) if expected and plan.rehearses else None
-    groups = {each.group: people_of(rows, each.count, cut_short, each.group) for each in plan.event}
+    people = people_of(rows, expected, cut_short, **ends) if expected and plan.rehearses else None
+    groups = {
+        each.group: people_of(rows, each.count, cut_short, each.group, began_s=run.began_s)
+        for each in plan.event
+    }
     failed, tried = _failed_of(run, servers, people)
     began = [shot.get(BEGAN) for shot in snapshots]
     restarts = sum(map(operator.ne, began, began[1:]))
@@ -5758,17 +5840,19 @@ def results_of(run: Run) -> Results:
 
 
 def _judged(results: Results, run: Run) -> Results:
-    """The same with its conditions, its exit code, and what to look at next."""
+    """The same with its conditions, its exit code, a but, and what to look at next."""
     plan, capacity = run.plan, run.capacity
     conditions = [] if capacity else judgements_of(plan, as_json(results))
     bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # which made none of what is left
     left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
+    results = dataclasses.replace(results, conditions=conditions, exit_code=int(code))
+    but = but_of(results) if code is ExitCode.OK else []
     next_steps: list[str] = []
-    if code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
+    if but or code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
         next_steps += advice(results, run.record.kinds(), time_out_in_front(run.record.people))
-    return dataclasses.replace(results, conditions=conditions, exit_code=int(code), advice=next_steps)
+    return dataclasses.replace(results, but=but, advice=next_steps)
 
 
 # ==== What it means: where the time went, and what to look at next ==========================================
@@ -5823,10 +5907,8 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
 def time_spent(results: Results) -> Iterator[str]:
     """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    if own and own.busy:
-        full = f"full: it used up to {share_text(own.cpu_share_max)} of a processor"
-        late = f"busy: its event loop was late by {duration_text(own.late_s)}"
-        yield f"the hub's one thread was {full if own.cpu_share_max > BUSY else late}"
+    if own and own.busy and own.fullness not in results.but:
+        yield own.fullness
     if results.people and (means := results.people.until_work_s):
         waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
         at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
@@ -5866,6 +5948,13 @@ def time_out_in_front(people: People) -> float | None:
 KUBERNETES = re.compile(r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|\bpods?\b")
 
 
+def on_kubernetes(results: Results) -> bool:
+    """Whether the servers of a run were pods, by what was said while they started."""
+    servers = results.servers
+    said = (f"{end.reason} {end.message}" for end in servers.failures) if servers else ()
+    return bool(servers and servers.phases) or any(map(KUBERNETES.search, (*results.warnings, *said)))
+
+
 def arrivals_per_s(options: Json) -> float:
     """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
     rates = [
@@ -5885,11 +5974,11 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     failures, phases = (servers.failures, servers.phases) if servers else ([], None)
     reasons = {failure.reason for failure in failures}
     words = " ".join([*results.warnings, *reasons])
-    on_kubernetes = bool(phases or KUBERNETES.search(words))
+    pods = on_kubernetes(results)
 
     def setting(value: str, trait: str) -> str:
         """A setting's name in values.yaml, or in jupyterhub_config.py."""
-        return value if on_kubernetes else f"c.{trait}"
+        return value if pods else f"c.{trait}"
 
     causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
     cause = next((cause for cause in causes if re.search(cause, words)), "")
@@ -5940,11 +6029,9 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         "some servers were still starting: see the hub's log and the spawner's events, or raise "
         "--server-timeout": Kind.LATE in kinds,
         f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
-        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and on_kubernetes,
+        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and pods,
         f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
-        "them (squeue, sacct, docker ps, journalctl)": (
-            failures and Kind.LATE not in kinds and not on_kubernetes
-        ),
+        "them (squeue, sacct, docker ps, journalctl)": (failures and Kind.LATE not in kinds and not pods),
         "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
             NO_SUCH_HOST in words
         ),
@@ -6013,14 +6100,21 @@ def verdict_of(results: Results) -> tuple[str, str]:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
         return word, _capacity_sentence(results.capacity, results.options)
+    outcome = people or servers
+    missing = people.expected - people.at_work if people else servers.failed if servers else 0
+    early = unfinished_text(outcome, missing) if outcome and (outcome.under_way or outcome.not_begun) else ""
+    if early and word == "FAILED" and results.options.get("fail_fast") and not results.warnings:
+        early += " (--fail-fast)"
     if people:
         later = people.failed + people.at_work - people.expected
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
-        sentence += f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        sentence += (
+            early + f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
+        )
         return word, sentence + "; the proxy lost connections afterwards" * results.leaking
     if servers:
         sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
-        sentence += f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
+        sentence += early + f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
         return word, sentence + waits_text(operations.get("server_ready"))
     load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
     count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
@@ -6028,14 +6122,22 @@ def verdict_of(results: Results) -> tuple[str, str]:
     return word, f"{count - failed:,} of {requests_text} {'was' if count == 1 else 'were'} accepted"
 
 
+def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:
+    """Of a run that ended early: how many of those that are missing at the end failed, and where others were."""
+    numbers = {"under way": outcome.under_way, "not begun": outcome.not_begun}
+    others = "".join(f", {number:,} {what}" for what, number in numbers.items() if number)
+    failed = missing - sum(numbers.values())
+    return f", {failed:,} failed{others}"
+
+
 def waits_text(operation: Operation | None) -> str:
-    """How long half, nearly all, and the last of those that succeeded waited; empty when none did."""
+    """How long half, nearly all, and the slowest of those that succeeded waited; empty when none did."""
     if not operation or operation.latency_s.max is None:
         return ""
     p95_s = operation.enough("p95")
     nearly_all = "" if p95_s is None else f", 95 % at most {duration_text(p95_s)}"
-    half, last = duration_text(operation.latency_s.p50), duration_text(operation.latency_s.max)
-    return f"; half waited {half}{nearly_all}, the last {last}"
+    half, slowest = duration_text(operation.latency_s.p50), duration_text(operation.latency_s.max)
+    return f"; half waited {half}{nearly_all}, the slowest {slowest}"
 
 
 def _capacity_sentence(capacity: Capacity, options: Json) -> str:
@@ -6101,28 +6203,28 @@ def _option_text(key: str, value: Any) -> str:
 
 
 def facts(results: Results, baseline: Json | None = None) -> Section:
-    """What was asked, what came of it, how long it took, why, and what to do next."""
+    """The but, the goals, what was asked, its outcome, how long it took, why, and what to do next."""
     hub = results.hub
     through = f", through {hub.proxy}" if hub.proxy else ""
     by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
-    judged = [one for one in results.conditions if not (by_default and one.condition == FAILED.text)]
-    values = [(one.held, one.condition, _value_text(one, results)) for one in judged]
+    goals = [one for one in results.conditions if not (by_default and one.condition == FAILED.text)]
+    why = "because" if results.exit_code < ExitCode.SIGINT else "note"
     rows = [
+        *(("but", sentence) for sentence in results.but),
         *_tested_rows(results),
-        *(("because", reason) for reason in results.warnings),
-        *(("because", f"{text}: it is {value}") for met, text, value in values if met),
+        *((why, reason) for reason in results.warnings if reason not in results.but),
+        *(("goals", goal_text(one, results.operations)) for one in goals),
         *(("baseline", difference) for difference in differences_to(baseline, results)),
         ("hub", f"{hub.version} at {hub.endpoint}{through}"),
         *_server_rows(results),
         *_failed_rows(results),
-        *(_slowest_row(results.servers) if results.servers else ()),
+        *(_slowest_rows(results.servers) if results.servers else ()),
         *_request_rows(results),
         ("duration", duration_text(results.duration_s)),
         *_hub_rows(results),
         *(("where the time went", sentence) for sentence in time_spent(results)),
         *_cleanup_rows(results),
         *_proxy_rows(results),
-        *(("condition", f"{text}: not met, it is {value}") for met, text, value in values if not met),
         *(("next", sentence) for sentence in results.advice),
     ]
     return Section("Summary", rows)
@@ -6149,20 +6251,24 @@ def _tested_rows(results: Results) -> Iterator[Row]:
         yield "limit", capacity.limited_by
 
 
-def _value_text(judged: Judgement, results: Results | None = None) -> str:
-    """The value of a condition's metric; of too few samples, or beside a baseline, with these."""
-    metric = condition(judged.condition).metric
-    if judged.value is None:
-        return "not measured"
-    text = value_text(judged.value, metric)
-    name, _, statistic = metric.removeprefix("operations.").replace(".latency_s", "").rpartition(".")
-    operation = results.operations.get(name) if results else None
-    if operation and operation.count - operation.failed < ENOUGH.get(statistic, 0):
-        text += f" (of {counted(operation.count - operation.failed, 'sample')})"
-    if judged.baseline and judged.limit is not None:
-        ratio = f"{judged.value / judged.baseline:.3g}x of {value_text(judged.baseline, metric)}"
-        text += f", {ratio}; the limit is {value_text(judged.limit, metric)}"
-    return text
+FAILS = {">": "above {}", ">=": "at {} or more", "<": "below {}", "<=": "at {} or less"}
+
+
+def goal_text(judged: Judgement, operations: Mapping[str, Operation] | None = None) -> str:
+    """A condition as a goal, reached when it was not met: ✓ server_ready.p95 4.60 s (fails above 60 s)."""
+    asked = condition(judged.condition)
+    number = too_few(asked.metric, operations or {})
+    value = "not measured" if judged.value is None else value_text(judged.value, asked.metric)
+    value += f", of {counted(number, 'sample')}" if number is not None else ""
+    relative = asked.unit == "x"
+    limit = judged.limit if relative else asked.limit
+    limits = [] if limit is None else [re.sub(r"\.0+ ", " ", value_text(limit, asked.metric))]
+    limits += [f"{asked.limit:g}x the baseline"] * relative
+    if judged.value and judged.baseline:
+        before = value_text(judged.baseline, asked.metric)
+        value += f", {judged.value / judged.baseline:.3g}x the baseline's {before}"
+    mark = "✗" if judged.held else "✓"
+    return f"{mark} {asked.metric} {value} (fails {FAILS[asked.comparison].format(', '.join(limits))})"
 
 
 def _server_rows(results: Results) -> Iterator[Row]:
@@ -6170,7 +6276,8 @@ def _server_rows(results: Results) -> Iterator[Row]:
     servers, people, options = results.servers, results.people, results.options
     if not servers or not servers.requested:  # of a purge, or a search
         return
-    counts = f"{servers.ready} ready, {servers.failed} failed" + f", {servers.lost} lost" * bool(servers.lost)
+    counts = f"{servers.ready} ready{unfinished_text(servers, servers.failed)}"
+    counts += f", {servers.lost} lost" * bool(servers.lost)
     if servers.throttled:
         began = duration_text(servers.throttling_began_s)
         counts += f"; {servers.throttled} throttled, from {began} after the first start on"
@@ -6187,38 +6294,47 @@ def _server_rows(results: Results) -> Iterator[Row]:
         hold = duration_text(options["hold"])
         yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
     if people:
-        yield "people", f"{people.expected} expected; {people.at_work} at work, {people.failed} failed"
+        failed = unfinished_text(people, people.failed)
+        yield "people", f"{people.expected} expected; {people.at_work} at work{failed}"
     for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
         waits = waits_text(results.operations.get(f"at_work[{group['name']}]"))
         pace = f"{came.expected} expected, {pace_text(options | group | {'event': None})}"
-        yield "people", f"{group['name']}: {pace}; {came.at_work} at work, {came.failed} failed{waits}"
+        failed = unfinished_text(came, came.failed)
+        yield "people", f"{group['name']}: {pace}; {came.at_work} at work{failed}{waits}"
 
 
 def _failed_rows(results: Results) -> Iterator[Row]:
-    """Why people or servers failed, the commonest reasons first, each with some names."""
+    """Why people or servers failed, the commonest reasons first, each with some names and when it was."""
     failing = results.people or results.servers
-    if not failing:
+    if not failing or not failing.failures:
         return
-    reasons = list(failing.reasons.items())
-    for reason, number in reasons[:REASONS_SHOWN]:
-        users = sorted((one.user for one in failing.failures if one.reason == reason), key=natural)
+    ends = collections.defaultdict[str, list[Failure]](list)
+    for end in failing.failures:
+        ends[end.reason].append(end)
+    reasons = sorted(ends, key=lambda reason: -len(ends[reason]))
+    for reason in reasons[:REASONS_SHOWN]:
+        users = sorted((end.user for end in ends[reason]), key=natural)
         shown = users[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
         more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
-        yield "failed", f"{number} × {reason}" + (f" ({', '.join(shown)}{more})" if users else "")
-    if others := sum(number for _, number in reasons[REASONS_SHOWN:]):
+        moments = [end.failed_s for end in ends[reason]]
+        first, last = duration_text(min(moments)), duration_text(max(moments))
+        when = f"first after {first}, last after {last}" if first != last else f"after {first}"
+        yield "failed", f"{len(users)} × {reason} ({', '.join(shown)}{more}), {when}"
+    if others := sum(len(ends[reason]) for reason in reasons[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
+    name = min((end.user for end in ends[reasons[0]]), key=natural)
+    pods = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
+    yield "hub's log", pods if on_kubernetes(results) else f"grep -w {name} LOG, from {results.started} on"
 
 
-def _slowest_row(servers: Servers) -> Iterator[Row]:
-    """The slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
+def _slowest_rows(servers: Servers) -> Iterator[Row]:
+    """Of the slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
     slowest = []
-    for server in servers.slowest:
+    for server in servers.slowest[:NAMES_SHOWN]:
         causes = [f"throttled {server.throttled} ×"] if server.throttled else []
         if server.message not in ("", servers.usual_message):
             causes.append(f"longest at: {server.message}")
-        slowest.append(
-            f"{duration_text(server.ready_s)}, {server.user}" + ": " * bool(causes) + ", ".join(causes)
-        )
+        slowest += [f"{duration_text(server.ready_s)}, {server.user}: {', '.join(causes)}"] * bool(causes)
     if slowest:
         yield "slowest", "; ".join(slowest)
 
@@ -6353,38 +6469,61 @@ def comparison_section(baseline: Json, results: Results) -> Section:
     return Section("Against the baseline", rows, ("against baseline", *columns, "failed"))
 
 
+HOUSEKEEPING = ("create_users", "list_users", "delete_user")  # of interest only when something went wrong
+
+
 def tables_of(results: Results, baseline: Json | None) -> list[Section]:
     """The tables below the facts, in the summary and in the report."""
+    quiet = HOUSEKEEPING if results.exit_code == ExitCode.OK and results.command != PURGE else ()
+    all_of_them = results.operations.items()
+    shown = {name: one for name, one in all_of_them if one.failed or name.partition("[")[0] not in quiet}
+    results = dataclasses.replace(results, operations=shown)
     tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
     tables += [latency_section(results.operations, results.own_servers)] if results.operations else []
     return tables + ([comparison_section(baseline, results)] if baseline else [])
 
 
-def render_summary(
-    results: Results, baseline: Json | None = None, *, colour: bool = False, width: int = 100
-) -> str:
-    """The page that an operator reads: the verdict first, then facts and tables."""
+def render_summary(results: Results, baseline: Json | None = None, **look: Any) -> str:
+    """The page that an operator reads: the verdict first, then facts and tables; `look` as of `render_page`."""
     sections = [facts(results, baseline), *tables_of(results, baseline)]
-    return render_page(": ".join(verdict_of(results)), sections, colour=colour, width=width)
+    return render_page(": ".join(verdict_of(results)), sections, **look)
 
 
-def render_page(headline: str, sections: Iterable[Section], *, colour: bool = False, width: int = 100) -> str:
-    """A sentence, and sections below it."""
+def render_page(
+    headline: str,
+    sections: Iterable[Section],
+    *,
+    colour: bool = False,
+    width: int = 100,
+    encoding: str = "utf-8",
+) -> str:
+    """A sentence, and sections below it, with characters that the encoding has."""
     wrap = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
-    page = wrap(headline, subsequent_indent="  ")
+    page = wrap(spelled(headline, encoding), subsequent_indent="  ")
     for number, section in enumerate(sections):
         page += [""] if number else []
+        rows = [[spelled(cell, encoding) for cell in row] for row in section.rows]
         if section.header:
-            page += _table_lines(section)
+            page += _table_lines([section.header, *rows], section.left, width)
             continue
-        indent = max(len(row[0]) for row in section.rows) + 2
-        for label, sentence in labelled_once(section.rows):
+        indent = max(len(row[0]) for row in rows) + 2
+        for label, sentence in labelled_once(rows):
             page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
     return "\n".join(map(_coloured, page) if colour else page)
 
 
+SPELLED = {"✓": "ok", "✗": "FAIL", "×": "x", "–": "-", "→": "->", "≤": "<="}
+
+
+def spelled(text: str, encoding: str) -> str:
+    """The text in characters that the encoding has: ok for a ✓."""
+    for sign, letters in SPELLED.items():
+        text = text if sign.encode(encoding, "ignore") else text.replace(sign, letters)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 _COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
-_COLOURS |= {"because": 33, "failed": 31, "next": 36}
+_COLOURS |= {"but": 33, "because": 33, "failed": 31, "next": 36}
 
 
 def _coloured(line: str) -> str:
@@ -6399,14 +6538,18 @@ def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
         yield ("" if label == before[0] else label, sentence)
 
 
-def _table_lines(section: Section) -> Iterator[str]:
-    lines = [section.header, *section.rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for cells in lines:
-        aligned = []
-        for column, (cell, width) in enumerate(zip(cells, widths)):
-            aligned.append(cell.ljust(width) if column in section.left else cell.rjust(width))
-        yield "  ".join(aligned).rstrip()
+def _table_lines(rows: Sequence[Sequence[str]], left: Collection[int], width: int) -> Iterator[str]:
+    """Rows in columns; the cells of the widest columns wrap between words until they fit the width."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    least = [max(len(word) for cell in column for word in cell.split(" ")) for column in zip(*rows)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and widths != least:
+        widest = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))
+        widths[widest] -= 1
+    for row in rows:
+        cells = [textwrap.wrap(cell, room, break_on_hyphens=False) for cell, room in zip(row, widths)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            sides = [str.ljust if column in left else str.rjust for column in range(len(parts))]
+            yield "  ".join(side(part, room) for side, part, room in zip(sides, parts, widths)).rstrip()
 
 
 # ==== The plan in words, for a dry run ======================================================================
@@ -6557,7 +6700,7 @@ STYLE = """
 body { max-width: 1160px; margin: 0 auto; padding: 1rem; background: Canvas; color: CanvasText;
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.35rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
-h3 { font-size: .95rem; margin: 1rem 0 0 }
+h3 { font-size: .95rem; margin: 1rem 0 0 } summary h2 { display: inline }
 h1 b { padding: .1em .5em; border-radius: .3em; color: #fff; background: #b91c1c }
 b.PASSED { background: #15803d } b.INTERRUPTED { background: #a16207 }
 p, th { color: #777; font-weight: normal }
@@ -6571,22 +6714,29 @@ BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0
 Trace = dict[str, Any]  # of plotly
 Moments = Sequence["float | None"]
 Span = tuple[int, float, float]  # which server was in a state, from when to when
+PHASE_COLOURS = ("#64748b", "#eab308", "#a8763e", "#0ea5e9", "#6366f1", "#84cc16")  # in the order of PHASES
 
 
 def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
     word, sentence = verdict_of(results)
     unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
-    tool = f"{results.tool['name']} {results.tool['version']} {results.command}"
+    rows = facts(results, baseline).rows
+    first, later = ([row for row in rows if (row[0] in DETAILS) is folded] for folded in (False, True))
     body = [
+        element("p", tested_text(results)),
         f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
-        element("p", f"{tool}, {results.started} to {results.finished}"),
-        section_html(facts(results, baseline)),
+        section_html(Section("Summary", first)),
         *_server_plots(results.timeline),
         *_ping_plot(results.timeline),
     ]
-    for section in (*tables_of(results, baseline), *_appendix(results)):
+    for section in tables_of(results, baseline):
         body += [section_html(section), *(_latency_plot(results) if section.title == "Latency" else ())]
+    shown = "".join(body)
+    legend = [row for row in WORDS.items() if f">{row[0]}<" in shown or f'"{row[0]}"' in shown]
+    body += [section_html(Section("Words", legend))] if legend else []
+    appendix = [Section("Details", later), *_appendix(results)]
+    body += [section_html(section, folded=True) for section in appendix]
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -6601,7 +6751,43 @@ def element(tag: str, text: str, kind: str = "") -> str:
     return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
 
 
-def section_html(section: Section) -> str:
+DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
+WORDS = {  # in tables and plots
+    "throttled": "the hub refused the start for the moment (429), and it was tried again",
+    "lost": "the server had become ready, and was gone while it was held",
+    "server ready": "from the moment a start was due until the hub said that the server was ready",
+    "start request": "from asking for a server until the hub accepted the start, without throttling",
+    "visit": "from ready until the server's start page came",
+    "kernel ready": "from asking for a kernel until the first cell had its result",
+    "cell": "from sending a later cell until its result came",
+    "at work": "from the moment a person was due until they could work",
+    "stay": "how long the server was held",
+    "activity report": "what a running server sends the hub, one every 300 s",
+    "ping": "reading one user, five times a second: what everybody else on the hub feels",
+    "p95": "95 % of those that succeeded took no longer; a dash: too few samples to say",
+}
+
+
+def tested_text(results: Results) -> str:
+    """What was tested, on which hub, and when, in a sentence."""
+    options, hub = results.options, results.hub
+    acts = {"visit": "opened its page", "kernel_ready": "started a kernel", "cell": "ran cells"}
+    acts["stay"] = "stayed"
+    did = ["started a server", *(words for name, words in acts.items() if name in results.operations)]
+    mix = ", ".join(f"{title_of(name)}s" for name in options.get("mix") or DEFAULT_MIX)
+    what = f"{mix} for {counted(options.get('count') or 0, 'user')} without servers"
+    if results.command == PURGE:
+        what = "removing what earlier runs had left"
+    elif results.command == STRESS:
+        came = f"{counted(options['count'], 'person', 'people')} ({pace_text(options)})"
+        did[-2:] = [" and ".join(did[-2:])]
+        what = f"{'people' if results.capacity else came} who {', '.join(did)}"
+    searched = "the search for what this hub takes: " * bool(results.capacity)
+    when = f"{results.started} to {results.finished}, with {results.tool['name']} {results.tool['version']}"
+    return f"Tested: {searched}{what}, on JupyterHub {hub.version} at {hub.endpoint}, {when}"
+
+
+def section_html(section: Section, folded: bool = False) -> str:
     """A heading and a table, which scrolls by itself; rows without a header are sentences."""
     rows, lines = "", [section.header, *section.rows] if section.header else labelled_once(section.rows)
     for n, line in enumerate(lines):
@@ -6609,7 +6795,9 @@ def section_html(section: Section) -> str:
         cells = (element(tag, cell, "left" * (column in section.left)) for column, cell in enumerate(line))
         rows += f"<tr>{''.join(cells)}</tr>"
     kind = "numbers" if section.header else "words"
-    return f'{element("h2", section.title)}<div class="scroll"><table class="{kind}">{rows}</table></div>'
+    table = f'<div class="scroll"><table class="{kind}">{rows}</table></div>'
+    heading = element("h2", section.title)
+    return f"<details><summary>{heading}</summary>{table}</details>" if folded else heading + table
 
 
 def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
@@ -6643,10 +6831,6 @@ def _appendix(results: Results) -> Iterator[Section]:
         durations = {f"spawn: {name}": one for name, one in own.spawns.items()} | own.requests
         rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations.items()]
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
-    if results.conditions:
-        met = {True: "met", False: "not met"}
-        rows = [(one.condition, met[one.held], _value_text(one, results)) for one in results.conditions]
-        yield Section("Conditions", rows, ("the run fails if", "", "it is"))
     given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
     given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
     given |= {"hub": results.hub.version, "tool": results.tool["version"]}
@@ -6668,6 +6852,7 @@ def states_of(servers: ServersTimeline) -> dict[str, tuple[str, list[Span]]]:
         "asked": ("#94a3b8", servers.due_s, sent),
         "throttled": (AMBER, servers.throttled_s, asked),
         "starting": (BLUE, asked, ended),
+        **dict(_phase_rows(servers)),
         "failed": (RED, bad, never),
         "ready": ("rgba(34,163,85,.3)", ready, over),
         "opening": ("#06b6d4", ready, opened),
@@ -6682,6 +6867,16 @@ def states_of(servers: ServersTimeline) -> dict[str, tuple[str, list[Span]]]:
         spans = [(n, a, b) for n, (a, b) in enumerate(zip(begins, ends)) if a is not None and b is not None]
         states[state] = colour, [span for span in spans if span[1] <= span[2]]
     return states
+
+
+def _phase_rows(servers: ServersTimeline) -> Iterator[tuple[str, tuple[str, Moments, Moments]]]:
+    """The phases of starts on Kubernetes, one behind the other from when each start was asked for."""
+    begins = servers.asked_s
+    for (name, title), colour in zip(PHASES.items(), PHASE_COLOURS):
+        took_s = [phases[name] if phases else None for phases in servers.phases]
+        ends = [None if at is None or s is None else at + s for at, s in zip(begins, took_s)]
+        yield title, (colour, [at if s else None for at, s in zip(begins, took_s)], ends)
+        begins = ends
 
 
 def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
@@ -6722,7 +6917,7 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
     yield element("h2", "Servers") + plot(areas, 260, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
     downwards = {"autorange": "reversed", "rangemode": "normal"}
-    yield plot(bars, 460, "server", hovermode="closest", yaxis=downwards)
+    yield plot(bars, 420, "server", hovermode="closest", yaxis=downwards)
 
 
 def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
@@ -7341,9 +7536,11 @@ def show(render: Callable[..., str]) -> None:
     """Print a page, as far as somebody reads it: `head` closes standard output early."""
     if not sys.stdout:  # it was closed from the start
         return
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    terminal = sys.stdout.isatty()
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    width = min(max(80, shutil.get_terminal_size().columns), 120) if terminal else 100
     try:
-        print(render(colour=colour), flush=True)
+        print(render(colour=colour, width=width, encoding=sys.stdout.encoding or "utf-8"), flush=True)
     except BrokenPipeError:  # what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -7741,7 +7938,7 @@ if locust_is_loading():
         found = locust_results(runner.stats.entries.values(), load, throttled)
         judged = [one.judge(found, None) for one in plan.fail_if]
         for one in judged:
-            SAY.info("%s: %s, it is %s", one.condition, "MET" if one.held else "not met", _value_text(one))
+            SAY.info("%s", spelled(goal_text(one), "ascii"))
         cut_short = any(told["cut_short"] for told in reports)
         return int(exit_code(bool(left or lost), None, cut_short, any(one.held for one in judged)))
 

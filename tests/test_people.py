@@ -98,7 +98,7 @@ def test_an_interrupt_while_users_are_being_made_is_no_refusal_of_the_hub(new_hu
     said = done.stdout + done.stderr
     assert (done.code, done.stdout.partition(":")[0]) == (130, "INTERRUPTED")
     assert "refused" not in said and "would not" not in said and "did not answer" not in said
-    assert "12 × never started, or cut short" in done.summary
+    assert done.summary.startswith("INTERRUPTED: 0 of 12 servers became ready, 0 failed, 12 not begun")
     assert not tool_users(new_hub)
 
 
@@ -111,7 +111,7 @@ def test_25_servers_in_batches_of_10_are_exactly_25_and_leave_only_the_bystander
     assert done.code == 0, done
     assert done.summary.startswith("PASSED: 25 of 25 servers became ready; half waited ")
     assert row(done.stdout, "server ready") == ["25", "0"]
-    assert row(done.stdout, "create users") == ["3", "0"]
+    assert "create users" not in done.stdout  # which is of interest when something went wrong
     assert hub.users().keys() == before.keys()
 
 
@@ -229,7 +229,9 @@ def test_fail_fast_starts_no_more_once_one_has_failed(hub: LocalHub) -> None:
     assert done.code == 1
     count, failed = map(int, row(done.stdout, "server ready"))
     assert 1 <= failed == count <= 4
-    assert f"{40 - count} × never started" in done.summary
+    assert (
+        f"{failed} failed, {40 - count} not begun (--fail-fast)" in done.summary and "never started" not in done.summary
+    )
 
 
 def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
@@ -239,7 +241,7 @@ def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
     done = run_tool(*of_three_two_fail, "-c", "20", "--fail-fast", "2", hub=new_hub)
     count, failed = map(int, row(done.stdout, "server ready"))
     assert failed >= 2 and count <= 4
-    assert f"{20 - count} × never started" in done.summary and not tool_users(new_hub)
+    assert f"{failed} failed, {20 - count} not begun" in done.summary and not tool_users(new_hub)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,7 @@ def test_a_server_that_somebody_stops_while_it_is_held_was_ready_and_is_lost(new
     assert done.summary.startswith("FAILED: 4 of 4 servers became ready; 1 was lost while held; half waited ")
     assert re.search("^servers +4 requested, 10 at a time; 4 ready, 0 failed, 1 lost$", done.summary, re.M)
     reason = "it became ready, and was gone while it was held"
-    assert re.search(rf"^failed +1 × {reason} \({unlucky}\)$", done.summary, re.M)
+    assert re.search(rf"^failed +1 × {reason} \({unlucky}\), after \d.* s$", done.summary, re.M)
     servers = found["servers"]
     assert (servers["ready"], servers["failed"], servers["lost"], found["failed"]) == (4, 0, 1, 1)
     assert servers["failures"] == [{"user": unlucky, "reason": reason, "message": ""}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -203,6 +204,47 @@ def test_a_lost_server_is_ready_until_it_was_found_lost() -> None:
     assert at(11.0) == {"waiting": 0, "starting": 0, "ready": 1, "failed": 1, "lost": 1}
 
 
+def test_the_phases_of_a_start_on_kubernetes_follow_one_another_from_when_it_was_asked_for() -> None:
+    phases = hst.Phases(
+        silent_s=1.0,
+        node_s=20.0,
+        volumes_s=0.0,
+        image_s=10.0,
+        container_s=1.0,
+        server_s=2.0,
+        new_node=1,
+        images_pulled=1,
+    )
+    first, second = visit(hst.username(1), 0.0, 36.0, asked_s=2.0), visit(hst.username(2), 0.5, 3.0)
+    events = [dataclasses.replace(one, phases=phases) if one.step == "server_ready" else one for one in first]
+    bars = plots(hst.render_report(results(folded([*events, *second]), 40.0)))[1]
+    lasting = {name: title for name, title in hst.PHASES.items() if getattr(phases, name)}
+    at_s = 2.0
+    for name, title in lasting.items():
+        assert spans(bars[title]) == {1: (at_s, at_s + getattr(phases, name))}
+        at_s += getattr(phases, name)
+    assert at_s == 36.0 and hst.PHASES["volumes_s"] not in bars
+    order = list(bars)
+    assert order.index("starting") < order.index(hst.PHASES["silent_s"]) < order.index("ready")
+    assert len({bars[title]["line"]["color"] for title in lasting.values()}) == len(lasting)
+
+
+def test_a_report_says_first_what_was_tested_and_explains_only_the_words_that_it_uses() -> None:
+    page = hst.render_report(a_failed_run())
+    tested = page.partition("<h1>")[0]
+    for part in (
+        "3 people",
+        "10 at a time",
+        "who started a server and stayed, on",
+        "6.1.1 at http://x/hub/api",
+        hst.__version__,
+    ):
+        assert part in tested
+    legend = page.partition("<h2>Words</h2>")[2].partition("</table>")[0]
+    words = re.findall('<tr><td class="?left"?>(.*?)</td>', legend)
+    assert words == ["throttled", "lost", "server ready", "start request", "stay", "ping", "p95"]
+
+
 def test_a_run_in_which_no_server_was_lost_does_not_speak_of_lost_ones() -> None:
     page = hst.render_report(results(folded(visit(hst.username(1), 0.0, 2.0, left_s=10.0)), 12.0))
     stacked, bars = plots(page)[:2]
@@ -212,16 +254,16 @@ def test_a_run_in_which_no_server_was_lost_does_not_speak_of_lost_ones() -> None
 @pytest.mark.parametrize("run", [a_failed_run, a_search_for_capacity], ids=["stress", "capacity"])
 def test_every_row_of_a_table_has_as_many_cells_as_its_header(run: Any) -> None:
     page = Tables(hst.render_report(run(), hst.as_json(run())))
-    ends = ["Against the baseline", "Options and versions"]
+    ends = ["Against the baseline", "Words", "Details", "Options and versions"]
     expected = {
-        a_failed_run: ["Summary", "Latency", ends[0], "The hub's own clock", "Conditions", ends[1]],
+        a_failed_run: ["Summary", "Latency", *ends[:3], "The hub's own clock", ends[3]],
         a_search_for_capacity: ["Summary", "Capacity", "Latency", *ends],
     }[run]
     assert [heading for heading in page.headings if heading in expected] == expected
     assert len(page.tables) == len(expected)
     for heading, (header, *rows) in zip(expected, page.tables):
         assert header and rows, heading
-        assert (set(header) == {"th"}) == (heading not in ("Summary", "Options and versions"))
+        assert (set(header) == {"th"}) == (heading not in ("Summary", "Words", "Details", "Options and versions"))
         assert [len(row) for row in rows] == [len(header)] * len(rows), heading
         assert all(set(row) == {"td"} for row in rows), heading
 
@@ -287,6 +329,7 @@ def test_a_report_opens_without_a_complaint_and_draws_every_plot(
         assert complaints(page) == []
         assert page.execute_script("return performance.getEntriesByType('resource').length") == 0  # nothing fetched
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        assert width < 1000 or page.execute_script("return document.documentElement.scrollHeight") <= 2500
         shown = page.execute_script(
             "return [...document.querySelectorAll('.plot')].map(p => ({traces: p._fullData.length, "
             "drawn: p.querySelectorAll('.scatterlayer .trace').length, width: p.getBoundingClientRect().width}))"
@@ -329,12 +372,14 @@ def test_the_plots_show_what_the_results_say(reported: tuple[Path, Found]) -> No
     assert drawn["throttled"] == found["servers"]["throttled"] > 0
     assert watched.keys() == {"ping p50", "ping max", "hub's CPU"}
     assert [trace["name"] for trace in shown[-1]] == ["server ready p50", "server ready p95", "server ready failed"]
-    assert text.startswith("FAILED 27 of 30 servers became ready; 1 was lost while held; half waited ")
+    tested, _, text = text.partition("\n")
+    assert tested.startswith("Tested: 30 people (10 at a time) who started a server")
+    assert text.lstrip().startswith("FAILED 27 of 30 servers became ready; 1 was lost while held; half waited ")
     for said in (
         "3 × no node has 4 GB of memory free (hub-stress-test-",
         "1 × it became ready, and was gone while it was held (hub-stress-test-",
         "server_ready.p95 > 1ms: it is ",
-        "failed > 9: not met, it is 4",
+        "✓ failed 4 (fails above 9)",
         "Against the baseline",
         "POST UserServerAPIHandler",
     ):
