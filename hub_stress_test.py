@@ -96,11 +96,17 @@ from http.cookiejar import DefaultCookiePolicy
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
-from requests.exceptions import ChunkedEncodingError, ContentDecodingError
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
-from urllib3.util.retry import Retry
+try:
+    import requests
+    from requests.adapters import BaseAdapter, HTTPAdapter
+    from requests.exceptions import ChunkedEncodingError, ContentDecodingError
+    from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
+    from urllib3.util.retry import Retry
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"hub-stress-test: {error.name} is not installed: pip install requests\n")
+    raise SystemExit(2) from None
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -776,6 +782,16 @@ COMMANDS = {
 }
 STRESS, ACTIVITY, PURGE = COMMANDS
 LOADS = (STRESS, ACTIVITY)
+HELP_GROUPS = (
+    "who comes",
+    "what they do",
+    "when it fails",
+    "where results go",
+    "capacity",
+    "connection",
+    "rare",
+)
+WHO, WHAT, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE = HELP_GROUPS
 EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
@@ -793,6 +809,8 @@ class Option:
     kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
     default: str  # as text; "" where there is none, or where it needs no help
     on: Collection[str]  # where it can stand: commands, and the tables of an event's file
+    about: str = RARE  # its group in --help
+    hidden_on: Collection[str] = ()  # commands that take it and have no use for it
     needs: str = ""  # fields: without any of them it has no meaning
     excludes: str = ""  # fields that cannot be given beside it,
     because: str = ""  # and the sentence that says why not, with {} for their flag
@@ -805,8 +823,8 @@ class Option:
     locust: bool | str = False  # whether Locust has it; text: with another default
     locust_flag: str = ""
 
-    def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
-        settings: Json = {"help": self.help, "dest": dest}
+    def add_to(self, parser: argparse._ActionsContainer, dest: str, shown: bool = True) -> None:
+        settings: Json = {"help": self.help if shown else argparse.SUPPRESS, "dest": dest}
         if self.kind:
             settings |= {"type": self.kind, "metavar": self.metavar}
             settings |= {"nargs": "?", "const": self.const} if self.const else {}
@@ -865,117 +883,123 @@ class Plan:
     # A row for each option: how it is written, what it does, its value and default, its rules.
     # fmt: off
     endpoint: str | None = option("-e --endpoint URL",
-        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True)
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True,
+        about=CONNECTION)
     token: Secret | None = option("-t --token TOKEN",
         "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, on=COMMANDS,
-        reported=False, locust=True)
+        reported=False, locust=True, about=CONNECTION)
     headers: tuple[tuple[str, Secret], ...] = option("--header 'Name: value'",
         "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
-        repeatable=True, reported=False, locust=True)
+        repeatable=True, reported=False, locust=True, about=CONNECTION)
     dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
         excludes="results report samples metrics_port",
-        because="--dry-run measures nothing that {} could show: give one of them")
+        because="--dry-run measures nothing that {} could show: give one of them", about=OUTPUT)
     log_to_file: bool | str = option("--log-to-file FILE",
-        "log to FILE, or to a new file in the temporary directory", str, const=True)
-    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
+        "log to FILE, or to a new file in the temporary directory", str, const=True, about=OUTPUT)
+    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time",
+        about=OUTPUT)
     run: str | None = option("--run NAME",
-        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
-    results: str | None = option("--results FILE", "write the results as JSON", writable_file)
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust",
+        about=WHO)
+    results: str | None = option("--results FILE", "write the results as JSON", writable_file, about=OUTPUT)
     report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
-        package=("plotly", "plotly"))
+        package=("plotly", "plotly"), about=OUTPUT, hidden_on=(PURGE,))
     fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
         "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
-        (), repeatable=True, locust=True)
+        (), repeatable=True, locust=True, about=FAILS, hidden_on=(PURGE,))
     baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
-        results_file, reported=False)
+        results_file, reported=False, about=FAILS, hidden_on=(PURGE,))
     count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
-        on=(*LOADS, GROUP), compared=True)
+        on=(*LOADS, GROUP), compared=True, about=WHO)
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
-        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=WHO)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
         excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them")
+        because="{} ends servers, and --keep leaves them running: give one of them", about=WHAT)
     profile: str | Json | None = for_groups("-p --profile P",
-        "a profile's slug, or a JSON object of user options", profile_value)
+        "a profile's slug, or a JSON object of user options", profile_value, about=WHAT)
     own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE, EVENT), compared=True, locust=True)
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True, about=WHO)
     server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
-        duration, "60s")
+        duration, "60s", about=FAILS)
     fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
-        whole_number, 0, const=1)
+        whole_number, 0, const=1, about=FAILS)
     rate_per_s: float | Schedule | None = option("--rate R",
         "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
-        on=(*LOADS, GROUP), compared=True)
+        on=(*LOADS, GROUP), compared=True, about=WHO)
     hold_s: float = for_people("--hold DURATION",
         "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
-        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them")
+        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
+        about=WHAT)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
         compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them")
+        because="--within and {} both say when people come: give one of them", about=WHO)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
         compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}")
+        because="the groups of --event say who comes and when: leave out {}", about=WHO)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
-        on=(STRESS,), compared=True, needs="event")
+        on=(STRESS,), compared=True, needs="event", about=WHO)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
     after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
         on=(GROUP,))
     seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
         needs="within_s")
     visit: bool = for_groups("--visit", "each person opens the start page of their server",
-        locust_flag="--hub-open")
+        locust_flag="--hub-open", about=WHAT)
     visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
-        duration, "30s", needs="visit page work check_proxy", locust=True)
+        duration, "30s", needs="visit page work check_proxy", locust=True, about=FAILS)
     page: Recording | None = for_groups("--page FILE.har",
-        "each person fetches what a browser did that this HAR file recorded", recording)
+        "each person fetches what a browser did that this HAR file recorded", recording, about=WHAT)
     work: bool = for_groups("--work", "each person starts a kernel and runs cells",
-        package=("websocket-client", "websocket"))
+        package=("websocket-client", "websocket"), about=WHAT)
     notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook, needs="work")
+        notebook, needs="work", about=WHAT)
     think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
-        duration, "10s", needs="work")
+        duration, "10s", needs="work", about=WHAT)
     cell_timeout_s: float = for_people("--cell-timeout DURATION",
-        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True)
+        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True,
+        about=FAILS)
     stay_s: float | None = for_groups("--stay DURATION",
         "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration, locust="60s")
+        duration, locust="60s", about=WHAT)
     check_proxy: bool = for_people("--check-proxy",
-        "after the load: does the proxy lose connections when servers end? Takes some three minutes")
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
+        about=WHAT)
     public_url: str | None = for_people("--public-url URL",
         "where people reach the hub, if not at the endpoint", endpoint_url,
-        needs="visit page work check_proxy", locust=True)
+        needs="visit page work check_proxy", locust=True, about=CONNECTION)
     workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
         whole_number, "100")
     duration_s: float | None = option("--duration DURATION",
         "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
-        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=WHAT)
     processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
     mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
         "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
-        locust="activity=1")
+        locust="activity=1", about=WHAT)
     operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
         str, locust=True)
     find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
         on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
-        because="--find-capacity says who comes, and when they leave: leave out {}")
+        because="--find-capacity says who comes, and when they leave: leave out {}", about=CAPACITY)
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
-        needs="find_capacity")
+        needs="find_capacity", about=CAPACITY)
     cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
-        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S)
+        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
     watch: Sequence[Watched] = for_loads("--watch NAME=URL",
         "read this Prometheus page of another process too, without the token; repeatable", watched, (),
         repeatable=True)
     samples: str | None = for_loads("--samples FILE",
-        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
+        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file, about=OUTPUT)
     metrics_port: int | None = for_loads("--metrics-port N",
         "serve the run to Prometheus on this port of all interfaces", whole_number,
-        package=("prometheus-client", "prometheus_client"))
+        package=("prometheus-client", "prometheus_client"), about=OUTPUT)
     scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
         positive_number, "1", on=(), locust=True)
     visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
@@ -4885,6 +4909,10 @@ class Run:
         self._interruption.begin(self._stop, self._leave)
         for monitor in self.monitors.values():
             monitor.__enter__()
+        for watch in self.plan.watch:
+            monitor = self.monitors[watch.name]
+            if not monitor.snapshots:
+                LOG.warning("--watch %s cannot be read: %s", watch, monitor.missing or "no answer")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -6959,11 +6987,34 @@ def _results_as_json(plan: Plan) -> Json:
 # ==== Command line, and an event's file =====================================================================
 
 
+DESCRIPTIONS = {
+    STRESS: """\
+Makes a fake user for each person, starts their servers, measures how long that
+takes, and removes all of them. With --visit, --page or --work each person goes
+on to their page, and to the results of their cells.""",
+    ACTIVITY: """\
+Makes users without servers, sends for them the activity reports that running
+servers send, measures how long the hub takes to answer, and removes the users.""",
+    PURGE: """\
+Removes the users, and their servers, that earlier runs left on the hub: those
+whose whole name follows this tool's naming, and no admin.""",
+}
+EXAMPLES = {
+    STRESS: "--count 300 --within 5m --work",
+    ACTIVITY: "--rate 10 --duration 5m",
+    PURGE: "--run night",
+}
+EPILOG = "DURATION: 90s, 5m or 1h; a number alone is in seconds.\nexample: hub-stress-test {} {}\n"
+
+
 class _Parser(argparse.ArgumentParser):
     """Refuses bad usage in one sentence, and sets only what is given."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            **settings, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
@@ -6971,19 +7022,24 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line. Options of all commands can stand before and after the command."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw)
+    parser = _Parser(prog="hub-stress-test", description=__doc__)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    for name, row in OPTIONS.items():
-        if set(COMMANDS) <= set(row.on):
-            row.add_to(parser, name)
+    _group_options(parser, [name for name, row in OPTIONS.items() if {*COMMANDS} <= {*row.on}])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, help in COMMANDS.items():
-        sub = commands.add_parser(command, help=help)
-        for name, row in OPTIONS.items():
-            if command in row.on:  # a list that a command continues would replace the one before it
-                row.add_to(sub, f"{name}_too" if row.repeatable else name)
+        epilog = EPILOG.format(command, EXAMPLES[command])
+        sub = commands.add_parser(command, help=help, description=DESCRIPTIONS[command], epilog=epilog)
+        _group_options(sub, [name for name, row in OPTIONS.items() if command in row.on], command)
     return parser
+
+
+def _group_options(parser: argparse.ArgumentParser, names: Collection[str], command: str = "") -> None:
+    """Add these options in their groups. A list that a command continues would replace the one before it."""
+    for about in HELP_GROUPS:
+        group = parser.add_argument_group(about)
+        for name, row in ((name, OPTIONS[name]) for name in names if OPTIONS[name].about == about):
+            dest = f"{name}_too" if command and row.repeatable else name
+            row.add_to(group, dest, command not in row.hidden_on)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -6996,7 +7052,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    given = vars(build_parser().parse_args(words))
+    namespace, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        raise UsageError(_no_such_option(unknown[0], namespace.command))
+    given = vars(namespace)
     for name in [name for name, row in OPTIONS.items() if row.repeatable]:
         if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
             given[name] = values
@@ -7054,6 +7113,19 @@ def read_table(file: EventFile, n: int) -> Json:
             sentence = re.sub(r"^argument \S+: ", "", str(error))
             raise file.error(n, key, f"{key}: {sentence}") from None
     return fields
+
+
+def _no_such_option(word: str, command: str) -> str:
+    if not word.startswith("-"):
+        return f"{command} has no use for {word!r}"
+    flag = word.partition("=")[0]
+    others = [other for row in OPTIONS.values() if flag in row.flags for other in row.on if other in COMMANDS]
+    flags = [row.flag for row in OPTIONS.values() if command in row.on]
+    near = difflib.get_close_matches(flag, flags, 1, 0.5)
+    hint = (
+        f": it is one of {' and '.join(others)}" if others else f": did you mean {near[0]}?" if near else ""
+    )
+    return f"{command} has no option {flag}{hint}"
 
 
 def _no_such_key(key: str, names: Collection[str], n: int) -> str:
@@ -7183,6 +7255,12 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     for name in re.findall(r"\[([^]]*)\]", limit.metric):
         if name not in [group.group for group in plan.event]:
             return f"there is no group {name!r}"
+    step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
+    if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
+        alone: Json = {"visit": True, "page": Recording("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
+        plans = {OPTIONS[name].flag: Plan(**{name: value}) for name, value in alone.items()}
+        flags = " or ".join(flag for flag, each in plans.items() if step.wanted(each))
+        return f"{step.name} is measured only with {flags}"
     if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
         return f"the unit {limit.unit!r} does not fit {limit.metric}"
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
@@ -7251,8 +7329,9 @@ def _log_path(log_to_file: bool | str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`, whose summary is on standard output."""
     results: Results | None = None
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parse_args(argv)
+        args = parse_args(words)
         validate(args)
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
@@ -7262,7 +7341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = carry_out(plan)
         show(functools.partial(render_summary, results, plan.baseline))
     except HubStressError as error:
-        sys.stderr.write(f"hub-stress-test: {error}\n")
+        command = next((f"{word} " for word in words if word in COMMANDS), "")
+        help = f" (see hub-stress-test {command}--help)" * isinstance(error, UsageError)
+        sys.stderr.write(f"hub-stress-test: {error}{help}\n")
         return int(error.exit_code)
     except KeyboardInterrupt as interrupt:
         if results is None:  # else everything has been removed
