@@ -147,7 +147,7 @@ MANY_SERVERS = 3000
 SILENT_S = 3.0  # before it is said that the hub does not answer
 PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
-PROGRESS_EVERY_S = 5.0
+STATUS_EVERY_S, STATUS_IN_PLACE_EVERY_S = 10.0, 0.5
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
@@ -273,15 +273,29 @@ def counted(number: float, noun: str, plural: str = "") -> str:
     return f"{digits} {noun if digits == '1' else plural or f'{noun}s'}"
 
 
-def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
-    """Phase, done, failed, rate, and how long the rest takes at that rate."""
-    of_total, rest = f" of {total:,}" if total else "", ""
-    if total and 0 < done < total:
-        rest_s = elapsed_s / done * (total - done)
-        rest = f", about {f'{rest_s:.0f} s' if rest_s < 100 else duration_text(rest_s)} left"
-    some_failed = f", {failed:,} failed" if failed else ""
-    rate = f"{done / elapsed_s:.1f} per second"
-    return f"{phase}: {done:,}{of_total} done{some_failed} after {elapsed_s:.0f} s, {rate}{rest}"
+def clock_text(seconds: float) -> str:
+    """01:14, from an hour on 1:02:03; what is less than nothing is 00:00."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+
+
+def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, hold_s: float = 0.0) -> str:
+    """Where a run is: 01:14 of 05:00 while people come, then of how long it takes at most; a hold counts down."""
+    if hold_s > 0:
+        return f"{clock_text(passed_s)}, holding for {clock_text(hold_s)} more"
+    end = f" of {clock_text(last_s)}" if passed_s < last_s else f" of at most {clock_text(at_most_s)}"
+    return clock_text(passed_s) + end * (passed_s < max(last_s, at_most_s))
+
+
+def status_line(
+    moment: str, numbers: Mapping[str, int], ping_s: float | None = None, cpu_share: float | None = None
+) -> str:
+    """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: the first number, and what is known and not 0."""
+    first = next(iter(numbers), "")
+    counts = ", ".join(f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
+    ping = f"ping {duration_text(ping_s)}" if ping_s is not None else ""
+    hub = f"hub {share_text(cpu_share)}" if cpu_share is not None else ""
+    return " | ".join(part for part in (moment, counts, ping, hub) if part)
 
 
 # ==== Pure rules: names =====================================================================================
@@ -1349,6 +1363,13 @@ class Recorder:
     def failures(self, names: Iterable[str]) -> int:
         return sum(fold.failed for fold in self._of(names))
 
+    def latest_s(self, name: str) -> float | None:
+        """The median latency of those due in the last span of time that has any."""
+        with self._lock:
+            spans = self._folds[name].spans if name in self._folds else {}
+            measured = [number for number, span in spans.items() if span.count]
+            return spans[max(measured)].summary().p50 if measured else None
+
     def late_share(self, names: Collection[str]) -> float:
         """The share of these operations' requests that were sent too late; see `LATE_SEND_S`."""
         return sum(fold.late for fold in self._of(names)) / max(1, self.count(names))
@@ -2406,59 +2427,45 @@ def check_way(hub: Hub, plan: Plan) -> None:
 # ==== Progress, and many things at the same time =====================================================================
 
 
-def timeit(f: Callable[..., R]) -> Callable[..., R]:
-    """The function, logging how long each call took, even when it raises."""
-
-    @functools.wraps(f)
-    def timed(*args: Any, **kwargs: Any) -> R:
-        began_s = time.monotonic()
-        try:
-            return f(*args, **kwargs)
-        finally:
-            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
-
-    return timed
-
-
 def optional(module: str) -> Any:
     """A module of the extra `full`; None when it is not installed."""
     return importlib.import_module(module) if importlib.util.find_spec(module.partition(".")[0]) else None
 
 
 class Progress:
-    """Says on standard error how far a phase has come: a bar on a terminal (with tqdm), else a line now and then.
+    """Shows a line on standard error: on a terminal in place, elsewhere every ten seconds.
 
-    It is silent unless the log shows at least INFO. `total` is None where nobody knows it.
+    It is silent unless the log shows at least INFO.
     """
 
-    def __init__(self, phase: str, total: int | None) -> None:
-        self._phase, self._total = phase, total
-        self._began_s = time.monotonic()
-        self._next_s = self._began_s + PROGRESS_EVERY_S
-        self._bar: Any = None
+    def __init__(self, line: Callable[[], str]) -> None:
+        self._line, self._every_s, self._next_s = line, STATUS_EVERY_S, time.monotonic() + STATUS_EVERY_S
+        self._show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
-        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty() and (tqdm := optional("tqdm")):
-            self._closing.enter_context(
-                importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm()
-            )
-            bar = tqdm.tqdm(total=self._total, desc=self._phase, file=sys.stderr, dynamic_ncols=True)
-            self._bar = self._closing.enter_context(bar)
+        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty():
+            self._every_s, self._next_s = STATUS_IN_PLACE_EVERY_S, 0.0
+            if tqdm := optional("tqdm"):
+                log = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm()
+                self._closing.enter_context(log)
+                bar = tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
+                self._show = self._closing.enter_context(bar).set_description_str
+            else:  # what is logged meanwhile overwrites the line, since the cursor is at its beginning
+                self._show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
+                self._closing.callback(self._show, "")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def tell(self, done: int, failed: int = 0) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix({"failed": failed} if failed else {}, refresh=False)
-            self._bar.update(done - self._bar.n)
-            self._bar.refresh()
-        elif LOG.isEnabledFor(logging.INFO) and (now_s := time.monotonic()) >= self._next_s:
-            self._next_s = now_s + PROGRESS_EVERY_S
-            line = progress_line(self._phase, self._total, done, failed, now_s - self._began_s)
-            print(line, file=sys.stderr, flush=True)
+    def tell(self) -> None:
+        """Show the line, if it is time."""
+        if LOG.isEnabledFor(logging.INFO) and time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + self._every_s
+            in_place = self._every_s == STATUS_IN_PLACE_EVERY_S
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1 if in_place else None
+            self._show(self._line()[:width])
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
@@ -2924,13 +2931,13 @@ def make_users(
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
-    with Progress("creating users", count) as progress:
+    with Progress(lambda: f"creating users: {made:,} of {count:,}") as progress:
         while made < count:
             wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
-            progress.tell(made)
+            progress.tell()
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
@@ -3240,6 +3247,11 @@ class Turns:
         self._changed = threading.Condition()
         self.freed = self._taken = 0
         self._waiting: list[float] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many throttled starts wait for their next try."""
+        return len(self._waiting)
 
     def free(self) -> bool:
         """A place is free; whether a throttled start waits for it."""
@@ -4103,7 +4115,6 @@ class CleanUp:
     in_the_way: str = ""
 
 
-@timeit
 def remove_users(
     thought: Mapping[str, ServerState],
     ours: Callable[[str], bool],
@@ -4124,10 +4135,18 @@ def remove_users(
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     to_do = dict(left)
-    with Progress(f"removing {things(isinstance(hub, OwnServers))}", len(left)) as progress:
+    there, what = (
+        {*left} - {name for name in left if left[name] is ServerState.GONE},
+        things(isinstance(hub, OwnServers)),
+    )
+
+    def line() -> str:
+        return f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
+
+    with Progress(line) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(removal.gone)))
+            let_go(to_do, hub, record, concurrency, removal, progress.tell)
             try:
                 found = [
                     user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
@@ -4376,19 +4395,16 @@ def send_load(
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
-def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
+def spread_load(
+    load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None] = lambda: None
+) -> float:
     """Send a load from its processes; the busiest one's share of a processor while it sent.
 
     Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
-    with Progress(load.title, None if load.duration_s and not load.rate_per_s else load.planned) as progress:
-
-        def on_tick() -> None:
-            progress.tell(record.count(load.mix), record.failures(load.mix))
-
-        if load.processes > 1:
-            return _spread_over_processes(load, session, record, on_tick)
-        return send_load(load, 0, session.clock(), session, record, on_tick)
+    if load.processes > 1:
+        return _spread_over_processes(load, session, record, on_tick)
+    return send_load(load, 0, session.clock(), session, record, on_tick)
 
 
 def _spread_over_processes(
@@ -4511,6 +4527,7 @@ CHECK_ENDED, CHECK_STOPPED = (
 )  # handshakes to a server that has ended by itself, and to one that was stopped
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
 CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected proxy keeps for an hour"
+CHECK_USUALLY_S = 180.0
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
 PROOF_SHARE, CLEAN_SHARE = (
@@ -4818,6 +4835,25 @@ def seeded(plan: Plan) -> Plan:
     return dataclasses.replace(plan, seed=random.randrange(1, 1 << 32)) if at_random else plan
 
 
+def whereabouts(site: Site, count: int) -> dict[str, int]:
+    """How many of these people have come, and where they are now."""
+    record, starting, throttled = site.record, len(site.starting), site.turns.waiting
+    tried, failed = (
+        {name: number([name]) for name in PERSONAL} for number in (record.count, record.failures)
+    )
+    ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
+    opening = ready - works - sum(failed[name] for name in ("visit", "page", "kernel_ready", "at_work"))
+    return {
+        f"of {count:,} came": tried["server_ready"] + starting,
+        "starting": max(0, starting - throttled),
+        "throttled": throttled,
+        "ready": max(0, opening if site.plan.rehearses else ready - tried["stay"]),
+        "at work": max(0, works - failed["cell"] - tried["stay"]),
+        "done": tried["stay"] - failed["stay"],
+        "failed": sum(failed.values()),
+    }
+
+
 class Interruption:
     """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second leaves the program at once.
 
@@ -4940,14 +4976,15 @@ class Run:
             monitor.look()
 
     def announce(self, what: str) -> None:
-        """Say what begins."""
+        """Say what begins, what it costs, and what it risks."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
         owner = f" of {self.hub.owner_of('')}" if self.plan.own_servers else ""
         proxy = self.session.proxy_to(self.hub.endpoint)
         where = f"{self.hub.endpoint}, through {proxy}" if proxy else self.hub.endpoint
         LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, where, names, owner)
+        for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
+            LOG.info("%s", line)
 
-    @timeit
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
         taken = [*(user["name"] for user in self.existing), *self.claims.confirmed]
@@ -4956,15 +4993,43 @@ class Run:
         )
         return [name for batch in batches for name in batch]
 
-    @timeit
     def start_servers(self, names: Sequence[str]) -> None:
         """Take the people through their journeys. Raises `CutShort`."""
-        goal, record = self.plan.goal, self.site.record
-        title = "people at work" if self.plan.rehearses else "starting servers"
-        with Progress(title, len(names)) as progress:
-            send_people(
-                names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL))
-            )
+        site, plan, session, began_s = self.site, self.site.plan, self.session, self.session.clock()
+        last_s = arrivals(plan)[-1][0]
+        worst = timetable(dataclasses.replace(plan, hold_s=0.0), at_worst=True) if plan.is_open else []
+        at_most_s = max((leaves_s for _, leaves_s, _ in worst), default=0.0)
+
+        def line() -> str:
+            now_s, leave_s = session.clock(), site.gathering.leave_s
+            hold_s = leave_s - now_s if leave_s < math.inf else 0.0
+            moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
+            return self.status(moment, whereabouts(site, len(names)))
+
+        with Progress(line) as progress:
+            send_people(names, site, progress.tell)
+
+    def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
+        """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
+        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.duration_s
+
+        def line() -> str:
+            passed_s = session.clock() - began_s
+            numbers = {"sent": record.count(load.mix), "failed": record.failures(load.mix)}
+            paces = {
+                f"{noun} ({number / passed_s:.1f} per second)": number for noun, number in numbers.items()
+            }
+            return self.status(moment_text(passed_s, lasts_s or 0.0), paces)
+
+        with Progress(line) as progress:
+            return spread_load(load, session, record, progress.tell)
+
+    def status(self, moment: str, numbers: Mapping[str, int]) -> str:
+        """The line that says where the run is, and how the hub is."""
+        shares = cpu_shares(self.monitor.snapshots[-2:])
+        return status_line(
+            moment, numbers, self.site.record.latest_s("ping"), shares[-1][1] if shares else None
+        )
 
     def begin_anew(self, plan: Plan, record: Recorder) -> None:
         """Have other people come, by this plan, and apart from those before them."""
@@ -4999,7 +5064,12 @@ class Run:
             finally:
                 person.go_home()
 
-        with Team(self.session) as team:
+        until_s = self.session.clock() + CHECK_USUALLY_S
+
+        def line() -> str:
+            return f"checking the proxy: about {clock_text(until_s - self.session.clock())} left"
+
+        with Progress(line) as progress, Team(self.session, progress.tell) as team:
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
@@ -5104,7 +5174,7 @@ def activity(run: Run) -> None:
         if plan.find_capacity:
             search_requests(run, load)
             return
-        cpu_share = spread_load(load, session, run.record)
+        cpu_share = run.send_requests(load, session, run.record)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
         waiting = "all threads were waiting for the hub: give more --workers or --processes"
@@ -5288,7 +5358,7 @@ def search_requests(run: Run, load: Load) -> None:
     def attempt(rate: float) -> Trial:
         beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
         part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(part, beside, seen)
+        cpu_share = run.send_requests(part, beside, seen)
         run.session.traffic.add(beside.traffic.counts)
         return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
 
@@ -6398,12 +6468,27 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
     ]
 
 
+def most_at_one_time(people: Sequence[Presence]) -> int:
+    """How many of these people are there at one time, at most."""
+    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
+    return max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
+
+
 def at_one_time(people: Sequence[Presence], noun: str) -> str:
     """The most of something that these people have at one time; about, where that depends on starts."""
-    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
-    most = max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
     about = "about " if any(group.stay_s for _, _, group in people) else ""
-    return f"{about}{counted(most, noun)}" if people else f"no {noun}s"
+    return f"{about}{counted(most_at_one_time(people), noun)}" if people else f"no {noun}s"
+
+
+def costs_and_risks(plan: Plan) -> Iterator[str]:
+    """What starting these servers costs at most, and what the hub risks."""
+    most = most_at_one_time(timetable(plan, at_worst=True)) if plan.is_open else plan.count
+    servers = f"At most {counted(plan.max_servers or most, 'server')} at one time"
+    if plan.find_capacity and not plan.max_servers:
+        servers = "As many servers as a step has people (--max-servers bounds that)"
+    yield f"{servers}, each with a volume where the hub gives one (Zero to JupyterHub: 10 GiB)"
+    if plan.count > 4 and not plan.fail_fast:
+        yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
 
 
 def steps_planned(group: Plan) -> str:
@@ -6784,6 +6869,20 @@ def write_whole(path: str, text: str) -> None:
 
 
 Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
+
+
+def timeit(f: Callable[..., R]) -> Callable[..., R]:
+    """The function, logging how long each call took, even when it raises."""
+
+    @functools.wraps(f)
+    def timed(*args: Any, **kwargs: Any) -> R:
+        began_s = time.monotonic()
+        try:
+            return f(*args, **kwargs)
+        finally:
+            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
+
+    return timed
 
 
 def find_existing_stress_test_users(
