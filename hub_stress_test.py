@@ -1508,19 +1508,15 @@ def named_server_limit(reply: Reply) -> int | None:
 
 
 ROLE_TO_PASTE = """\
-c.JupyterHub.load_roles = [
-    {
-        "name": "hub-stress-test",
-        "scopes": ["admin:users", "servers", "read:metrics"],
-        "services": ["hub-stress-test"],
-    }
-]"""
-
+c.JupyterHub.load_roles.append({
+    "name": "hub-stress-test", "services": ["hub-stress-test"],
+    "scopes": ["admin:users", "servers", "read:metrics"],
+})"""
 
 VISIT_ROLE_TO_PASTE = """\
-c.JupyterHub.load_roles.append(
-    {"name": "hub-stress-test-visits", "scopes": ["access:servers"], "services": ["hub-stress-test-visits"]}
-)"""
+c.JupyterHub.load_roles.append({
+    "name": "hub-stress-test-visits", "services": ["hub-stress-test-visits"], "scopes": ["access:servers"],
+})"""
 
 
 def likely_endpoint(endpoint: str, location: str | None) -> str:
@@ -3185,6 +3181,7 @@ class Kernel:
                 awaited.discard(content.get("execution_state", "") if kind == "status" else kind)
                 if content.get("status", "ok") != "ok" or kind == "error":
                     raised = str(content.get("ename") or content.get("status"))
+                    raised += f": {value[:80]}" if (value := str(content.get("evalue") or "")) else ""
         if raised and not code.may_raise:
             raise Failed(Reason(Kind.CELL, f"cell {number} raised {raised}"))
 
@@ -3430,7 +3427,9 @@ class Visitor:
             failure = Failed(Reason(Kind.CELL, f"no result after {lasted}"))
         except Failed as error:
             failure = error
-        attempt.reason = failure.reason if failure else None
+        if failure:
+            text = without_name(failure.reason.text, self.name)
+            attempt.reason = dataclasses.replace(failure.reason, text=text)
         self.add(name, attempt)
         if failure:
             raise failure
@@ -4070,10 +4069,10 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
     try:
         with Team(session, on_tick) as team:
             for name, (after_s, group) in zip(names, arrivals(plan)):
-                due_s = began_s + after_s
+                due_s = began_s + after_s if plan.is_open else math.inf  # else when there is a place
                 if not team.wait_for(functools.partial(has_place, due_s), due_s) or streak.reached:
                     break
-                due_s = due_s if plan.is_open else session.clock()
+                due_s = min(due_s, session.clock())
                 starting.add(name)
                 begun += 1
                 team.start(journey, Visitor(name, due_s, group, site, functools.partial(started, name)))
@@ -5898,6 +5897,7 @@ HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}
 WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
 WAITS |= {"kernel_ready": "the kernel"}
 NEGLIGIBLE_S = 0.02  # too little to mention
+SLOW_PING_S = 0.1  # as a mean; a faster one is no news
 
 
 def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
@@ -5920,27 +5920,50 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
     return "the hub's figures do not tell where the rest was spent"
 
 
+def start_parts(results: Results, wait_s: float) -> dict[str, float]:
+    """What the mean wait for a server consists of, in seconds; empty where nothing tells.
+
+    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was full.
+    """
+    own, asked = results.hub.metrics, results.operations.get("start_server")
+    phases = results.servers.phases if results.servers else None
+    throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s)
+    parts = {"throttling": throttled_s}
+    if phases:
+        new = f" ({phases.new_node} of {results.servers.ready if results.servers else 0} for a new one)"
+        for name, title in PHASES.items():
+            parts[title + new * (name == "node_s" and phases.new_node > 0)] = getattr(phases, name)
+    elif own and not own.busy and (start := own.spawns.get("success")):
+        parts["the spawner"] = min(start.mean_s, wait_s - throttled_s)
+    else:
+        return {}
+    return parts | {"everything else": wait_s - sum(parts.values())}
+
+
 def time_spent(results: Results) -> Iterator[str]:
     """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
+    if own and own.busy:
+        full = f"full: it used up to {share_text(own.cpu_share_max)} of a processor"
+        late = f"busy: its event loop was late by {duration_text(own.late_s)}"
+        yield f"the hub's one thread was {full if own.cpu_share_max > BUSY else late}"
     if results.people and (means := results.people.until_work_s):
         waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
         at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
         yield f"{at_work}: {', '.join(waits)}"
-    ready, start = operations.get("server_ready"), own and own.spawns.get("success")
+    ready = operations.get("server_ready")
     # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
-    if ready and ready.latency_s.mean and start and not results.capacity:
-        wait_s, asked = ready.latency_s.mean, operations.get("start_server")
-        start_s = min(start.mean_s, wait_s)
-        throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s - start_s)
-        rest = {"throttling": throttled_s, "everything else": wait_s - start_s - throttled_s}
-        parts = [f"{what} took {duration_text(s)}" for what, s in rest.items() if s > NEGLIGIBLE_S]
-        start_text = f"the hub took {duration_text(start_s)} to start the server"
-        yield f"of a mean wait of {duration_text(wait_s)}, {', '.join([start_text, *parts])}"
+    if ready and (wait_s := ready.latency_s.mean) and not results.capacity:
+        parts = start_parts(results, wait_s)
+        least_s = max(NEGLIGIBLE_S, wait_s / 100)
+        shown = [f"{duration_text(seconds)} {what}" for what, seconds in parts.items() if seconds > least_s]
+        if shown:
+            yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
     for name, handler in HANDLERS.items():
         operation, inside = operations.get(name), own and own.requests.get(handler)
         comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
-        if own and inside and comparable and operation and (whole_s := operation.latency_s.mean):
+        whole_s = operation.latency_s.mean if operation else None
+        if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
             took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
             where = where_time_went(whole_s, inside.mean_s, own)
@@ -5960,12 +5983,34 @@ def time_out_in_front(people: People) -> float | None:
     return open_s[len(open_s) // 2] if alike else None
 
 
+KUBERNETES = re.compile(r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|\bpods?\b")
+
+
+def arrivals_per_s(options: Json) -> float:
+    """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
+    rates = [
+        fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
+        or group["count"] / (group.get("within") or math.inf)
+        for group in options.get("event") or [options]
+    ]
+    return float(sum(rates))
+
+
 def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
-    """What to look at next after a run that failed in these ways: each sentence whose rule applies."""
+    """What to do next, with the setting's name: each sentence whose rule applies.
+
+    The settings are those of Zero to JupyterHub's values.yaml where Kubernetes shows itself, else the hub's.
+    """
     servers, hub, in_front = results.servers, results.hub, results.http.in_front
-    failures = servers.failures if servers else []
-    reasons = {one.reason for one in failures}
+    failures, phases = (servers.failures, servers.phases) if servers else ([], None)
+    reasons = {failure.reason for failure in failures}
     words = " ".join([*results.warnings, *reasons])
+    on_kubernetes = bool(phases or KUBERNETES.search(words))
+
+    def setting(value: str, trait: str) -> str:
+        """A setting's name in values.yaml, or in jupyterhub_config.py."""
+        return value if on_kubernetes else f"c.{trait}"
+
     causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
     cause = next((cause for cause in causes if re.search(cause, words)), "")
     no_account, no_login, no_name = (cause == each for each in causes)
@@ -5974,13 +6019,33 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
     away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
+    ready, asked = results.operations.get("server_ready"), results.operations.get("start_server")
+    start_s = (ready.latency_s.mean or 0.0) if ready else 0.0
+    start_s -= min(start_s, asked.backoff_s / asked.count if asked else 0.0)
+    at_once = math.ceil(arrivals_per_s(results.options) * start_s)
+    limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
+    in_time = re.search(r"did not start in (\d+) s", words)
+    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
+    memory = setting("singleuser.memory", "Spawner.mem_limit")
+    many = phases is not None and servers is not None and max(2, servers.ready // 10)
+    new_nodes, pulls = (phases.new_node, phases.images_pulled) if phases else (0, 0)
     rules: dict[str, object] = {
         f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
-        "some requests got no answer: does the hub run? It exits after consecutive_failure_limit failed "
-        "starts": away and not hub.proxy and not hub.restarts,
-        "the hub allows no more servers: raise its active_server_limit": Kind.FULL in kinds,
-        "the hub throttled: raise its concurrent_spawn_limit, or slow the arrivals (--rate, or a smaller "
-        "-b)": servers and servers.throttled and Kind.FULL not in kinds,
+        f"some requests got no answer: does the hub run? It exits after {exit_limit} failed starts in a "
+        "row": away and not hub.proxy and not hub.restarts,
+        "the hub allows no more servers: raise "
+        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.FULL in kinds,
+        f"the hub throttled: {limit}: {at_once} lets as many start as came, or slow the arrivals": servers
+        and servers.throttled
+        and Kind.FULL not in kinds
+        and at_once,
+        f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
+            servers and servers.throttled and Kind.FULL not in kinds and not at_once
+        ),
+        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} keeps "
+        "room for them, or add nodes before the event": many and new_nodes >= many,
+        f"{pulls} servers waited for their image: prePuller.hook.enabled and prePuller.continuous.enabled "
+        "pull it before, a smaller image is faster": many and pulls >= many and phases and phases.image_s > 5,
         "the hub's users need unix accounts: make some with these names, or test with "
         "--own-servers": no_account,
         "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
@@ -5989,11 +6054,21 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         "--own-servers": no_name,
         "all starts failed alike: if people choose options before a start, choose them with "
         "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
+        f"starts were given up after {in_time[1] if in_time else 0} s: if they only need longer, raise "
+        f"{setting('singleuser.startTimeout', 'Spawner.start_timeout')}, and keep --server-timeout below it, "
+        "since such failures count towards the hub's exit": in_time,
         "some servers were still starting: see the hub's log and the spawner's events, or raise "
         "--server-timeout": Kind.LATE in kinds,
-        f"see the hub's log for the {things(results.own_servers)} named above; on Kubernetes, the events of "
-        "their pods": failures and Kind.LATE not in kinds,
-        "servers were lost while held: an idle culler? a node that went away? the hub's log says who "
+        f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
+        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and on_kubernetes,
+        f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
+        "them (squeue, sacct, docker ps, journalctl)": (
+            failures and Kind.LATE not in kinds and not on_kubernetes
+        ),
+        "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
+            NO_SUCH_HOST in words
+        ),
+        "servers were lost: an idle culler, a memory limit, a node that went away? The hub's log says who "
         "stopped them": Kind.LOST in kinds,
         "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
         "logs": Kind.ROUTE in kinds,
@@ -6003,11 +6078,17 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         "connections open": Kind.WIRE in kinds and time_out_s is None,
         "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
         "upgrade it": results.leaking,
-        "kernels ended: that is what a memory limit does; see the servers' logs, and their memory "
-        "limit": Kind.KERNEL in kinds,
+        f"kernels ended: that is what a memory limit does; see the servers' logs, and {memory}": (
+            Kind.KERNEL in kinds
+        ),
         f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
-        "faster core, or reduce its load": cpu_share > BUSY,
-        "the hub restarted: look at why it ended (memory limit? consecutive_failure_limit?)": hub.restarts,
+        "faster core, or reduce its load (JUPYTERHUB_ACTIVITY_INTERVAL in "
+        f"{setting('singleuser.extraEnv', 'Spawner.environment')})": cpu_share > BUSY,
+        f"the hub restarted, and {len(failures)} starts had failed: it exits after {exit_limit} of them in a "
+        "row; test with --fail-fast 4, or set that to 0 for the test": hub.restarts and len(failures) > 4,
+        "the hub restarted: look at why it ended (its memory limit? its liveness probe?)": (
+            hub.restarts and len(failures) < 5
+        ),
         "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
         "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
         "something in front of the hub limits requests (429): exempt this machine, or run inside the "

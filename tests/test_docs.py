@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import jupyterhub.app
 import pytest
+import traitlets.config
 import yaml
 
 import hub_stress_test as hst
@@ -62,25 +65,32 @@ def options() -> dict[str, set[str]]:
     }
 
 
-def readme_options(heading: str) -> set[str]:
-    """The options in the table of a README section."""
+def section(heading: str) -> str:
+    """The README's text below a heading."""
     prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)  # in shell code, # is no heading
-    section = re.split(r"^#+ ", prose.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
-    rows = re.findall(r"^\| (`-.*?) \|", section, re.MULTILINE)
-    return {option for row in rows for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", row)}
+    return re.split(r"^#+ ", prose.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def test_the_readme_documents_exactly_the_options_that_there_are() -> None:
-    found = options()
-    shared = set.intersection(*(found[command] for command in hst.COMMANDS))
-    assert shared >= found[""] - {"--version"}
-    assert readme_options("## The three commands") == shared | found[""]
-    for command in hst.COMMANDS:
-        assert readme_options(f"### {command}") == found[command] - shared
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_every_option_stands_in_the_help_of_its_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        hst.main([command, "--help"])
+    shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", capsys.readouterr().out))
+    assert options()[command] <= shown
+    assert options()[""] - {"--version"} <= shown
+
+
+def test_the_readme_names_only_options_that_exist() -> None:
+    named = set(re.findall(r"`(--[a-z][a-z-]*)", README.partition("## More than one machine")[0]))
+    assert named <= set.union({"--help"}, *options().values())
+
+
+def test_the_readme_has_at_most_300_lines() -> None:
+    assert len(README.splitlines()) <= 300
 
 
 def test_every_exit_code_stands_in_readme_and_help() -> None:
-    table = README.partition("## Exit codes")[2].partition("\n## ")[0]
+    table = README.partition("| exit code |")[2].partition("\n## ")[0]
     said = re.sub(r"\s+", " ", (hst.__doc__ or "").partition("Exit codes:")[2])
     for code in hst.ExitCode:
         assert re.search(rf"^\|.*\b{int(code)}\b", table, re.MULTILINE)
@@ -115,7 +125,7 @@ def test_the_module_imports_nothing_but_its_two_dependencies_and_under_locust_th
 
 def test_the_readme_documents_exactly_the_options_that_locust_gets() -> None:
     flags = {row.locust_flag for row in hst.LOCUST_OPTIONS.values()}
-    assert readme_options("## Beyond one machine: Locust") == flags
+    assert set(re.findall(r"`(--hub-[a-z-]+)", section("## More than one machine: Locust"))) == flags
 
 
 def test_the_manifest_that_the_readme_applies_is_valid_yaml() -> None:
@@ -130,35 +140,97 @@ def test_the_manifest_that_the_readme_applies_is_valid_yaml() -> None:
         assert {variable["name"] for variable in container["env"]} == {"JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_TOKEN"}
 
 
+def test_the_canary_is_a_job_whose_commands_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim, canary = yaml.safe_load_all((ROOT / "tests/deploy/canary.yaml").read_text())
+    assert (canary["kind"], canary["spec"]["concurrencyPolicy"]) == ("CronJob", "Forbid")
+    job = canary["spec"]["jobTemplate"]["spec"]
+    pod = job["template"]["spec"]
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never"), "the first failure is the alarm"
+    assert job["activeDeadlineSeconds"] + pod["terminationGracePeriodSeconds"] < 600, "cleaned up before the next"
+    assert claim["metadata"]["name"] in [v.get("persistentVolumeClaim", {}).get("claimName") for v in pod["volumes"]]
+    (purge,), (work,) = pod["initContainers"], pod["containers"]
+    for container in (purge, work):
+        assert container["command"] == ["python", "/mnt/hub_stress_test.py"]
+        environment = {one["name"]: one.get("value", "of-the-cluster") for one in container["env"]}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        words = [word.replace("/results/", f"{tmp_path}/") for word in container["args"]]
+        hst.validate(hst.parse_args(words))
+        assert hst.main([*(word for word in words if not word.startswith("--results")), "--dry-run"]) == 0
+        assert "hub-stress-test-canary-" in capsys.readouterr().out
+    assert {"--work", "--fail-if=failed > 0", "--results=/results/$(POD_NAME).json"} <= {*work["args"]}
+
+
 def test_the_role_in_the_readme_is_the_one_that_is_printed_and_the_one_that_is_tested() -> None:
-    assert hst.ROLE_TO_PASTE in README
-    role = re.search(r'"scopes": (\[.*\])', hst.ROLE_TO_PASTE)
-    assert role and tuple(ast.literal_eval(role[1])) == localhub.ROLE_SCOPES
+    assert hst.ROLE_TO_PASTE in README and hst.VISIT_ROLE_TO_PASTE in README
+    (scopes, visits) = re.findall(r'"scopes": (\[.*\])', "\n".join(readme_blocks("python")))
+    assert tuple(ast.literal_eval(scopes)) == localhub.ROLE_SCOPES
     (values, _) = map(yaml.safe_load, readme_blocks("yaml"))
-    assert list(values["hub"]["services"]) == ["hub-stress-test"]
-    assert values["hub"]["loadRoles"]["hub-stress-test"] == {
-        "scopes": list(localhub.ROLE_SCOPES),
-        "services": ["hub-stress-test"],
+    assert list(values["hub"]["services"]) == ["hub-stress-test", "hub-stress-test-visits"]
+    assert values["hub"]["loadRoles"] == {
+        "hub-stress-test": {"scopes": list(localhub.ROLE_SCOPES), "services": ["hub-stress-test"]},
+        "hub-stress-test-visits": {"scopes": ast.literal_eval(visits), "services": ["hub-stress-test-visits"]},
     }
 
 
-def test_a_job_in_ci_purges_what_it_has_left() -> None:
+@pytest.mark.parametrize("there", ([], [{"name": "theirs"}]), ids=("nothing", "something"))
+def test_the_role_in_the_readme_is_added_to_what_is_there(there: list[dict[str, str]]) -> None:
+    config = traitlets.config.Config()
+    if there:
+        config.JupyterHub.services, config.JupyterHub.load_roles = [*there], [*there]
+    exec(readme_blocks("python")[0], {"c": config})
+    hub = jupyterhub.app.JupyterHub(config=config)
+    for found in (hub.services, hub.load_roles):
+        ours = ["hub-stress-test", "hub-stress-test-visits"]
+        assert [one["name"] for one in found] == [*(one["name"] for one in there), *ours]
+
+
+def job_in_ci() -> tuple[str, str]:
+    """What the README's job runs to load the hub, and to purge."""
     (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
-    stress, purge = (step for step in job["stress"]["steps"] if "hub-stress-test" in step.get("run", ""))
-    (name,) = re.findall(r"--run (\S+ \S+ \S+)", stress["run"])
-    assert f"purge --run {name}" in purge["run"] and purge["timeout-minutes"]
+    stress, purge = (step["run"] for step in job["stress"]["steps"] if "hub-stress-test" in step.get("run", ""))
+    assert job["stress"]["defaults"]["run"]["shell"] == "bash"  # with -eo pipefail
+    return stress, purge
+
+
+def run_in_ci(script: str, folder: Path, tool: str) -> subprocess.CompletedProcess[str]:
+    """What GitHub Actions makes of a step, with the shell script `tool` as the tool."""
+    (folder / "hub-stress-test").write_text(f"#!/bin/sh\n{tool}\n")
+    (folder / "hub-stress-test").chmod(0o755)
+    script = script.replace("${{ github.run_id }}", "7").replace("sleep 30", "sleep 0.1")
+    words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": str(folder / "page.md")}
+    return subprocess.run(words, cwd=folder, env=environment, text=True, capture_output=True, timeout=60)
+
+
+def test_a_job_in_ci_purges_what_it_has_left() -> None:
+    stress, purge = job_in_ci()
+    (name,) = re.findall(r"--run (\S+ \S+ \S+)", stress)
+    assert f"purge --run {name}" in purge
     assert len(hst.username(50, "12345678901")) <= hst.SERVER_NAME_MAX  # and so no longer than a unix account
 
 
 def test_a_job_in_ci_purges_until_a_purge_succeeds(tmp_path: Path) -> None:
-    (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
-    (purge,) = (step["run"] for step in job["stress"]["steps"] if "purge" in step.get("run", ""))
-    script = purge.replace("${{ github.run_id }}", "7").replace("sleep 60", "sleep 0")
-    (tmp_path / "hub-stress-test").write_text("#!/bin/sh\necho tried >> tries; [ $(wc -l < tries) = 3 ]\n")
-    (tmp_path / "hub-stress-test").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    subprocess.run(["sh", "-ec", script], cwd=tmp_path, env={"PATH": path}, check=True, timeout=60)
+    done = run_in_ci(job_in_ci()[1], tmp_path, "echo tried >> tries; [ $(wc -l < tries) = 3 ]")
+    assert done.returncode == 0
     assert (tmp_path / "tries").read_text().count("tried") == 3
+
+
+def test_a_job_in_ci_fails_when_no_purge_succeeds(tmp_path: Path) -> None:
+    _, purge = job_in_ci()
+    assert run_in_ci(purge.replace("timeout 10m", "timeout 1s"), tmp_path, "exit 1").returncode == 124
+
+
+@pytest.mark.parametrize("code", (0, 1))
+def test_a_job_in_ci_has_the_runs_exit_code_and_shows_its_summary(code: int, tmp_path: Path) -> None:
+    assert run_in_ci(job_in_ci()[0], tmp_path, f"echo the verdict; exit {code}").returncode == code
+    (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
+    (show,) = (step for step in job["stress"]["steps"] if "GITHUB_STEP_SUMMARY" in step.get("run", ""))
+    assert show["if"] == "always()"
+    assert run_in_ci(show["run"], tmp_path, "").returncode == 0
+    assert (tmp_path / "page.md").read_text() == "    the verdict\n"
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -175,54 +247,50 @@ def test_the_seeds_constants_have_their_values() -> None:
 
 
 def readme_blocks(kinds: str) -> list[str]:
-    """The README's blocks of code of these kinds, lines that go on in the next one joined."""
-    blocks = re.findall(rf"^```(?:{kinds})\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [re.sub(r" *\\?\n +(?=--)", " ", block) for block in blocks]
+    """The README's blocks of code of these kinds."""
+    return re.findall(rf"^```(?:{kinds})\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def commands_in_readme() -> list[str]:
-    """The arguments of every call of the tool in the README, in its blocks of code and in its tables."""
-    code = "\n".join([*readme_blocks("sh|python|yaml"), *re.findall(r"^\|.*", README, re.MULTILINE)])
-    found = re.findall(r"(?<![\w/-])(?:\.venv/bin/)?hub-stress-test ((?:--dry|stress|activity|purge)[^;&|`\n]*)", code)
-    assert len(found) >= 12
+    """The arguments of every call of the tool in the README, lines that go on in the next one joined."""
+    text = re.sub(r" *\\?\n +(?=--)", " ", README)
+    plain, quoted = r"[^;&|`'\n]*", r"'[^']*'"  # a condition in quotes may hold any of these
+    call = rf"(?<![\w/-])hub-stress-test ((?:--dry|stress|activity|purge){plain}(?:{quoted}{plain})*)"
+    found = re.findall(call, text.replace(".venv/bin/", ""))
+    assert len(found) >= 18
     return found
 
 
-def test_the_readme_shows_what_a_dry_run_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("JUPYTERHUB_ENDPOINT", "https://hub.example.org/hub/api")
-    (command,) = re.findall(r"^hub-stress-test (--dry-run .*)", README, re.MULTILINE)
-    assert hst.main(command.split()) == 0
-    assert capsys.readouterr().out in readme_blocks("text")
+def files_in_readme(folder: Path) -> None:
+    """Make the files that the README's commands read."""
+    (folder / "before.json").write_text('{"schema": 1}')
+    (folder / "class.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "6*7"}]}')
+    got = {"request": {"method": "GET", "url": "http://x/user/me/lab"}, "response": {"status": 200}}
+    (folder / "lab.har").write_text(json.dumps({"log": {"entries": [got]}}))
+    (folder / "class.toml").write_text(*readme_blocks("toml"))
+    (mine,) = (block for block in readme_blocks("python") if block.startswith("# mine.py"))
+    (folder / "mine.py").write_text(mine)
 
 
 @pytest.mark.parametrize("line", commands_in_readme())
 def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("before.json").write_text('{"schema": 1}')
-    Path("mine.py").write_text(next(block for block in readme_blocks("python") if block.startswith("# mine.py")))
-    Path("class.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "6*7"}]}')
-    words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line))
+    files_in_readme(tmp_path)
+    words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line), comments=True)
     args = hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"])
     hst.validate(args)
     assert hst.plan_of(args).command in hst.COMMANDS
 
 
 def test_the_event_in_the_readme_is_one(tmp_path: Path) -> None:
-    (text,) = readme_blocks("toml")
-    (tmp_path / "class.toml").write_text(text)
-    (tmp_path / "class.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "6*7"}]}')
+    files_in_readme(tmp_path)
     words = ["stress-test", "--event", str(tmp_path / "class.toml"), "-e", "http://x/hub/api", "-t", "x"]
     args = hst.parse_args(words)
     hst.validate(args)
-    assert args.count == 300 and [(group.group, group.count) for group in args.event] == [
-        ("students", 200),
-        ("project", 90),
-        ("assistants", 10),
-    ]
-    used = {key for line in text.splitlines() for key in re.findall(r"^([a-z-]+) =", line)} - {"hold", "fail-if"}
-    named = README.partition("A group has a `name`;")[2].partition("Results,\nsummary")[0]
+    assert [(group.group, group.count) for group in args.event] == [("students", 240), ("project", 60)]
+    (text,) = readme_blocks("toml")
+    used = {*re.findall(r"^([a-z-]+) =", text, re.MULTILINE)} - {"fail-if"}
+    named = README.partition("A group has a `name`,")[2].partition("Results show")[0]
     in_groups = {row.name for row in hst.OPTIONS.values() if hst.GROUP in row.on}
     assert used | in_groups == {"name", *re.findall(r"`([a-z-]+)`", named)}
 

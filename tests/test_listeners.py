@@ -32,7 +32,7 @@ from processes import free_port, free_ports
 from tool import NOWHERE, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 HALF_FAIL = ("--profile", '{"fail_rate": 0.5, "spawn_s": 0.3}')
-COLUMNS = [  # as README has them
+COLUMNS = [
     *("utc", "step", "user", "group", "outcome", "tries", "throttled"),
     *("due_s", "sent_s", "ended_s", "latency_s", "backoff_s", "reason", "message"),
 ]

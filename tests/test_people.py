@@ -485,9 +485,10 @@ def test_without_a_schedule_at_most_the_batch_size_are_starting() -> None:
     hub = SlowStarts(names, lambda: time.sleep(0.02))
     site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", hub)), hst.Plan(count=40, batch_size=5), hst.new_recorder())
     hst.send_people(names, site)
-    ends = sorted((steps["server_ready"] for steps in site.record.people.values()), key=lambda end: end.due_s)
+    ends = [steps["server_ready"] for steps in site.record.people.values()]
     assert hub.most == 5 and len(ends) == 40
-    assert all(end.due_s >= before.ended_s for before, end in zip(ends, ends[5:]))  # nobody is due without a place
+    for end in ends:  # nobody is due without a place
+        assert sum(other.due_s <= end.due_s < other.ended_s for other in ends) <= 5
 
 
 def test_with_a_schedule_arrivals_keep_to_it_however_long_each_takes() -> None:
