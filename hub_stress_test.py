@@ -280,7 +280,7 @@ def clock_text(seconds: float) -> str:
 
 
 def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, hold_s: float = 0.0) -> str:
-    """Where a run is: 01:14 of 05:00 while people come, then of how long it takes at most; a hold counts down."""
+    """01:14 of 05:00 while people come, then of the time that it takes at most; a hold counts down."""
     if hold_s > 0:
         return f"{clock_text(passed_s)}, holding for {clock_text(hold_s)} more"
     end = f" of {clock_text(last_s)}" if passed_s < last_s else f" of at most {clock_text(at_most_s)}"
@@ -290,7 +290,7 @@ def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, ho
 def status_line(
     moment: str, numbers: Mapping[str, int], ping_s: float | None = None, cpu_share: float | None = None
 ) -> str:
-    """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: the first number, and what is known and not 0."""
+    """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
     first = next(iter(numbers), "")
     counts = ", ".join(f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
     ping = f"ping {duration_text(ping_s)}" if ping_s is not None else ""
@@ -796,16 +796,9 @@ COMMANDS = {
 }
 STRESS, ACTIVITY, PURGE = COMMANDS
 LOADS = (STRESS, ACTIVITY)
-HELP_GROUPS = (
-    "who comes",
-    "what they do",
-    "when it fails",
-    "where results go",
-    "capacity",
-    "connection",
-    "rare",
-)
-WHO, WHAT, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE = HELP_GROUPS
+WHO, WHAT, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
+CAPACITY, CONNECTION, RARE = "capacity", "connection", "rare"
+HELP_GROUPS = (WHO, WHAT, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
 EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
@@ -2437,16 +2430,18 @@ class Progress:
     def __init__(self, line: Callable[[], str]) -> None:
         self._line, self._every_s, self._next_s = line, STATUS_EVERY_S, time.monotonic() + STATUS_EVERY_S
         self._show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+        self._width: int | None = None
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
         if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty():
             self._every_s, self._next_s = STATUS_IN_PLACE_EVERY_S, 0.0
+            self._width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             if tqdm := optional("tqdm"):
-                log = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm()
-                self._closing.enter_context(log)
-                bar = tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
-                self._show = self._closing.enter_context(bar).set_description_str
+                enter = self._closing.enter_context
+                enter(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
+                bar = enter(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
+                self._show = bar.set_description_str
             else:  # what is logged meanwhile overwrites the line, since the cursor is at its beginning
                 self._show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
                 self._closing.callback(self._show, "")
@@ -2459,9 +2454,7 @@ class Progress:
         """Show the line, if it is time."""
         if LOG.isEnabledFor(logging.INFO) and time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + self._every_s
-            in_place = self._every_s == STATUS_IN_PLACE_EVERY_S
-            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1 if in_place else None
-            self._show(self._line()[:width])
+            self._show(self._line()[: self._width])
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
@@ -4101,6 +4094,56 @@ def _moments(plan: Plan, seed: int | None) -> list[float]:
     return [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
 
 
+USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
+Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
+
+
+def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
+    """When each person is there, if servers start in `USUAL_START_S` and all else takes no time.
+
+    At worst, every step takes as long as its time-out allows.
+    """
+    people, first = [], min(plan.batch_size, FIRST_STARTS)  # as many start until one server is ready
+    for n, (due_s, group) in enumerate(arrivals(plan)):
+        start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
+        rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
+        arrives_s = due_s if plan.is_open else rounds * start_s
+        parts = len(group.page.requests) if group.page else 0
+        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
+        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
+        works_s = arrives_s + start_s + look_s + parts_s
+        cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
+        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
+    return [
+        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
+        for arrives_s, works_s, _, look_s, group in people
+    ]
+
+
+def most_at_one_time(people: Sequence[Presence]) -> int:
+    """How many of these people are there at one time, at most."""
+    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
+    return max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
+
+
+def at_one_time(people: Sequence[Presence], noun: str) -> str:
+    """The most of something that these people have at one time; about, where that depends on starts."""
+    about = "about " if any(group.stay_s for _, _, group in people) else ""
+    return f"{about}{counted(most_at_one_time(people), noun)}" if people else f"no {noun}s"
+
+
+def costs_and_risks(plan: Plan) -> Iterator[str]:
+    """What starting these servers costs at most, and what the hub risks."""
+    most = most_at_one_time(timetable(plan, at_worst=True)) if plan.is_open else plan.count
+    servers = f"At most {counted(plan.max_servers or most, 'server')} at one time"
+    if plan.find_capacity and not plan.max_servers:
+        servers = "As many servers as a step has people (--max-servers bounds that)"
+    yield f"{servers}, each with a volume where the hub gives one (Zero to JupyterHub: 10 GiB)"
+    if plan.count > 4 and not plan.fail_fast:
+        yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
+
+
 # ==== Cleaning up ====================================================================================================
 
 
@@ -4134,15 +4177,11 @@ def remove_users(
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     to_do = dict(left)
-    there, what = (
-        {*left} - {name for name in left if left[name] is ServerState.GONE},
-        things(isinstance(hub, OwnServers)),
-    )
-
-    def line() -> str:
-        return f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
-
-    with Progress(line) as progress:
+    what, there = things(isinstance(hub, OwnServers)), {*left}
+    there -= {name for name in left if left[name] is ServerState.GONE}
+    with Progress(
+        lambda: f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
+    ) as progress:
         while True:
             before = len(left)
             let_go(to_do, hub, record, concurrency, removal, progress.tell)
@@ -4837,9 +4876,8 @@ def seeded(plan: Plan) -> Plan:
 def whereabouts(site: Site, count: int) -> dict[str, int]:
     """How many of these people have come, and where they are now."""
     record, starting, throttled = site.record, len(site.starting), site.turns.waiting
-    tried, failed = (
-        {name: number([name]) for name in PERSONAL} for number in (record.count, record.failures)
-    )
+    tried = {name: record.count([name]) for name in PERSONAL}
+    failed = {name: record.failures([name]) for name in PERSONAL}
     ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
     opening = ready - works - sum(failed[name] for name in ("visit", "page", "kernel_ready", "at_work"))
     return {
@@ -5013,22 +5051,22 @@ class Run:
         began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.duration_s
 
         def line() -> str:
-            passed_s = session.clock() - began_s
-            numbers = {"sent": record.count(load.mix), "failed": record.failures(load.mix)}
-            paces = {
-                f"{noun} ({number / passed_s:.1f} per second)": number for noun, number in numbers.items()
-            }
-            return self.status(moment_text(passed_s, lasts_s or 0.0), paces)
+            passed_s, sent, failed = (
+                session.clock() - began_s,
+                record.count(load.mix),
+                record.failures(load.mix),
+            )
+            numbers = {f"sent ({sent / passed_s:.1f} per second)": sent}
+            numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
+            return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
 
         with Progress(line) as progress:
             return spread_load(load, session, record, progress.tell)
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
         """The line that says where the run is, and how the hub is."""
-        shares = cpu_shares(self.monitor.snapshots[-2:])
-        return status_line(
-            moment, numbers, self.site.record.latest_s("ping"), shares[-1][1] if shares else None
-        )
+        share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
+        return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
 
     def begin_anew(self, plan: Plan, record: Recorder) -> None:
         """Have other people come, by this plan, and apart from those before them."""
@@ -5063,12 +5101,9 @@ class Run:
             finally:
                 person.go_home()
 
-        until_s = self.session.clock() + CHECK_USUALLY_S
-
-        def line() -> str:
-            return f"checking the proxy: about {clock_text(until_s - self.session.clock())} left"
-
-        with Progress(line) as progress, Team(self.session, progress.tell) as team:
+        clock, until_s = self.session.clock, self.session.clock() + CHECK_USUALLY_S
+        progress = Progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left")
+        with progress, Team(self.session, progress.tell) as team:
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
@@ -6520,56 +6555,8 @@ def _table_lines(section: Section) -> Iterator[str]:
 # ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
-USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
 MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
 MEANWHILE += f"every {METRICS_EVERY_S:g} s"
-Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
-
-
-def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
-    """When each person is there, if servers start in `USUAL_START_S` and all else takes no time.
-
-    At worst, every step takes as long as its time-out allows.
-    """
-    people, first = [], min(plan.batch_size, FIRST_STARTS)  # as many start until one server is ready
-    for n, (due_s, group) in enumerate(arrivals(plan)):
-        start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
-        rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
-        arrives_s = due_s if plan.is_open else rounds * start_s
-        parts = len(group.page.requests) if group.page else 0
-        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
-        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
-        works_s = arrives_s + start_s + look_s + parts_s
-        cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
-    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
-    return [
-        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
-        for arrives_s, works_s, _, look_s, group in people
-    ]
-
-
-def most_at_one_time(people: Sequence[Presence]) -> int:
-    """How many of these people are there at one time, at most."""
-    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
-    return max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
-
-
-def at_one_time(people: Sequence[Presence], noun: str) -> str:
-    """The most of something that these people have at one time; about, where that depends on starts."""
-    about = "about " if any(group.stay_s for _, _, group in people) else ""
-    return f"{about}{counted(most_at_one_time(people), noun)}" if people else f"no {noun}s"
-
-
-def costs_and_risks(plan: Plan) -> Iterator[str]:
-    """What starting these servers costs at most, and what the hub risks."""
-    most = most_at_one_time(timetable(plan, at_worst=True)) if plan.is_open else plan.count
-    servers = f"At most {counted(plan.max_servers or most, 'server')} at one time"
-    if plan.find_capacity and not plan.max_servers:
-        servers = "As many servers as a step has people (--max-servers bounds that)"
-    yield f"{servers}, each with a volume where the hub gives one (Zero to JupyterHub: 10 GiB)"
-    if plan.count > 4 and not plan.fail_fast:
-        yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
 
 
 def steps_planned(group: Plan) -> str:
@@ -7171,30 +7158,28 @@ DESCRIPTIONS = {
     STRESS: """\
 Makes a fake user for each person, starts their servers, measures how long that
 takes, and removes all of them. With --visit, --page or --work each person goes
-on to their page, and to the results of their cells.""",
+on to their page, and to the results of their cells.
+
+example: hub-stress-test stress-test --count 300 --within 5m --work""",
     ACTIVITY: """\
 Makes users without servers, sends for them the activity reports that running
-servers send, measures how long the hub takes to answer, and removes the users.""",
+servers send, measures how long the hub takes to answer, and removes the users.
+
+example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
     PURGE: """\
 Removes the users, and their servers, that earlier runs left on the hub: those
-whose whole name follows this tool's naming, and no admin.""",
+whose whole name follows this tool's naming, and no admin.
+
+example: hub-stress-test purge --run night""",
 }
-EXAMPLES = {
-    STRESS: "--count 300 --within 5m --work",
-    ACTIVITY: "--rate 10 --duration 5m",
-    PURGE: "--run night",
-}
-EPILOG = "DURATION: 90s, 5m or 1h; a number alone is in seconds.\nexample: hub-stress-test {} {}\n"
 
 
 class _Parser(argparse.ArgumentParser):
     """Refuses bad usage in one sentence, and sets only what is given."""
 
     def __init__(self, **settings: Any) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            **settings, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS
-        )
+        settings |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
@@ -7207,8 +7192,8 @@ def build_parser() -> argparse.ArgumentParser:
     _group_options(parser, [name for name, row in OPTIONS.items() if {*COMMANDS} <= {*row.on}])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, help in COMMANDS.items():
-        epilog = EPILOG.format(command, EXAMPLES[command])
-        sub = commands.add_parser(command, help=help, description=DESCRIPTIONS[command], epilog=epilog)
+        units = "DURATION: 90s, 5m or 1h; a number alone is in seconds."
+        sub = commands.add_parser(command, help=help, description=DESCRIPTIONS[command], epilog=units)
         _group_options(sub, [name for name, row in OPTIONS.items() if command in row.on], command)
     return parser
 
@@ -7300,12 +7285,11 @@ def _no_such_option(word: str, command: str) -> str:
         return f"{command} has no use for {word!r}"
     flag = word.partition("=")[0]
     others = [other for row in OPTIONS.values() if flag in row.flags for other in row.on if other in COMMANDS]
-    flags = [row.flag for row in OPTIONS.values() if command in row.on]
-    near = difflib.get_close_matches(flag, flags, 1, 0.5)
-    hint = (
-        f": it is one of {' and '.join(others)}" if others else f": did you mean {near[0]}?" if near else ""
-    )
-    return f"{command} has no option {flag}{hint}"
+    if others:
+        return f"{command} has no option {flag}: it is one of {' and '.join(others)}"
+    known = [row.flag for row in OPTIONS.values() if command in row.on]
+    near = difflib.get_close_matches(flag, known, 1, 0.5)
+    return f"{command} has no option {flag}" + "".join(f": did you mean {each}?" for each in near)
 
 
 def _no_such_key(key: str, names: Collection[str], n: int) -> str:

@@ -407,7 +407,7 @@ def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_oth
 
 
 def test_every_option_is_tried_but_those_of_an_events_file() -> None:
-    assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "group", "after_s", "scale", "visits"}  # or of Locust
+    assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "once", "group", "after_s", "scale", "visits"}  # or Locust
 
 
 def test_the_rules_of_an_option_are_about_other_options() -> None:
@@ -644,7 +644,7 @@ def test_the_help_of_a_command_has_its_own_words_groups_and_an_example(
     assert hst.DESCRIPTIONS[command] in text and text.count("in seconds") == 1
     found = [group for group in hst.HELP_GROUPS if f"\n{group}:\n" in text]
     assert found == [each for each in hst.HELP_GROUPS if any(each == row.about for row in shown_on(command))]
-    *_, example = text.strip().split("hub-stress-test ")
+    (example,) = re.findall(r"^example: hub-stress-test (.*)", text, re.M)
     assert plan_for(*shlex.split(example), *HUB).command == command
 
 
