@@ -225,7 +225,7 @@ class Secret(str):
 
 
 def duration_text(seconds: float | None) -> str:
-    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; – for None."""
+    """Three digits and a unit, from 100 s on in minutes: 840 ms, 1.25 s, 62.1 s, 20 min 35 s; else –."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -1043,7 +1043,7 @@ class Plan:
 
     @property
     def removed_at_once(self) -> int:
-        """How many users are removed at the same time: as many a second as came, if each takes two seconds."""
+        """How many users are removed at the same time: as fast as they came, if each takes two seconds."""
         if self.command != STRESS:
             return self.batch_size
         paces = (
@@ -1517,14 +1517,14 @@ def likely_endpoint(endpoint: str, location: str | None) -> str:
     return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
-# ==== Pure rules: what is said while a server starts =========================================================
+# ==== Pure rules: what is said while a server starts ========================================================
 
 Said = Sequence[tuple[float, Json]]  # the events of a progress stream, and when each arrived
 
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """Where the start of a server spent its time, by the events of Kubernetes, in order; or means of many starts."""
+    """Where a start spent its time, by the events of Kubernetes, in order; or the means of many starts."""
 
     silent_s: float
     node_s: float
@@ -1537,7 +1537,7 @@ class Phases:
 
 
 def mean_phases(starts: Sequence[Phases]) -> Phases | None:
-    """The mean of each phase, and how many starts waited for a new node or pulled an image; None without starts."""
+    """The mean of each phase, and how many waited for a new node or an image; None without starts."""
     totals = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
     means = {
         name: total / len(starts) if name in PHASES else total for name, total in totals.items() if starts
@@ -1570,10 +1570,10 @@ def kube_events(said: Said) -> list[tuple[float, Json]]:
 
 
 def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
-    """Where a start spent its time that was asked for and ready at these moments; None without Kubernetes events.
+    """Where a start spent the time between these two moments; None without events of Kubernetes.
 
-    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the last
-    event that was.
+    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the
+    last event that was.
     """
     events = kube_events(said)
     if not events:
@@ -1613,7 +1613,7 @@ def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
 
 
 def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
-    """What a start spent most of its time with: its longest phase, or the message that stood longest; "" if none."""
+    """What took most of a start: its longest phase, or the message that stood longest; "" if none."""
     if phases := phases_of(said, asked_s, ready_s):
         name = max(PHASES, key=lambda name: getattr(phases, name))
         return f"{PHASES[name]}, {duration_text(getattr(phases, name))}"
@@ -1623,7 +1623,7 @@ def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
 
 
 def last_word(said: Said) -> str:
-    """What a start was waiting for: the last warning of Kubernetes that still holds, or else the last message.
+    """What a start waits for: the last warning of Kubernetes that still holds, or else the last message.
 
     What follows a failure is the hub's own clean-up; a node that was found ends the warnings about nodes.
     """
@@ -2411,7 +2411,7 @@ def check_way(hub: Hub, plan: Plan) -> None:
         )
 
 
-# ==== Progress, and many things at the same time =====================================================================
+# ==== Progress, and many things at the same time ============================================================
 
 
 def optional(module: str) -> Any:
@@ -2456,21 +2456,21 @@ class Progress:
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
-    """Do this in a thread for which the program does not wait. Raises `CutShort` where the system starts no more."""
+    """Do this in a daemon thread. Raises `CutShort` where the system starts no more."""
     try:
         threading.Thread(target=act, args=args, name=name, daemon=True).start()
     except RuntimeError:
         raise CutShort(
-            f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit -u, or a "
-            "container's limit of processes), or spread the people over several machines with Locust"
+            f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit "
+            "-u, or a container's limit of processes), or spread the people over several machines with Locust"
         ) from None
 
 
 class Team:
     """Threads that work at the same time, and the loop that waits for them, ticking ten times a second.
 
-    The end of a `with` block waits for all of them, or for the end of the run. `changed` announces that a thread
-    has ended, or that a place is free.
+    The end of a `with` block waits for all of them, or for the end of the run. `changed` announces that a
+    thread has ended, or that a place is free.
     """
 
     def __init__(self, session: HubSession, on_tick: Callable[[], None] = lambda: None) -> None:
@@ -2526,7 +2526,7 @@ class Team:
 
 
 class Regularly:
-    """While the `with` block runs, does something at fixed moments, whatever became of it before; told when it was due.
+    """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
     At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
     """
@@ -2975,18 +2975,18 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     return made
 
 
-# ==== The way to a person's server: the public side, and kernels behind websockets ===================================
+# ==== The way to a person's server: the public side, and kernels behind websockets ==========================
 
 
 def trusted(session: requests.Session, url: str) -> bool | str:
-    """The certificates that a session trusts: those of a file or folder, those of requests (True), or (False) any."""
+    """The certificates that a session trusts: a file or folder, those of requests (True), or any (False)."""
     verify = session.merge_environment_settings(url, {}, None, None, None)["verify"]
     return True if verify is None else verify
 
 
 @functools.lru_cache
 def tls_context(verify: bool | str) -> ssl.SSLContext:
-    """What requests would use: the authorities of a file or folder, those that it comes with, or (False) none."""
+    """What requests would use: the authorities of a file or folder, its own, or (False) none."""
     path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
     is_folder = os.path.isdir(path)
     context = ssl.create_default_context(
@@ -2998,7 +2998,7 @@ def tls_context(verify: bool | str) -> ssl.SSLContext:
 
 
 class BrowserWire(HTTPAdapter):
-    """The connections of one browser. All browsers share their trusted certificates, which take long to read."""
+    """The connections of one browser; all share their trusted certificates, which take long to read."""
 
     def __init__(self, verify: bool | str) -> None:
         self._verify = verify
@@ -3031,7 +3031,7 @@ class Failed(Exception):
 
 
 class PublicSide:
-    """The way that people take to their servers: where it begins, what was sent there, and their open kernels."""
+    """The way that people take to their servers: where it begins, its traffic, and the open kernels."""
 
     def __init__(self, hub: Hub, plan: Plan) -> None:
         self.url = public_url(hub, plan)
@@ -3081,8 +3081,8 @@ NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, wi
 def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> None:
     """Raises `Failed` if an answer is not the page that was asked for at `url`.
 
-    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has just
-    begun answers 404 until the hub has given it its routes.
+    A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has
+    just begun answers 404 until the hub has given it its routes.
     """
     here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
     to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
@@ -3226,7 +3226,7 @@ class Kernel:
         return Reason(Kind.WIRE, "the connection was lost", open_s=self._clock() - self._opened_s)
 
 
-# ==== Steps of a person, each a function =============================================================================
+# ==== Steps of a person, each a function ====================================================================
 #
 # A person is a thread, or under Locust a greenlet, that runs plain, blocking steps.
 
@@ -3234,8 +3234,8 @@ class Kernel:
 class Turns:
     """Which of the starts that the hub has throttled retries next.
 
-    Each start that ends frees a place on the hub, and the throttled start that was due first takes it: sleeping
-    for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
+    Each start that ends frees a place on the hub, and the throttled start that was due first takes it:
+    sleeping for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
     """
 
     def __init__(self) -> None:
@@ -3256,7 +3256,7 @@ class Turns:
             return bool(self._waiting)
 
     def wait(self, due_s: float, freed_before: int, until_s: float, session: HubSession) -> None:
-        """Until a place was freed since `freed_before` and nobody due earlier waits for it, or `until_s`, or a stop."""
+        """Until a place was freed since `freed_before` that nobody due earlier waits for, or `until_s`."""
         with self._changed:
             self._taken = max(self._taken, freed_before)
             self._waiting.append(due_s)
@@ -3273,8 +3273,8 @@ class Turns:
 class FirstStarts:
     """The starts of a run until one server is ready. Three failures before that end the run.
 
-    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A
-    start that merely takes long does not count, nor one that is throttled or gets no answer.
+    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it.
+    A start that merely takes long does not count, nor one that is throttled or gets no answer.
     """
 
     def __init__(self) -> None:
@@ -3510,7 +3510,7 @@ def come(person: Visitor) -> None:
 
 
 def ask_for_server(person: Visitor) -> tuple[Reply, Attempt]:
-    """The hub's answer other than 429, or its last 429 when time is up; a named server of one's own is claimed.
+    """The hub's answer other than 429, or its last 429; a named server of one's own is claimed.
 
     Raises `CutShort` when the hub allows no more of those.
     """
@@ -3535,8 +3535,8 @@ def too_many(limit: int, count: int) -> str:
         )
     wanted = f", and this run is to start {count}" if count else ""
     return (
-        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start fewer, "
-        "remove some of yours, or have an admin raise named_server_limit_per_user"
+        f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start "
+        "fewer, remove some of yours, or have an admin raise named_server_limit_per_user"
     )
 
 
@@ -3601,7 +3601,8 @@ def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
         without_name(word, name) if word else "nothing was said of it" for name, word in words
     )
     for word, number in waits.most_common(3):
-        yield f"{counted(number, 'server was', 'servers were')} still starting when the run was interrupted: {word}"
+        servers = counted(number, "server was", "servers were")
+        yield f"{servers} still starting when the run was interrupted: {word}"
 
 
 def await_ready(
@@ -3609,8 +3610,8 @@ def await_ready(
 ) -> Readiness:
     """How the start of a server ended, or that it had not by `until_s` (then without a reason).
 
-    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to `said`;
-    where no stream can be had, from the user model, which does not know why.
+    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to
+    `said`; where no stream can be had, from the user model, which does not know why.
     """
     session, said = hub.session, [] if said is None else said
     began_s, pause_s, stopped = session.clock(), 0.1, False
@@ -3679,9 +3680,9 @@ def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
                 and site.hub.state(person.name) is ServerState.READY
             ):
                 raise CutShort(
-                    f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint the hub's "
-                    "own port? Then name where people reach the hub with --public-url. Or has the proxy no route "
-                    "to the server?"
+                    f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint "
+                    "the hub's own port? Then name where people reach the hub with --public-url. Or has the "
+                    "proxy no route to the server?"
                 ) from None
             if failure.final or late:
                 raise
@@ -3714,8 +3715,9 @@ def open_page(person: Visitor, attempt: Attempt, until_s: float) -> Reply:
 def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     """Why a server refuses what browsers send, though it takes the same with a token; "" when it does not.
 
-    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site allows
-    that origin. Of who has a token it does not ask that, so only browsers notice a proxy that loses the Host header.
+    A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site
+    allows that origin. Of who has a token it does not ask that, so only browsers notice a proxy that loses
+    the Host header.
     """
     place = urllib.parse.urlsplit(url)
     origin = f"{place.scheme}://{place.netloc.rpartition('@')[2]}".lower()
@@ -3728,9 +3730,9 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     if status(Origin=origin) != 404 or (otherwise := status()) not in (200, 403):
         return ""
     return (
-        f"no browser gets a kernel: servers refuse what a page at {origin} sends (404, and {otherwise} without its "
-        "Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header Host $http_host; or "
-        "have the servers allow that origin (allow_origin)"
+        f"no browser gets a kernel: servers refuse what a page at {origin} sends (404, and {otherwise} without "
+        "its Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header Host "
+        "$http_host; or have the servers allow that origin (allow_origin)"
     )
 
 
@@ -3803,7 +3805,7 @@ def get_to_work(person: Visitor) -> None:
 
 
 def work(person: Visitor) -> None:
-    """Run the cells after the first one, thinking before each; then stay, with the connection open, until it is time.
+    """Run the cells after the first one, thinking before each; then stay, connected, until it is time.
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
@@ -3825,7 +3827,7 @@ def work(person: Visitor) -> None:
 
 
 def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
-    """Listen to the kernel until then, or until it is time to leave. What goes wrong is the failure of a cell."""
+    """Listen to the kernel until then, or until it is time to leave. A failure is that of a cell."""
     while (now_s := person.clock()) < (due_s := min(until_s, person.leaves_s)):
         try:
             kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
@@ -3836,7 +3838,7 @@ def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
 
 @contextlib.contextmanager
 def knowing_the_server(person: Visitor) -> Iterator[None]:
-    """Name a connection that breaks as what it is when the server has ended: by the hub, and by the server itself."""
+    """Say of a connection that broke whether the server has ended: by the hub's word, or by its silence."""
     try:
         yield
     except Failed as failure:
@@ -3856,7 +3858,7 @@ def knowing_the_server(person: Visitor) -> Iterator[None]:
 
 
 def stay(person: Visitor) -> None:
-    """Keep the server, then look whether it is there, and answers if it was visited. Raises `HubRefused` too."""
+    """Keep the server, then check that it is there, and answers if it was visited. Raises `HubRefused`."""
     hub, gathering = person.site.hub, person.site.gathering
     person.works_s = person.works_s or person.since_s
     with person.step("stay") as attempt:
@@ -3895,8 +3897,8 @@ def stop(person: Visitor) -> None:
 def ask_to_stop(person: Visitor) -> None:
     """Have the hub stop the server, if there is one.
 
-    A start cannot be stopped on hubs before 5.1, which answer 400; then nobody knows the server's state. Where it
-    can, the spawner may have begun what outlives it: a pod, a job in a queue.
+    A start cannot be stopped on hubs before 5.1, which answer 400; then nobody knows the server's state.
+    Where it can, the spawner may have begun what outlives it: a pod, a job in a queue.
     """
     site, name = person.site, person.name
     if site.states.get(name) is ServerState.STARTING:
@@ -3921,7 +3923,7 @@ def delete(person: Visitor) -> None:
         person.record(reply.event("delete_user", name, ok=ok))
 
 
-# ==== The table of steps, and a person's journey through them ========================================================
+# ==== The table of steps, and a person's journey through them ===============================================
 
 
 Act = Callable[[Visitor], None]
@@ -3983,7 +3985,7 @@ STEPS_OF = {
 
 
 def needed_scopes(command: str, own_servers: bool = False) -> set[str]:
-    """The scopes that a token needs for a command; for servers of one's own, only those that are about servers."""
+    """The scopes that a token needs for a command; for one's own servers, only those about servers."""
     needed = {scope for name in STEPS_OF[command] for scope in STEPS[name].scopes}
     return {scope for scope in needed if scope.endswith("servers") or not own_servers}
 
@@ -3994,14 +3996,14 @@ def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
 
 
 def title_of(name: str, own_servers: bool = False) -> str:
-    """An operation's title, with the group, if it is that of a group; one of the operator's own is its name."""
+    """An operation's title, with its group if it has one; an operator's own operation has its name."""
     step, bracket, group = name.partition("[")
     title = STEPS[step].title + f" {bracket}{group}".rstrip() if step in STEPS else name
     return title.replace("user", "server") if own_servers else title
 
 
 def journey(person: Visitor) -> None:
-    """Take a person through the steps of their plan, in order, up to the first that fails; leaving always follows.
+    """Take a person through the steps of their plan up to the first that fails; leaving always follows.
 
     A stop ends it without a record: it was we who cut the step short. Raises `Stopped` or `CutShort`.
     """
@@ -4032,7 +4034,7 @@ def take(name: str, act: Act, person: Visitor) -> bool:
 
 
 class Streak:
-    """Listens for failures in a row: `reached`, for good, once so many people have failed between two at their goal."""
+    """Listens for failures in a row: `reached`, for good, once so many people failed in a row."""
 
     def __init__(self, length: int, goal: str) -> None:
         self.reached = False
@@ -4048,7 +4050,8 @@ class Streak:
 def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = lambda: None) -> None:
     """Send people through their journeys, and wait for all of them. Raises `CutShort`.
 
-    They start when they are due (open model), or while fewer than the plan's batch size are starting (closed model).
+    They start when they are due (open model), or while fewer than the plan's batch size are starting (closed
+    model).
     """
     plan, session, begun = site.plan, site.hub.session, 0
     began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
@@ -4082,8 +4085,8 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
 def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
     """Who arrives: when, in seconds since the beginning (0 in the closed model), and by which plan.
 
-    The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows how many
-    came.
+    The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows
+    how many came.
     """
     people = [(group.after_s + at_s, group) for group in plan.groups for at_s in _moments(group, plan.seed)]
     return sorted(people, key=lambda person: person[0])
@@ -4149,7 +4152,7 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
         yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
 
 
-# ==== Cleaning up ====================================================================================================
+# ==== Cleaning up ===========================================================================================
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4171,11 +4174,11 @@ def remove_users(
     timeout_s: float = CLEANUP_TIMEOUT_S,
     removal: Removal | None = None,
 ) -> CleanUp:
-    """Remove users until the hub lists none that are `ours`, or there was no progress for `timeout_s` seconds.
+    """Remove users until the hub lists none that are `ours`, or nothing has moved for `timeout_s` seconds.
 
-    `thought` is what is thought of each user; after every round the hub's own list corrects that. Users thought to be
-    `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an admin. `removal`
-    is kept up to date while this goes on.
+    `thought` is what is thought of each user; after every round the hub's own list corrects that. Users
+    thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
+    to an admin. `removal` is kept up to date while this goes on.
     """
     session, removal = hub.session, removal or Removal()
     left = {name: state for name, state in thought.items() if ours(name)}
@@ -4215,7 +4218,7 @@ def remove_users(
 
 
 def _unlisted(names: Iterable[str], hub: Hub) -> dict[str, ServerState]:
-    """Of users whose names are not this tool's, so that no list of it has them, those that are still there."""
+    """Of users whose names no list of this tool has, those that are still there."""
     states = {name: hub.state(name) for name in names if f"{USERNAME_PREFIX}-" not in name}
     return {name: state for name, state in states.items() if state is not ServerState.GONE}
 
@@ -4228,9 +4231,10 @@ def let_go(
     removal: Removal,
     on_tick: Callable[[], None],
 ) -> None:
-    """One round: stop and delete each user as far as that goes without waiting; `states` and `removal` tell how far.
+    """One round: stop and delete each user as far as that goes at once, noted in `states` and `removal`.
 
-    Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub forgets.
+    Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub
+    forgets.
     """
     site = Site(hub, Plan(), record, states=states, removal=removal)
 
@@ -4252,14 +4256,14 @@ def let_go(
                 leave(name)
 
 
-# ==== Load: operations, closed and open model; pings =================================================================
+# ==== Load: operations, closed and open model; pings ========================================================
 
 Send = Callable[[str, str, HubSession], requests.Response]
 OPERATIONS: dict[str, Send] = {}
 
 
 def operation(name: str) -> Callable[[Send], Send]:
-    """A decorator that gives a function `(username, endpoint, session) -> requests.Response` a name for --mix."""
+    """A decorator that names a function `(username, endpoint, session) -> requests.Response` for --mix."""
 
     def register(function: Send) -> Send:
         OPERATIONS[name] = function
@@ -4270,7 +4274,7 @@ def operation(name: str) -> Callable[[Send], Send]:
 
 @operation("activity")
 def report_activity(username: str, endpoint: str, session: HubSession) -> requests.Response:
-    """`POST /users/{name}/activity`, as a running server sends it every 300 s: 200, 404 when there is no such user."""
+    """`POST /users/{name}/activity`, as a running server sends it every 300 s: 200, 404 without the user."""
     now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
     body = {"servers": {"": {"last_activity": now}}, "last_activity": now}
     return session.post(user_url(endpoint, username, "activity"), json=body)
@@ -4290,7 +4294,7 @@ def list_page(username: str, endpoint: str, session: HubSession) -> requests.Res
 
 
 def load_operations(path: str | None) -> None:
-    """Run a file that registers operations; it can import this module by its name, however that was started."""
+    """Run a file that registers operations; it can import this module by name, however that was started."""
     if path is None:
         return
     import runpy  # imported where it is needed, like a few others: so that --help is there at once
@@ -4321,8 +4325,8 @@ def perform(
 ) -> Reason | None:
     """Do one operation on a user and record it, whatever it raises; from when it was due, or (None) from now.
 
-    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine`; so is every answer that
-    something in front of the hub gave.
+    The reason for which it failed. Statuses from 400 on are failures, unless they are `fine`; so is every
+    answer that something in front of the hub gave.
     """
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
@@ -4378,7 +4382,7 @@ class Load:
 
     @property
     def open_workers(self) -> int:
-        """Threads that an open load needs in each process to go on while the hub answers nothing for 3 seconds.
+        """Threads that an open load needs in each process to go on through 3 seconds of silence.
 
         More than 200 get into each other's way: then more processes are what helps.
         """
@@ -4481,7 +4485,7 @@ def _spread_over_processes(
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one, which gets it afterwards."""
+    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -4498,7 +4502,7 @@ def _signals_blocked() -> Iterator[None]:
 def _lead(
     pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]
 ) -> float:
-    """Start the processes at one moment, record their events, pass a stop on; the largest share of a processor."""
+    """Start the processes at one moment, record their events, pass a stop on; the busiest one's CPU share."""
     import multiprocessing.connection
 
     for pipe in pipes:
@@ -4562,14 +4566,15 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
     return Regularly("ping", 1 / PING_RATE_PER_S, ping, PINGS_AT_MOST, functools.partial(record.skip, "ping"))
 
 
-# ==== Checking the proxy: does it lose connections when servers end? =================================================
+# ==== Checking the proxy: does it lose connections when servers end? ========================================
 
 CHECK_ENDED, CHECK_STOPPED = (
     100,
     20,
 )  # handshakes to a server that has ended by itself, and to one that was stopped
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
-CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected proxy keeps for an hour"
+CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected "
+CHECK_COSTS += "proxy keeps for an hour"
 CHECK_USUALLY_S = 180.0
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
@@ -4602,20 +4607,20 @@ CLEAN, LEAKING, UNDECIDED = "clean", "leaking", "undecided"
 
 
 def of_ended_server(reply: Reply) -> bool:
-    """Whether a proxy answered so because nobody listens where its route leads: 503, nothing, or 502 behind another."""
+    """Whether a proxy answers so when nobody listens at its route: 503, nothing, or 502 behind another."""
     return reply.status in (502, 503) or reply.message == CLOSED_UNANSWERED
 
 
 def is_telling(reply: Reply) -> bool:
-    """Whether only a proxy that loses connections answers a handshake so: nothing, 502 or 504 behind another."""
+    """Whether an answer is typical of a leaking proxy: nothing, or 502 or 504 behind another."""
     return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
 
 
 def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
-    """How many connections to the hub a proxy may have lost since: by how many both figures have grown at least.
+    """How many connections to the hub a proxy may have lost since: the least by which both figures grew.
 
-    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be one that the
-    proxy had kept ready for reuse; so files count from the lowest look before.
+    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be
+    one that the proxy had kept ready for reuse; so files count from the lowest look before.
     """
     files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
     more_files = look.get(*files) - min(one.get(*files) for one in before)
@@ -4629,10 +4634,11 @@ def judge_proxy(
     before: Sequence[Snapshot],
     after: Sequence[Snapshot],
 ) -> ProxyCheck:
-    """What a proxy showed that was asked for a server which had ended by itself, and then for one that was stopped.
+    """What a proxy showed when asked for a server that had ended by itself, and for one that was stopped.
 
-    `page` is the status of a plain page of the ended server; `ended` and `stopped` are what websockets were answered;
-    `before` and `after` (right after those to the ended server, and a minute later) are looks at the hub's figures.
+    `page` is the status of a plain page of the ended server; `ended` and `stopped` are what websockets were
+    answered; `before` and `after` (right after those to the ended server, and a minute later) are looks at
+    the hub's figures.
     """
     number, figures = len(ended), (AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"])
     grown_by = [
@@ -4674,7 +4680,7 @@ def judge_proxy(
 
 
 def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
-    """Have a server end by itself and ask for it over websockets, then for one that was stopped. Raises `CutShort`.
+    """Ask over websockets for a server that ended by itself, then for one stopped. Raises `CutShort`.
 
     The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
     """
@@ -4720,7 +4726,7 @@ def reach_server(person: Visitor) -> bool:
 
 
 def shut_down(person: Visitor) -> int:
-    """Have the server end by itself; its page's status then: 0 when it did not, 200 when it is still there."""
+    """Have the server end by itself; its page's status then: 0 if it did not, 200 if it is still there."""
     browser, until_s = person.browser, person.clock() + SHUTDOWN_S
     if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
         return 0
@@ -4732,7 +4738,7 @@ def shut_down(person: Visitor) -> int:
 
 
 def knock(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
-    """What websockets to a server that is gone are answered, each on a connection of its own, until it is enough."""
+    """What websockets to a server that is gone are answered, each on its own connection, until enough."""
     browser, replies, next_s = person.browser or person.site.hub.session, list[Reply](), 0.0
     while len(replies) < at_most and not (replies and enough(replies)):
         person.sleep(next_s - person.clock())
@@ -4743,11 +4749,11 @@ def knock(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], boo
     return replies
 
 
-# ==== Listeners: every event, as it happens ==========================================================================
+# ==== Listeners: every event, as it happens =================================================================
 
 
 def sample_of(event: Event, run: Run) -> Json:
-    """A row of --samples. Moments are in seconds since the run began; `utc` is the moment at which the step ended."""
+    """A row of --samples, moments in seconds since the run began; `utc` is when the step ended."""
     since_s = {name: getattr(event, name) - run.began_s for name in ("due_s", "sent_s", "ended_s")}
     taken_s = {name: getattr(event, name) for name in ("latency_s", "backoff_s")}
     return {
@@ -4809,7 +4815,7 @@ BECOMES = {"start_server": "starting", "server_ready": "ready", "at_work": "at_w
 
 
 class LivePage:
-    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` when the port cannot be had."""
+    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` without the port."""
 
     def __init__(self, run: Run) -> None:
         from http.server import ThreadingHTTPServer
@@ -4869,7 +4875,7 @@ class LivePage:
 LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
 
 
-# ==== A run, and the three commands ==================================================================================
+# ==== A run, and the three commands =========================================================================
 
 
 def seeded(plan: Plan) -> Plan:
@@ -4897,11 +4903,11 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
 
 
 class Interruption:
-    """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second leaves the program at once.
+    """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second exits at once.
 
-    A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a thread sees
-    the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the first signal raises
-    `KeyboardInterrupt`.
+    A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
+    thread sees the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the
+    first signal raises `KeyboardInterrupt`.
     """
 
     def __init__(self) -> None:
@@ -5006,7 +5012,7 @@ class Run:
         leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
 
     def _look(self) -> list[Json]:
-        """The users whose names look like this tool's; raises `SetupError`, since nothing has been changed yet."""
+        """The users whose names look like this tool's. Raises `SetupError`: nothing has been changed yet."""
         try:
             return list(list_users(self.hub, self.record))
         except HubRefused as error:
@@ -5090,7 +5096,7 @@ class Run:
             raise CutShort(f"{left} could not be removed before others come")
 
     def check_proxy(self, names: Sequence[str]) -> None:
-        """Whether the proxy loses connections when servers end, found out with one server. Raises `CutShort`."""
+        """Whether the proxy loses connections when a server ends. Raises `CutShort`."""
         LOG.info("Checking the proxy: %s", CHECK_COSTS)
         name = next(filter(self._is_at_work, names), None) or self.make_users(1, 1)[0]
         site = dataclasses.replace(
@@ -5127,8 +5133,9 @@ class Run:
         late = self.record.late_share(names)
         if late > 0.01 or unsent:
             self.warnings.append(
-                f"THE GENERATOR WAS LATE: {share_text(late)} of the requests were sent more than {LATE_SEND_S:g} s "
-                f"after they were due, {unsent} not at all; {cause}. Latencies count from when a request was due"
+                f"THE GENERATOR WAS LATE: {share_text(late)} of the requests were sent more than "
+                f"{LATE_SEND_S:g} s after they were due, {unsent} not at all; {cause}. Latencies count from "
+                "when a request was due"
             )
 
     def remove(
@@ -5204,7 +5211,7 @@ def stress(run: Run) -> None:
 
 
 def activity(run: Run) -> None:
-    """Report activity for users without servers; those of this run's name that are there already come first."""
+    """Report activity for users without servers; those that are there already come first."""
     plan, session = run.plan, run.session
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
@@ -5254,7 +5261,7 @@ def carry_out(plan: Plan) -> Results:
         return write_files(plan, results)
 
 
-# ==== Capacity =======================================================================================================
+# ==== Capacity ==============================================================================================
 
 FIRST_STEPS = {STRESS: (0.1, 60.0), ACTIVITY: (16.0, 10.0)}  # people or requests per second, and for how long
 
@@ -5325,7 +5332,8 @@ def next_rate(
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
     None when the answer is known as well as it can be: a rate that the generator could not send says nothing
-    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
+    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are
+    whole.
     """
     low = sustained_rate(steps) or 0.0
     high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
@@ -6020,7 +6028,8 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
 def start_parts(results: Results, wait_s: float) -> dict[str, float]:
     """What the mean wait for a server consists of, in seconds; empty where nothing tells.
 
-    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was full.
+    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was
+    full.
     """
     own, asked = results.hub.metrics, results.operations.get("start_server")
     phases = results.servers.phases if results.servers else None
@@ -6256,7 +6265,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
 
 
 def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:
-    """Of a run that ended early: how many of those that are missing at the end failed, and where others were."""
+    """Of a run that ended early: how many of the missing ones failed, and where the others were."""
     numbers = {"under way": outcome.under_way, "not begun": outcome.not_begun}
     others = "".join(f", {number:,} {what}" for what, number in numbers.items() if number)
     failed = missing - sum(numbers.values())
@@ -6461,7 +6470,7 @@ def _failed_rows(results: Results) -> Iterator[Row]:
 
 
 def _slowest_rows(servers: Servers) -> Iterator[Row]:
-    """Of the slowest servers: how often each was throttled, and what the hub said for longest if not of all."""
+    """Of the slowest servers: how often each was throttled, and what took longest if not for all."""
     slowest = []
     for server in servers.slowest[:NAMES_SHOWN]:
         causes = [f"throttled {server.throttled} ×"] if server.throttled else []
@@ -6617,7 +6626,7 @@ def tables_of(results: Results, baseline: Json | None) -> list[Section]:
 
 
 def render_summary(results: Results, baseline: Json | None = None, **look: Any) -> str:
-    """The page that an operator reads: the verdict first, then facts and tables; `look` as of `render_page`."""
+    """The page that an operator reads: the verdict, then facts and tables; `look` as of `render_page`."""
     sections = [facts(results, baseline), *tables_of(results, baseline)]
     return render_page(": ".join(verdict_of(results)), sections, **look)
 
@@ -7716,10 +7725,10 @@ def program() -> None:
     os._exit(code)  # leaving Python would wait for threads, and so for a request that nobody answers
 
 
-# ==== Locust users: the same load from many machines =================================================================
+# ==== Locust users: the same load from many machines ========================================================
 #
-# Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that they wait
-# for each other. What is above works there as it is; here is only what stands between it and Locust.
+# Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that they
+# wait for each other. What is above works there as it is; here is only what stands between it and Locust.
 
 
 def locust_is_loading() -> bool:
@@ -7731,7 +7740,7 @@ def locust_is_loading() -> bool:
 
 
 def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int) -> Json:
-    """What conditions are about, from the entries of Locust's statistics; its latencies include those of failures."""
+    """What conditions are about, from Locust's statistics; its latencies include those of failures."""
     operations = {
         entry.name: {
             "count": entry.num_requests,
@@ -7764,7 +7773,7 @@ if locust_is_loading():
     SAY.setLevel(logging.INFO)
 
     class FastSession:
-        """What operations need of a session, over Locust's fast client, which reports each request as `operation`."""
+        """What operations need of a session, over Locust's client, which reports each as `operation`."""
 
         def __init__(self, client: Any, plan: Plan) -> None:
             self.operation: str | None = None
@@ -7786,7 +7795,7 @@ if locust_is_loading():
         delete = functools.partialmethod(request, "DELETE")
 
     class LocustSite:
-        """What the users of one process share in one test: the hub, the names, and who has to be deleted at its end."""
+        """What the users of one process share in a test: the hub, the names, and who has to be deleted."""
 
         def __init__(self, environment: Any, worker: int) -> None:
             plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
@@ -7824,7 +7833,7 @@ if locust_is_loading():
                 self.session.cut_streams()
 
         def new_user(self, batch: int) -> str:
-            """The name of a user for this caller alone, made with the next ones in one batch; raises `HubRefused`."""
+            """The name of a user for this caller alone, made in a batch. Raises `HubRefused`."""
             with self._making:
                 while not self._spare:
                     batch = max(1, min(batch, self._runner.target_user_count - len(self.claims.confirmed)))
@@ -7934,7 +7943,7 @@ if locust_is_loading():
                 raise StopUser from None
 
     class RunningServer(HubUser):
-        """Sends what a running server sends: a report every 300 s, or --hub-scale times as often; or the --hub-mix."""
+        """Sends what a running server sends, --hub-scale times as often; or the --hub-mix."""
 
         batch = 10
 
@@ -7963,7 +7972,7 @@ if locust_is_loading():
                 self.site.record.add(Event(name, self.username, now_s, now_s, now_s, reason))
 
     class Person(HubUser):
-        """Logs in, waits until their server is ready, opens it, works, stays for --hub-stay, stops it and leaves."""
+        """Logs in, waits for their server, opens it, works, stays for --hub-stay, stops it and leaves."""
 
         wait_time = constant(0)
 
@@ -8016,7 +8025,7 @@ if locust_is_loading():
                     raise SystemExit(int(error.exit_code)) from None
 
     def _check(environment: Any) -> None:
-        """Whether the hub accepts the token for what the user classes will do; else raises `HubStressError`."""
+        """Whether the hub accepts the token for the user classes; else raises `HubStressError`."""
         plan = locust_plan(environment)
         session = get_session(plan.token or "", headers=plan.headers)
         check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
