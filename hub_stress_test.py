@@ -3730,8 +3730,8 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     if status(Origin=origin) != 404 or (otherwise := status()) not in (200, 403):
         return ""
     return (
-        f"no browser gets a kernel: servers refuse what a page at {origin} sends (404, and {otherwise} without "
-        "its Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header Host "
+        f"no browser gets a kernel: servers refuse what a page at {origin} sends (404, and {otherwise} "
+        "without its Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header Host "
         "$http_host; or have the servers allow that origin (allow_origin)"
     )
 
@@ -7727,8 +7727,8 @@ def program() -> None:
 
 # ==== Locust users: the same load from many machines ========================================================
 #
-# Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that they
-# wait for each other. What is above works there as it is; here is only what stands between it and Locust.
+# Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that
+# they wait for each other. What is above works there as it is; here is only what stands between it and Locust.
 
 
 def locust_is_loading() -> bool:
