@@ -97,11 +97,17 @@ from http.cookiejar import DefaultCookiePolicy
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
-from requests.exceptions import ChunkedEncodingError, ContentDecodingError
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
-from urllib3.util.retry import Retry
+try:
+    import requests
+    from requests.adapters import BaseAdapter, HTTPAdapter
+    from requests.exceptions import ChunkedEncodingError, ContentDecodingError
+    from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
+    from urllib3.util.retry import Retry
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"hub-stress-test: {error.name} is not installed: pip install requests\n")
+    raise SystemExit(2) from None
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -131,10 +137,6 @@ OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LATE_LOOP_S = 0.2
-CAPACITY_FIRST_RATE_PER_S = 16.0
-CAPACITY_STEP_S = 10.0
-CAPACITY_FIRST_PEOPLE_PER_S = 0.1
-CAPACITY_PEOPLE_STEP_S = 60.0
 DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
@@ -142,7 +144,7 @@ MANY_SERVERS = 3000
 SILENT_S = 3.0  # before it is said that the hub does not answer
 PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
-PROGRESS_EVERY_S = 5.0
+STATUS_EVERY_S, STATUS_IN_PLACE_EVERY_S = 10.0, 0.5
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
@@ -268,15 +270,29 @@ def counted(number: float, noun: str, plural: str = "") -> str:
     return f"{digits} {noun if digits == '1' else plural or f'{noun}s'}"
 
 
-def progress_line(phase: str, total: int | None, done: int, failed: int, elapsed_s: float) -> str:
-    """Phase, done, failed, rate, and how long the rest takes at that rate."""
-    of_total, rest = f" of {total:,}" if total else "", ""
-    if total and 0 < done < total:
-        rest_s = elapsed_s / done * (total - done)
-        rest = f", about {f'{rest_s:.0f} s' if rest_s < 100 else duration_text(rest_s)} left"
-    some_failed = f", {failed:,} failed" if failed else ""
-    rate = f"{done / elapsed_s:.1f} per second"
-    return f"{phase}: {done:,}{of_total} done{some_failed} after {elapsed_s:.0f} s, {rate}{rest}"
+def clock_text(seconds: float) -> str:
+    """01:14, from an hour on 1:02:03; what is less than nothing is 00:00."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
+
+
+def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, hold_s: float = 0.0) -> str:
+    """01:14 of 05:00 while people come, then of the time that it takes at most; a hold counts down."""
+    if hold_s > 0:
+        return f"{clock_text(passed_s)}, holding for {clock_text(hold_s)} more"
+    end = f" of {clock_text(last_s)}" if passed_s < last_s else f" of at most {clock_text(at_most_s)}"
+    return clock_text(passed_s) + end * (passed_s < max(last_s, at_most_s))
+
+
+def status_line(
+    moment: str, numbers: Mapping[str, int], ping_s: float | None = None, cpu_share: float | None = None
+) -> str:
+    """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
+    first = next(iter(numbers), "")
+    counts = ", ".join(f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
+    ping = f"ping {duration_text(ping_s)}" if ping_s is not None else ""
+    hub = f"hub {share_text(cpu_share)}" if cpu_share is not None else ""
+    return " | ".join(part for part in (moment, counts, ping, hub) if part)
 
 
 # ==== Pure rules: names =====================================================================================
@@ -777,6 +793,9 @@ COMMANDS = {
 }
 STRESS, ACTIVITY, PURGE = COMMANDS
 LOADS = (STRESS, ACTIVITY)
+WHO, WHAT, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
+CAPACITY, CONNECTION, RARE = "capacity", "connection", "rare"
+HELP_GROUPS = (WHO, WHAT, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
 EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
@@ -794,6 +813,8 @@ class Option:
     kind: Callable[[str], Any] | None  # makes its value from text; None: a switch
     default: str  # as text; "" where there is none, or where it needs no help
     on: Collection[str]  # where it can stand: commands, and the tables of an event's file
+    about: str = RARE  # its group in --help
+    hidden_on: Collection[str] = ()  # commands that take it and have no use for it
     needs: str = ""  # fields: without any of them it has no meaning
     excludes: str = ""  # fields that cannot be given beside it,
     because: str = ""  # and the sentence that says why not, with {} for their flag
@@ -806,8 +827,8 @@ class Option:
     locust: bool | str = False  # whether Locust has it; text: with another default
     locust_flag: str = ""
 
-    def add_to(self, parser: argparse.ArgumentParser, dest: str) -> None:
-        settings: Json = {"help": self.help, "dest": dest}
+    def add_to(self, parser: argparse._ActionsContainer, dest: str, shown: bool = True) -> None:
+        settings: Json = {"help": self.help if shown else argparse.SUPPRESS, "dest": dest}
         if self.kind:
             settings |= {"type": self.kind, "metavar": self.metavar}
             settings |= {"nargs": "?", "const": self.const} if self.const else {}
@@ -866,117 +887,124 @@ class Plan:
     # A row for each option: how it is written, what it does, its value and default, its rules.
     # fmt: off
     endpoint: str | None = option("-e --endpoint URL",
-        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True)
+        "the hub's API; else JUPYTERHUB_ENDPOINT, else JUPYTERHUB_API_URL", endpoint_url, locust=True,
+        about=CONNECTION)
     token: Secret | None = option("-t --token TOKEN",
         "else JUPYTERHUB_API_TOKEN (better: arguments show in the process list)", token_text, on=COMMANDS,
-        reported=False, locust=True)
+        reported=False, locust=True, about=CONNECTION)
     headers: tuple[tuple[str, Secret], ...] = option("--header 'Name: value'",
         "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
-        repeatable=True, reported=False, locust=True)
+        repeatable=True, reported=False, locust=True, about=CONNECTION)
     dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
         excludes="results report samples metrics_port",
-        because="--dry-run measures nothing that {} could show: give one of them")
+        because="--dry-run measures nothing that {} could show: give one of them", about=OUTPUT)
     log_to_file: bool | str = option("--log-to-file FILE",
-        "log to FILE, or to a new file in the temporary directory", str, const=True)
-    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time")
+        "log to FILE, or to a new file in the temporary directory", str, const=True, about=OUTPUT)
+    verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time",
+        about=OUTPUT)
     run: str | None = option("--run NAME",
-        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust")
-    results: str | None = option("--results FILE", "write the results as JSON", writable_file)
+        "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust",
+        about=WHO)
+    results: str | None = option("--results FILE", "write the results as JSON", writable_file, about=OUTPUT)
     report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
-        package=("plotly", "plotly"))
+        package=("plotly", "plotly"), about=OUTPUT, hidden_on=(PURGE,))
     fail_if: tuple[Condition, ...] = option("--fail-if CONDITION",
         "fail if METRIC OP VALUE, like 'server_ready.p95 > 30s'; repeatable; replaces failed > 0", condition,
-        (), repeatable=True, locust=True)
+        (), repeatable=True, locust=True, about=FAILS, hidden_on=(PURGE,))
     baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
-        results_file, reported=False)
+        results_file, reported=False, about=FAILS, hidden_on=(PURGE,))
     count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
-        on=(*LOADS, GROUP), compared=True)
+        on=(*LOADS, GROUP), compared=True, about=WHO)
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
-        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True)
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=WHO)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
         excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them")
+        because="{} ends servers, and --keep leaves them running: give one of them", about=WHAT)
     profile: str | Json | None = for_groups("-p --profile P",
-        "a profile's slug, or a JSON object of user options", profile_value)
+        "a profile's slug, or a JSON object of user options", profile_value, about=WHAT)
     own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE, EVENT), compared=True, locust=True)
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True, about=WHO)
     server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
-        duration, "60s")
+        duration, "60s", about=FAILS)
     fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
-        whole_number, 0, const=1)
+        whole_number, 0, const=1, about=FAILS)
     rate_per_s: float | Schedule | None = option("--rate R",
         "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
-        on=(*LOADS, GROUP), compared=True)
+        on=(*LOADS, GROUP), compared=True, about=WHO)
     hold_s: float = for_people("--hold DURATION",
         "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
-        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them")
+        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
+        about=WHAT)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
         compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them")
+        because="--within and {} both say when people come: give one of them", about=WHO)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
         compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}")
+        because="the groups of --event say who comes and when: leave out {}", about=WHO)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
-        on=(STRESS,), compared=True, needs="event")
+        on=(STRESS,), compared=True, needs="event", about=WHO)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
     after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
         on=(GROUP,))
     seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
         needs="within_s")
     visit: bool = for_groups("--visit", "each person opens the start page of their server",
-        locust_flag="--hub-open")
+        locust_flag="--hub-open", about=WHAT)
     visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
-        duration, "30s", needs="visit page work check_proxy", locust=True)
+        duration, "30s", needs="visit page work check_proxy", locust=True, about=FAILS)
     page: Recording | None = for_groups("--page FILE.har",
-        "each person fetches what a browser did that this HAR file recorded", recording)
+        "each person fetches what a browser did that this HAR file recorded", recording, about=WHAT)
     work: bool = for_groups("--work", "each person starts a kernel and runs cells",
-        package=("websocket-client", "websocket"))
+        package=("websocket-client", "websocket"), about=WHAT)
     notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook, needs="work")
+        notebook, needs="work", about=WHAT)
     think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
-        duration, "10s", needs="work")
+        duration, "10s", needs="work", about=WHAT)
     cell_timeout_s: float = for_people("--cell-timeout DURATION",
-        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True)
+        "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True,
+        about=FAILS)
     stay_s: float | None = for_groups("--stay DURATION",
         "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration, locust="60s")
+        duration, locust="60s", about=WHAT)
     check_proxy: bool = for_people("--check-proxy",
-        "after the load: does the proxy lose connections when servers end? Takes some three minutes")
+        "after the load: does the proxy lose connections when servers end? Takes some three minutes",
+        about=WHAT)
     public_url: str | None = for_people("--public-url URL",
         "where people reach the hub, if not at the endpoint", endpoint_url,
-        needs="visit page work check_proxy", locust=True)
+        needs="visit page work check_proxy", locust=True, about=CONNECTION)
     workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
         whole_number, "100")
     duration_s: float | None = option("--duration DURATION",
         "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
-        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,))
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=WHAT)
     processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
     mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
         "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
-        locust="activity=1")
+        locust="activity=1", about=WHAT)
     operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
         str, locust=True)
     find_capacity: bool = option("--find-capacity",
-        "raise the rate until a condition is met: what does the hub sustain? How many people a minute?",
-        on=LOADS, rules_on=(STRESS,), excludes="count within_s event hold_s stay_s keep check_proxy",
-        because="--find-capacity says who comes, and when they leave: leave out {}")
+        "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
+        "Do --count N fit --within DURATION?",
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy",
+        because="--find-capacity says who comes, and when they leave: leave out {}", about=CAPACITY)
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
-        needs="find_capacity")
+        needs="find_capacity", about=CAPACITY)
     cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
-        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S)
+        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
     watch: Sequence[Watched] = for_loads("--watch NAME=URL",
         "read this Prometheus page of another process too, without the token; repeatable", watched, (),
         repeatable=True)
     samples: str | None = for_loads("--samples FILE",
-        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file)
+        "write each event as it happens; FILE ends in .csv or .csv.gz", samples_file, about=OUTPUT)
     metrics_port: int | None = for_loads("--metrics-port N",
         "serve the run to Prometheus on this port of all interfaces", whole_number,
-        package=("prometheus-client", "prometheus_client"))
+        package=("prometheus-client", "prometheus_client"), about=OUTPUT)
     scale: float = option("--scale R", "a RunningServer sends R times as often as every 300 s",
         positive_number, "1", on=(), locust=True)
     visits: int = option("--visits N", "how many times a Person comes", whole_number, "1", on=(), locust=True)
@@ -1325,6 +1353,13 @@ class Recorder:
 
     def failures(self, names: Iterable[str]) -> int:
         return sum(fold.failed for fold in self._of(names))
+
+    def latest_s(self, name: str) -> float | None:
+        """The median latency of those due in the last span of time that has any."""
+        with self._lock:
+            spans = self._folds[name].spans if name in self._folds else {}
+            measured = [number for number, span in spans.items() if span.count]
+            return spans[max(measured)].summary().p50 if measured else None
 
     def late_share(self, names: Collection[str]) -> float:
         """The share of these operations' requests that were sent too late; see `LATE_SEND_S`."""
@@ -2379,59 +2414,45 @@ def check_way(hub: Hub, plan: Plan) -> None:
 # ==== Progress, and many things at the same time =====================================================================
 
 
-def timeit(f: Callable[..., R]) -> Callable[..., R]:
-    """The function, logging how long each call took, even when it raises."""
-
-    @functools.wraps(f)
-    def timed(*args: Any, **kwargs: Any) -> R:
-        began_s = time.monotonic()
-        try:
-            return f(*args, **kwargs)
-        finally:
-            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
-
-    return timed
-
-
 def optional(module: str) -> Any:
     """A module of the extra `full`; None when it is not installed."""
     return importlib.import_module(module) if importlib.util.find_spec(module.partition(".")[0]) else None
 
 
 class Progress:
-    """Says on standard error how far a phase has come: a bar on a terminal (with tqdm), else a line now and then.
+    """Shows a line on standard error: on a terminal in place, elsewhere every ten seconds.
 
-    It is silent unless the log shows at least INFO. `total` is None where nobody knows it.
+    It is silent unless the log shows at least INFO.
     """
 
-    def __init__(self, phase: str, total: int | None) -> None:
-        self._phase, self._total = phase, total
-        self._began_s = time.monotonic()
-        self._next_s = self._began_s + PROGRESS_EVERY_S
-        self._bar: Any = None
+    def __init__(self, line: Callable[[], str]) -> None:
+        self._line, self._every_s, self._next_s = line, STATUS_EVERY_S, time.monotonic() + STATUS_EVERY_S
+        self._show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+        self._width: int | None = None
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
-        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty() and (tqdm := optional("tqdm")):
-            self._closing.enter_context(
-                importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm()
-            )
-            bar = tqdm.tqdm(total=self._total, desc=self._phase, file=sys.stderr, dynamic_ncols=True)
-            self._bar = self._closing.enter_context(bar)
+        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty():
+            self._every_s, self._next_s = STATUS_IN_PLACE_EVERY_S, 0.0
+            self._width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            if tqdm := optional("tqdm"):
+                enter = self._closing.enter_context
+                enter(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
+                bar = enter(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
+                self._show = bar.set_description_str
+            else:  # what is logged meanwhile overwrites the line, since the cursor is at its beginning
+                self._show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
+                self._closing.callback(self._show, "")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def tell(self, done: int, failed: int = 0) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix({"failed": failed} if failed else {}, refresh=False)
-            self._bar.update(done - self._bar.n)
-            self._bar.refresh()
-        elif LOG.isEnabledFor(logging.INFO) and (now_s := time.monotonic()) >= self._next_s:
-            self._next_s = now_s + PROGRESS_EVERY_S
-            line = progress_line(self._phase, self._total, done, failed, now_s - self._began_s)
-            print(line, file=sys.stderr, flush=True)
+    def tell(self) -> None:
+        """Show the line, if it is time."""
+        if LOG.isEnabledFor(logging.INFO) and time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + self._every_s
+            self._show(self._line()[: self._width])
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
@@ -2904,13 +2925,13 @@ def make_users(
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
-    with Progress("creating users", count) as progress:
+    with Progress(lambda: f"creating users: {made:,} of {count:,}") as progress:
         while made < count:
             wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
-            progress.tell(made)
+            progress.tell()
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
@@ -3221,6 +3242,11 @@ class Turns:
         self._changed = threading.Condition()
         self.freed = self._taken = 0
         self._waiting: list[float] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many throttled starts wait for their next try."""
+        return len(self._waiting)
 
     def free(self) -> bool:
         """A place is free; whether a throttled start waits for it."""
@@ -4073,6 +4099,56 @@ def _moments(plan: Plan, seed: int | None) -> list[float]:
     return [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
 
 
+USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
+Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
+
+
+def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
+    """When each person is there, if servers start in `USUAL_START_S` and all else takes no time.
+
+    At worst, every step takes as long as its time-out allows.
+    """
+    people, first = [], min(plan.batch_size, FIRST_STARTS)  # as many start until one server is ready
+    for n, (due_s, group) in enumerate(arrivals(plan)):
+        start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
+        rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
+        arrives_s = due_s if plan.is_open else rounds * start_s
+        parts = len(group.page.requests) if group.page else 0
+        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
+        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
+        works_s = arrives_s + start_s + look_s + parts_s
+        cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
+        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
+    return [
+        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
+        for arrives_s, works_s, _, look_s, group in people
+    ]
+
+
+def most_at_one_time(people: Sequence[Presence]) -> int:
+    """How many of these people are there at one time, at most."""
+    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
+    return max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
+
+
+def at_one_time(people: Sequence[Presence], noun: str) -> str:
+    """The most of something that these people have at one time; about, where that depends on starts."""
+    about = "about " if any(group.stay_s for _, _, group in people) else ""
+    return f"{about}{counted(most_at_one_time(people), noun)}" if people else f"no {noun}s"
+
+
+def costs_and_risks(plan: Plan) -> Iterator[str]:
+    """What starting these servers costs at most, and what the hub risks."""
+    most = most_at_one_time(timetable(plan, at_worst=True)) if plan.is_open else plan.count
+    servers = f"At most {counted(plan.max_servers or most, 'server')} at one time"
+    if plan.find_capacity and not plan.max_servers:
+        servers = "As many servers as a step has people (--max-servers bounds that)"
+    yield f"{servers}, each with a volume where the hub gives one (Zero to JupyterHub: 10 GiB)"
+    if plan.count > 4 and not plan.fail_fast:
+        yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
+
+
 # ==== Cleaning up ====================================================================================================
 
 
@@ -4086,7 +4162,6 @@ class CleanUp:
     in_the_way: str = ""
 
 
-@timeit
 def remove_users(
     thought: Mapping[str, ServerState],
     ours: Callable[[str], bool],
@@ -4107,10 +4182,14 @@ def remove_users(
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     to_do = dict(left)
-    with Progress(f"removing {things(isinstance(hub, OwnServers))}", len(left)) as progress:
+    what, there = things(isinstance(hub, OwnServers)), {*left}
+    there -= {name for name in left if left[name] is ServerState.GONE}
+    with Progress(
+        lambda: f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
+    ) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, lambda: progress.tell(len(removal.gone)))
+            let_go(to_do, hub, record, concurrency, removal, progress.tell)
             try:
                 found = [
                     user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
@@ -4359,19 +4438,16 @@ def send_load(
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
-def spread_load(load: Load, session: HubSession, record: Recorder) -> float:
+def spread_load(
+    load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None] = lambda: None
+) -> float:
     """Send a load from its processes; the busiest one's share of a processor while it sent.
 
     Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
-    with Progress(load.title, None if load.duration_s and not load.rate_per_s else load.planned) as progress:
-
-        def on_tick() -> None:
-            progress.tell(record.count(load.mix), record.failures(load.mix))
-
-        if load.processes > 1:
-            return _spread_over_processes(load, session, record, on_tick)
-        return send_load(load, 0, session.clock(), session, record, on_tick)
+    if load.processes > 1:
+        return _spread_over_processes(load, session, record, on_tick)
+    return send_load(load, 0, session.clock(), session, record, on_tick)
 
 
 def _spread_over_processes(
@@ -4494,6 +4570,7 @@ CHECK_ENDED, CHECK_STOPPED = (
 )  # handshakes to a server that has ended by itself, and to one that was stopped
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
 CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected proxy keeps for an hour"
+CHECK_USUALLY_S = 180.0
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
 PROOF_SHARE, CLEAN_SHARE = (
@@ -4801,6 +4878,24 @@ def seeded(plan: Plan) -> Plan:
     return dataclasses.replace(plan, seed=random.randrange(1, 1 << 32)) if at_random else plan
 
 
+def whereabouts(site: Site, count: int) -> dict[str, int]:
+    """How many of these people have come, and where they are now."""
+    record, starting, throttled = site.record, len(site.starting), site.turns.waiting
+    tried = {name: record.count([name]) for name in PERSONAL}
+    failed = {name: record.failures([name]) for name in PERSONAL}
+    ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
+    opening = ready - works - sum(failed[name] for name in ("visit", "page", "kernel_ready", "at_work"))
+    return {
+        f"of {count:,} came": tried["server_ready"] + starting,
+        "starting": max(0, starting - throttled),
+        "throttled": throttled,
+        "ready": max(0, opening if site.plan.rehearses else ready - tried["stay"]),
+        "at work": max(0, works - failed["cell"] - tried["stay"]),
+        "done": tried["stay"] - failed["stay"],
+        "failed": sum(failed.values()),
+    }
+
+
 class Interruption:
     """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second leaves the program at once.
 
@@ -4892,6 +4987,10 @@ class Run:
         self._interruption.begin(self._stop, self._leave)
         for monitor in self.monitors.values():
             monitor.__enter__()
+        for watch in self.plan.watch:
+            monitor = self.monitors[watch.name]
+            if not monitor.snapshots:
+                LOG.warning("--watch %s cannot be read: %s", watch, monitor.missing or "no answer")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4919,14 +5018,15 @@ class Run:
             monitor.look()
 
     def announce(self, what: str) -> None:
-        """Say what begins."""
+        """Say what begins, what it costs, and what it risks."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
         owner = f" of {self.hub.owner_of('')}" if self.plan.own_servers else ""
         proxy = self.session.proxy_to(self.hub.endpoint)
         where = f"{self.hub.endpoint}, through {proxy}" if proxy else self.hub.endpoint
         LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, where, names, owner)
+        for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
+            LOG.info("%s", line)
 
-    @timeit
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
         taken = [*(user["name"] for user in self.existing), *self.claims.confirmed]
@@ -4935,15 +5035,43 @@ class Run:
         )
         return [name for batch in batches for name in batch]
 
-    @timeit
     def start_servers(self, names: Sequence[str]) -> None:
         """Take the people through their journeys. Raises `CutShort`."""
-        goal, record = self.plan.goal, self.site.record
-        title = "people at work" if self.plan.rehearses else "starting servers"
-        with Progress(title, len(names)) as progress:
-            send_people(
-                names, self.site, lambda: progress.tell(record.count([goal]), record.failures(PERSONAL))
+        site, plan, session, began_s = self.site, self.site.plan, self.session, self.session.clock()
+        last_s = arrivals(plan)[-1][0]
+        worst = timetable(dataclasses.replace(plan, hold_s=0.0), at_worst=True) if plan.is_open else []
+        at_most_s = max((leaves_s for _, leaves_s, _ in worst), default=0.0)
+
+        def line() -> str:
+            now_s, leave_s = session.clock(), site.gathering.leave_s
+            hold_s = leave_s - now_s if leave_s < math.inf else 0.0
+            moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
+            return self.status(moment, whereabouts(site, len(names)))
+
+        with Progress(line) as progress:
+            send_people(names, site, progress.tell)
+
+    def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
+        """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
+        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.duration_s
+
+        def line() -> str:
+            passed_s, sent, failed = (
+                session.clock() - began_s,
+                record.count(load.mix),
+                record.failures(load.mix),
             )
+            numbers = {f"sent ({sent / passed_s:.1f} per second)": sent}
+            numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
+            return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
+
+        with Progress(line) as progress:
+            return spread_load(load, session, record, progress.tell)
+
+    def status(self, moment: str, numbers: Mapping[str, int]) -> str:
+        """The line that says where the run is, and how the hub is."""
+        share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
+        return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
 
     def begin_anew(self, plan: Plan, record: Recorder) -> None:
         """Have other people come, by this plan, and apart from those before them."""
@@ -4978,7 +5106,9 @@ class Run:
             finally:
                 person.go_home()
 
-        with Team(self.session) as team:
+        clock, until_s = self.session.clock, self.session.clock() + CHECK_USUALLY_S
+        progress = Progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left")
+        with progress, Team(self.session, progress.tell) as team:
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
@@ -5059,7 +5189,8 @@ def stress(run: Run) -> None:
     """Make users, start their servers, hold them."""
     plan = run.plan
     if plan.find_capacity:
-        search_people(run)
+        run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
+        search(run)
         return
     who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
     run.announce(f"{who}, {pace_text(plan.options())}")
@@ -5078,12 +5209,12 @@ def activity(run: Run) -> None:
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
     users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    if plan.find_capacity:
+        search(run, users)
+        return
     load = load_of(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
-        if plan.find_capacity:
-            search_requests(run, load)
-            return
-        cpu_share = spread_load(load, session, run.record)
+        cpu_share = run.send_requests(load, session, run.record)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
         waiting = "all threads were waiting for the hub: give more --workers or --processes"
@@ -5125,6 +5256,8 @@ def carry_out(plan: Plan) -> Results:
 
 # ==== Capacity =======================================================================================================
 
+FIRST_STEPS = {STRESS: (0.1, 60.0), ACTIVITY: (16.0, 10.0)}  # people or requests per second, and for how long
+
 
 @dataclasses.dataclass(frozen=True)
 class CapacityStep:
@@ -5165,8 +5298,20 @@ class Limit(enum.Enum):
     SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
     PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
     GENERATOR = "this machine could not send more"
-    MAX_SERVERS = "--max-servers allows no step with more people"
+    MAX_SERVERS = "--max-servers {}: the hub may take more"
+    FAILURES = "what failed most often: {} × {}"
     UNKNOWN = "the hub's figures do not tell what the limit was"
+
+
+def first_step(plan: Plan) -> Plan:
+    """The plan of the first step of a search for capacity."""
+    usual_per_s, usual_s = FIRST_STEPS[plan.command]
+    rate_per_s, for_s = fastest(plan.rate_per_s) or usual_per_s, plan.duration_s or usual_s
+    count, mix = plan.count, plan.mix
+    if plan.command == STRESS:
+        count, mix = max(1, round(rate_per_s * for_s)), {"server_ready": 1.0}
+    when: Json = {"rate_per_s": rate_per_s, "duration_s": for_s, "within_s": None}
+    return dataclasses.replace(plan, count=count, mix=mix, **when)
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -5175,138 +5320,94 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
 
 
 def next_rate(
-    steps: Sequence[CapacityStep], first_rate_per_s: float, grain_per_s: float = 0.0
+    steps: Sequence[CapacityStep], first_per_s: float, grain_per_s: float = 0.0, most_per_s: float = math.inf
 ) -> float | None:
     """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
-    None when the answer is known as well as it can be: a rate that the generator could not send says nothing of the
-    hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
+    None when the answer is known as well as it can be: a rate that the generator could not send says nothing
+    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are whole.
     """
-    sustained = sustained_rate(steps)
-    broken = min((step.rate_per_s for step in steps if step.held), default=None)
-    rate: float | None = None
-    if any(step.generator_bound for step in steps):
+    low = sustained_rate(steps) or 0.0
+    high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
+    hopeless = not low and not grain_per_s and high <= 1
+    if hopeless or high <= 1.05 * low or any(step.generator_bound for step in steps):
         return None
-    if broken is None:
-        rate = sustained * 2 if sustained else first_rate_per_s
-    elif sustained is None:
-        rate = broken / 2 if broken > 1 or grain_per_s else None
-    elif broken > sustained * 1.05:
-        rate = (sustained + broken) / 2
-    if rate is None or not grain_per_s:
-        return rate
-    rate = max(1, round(rate / grain_per_s)) * grain_per_s
+    rate = (low + high) / 2 if high < math.inf else min(2 * low or first_per_s, most_per_s)
+    rate = max(1, round(rate / grain_per_s)) * grain_per_s if grain_per_s else rate
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
-Trial = tuple[CapacityStep, Recorder, Sequence[str]]  # what a rate showed, the events, and the users
+def search(run: Run, users: Sequence[str] = ()) -> None:
+    """Search for the highest rate at which no condition is met; `run` has the answer, however this ends.
 
-
-def search(run: Run, first_rate_per_s: float, grain_per_s: float, attempt: Callable[[float], Trial]) -> None:
-    """Search for the highest rate at which no condition is met; `run` has the answer, however the search ends."""
-    plan, session, steps, best = run.plan, run.session, list[CapacityStep](), Recorder()
+    Requests are sent for `users`; people who come are new ones in each step.
+    """
+    plan, session, of_people = run.plan, run.session, run.plan.command == STRESS
+    first, steps, best, last = first_step(plan), list[CapacityStep](), Recorder(), ""
+    grain_per_s = 1 / first.duration_s if of_people and first.duration_s else 0.0
     most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
-    rate: float | None = first_rate_per_s
     try:
-        while not session.stopping.is_set() and not session.hub_is_gone:
-            rate = next_rate(steps, first_rate_per_s, grain_per_s)
-            if rate is None or rate > most_per_s * 1.0001:
-                break
-            step, seen, users = attempt(rate)
+        while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
+            count = round(rate / grain_per_s) if of_people else plan.count
+            users = run.make_users(count, plan.batch_size) if of_people else users
+            step, seen = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            LOG.info("At %s: %s", pace_of_step(step, plan), step.held or "sustained")
+            people_text = f"{counted(60 * rate, 'person', 'people')} a minute"
+            last = people_text if of_people else f"{counted(rate, 'request')} per second"
+            LOG.info("At %s: %s", last, step.held or "sustained")
             best = seen if not step.held or sustained_rate(steps) is None else best
-            if plan.command == STRESS:
+            if of_people:
                 run.let_leave(users)
             _drain_hub(run.hub, users[0])
     finally:
         run.record.take_over(best)
-        run.capacity = capacity_of(plan, steps, rate, rate is not None and rate > most_per_s)
-        if steps and run.capacity.rate_per_s is None:
-            run.warnings.append(nothing_sustained(plan, steps, best))
+        run.capacity = capacity_of(plan, steps, finished=rate is None)
+        if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
+            judged = {*(first.mix or DEFAULT_MIX), *PERSONAL}
+            errors = (one.errors for name, one in best.summarise().items() if name in judged)
+            usual = sum(map(collections.Counter, errors), collections.Counter[str]()).most_common(1)
+            most = "".join(f" ({number:,} × {reason})" for reason, number in usual)
+            run.warnings.append(f"no rate was sustained, not even {last}: {steps[-1].held}{most}")
 
 
-def capacity_of(plan: Plan, steps: list[CapacityStep], next_per_s: float | None, too_many: bool) -> Capacity:
-    """What a search has found that would try `next_per_s` next, unless that needs too many servers."""
+def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
+    """What the steps of a search have shown; it has not finished if nothing but --max-servers ended it."""
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
-    finished = next_per_s is None
     if plan.command == ACTIVITY:
         mix = plan.mix or DEFAULT_MIX
         reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
-        return Capacity(
-            sustained, int(reports_per_s * SERVER_REPORTS_EVERY_S) or None, bound, steps, finished
-        )
-    lowest = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
-    limit = lowest.limited_by if lowest else None
-    limit = Limit.MAX_SERVERS.value if too_many else limit
+        servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
+        return Capacity(sustained, servers, bound, steps, finished)
+    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+    limit = broken[0].limited_by if broken else None
+    if finished and not broken:
+        finished, limit = False, Limit.MAX_SERVERS.value.format(plan.max_servers)
     return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
-def pace_of_step(step: CapacityStep, plan: Plan) -> str:
-    """The rate of a step: 12 people a minute, or 16 requests per second."""
-    if plan.command == STRESS:
-        return f"{counted(60 * step.rate_per_s, 'person', 'people')} a minute"
-    return f"{counted(step.rate_per_s, 'request')} per second"
-
-
-def nothing_sustained(plan: Plan, steps: Sequence[CapacityStep], seen: Recorder) -> str:
-    """What the lowest rate met, and the most usual failure."""
-    lowest, failures = min(steps, key=lambda step: step.rate_per_s), collections.Counter[str]()
-    names = PERSONAL if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    for name, operation in seen.summarise().items():
-        failures.update(operation.errors if name in names else {})
-    most = "".join(f" ({number:,} × {reason})" for reason, number in failures.most_common(1))
-    return f"no rate was sustained, not even {pace_of_step(lowest, plan)}: {lowest.held}{most}"
-
-
-def search_requests(run: Run, load: Load) -> None:
-    """How many requests per second does the hub sustain? `load` says from whom and of what kind."""
-
-    def attempt(rate: float) -> Trial:
-        beside, seen = run.session.clone(traffic=Traffic()), Recorder(*run.record.listeners)
-        part = dataclasses.replace(load, rate_per_s=rate, duration_s=load.duration_s or CAPACITY_STEP_S)
-        cpu_share = spread_load(part, beside, seen)
-        run.session.traffic.add(beside.traffic.counts)
-        return judge_step(part, seen, beside.traffic, run.plan, cpu_share), seen, load.users
-
-    search(run, fastest(load.rate_per_s) or CAPACITY_FIRST_RATE_PER_S, 0.0, attempt)
-
-
-def search_people(run: Run) -> None:
-    """How many people does the hub take who come at a rate? New ones come in each step."""
-    plan, for_s = run.plan, run.plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    run.announce(f"How many people a minute? In steps of {duration_text(for_s)}")
-
-    def attempt(rate: float) -> Trial:
-        names = run.make_users(round(rate * for_s), plan.batch_size)
-        return *_try_people(run, names, for_s), names
-
-    search(run, fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S, 1 / for_s, attempt)
-
-
-def _try_people(run: Run, names: Sequence[str], for_s: float) -> tuple[CapacityStep, Recorder]:
-    session, monitor, rate_per_s = run.session, run.monitor, len(names) / for_s
-    seen = new_recorder(*run.record.listeners)
-    run.begin_anew(dataclasses.replace(run.plan, count=len(names), rate_per_s=rate_per_s), seen)
+def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
+    """Have these people come, or send requests for these users: the step, and its events."""
+    session, monitor, seen = run.session, run.monitor, new_recorder(*run.record.listeners)
+    load, of_people = load_of(plan, run.hub.endpoint, users), plan.command == STRESS
+    run.begin_anew(plan, seen)
     looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
-    with run.pinging(names[0]):
-        run.start_servers(names)
+    with run.pinging(users[0]):
+        if of_people:
+            run.start_servers(users)
+            cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
+        else:
+            cpu_share = run.send_requests(load, session, seen)
     monitor.look()
-    cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
     traffic.add(session.traffic.counts - before)
-    load = Load(run.hub.endpoint, tuple(names), {"server_ready": 1.0}, 1, rate_per_s, for_s)
-    step = judge_step(load, seen, traffic, run.plan, cpu_share)
-    if not step.held and falls_behind(waits_of(seen.people, "at_work" if run.plan.opens else "server_ready")):
-        step = dataclasses.replace(step, held="the hub fell behind: the last waited longer than the first")
-    if step.held:
+    step = judge_step(load, seen, traffic, plan, cpu_share)
+    if step.held and of_people:
         own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
-        in_front = traffic.counts[-429] > traffic.throttled
-        limit = limit_of(seen.summarise(), own, step.generator_bound, in_front)
-        step = dataclasses.replace(step, limited_by=limit.value)
+        limit = limit_of(step, seen, own, in_front=traffic.counts[-429] > traffic.throttled)
+        step = dataclasses.replace(step, limited_by=limit)
     return step, seen
 
 
@@ -5318,55 +5419,65 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
     held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
     unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
     bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
+    ends = [row[plan.goal] for row in seen.people.values() if plan.goal in row]
+    waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
     if bound:
         held = "the generator could not send this rate"
-    elif not held and unsent > 0 and of_people:
-        people = counted(load.planned, "person", "people")
-        held = f"{unsent:,} of {people} never came, after failures in a row"
     elif not held and unsent > 0:
-        held = f"{unsent:,} of {counted(load.planned, 'request')} could not be sent in time"
-    sent_per_s = count / (load.duration_s or math.nan)
+        noun = ("person", "people") if of_people else ("request", "requests")
+        why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
+        held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
+    elif not held and falls_behind(waits_s):
+        held = "the hub fell behind: the last waited longer than the first"
     p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
+    sent_per_s = count / (load.duration_s or math.nan)
     return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
-def waits_of(people: People, goal: str) -> list[float]:
-    """How long each person waited who reached the goal, in the order in which they were due."""
-    reached = sorted((row[goal] for row in people.values() if goal in row), key=lambda end: end.due_s)
-    return [end.latency_s for end in reached if end.reason is None]
-
-
 def falls_behind(waits_s: Sequence[float]) -> bool:
-    """Whether those who came last waited longer than those who came first: by half, and by more than a second.
+    """Whether the last waited longer than those who came first: by half, and by more than a second.
 
     By the medians of the last and the first quarter. If people kept coming, they would wait ever longer.
     """
     quarter = max(1, len(waits_s) // 4)
-    first_s, last_s = (
-        sorted(part)[len(part) // 2] for part in (waits_s[:quarter] or [0], waits_s[-quarter:] or [0])
-    )
+    parts = (waits_s[:quarter] or [0.0], waits_s[-quarter:] or [0.0])
+    first_s, last_s = (sorted(part)[len(part) // 2] for part in parts)
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
-def limit_of(
-    seen: Mapping[str, Operation],
-    own: HubFigures | None,
-    generator_bound: bool,
-    limited_in_front: bool = False,
-) -> Limit:
-    """What kept people from getting through, by the hub's own figures: what took most of the time that they waited."""
-    means = {name: one.latency_s.mean or 0.0 for name, one in seen.items()}
-    asked, ready_s = seen.get("start_server"), means.get("server_ready", 0.0)
-    whole_s = means.get("at_work", ready_s)
-    if generator_bound:
-        return Limit.GENERATOR
-    if own and own.busy:
-        return Limit.PROCESSOR
-    if asked and asked.backoff_s / asked.count > ready_s / 10:
-        return Limit.FRONT if limited_in_front else Limit.THROTTLING
-    if own and "success" in own.spawns and own.spawns["success"].mean_s > whole_s / 2:
-        return Limit.SPAWN
-    return Limit.PROXY if whole_s - ready_s > whole_s / 2 else Limit.UNKNOWN
+def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
+    """What kept people from getting through, by the condition that broke the step and the hub's own figures.
+
+    Failures are their own reason; only time-outs are judged like other waits for the same step.
+    """
+    broken, _, statistic = re.split("[ <>]", step.held or "", maxsplit=1)[0].rpartition(".")
+    operations, failed = seen.summarise(), ""
+    if statistic in ("failed", "failed_rate") or "never came" in (step.held or ""):
+        ends = [end for row in seen.people.values() for end in row.values() if end.step in PERSONAL]
+        failures = [(end.step, end.reason) for end in ends if end.reason and broken in ("", end.step)]
+        if usual := collections.Counter(failures).most_common(1):
+            (broken, reason), number = usual[0]
+            failed = Limit.FAILURES.value.format(number, reason.text)
+            if reason.kind not in (Kind.LATE, Kind.THROTTLED):
+                return failed
+    means = {name: one.latency_s.mean or 0.0 for name, one in operations.items()}
+    ready_s, asked = means.get("server_ready", 0.0), operations.get("start_server")
+    of_starts = broken in ("start_server", "server_ready") or statistic == "throttled"
+    whole_s = ready_s if of_starts else means.get("at_work", ready_s)
+    spawn_s = own.spawns["success"].mean_s if own and "success" in own.spawns else 0.0
+    throttled = statistic == "throttled" or bool(asked and asked.backoff_s / asked.count > ready_s / 10)
+    idle = bool(own and own.cpu_share_max < IDLE and own.late_s is None)
+    at_the_server = broken in PERSONAL[1:] and broken != "at_work"
+    rules = {
+        Limit.GENERATOR: step.generator_bound,
+        Limit.PROCESSOR: (own and own.busy) or (broken == "ping" and not idle),
+        Limit.UNKNOWN: broken == "ping",
+        Limit.PROXY: at_the_server or whole_s - ready_s > whole_s / 2,
+        Limit.FRONT: throttled and in_front,
+        Limit.THROTTLING: throttled,
+        Limit.SPAWN: spawn_s > whole_s / 2,
+    }
+    return next((limit.value for limit, applies in rules.items() if applies), failed or Limit.UNKNOWN.value)
 
 
 def _drain_hub(hub: Hub, user: str) -> None:
@@ -5945,7 +6056,7 @@ def time_spent(results: Results) -> Iterator[str]:
             yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
     for name, handler in HANDLERS.items():
         operation, inside = operations.get(name), own and own.requests.get(handler)
-        comparable = not results.hub.restarts and (name == "ping" or not results.capacity)
+        comparable = not results.hub.restarts and not results.capacity
         whole_s = operation.latency_s.mean if operation else None
         if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
@@ -5981,7 +6092,7 @@ def arrivals_per_s(options: Json) -> float:
     """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
     rates = [
         fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
-        or group["count"] / (group.get("within") or math.inf)
+        or group.get("count", 0) / (group.get("within") or math.inf)
         for group in options.get("event") or [options]
     ]
     return float(sum(rates))
@@ -6121,7 +6232,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
     if results.command == PURGE:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
-        return word, _capacity_sentence(results.capacity)
+        return word, _capacity_sentence(results.capacity, results.options)
     outcome = people or servers
     missing = people.expected - people.at_work if people else servers.failed if servers else 0
     early = unfinished_text(outcome, missing) if outcome and (outcome.under_way or outcome.not_begun) else ""
@@ -6162,20 +6273,35 @@ def waits_text(operation: Operation | None) -> str:
     return f"; half waited {half}{nearly_all}, the slowest {slowest}"
 
 
-def _capacity_sentence(capacity: Capacity) -> str:
+def _capacity_sentence(capacity: Capacity, options: Json) -> str:
+    """What a search found; of people, in which step, and whether as many as were asked about fit."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
         return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
     at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
-    if capacity.people_per_minute:
-        people = counted(capacity.people_per_minute, "person", "people")
-        of_300 = duration_text(300 * 60 / capacity.people_per_minute)
-        return f"this hub takes {at_least}{people} a minute: a class of 300 in {of_300}"
+    if people := capacity.people_per_minute:
+        within_s, for_s = options.get("within"), options.get("duration") or FIRST_STEPS[STRESS][1]
+        count, found_with = options["count"] if within_s else 300, round(capacity.rate_per_s * for_s)
+        takes = f"this hub takes {at_least}{counted(people, 'person', 'people')} a minute"
+        if found_with == options.get("max_servers"):
+            takes += f" with at most {counted(found_with, 'server')} at a time"
+        found = f"(found with {counted(found_with, 'person', 'people')} in {duration_text(for_s)})"
+        sentence = f"{takes} {found}: a class of {count} in {duration_text(60 * count / people)}"
+        return sentence + (_fit_text(count, within_s, people, at_least) if within_s else "")
     sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
     if not (servers := capacity.servers_reporting_every_300_s):
         return sustained
     return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
+
+
+def _fit_text(count: int, within_s: float, people_per_minute: float, at_least: str) -> str:
+    """Whether a hub takes so many people in this time, and how many times as many, rounded down."""
+    needed = 60 * count / within_s
+    times = math.floor(10 * people_per_minute / needed + 1e-6) / 10
+    fits = "fits," if times >= 1 else "not known:" if at_least else "does not fit:"
+    in_time = f"{count} in {duration_text(within_s)} are {needed:.4g} a minute"
+    return f"; {in_time}: {fits} {at_least}{times:g} times"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
@@ -6245,7 +6371,7 @@ def _tested_rows(results: Results) -> Iterator[Row]:
     mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
     tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
-        lasts = duration_text(results.options["duration"] or CAPACITY_PEOPLE_STEP_S)
+        lasts = duration_text(results.options["duration"] or FIRST_STEPS[STRESS][1])
         tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
     below = "rate sustained" if capacity.rate_per_s else "last rate tried"
     yield "tested", f"{tested}. The latencies below are of the {below}"
@@ -6258,7 +6384,7 @@ def _tested_rows(results: Results) -> Iterator[Row]:
         yield "limit", capacity.limited_by
 
 
-FAILS = {">": "above {}", ">=": "at {} or more", "<": "below {}", "<=": "at {} or less"}
+BOUNDS = {">": "above {}", ">=": "at {} or more", "<": "below {}", "<=": "at {} or less"}
 
 
 def goal_text(judged: Judgement, operations: Mapping[str, Operation] | None = None) -> str:
@@ -6275,7 +6401,7 @@ def goal_text(judged: Judgement, operations: Mapping[str, Operation] | None = No
         before = value_text(judged.baseline, asked.metric)
         value += f", {judged.value / judged.baseline:.3g}x the baseline's {before}"
     mark = "✗" if judged.held else "✓"
-    return f"{mark} {asked.metric} {value} (fails {FAILS[asked.comparison].format(', '.join(limits))})"
+    return f"{mark} {asked.metric} {value} (fails {BOUNDS[asked.comparison].format(', '.join(limits))})"
 
 
 def _server_rows(results: Results) -> Iterator[Row]:
@@ -6446,14 +6572,11 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
 
 def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
-    header = (
-        ("tried a minute", "came a minute", "server ready p95")
-        if of_people
-        else ("tried per s", "sent per s", "p95")
-    )
-    rows = []
+    header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
+    if of_people:
+        header, unit = ("tried a minute", "came a minute", "server ready p95"), 60
     for step in capacity.steps:
-        rates = (f"{rate * (60 if of_people else 1):.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+        rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
         rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
     return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
 
@@ -6565,41 +6688,8 @@ def _table_lines(rows: Sequence[Sequence[str]], left: Collection[int], width: in
 # ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
-USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
 MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
 MEANWHILE += f"every {METRICS_EVERY_S:g} s"
-Presence = tuple[float, float, Plan]  # arrival and departure, in seconds since the first start; group
-
-
-def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
-    """When each person is there, if servers start in `USUAL_START_S` and all else takes no time.
-
-    At worst, every step takes as long as its time-out allows.
-    """
-    people, first = [], min(plan.batch_size, FIRST_STARTS)  # as many start until one server is ready
-    for n, (due_s, group) in enumerate(arrivals(plan)):
-        start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
-        rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
-        arrives_s = due_s if plan.is_open else rounds * start_s
-        parts = len(group.page.requests) if group.page else 0
-        parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
-        look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
-        works_s = arrives_s + start_s + look_s + parts_s
-        cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
-    all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
-    return [
-        (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
-        for arrives_s, works_s, _, look_s, group in people
-    ]
-
-
-def at_one_time(people: Sequence[Presence], noun: str) -> str:
-    """The most of something that these people have at one time; about, where that depends on starts."""
-    changes = [(arrives_s, 1) for arrives_s, _, _ in people] + [(leaves_s, -1) for _, leaves_s, _ in people]
-    most = max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
-    about = "about " if any(group.stay_s for _, _, group in people) else ""
-    return f"{about}{counted(most, noun)}" if people else f"no {noun}s"
 
 
 def steps_planned(group: Plan) -> str:
@@ -6668,17 +6758,6 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
     worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
     yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
-
-
-def first_step(plan: Plan) -> Plan:
-    """The plan of the first step of a search for capacity."""
-    if plan.command == ACTIVITY:
-        rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_RATE_PER_S
-        return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=plan.duration_s or CAPACITY_STEP_S)
-    rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    for_s = plan.duration_s or CAPACITY_PEOPLE_STEP_S
-    count = max(1, round(rate_per_s * for_s))
-    return dataclasses.replace(plan, rate_per_s=rate_per_s, duration_s=for_s, count=count)
 
 
 def plan_section(plan: Plan) -> Section:
@@ -7034,6 +7113,20 @@ def write_whole(path: str, text: str) -> None:
 Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
 
 
+def timeit(f: Callable[..., R]) -> Callable[..., R]:
+    """The function, logging how long each call took, even when it raises."""
+
+    @functools.wraps(f)
+    def timed(*args: Any, **kwargs: Any) -> R:
+        began_s = time.monotonic()
+        try:
+            return f(*args, **kwargs)
+        finally:
+            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
+
+    return timed
+
+
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
@@ -7235,11 +7328,32 @@ def _results_as_json(plan: Plan) -> Json:
 # ==== Command line, and an event's file =====================================================================
 
 
+DESCRIPTIONS = {
+    STRESS: """\
+Makes a fake user for each person, starts their servers, measures how long that
+takes, and removes all of them. With --visit, --page or --work each person goes
+on to their page, and to the results of their cells.
+
+example: hub-stress-test stress-test --count 300 --within 5m --work""",
+    ACTIVITY: """\
+Makes users without servers, sends for them the activity reports that running
+servers send, measures how long the hub takes to answer, and removes the users.
+
+example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
+    PURGE: """\
+Removes the users, and their servers, that earlier runs left on the hub: those
+whose whole name follows this tool's naming, and no admin.
+
+example: hub-stress-test purge --run night""",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """Refuses bad usage in one sentence, and sets only what is given."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        settings |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
@@ -7247,19 +7361,24 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line. Options of all commands can stand before and after the command."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hub-stress-test", description=__doc__, formatter_class=raw)
+    parser = _Parser(prog="hub-stress-test", description=__doc__)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    for name, row in OPTIONS.items():
-        if set(COMMANDS) <= set(row.on):
-            row.add_to(parser, name)
+    _group_options(parser, [name for name, row in OPTIONS.items() if {*COMMANDS} <= {*row.on}])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, help in COMMANDS.items():
-        sub = commands.add_parser(command, help=help)
-        for name, row in OPTIONS.items():
-            if command in row.on:  # a list that a command continues would replace the one before it
-                row.add_to(sub, f"{name}_too" if row.repeatable else name)
+        units = "DURATION: 90s, 5m or 1h; a number alone is in seconds."
+        sub = commands.add_parser(command, help=help, description=DESCRIPTIONS[command], epilog=units)
+        _group_options(sub, [name for name, row in OPTIONS.items() if command in row.on], command)
     return parser
+
+
+def _group_options(parser: argparse.ArgumentParser, names: Collection[str], command: str = "") -> None:
+    """Add these options in their groups. A list that a command continues would replace the one before it."""
+    for about in HELP_GROUPS:
+        group = parser.add_argument_group(about)
+        for name, row in ((name, OPTIONS[name]) for name in names if OPTIONS[name].about == about):
+            dest = f"{name}_too" if command and row.repeatable else name
+            row.add_to(group, dest, command not in row.hidden_on)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -7272,7 +7391,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    given = vars(build_parser().parse_args(words))
+    namespace, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        raise UsageError(_no_such_option(unknown[0], namespace.command))
+    given = vars(namespace)
     for name in [name for name, row in OPTIONS.items() if row.repeatable]:
         if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
             given[name] = values
@@ -7330,6 +7452,18 @@ def read_table(file: EventFile, n: int) -> Json:
             sentence = re.sub(r"^argument \S+: ", "", str(error))
             raise file.error(n, key, f"{key}: {sentence}") from None
     return fields
+
+
+def _no_such_option(word: str, command: str) -> str:
+    if not word.startswith("-"):
+        return f"{command} has no use for {word!r}"
+    flag = word.partition("=")[0]
+    others = [other for row in OPTIONS.values() if flag in row.flags for other in row.on if other in COMMANDS]
+    if others:
+        return f"{command} has no option {flag}: it is one of {' and '.join(others)}"
+    known = [row.flag for row in OPTIONS.values() if command in row.on]
+    near = difflib.get_close_matches(flag, known, 1, 0.5)
+    return f"{command} has no option {flag}" + "".join(f": did you mean {each}?" for each in near)
 
 
 def _no_such_key(key: str, names: Collection[str], n: int) -> str:
@@ -7390,8 +7524,8 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
     for name in given:
         row = OPTIONS[name]
         needs, excludes = row.needs.split(), row.excludes.split()
-        if plan.command not in row.rules_on:
-            needs = excludes = []
+        if plan.command not in row.rules_on or (name == "within_s" and plan.find_capacity):
+            needs = excludes = []  # of a search, --rate is the first step's
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
@@ -7406,9 +7540,15 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             yield name, f"the stages of --rate decide the {row.key}: leave out {row.flag}"
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
-    first_rate_per_s = fastest(plan.rate_per_s) or CAPACITY_FIRST_PEOPLE_PER_S
-    first, most = round(first_rate_per_s * (plan.duration_s or CAPACITY_PEOPLE_STEP_S)), plan.max_servers
-    if most and first > most:
+    for name, other in (("count", "within_s"), ("within_s", "count")):
+        if plan.command == STRESS and "find_capacity" in given and name in given and other not in given:
+            flag, too = OPTIONS[name].flag, OPTIONS[other].flag
+            yield (
+                name,
+                f"--find-capacity says who comes: leave out {flag}, or ask with {too} whether they fit",
+            )
+    most = plan.max_servers
+    if most and (first := first_step(plan).count) > most:
         yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
     if (processes := plan.processes) > (workers := plan.workers):
         yield "processes", f"--processes {processes} is more than --workers {workers}: each needs a thread"
@@ -7459,6 +7599,12 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     for name in re.findall(r"\[([^]]*)\]", limit.metric):
         if name not in [group.group for group in plan.event]:
             return f"there is no group {name!r}"
+    step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
+    if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
+        alone: Json = {"visit": True, "page": Recording("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
+        plans = {OPTIONS[name].flag: Plan(**{name: value}) for name, value in alone.items()}
+        flags = " or ".join(flag for flag, each in plans.items() if step.wanted(each))
+        return f"{step.name} is measured only with {flags}"
     if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
         return f"the unit {limit.unit!r} does not fit {limit.metric}"
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
@@ -7527,8 +7673,9 @@ def _log_path(log_to_file: bool | str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`, whose summary is on standard output."""
     results: Results | None = None
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parse_args(argv)
+        args = parse_args(words)
         validate(args)
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
@@ -7538,7 +7685,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = carry_out(plan)
         show(functools.partial(render_summary, results, plan.baseline))
     except HubStressError as error:
-        sys.stderr.write(f"hub-stress-test: {error}\n")
+        command = next((f"{word} " for word in words if word in COMMANDS), "")
+        help = f" (see hub-stress-test {command}--help)" * isinstance(error, UsageError)
+        sys.stderr.write(f"hub-stress-test: {error}{help}\n")
         return int(error.exit_code)
     except KeyboardInterrupt as interrupt:
         if results is None:  # else everything has been removed

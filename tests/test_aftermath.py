@@ -15,7 +15,7 @@ import hub_stress_test as hst
 from hub_stress_test import Change, Snapshot
 from localhub import LocalHub
 from test_summary import results_of, told
-from tool import run_for_results, tool_users
+from tool import run_for_results, run_tool, tool_users
 
 FILES, PAGES = ("process_open_fds", ""), ("request_duration_seconds_count", "GET ProxyErrorHandler")
 
@@ -132,3 +132,10 @@ def test_headers_of_ones_own_go_wherever_the_token_goes() -> None:
         hst.Monitor(url, session, is_hub=False).look()
     seen = [(each["Authorization"], each["X-Org"]) for each in heard]
     assert seen == [("token mine", "physics")] * 2 + [("token theirs", "physics"), (None, None)]
+
+
+def test_a_page_to_watch_that_cannot_be_read_is_named_before_the_run(new_hub: LocalHub) -> None:
+    words = ("stress-test", "-c", "1", "--watch", "gone=http://127.0.0.1:1/metrics")
+    done = run_tool(*words, hub=new_hub)
+    before, _, _ = done.stderr.partition("Ctrl-C stops")
+    assert done.code == 0 and "WARNING --watch gone=http://127.0.0.1:1/metrics cannot be read: no answer" in before

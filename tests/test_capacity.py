@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,11 @@ def test_the_capacity_of_a_known_server_is_found(tmp_path: Path) -> None:
     assert not capacity["generator_bound"]
     (sustained,) = (step for step in capacity["steps"] if step["rate_per_s"] == capacity["rate_per_s"])
     assert found["operations"]["activity"]["count"] == sustained["sent_per_s"] * 2  # the operations are that step's
+    rows = (tmp_path / "s.csv").read_text()
+    assert 5 <= found["operations"]["ping"]["count"] <= 15 < rows.count(",ping,")  # and so are the pings, 5 per second
     assert found["conditions"] == []  # which the steps have judged
     sent = round(sum(step["sent_per_s"] * 2 for step in capacity["steps"]))
-    assert (tmp_path / "s.csv").read_text().count(",activity,") == sent  # of all steps
+    assert rows.count(",activity,") == sent  # of all steps
 
 
 def test_a_throttled_step_does_not_count_against_those_after_it(tmp_path: Path) -> None:
@@ -111,16 +113,45 @@ def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
         (hst.Capacity(64.0, None, False, []), "sustains 64 requests"),
         (
             hst.Capacity(0.7, None, False, [], people_per_minute=42.0),
-            "this hub takes 42 people a minute: a class of 300 in 7 min 9 s",
+            "this hub takes 42 people a minute (found with 42 people in 60.0 s): a class of 300 in 7 min 9 s",
         ),
         (
             hst.Capacity(20.0, None, False, [], finished=False, people_per_minute=1200.0),
-            "takes at least 1200 people a minute: a class of 300 in 15.0 s",
+            "takes at least 1200 people a minute (found with 1,200 people in 60.0 s): a class of 300 in 15.0 s",
         ),
     ],
 )
 def test_a_search_that_did_not_finish_knows_only_what_it_has_seen(capacity: hst.Capacity, sentence: str) -> None:
-    assert sentence in hst._capacity_sentence(capacity)
+    assert sentence in hst._capacity_sentence(capacity, {})
+
+
+OF_PEOPLE = hst.Capacity(1.0, None, False, [], people_per_minute=60.0)
+AT_LEAST = dataclasses.replace(OF_PEOPLE, finished=False)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "asked", "parts"),
+    [
+        (OF_PEOPLE, {"duration_s": 24.0}, ["takes 60 people", "(found with 24 people in 24.0 s)", "class of 300"]),
+        (OF_PEOPLE, {"duration_s": 1.0}, ["(found with 1 person in 1.00 s)"]),
+        (AT_LEAST, {"max_servers": 60}, ["takes at least 60 people a minute with at most 60 servers at a time (found"]),
+        (
+            OF_PEOPLE,
+            {"count": 225, "within_s": 300.0},
+            ["class of 225", "225 in 5 min 0 s are 45 a minute: fits, 1.3 t"],
+        ),
+        (OF_PEOPLE, {"count": 300, "within_s": 300.0}, ["are 60 a minute: fits, 1 times"]),
+        (OF_PEOPLE, {"count": 301, "within_s": 300.0}, ["are 60.2 a minute: does not fit: 0.9 times"]),
+        (AT_LEAST, {"count": 150, "within_s": 300.0}, ["are 30 a minute: fits, at least 2 times"]),
+        (AT_LEAST, {"count": 600, "within_s": 300.0}, ["are 120 a minute: not known: at least 0.5 times"]),
+    ],
+)
+def test_the_answer_says_from_how_many_people_it_was_found_and_whether_those_asked_about_fit(
+    capacity: hst.Capacity, asked: dict[str, Any], parts: list[str]
+) -> None:
+    sentence = hst._capacity_sentence(capacity, hst.Plan(find_capacity=True, **asked).options())
+    assert [part for part in parts if part not in sentence] == [], sentence
+    assert ("at a time" in sentence) is ("max_servers" in asked) and (" are " in sentence) is ("within_s" in asked)
 
 
 def test_a_rate_of_which_the_hub_let_only_a_part_be_sent_is_not_sustained() -> None:
@@ -159,6 +190,25 @@ def test_people_are_whole_in_each_step_and_none_is_tried_twice(
 
 
 @pytest.mark.parametrize(
+    ("truth", "tried"),
+    [
+        (99, [6, 12, 24, 30]),  # 48 are too many
+        (24, [6, 12, 24, 30, 27, 26, 25]),
+    ],
+)
+def test_a_search_tries_as_many_people_as_there_may_be_servers(truth: int, tried: list[int]) -> None:
+    steps: list[hst.CapacityStep] = []
+    while (rate := hst.next_rate(steps, 0.1, 1 / 60, most_per_s=30 / 60)) and len(steps) < 40:
+        held = "failed > 0" if round(60 * rate) > truth else None
+        steps.append(hst.CapacityStep(rate, rate, 0.01, 0, held, generator_bound=False))
+    assert [round(60 * step.rate_per_s) for step in steps] == tried
+    capacity = hst.capacity_of(hst.Plan(max_servers=30), steps, finished=True)
+    assert capacity.people_per_minute == pytest.approx(min(truth, 30))
+    by_option = "--max-servers 30: the hub may take more"
+    assert (capacity.finished, capacity.limited_by) == ((False, by_option) if truth == 99 else (True, None))
+
+
+@pytest.mark.parametrize(
     ("waits_s", "behind"),
     [
         ([], False),
@@ -179,44 +229,113 @@ def test_a_hub_falls_behind_when_the_last_wait_longer_than_the_first(waits_s: li
 IDLE_HUB = hst.HubFigures(1, 0.2, 0.2, 0, 0, 0, None, 0.05, 0.1, 99, 9, {}, {"success": hst.OwnDurations(9, 1.0)})
 
 
-@pytest.mark.parametrize(
-    ("ready_s", "at_work_s", "throttled_s", "more", "limit"),
-    [
-        (5.0, 5.0, 0.0, {"cpu_share_max": 0.9}, Limit.PROCESSOR),
-        (5.0, 5.0, 3.0, {"cpu_share_max": 0.9}, Limit.PROCESSOR),  # which makes it throttle, too
-        (5.0, 5.0, 3.0, {"cpu_share_max": 0.6, "event_loop_lag_p95_s": 0.5}, Limit.PROCESSOR),  # on a busy machine
-        (5.0, 5.0, 3.0, {}, Limit.THROTTLING),
-        (5.0, 5.0, 0.0, {}, Limit.UNKNOWN),  # 4 s that were not the spawner's
-        (1.2, 1.5, 0.0, {}, Limit.SPAWN),
-        (1.2, 9.0, 0.0, {}, Limit.PROXY),
-        (5.0, 5.0, 3.0, None, Limit.THROTTLING),
-        (5.0, 5.0, 0.0, None, Limit.UNKNOWN),
-    ],
-)
-def test_what_kept_a_hub_from_taking_more_people(
-    ready_s: float, at_work_s: float, throttled_s: float, more: dict[str, Any] | None, limit: Limit
-) -> None:
-    seen = hst.Recorder()
+BUSY_HUB = {"cpu_share_max": 0.9}
+LATE_HUB = {"cpu_share_max": 0.6, "event_loop_lag_p95_s": 0.5}  # on a busy machine
+
+
+def limit_of(
+    waits_s: tuple[float, float, float],
+    more: dict[str, Any] | None,
+    held: str = "the hub fell behind: …",
+    failures: Iterable[hst.Event] = (),
+    in_front: bool = False,
+) -> str:
+    """The limit by how long people waited for a server and for work, and were throttled; and by the hub's figures."""
+    ready_s, at_work_s, throttled_s = waits_s
+    seen = hst.new_recorder()
     seen.add(hst.Event("start_server", "x", 0.0, 0.0, 5.0, backoff_s=throttled_s))
     seen.add(hst.Event("server_ready", "x", 0.0, 0.0, ready_s))
     seen.add(hst.Event("at_work", "x", 0.0, 0.0, at_work_s))
+    for event in failures:
+        seen.add(event)
     own = None if more is None else dataclasses.replace(IDLE_HUB, **more)
-    assert hst.limit_of(seen.summarise(), own, False) is limit
+    return hst.limit_of(hst.CapacityStep(1.0, 1.0, 1.0, 0, held, False), seen, own, in_front)
+
+
+@pytest.mark.parametrize(
+    ("waits_s", "more", "limit"),
+    [
+        ((5.0, 5.0, 0.0), BUSY_HUB, Limit.PROCESSOR),
+        ((5.0, 5.0, 3.0), BUSY_HUB, Limit.PROCESSOR),  # which makes it throttle, too
+        ((5.0, 5.0, 3.0), LATE_HUB, Limit.PROCESSOR),
+        ((5.0, 5.0, 3.0), {}, Limit.THROTTLING),
+        ((5.0, 5.0, 0.0), {}, Limit.UNKNOWN),  # 4 s that were not the spawner's
+        ((1.2, 1.5, 0.0), {}, Limit.SPAWN),
+        ((1.2, 9.0, 0.0), {}, Limit.PROXY),
+        ((5.0, 5.0, 3.0), None, Limit.THROTTLING),
+        ((5.0, 5.0, 0.0), None, Limit.UNKNOWN),
+    ],
+)
+def test_what_kept_a_hub_from_taking_more_people(
+    waits_s: tuple[float, float, float], more: dict[str, Any] | None, limit: Limit
+) -> None:
+    assert limit_of(waits_s, more) == limit.value
     in_front = Limit.FRONT if limit is Limit.THROTTLING else limit
-    assert hst.limit_of(seen.summarise(), own, False, limited_in_front=True) is in_front
-    assert hst.limit_of(seen.summarise(), own, True) is Limit.GENERATOR
+    assert limit_of(waits_s, more, in_front=True) == in_front.value
+    step = hst.CapacityStep(1.0, 1.0, 1.0, 0, "the generator could not send this rate", generator_bound=True)
+    assert hst.limit_of(step, hst.Recorder(), None) == Limit.GENERATOR.value
+
+
+@pytest.mark.parametrize(
+    ("held", "waits_s", "more", "limit"),
+    [
+        ("visit.p95 > 5s", (1.2, 1.4, 0.0), {}, Limit.PROXY),  # though servers were ready, and the spawner slow
+        ("visit.p95>5s", (1.2, 1.4, 1.0), BUSY_HUB, Limit.PROCESSOR),
+        ("at_work.p95 > 5s", (1.2, 9.0, 0.5), {}, Limit.PROXY),  # most of the wait, whatever was throttled
+        ("at_work.p95 > 5s", (1.2, 1.5, 0.0), {}, Limit.SPAWN),
+        ("server_ready.p95 > 1s", (1.2, 9.0, 0.0), {}, Limit.SPAWN),  # whatever came later
+        ("server_ready.p95 > 1s", (1.2, 9.0, 0.5), {}, Limit.THROTTLING),
+        ("server_ready.p95 > 1s", (5.0, 9.0, 0.0), {}, Limit.UNKNOWN),
+        ("throttled > 0", (1.2, 9.0, 0.01), {}, Limit.THROTTLING),
+        ("ping.p95 > 1s", (1.2, 9.0, 3.0), None, Limit.PROCESSOR),
+        ("ping.failed > 0", (1.2, 9.0, 3.0), {"cpu_share_max": 0.5}, Limit.PROCESSOR),
+        ("ping.p95 > 1s", (1.2, 9.0, 3.0), {"cpu_share_max": 0.1}, Limit.UNKNOWN),  # its thread had little to do
+    ],
+)
+def test_the_condition_that_broke_a_step_has_a_say_in_what_the_limit_was(
+    held: str, waits_s: tuple[float, float, float], more: dict[str, Any] | None, limit: Limit
+) -> None:
+    assert limit_of(waits_s, more, held) == limit.value
+
+
+def failing(step: str, kind: hst.Kind, text: str, number: int) -> list[hst.Event]:
+    return [hst.Event(step, f"{text} {n}", 0.0, 0.0, 9.0, hst.Reason(kind, text)) for n in range(number)]
+
+
+NO_MEMORY = failing("server_ready", hst.Kind.SPAWN, "no memory", 3)
+NOT_READY = failing("server_ready", hst.Kind.LATE, "not ready", 2)
+NO_PAGE = failing("visit", hst.Kind.ROUTE, "503", 1)
+
+
+@pytest.mark.parametrize(
+    ("held", "failures", "more", "limit"),
+    [
+        ("failed > 0", NO_MEMORY + NO_PAGE, BUSY_HUB, "3 × no memory"),
+        ("failed_rate > 1%", NO_MEMORY + NOT_READY, {}, "3 × no memory"),
+        ("visit.failed > 0", NO_MEMORY + NO_PAGE, {}, "1 × 503"),
+        ("2 of 9 people never came, after failures in a row", NO_MEMORY, {}, "3 × no memory"),
+        ("failed > 0", NOT_READY + NO_PAGE, BUSY_HUB, Limit.PROCESSOR.value),  # a time-out is a wait
+        ("failed > 0", NOT_READY, None, "2 × not ready"),
+        ("server_ready.p95 > 1s", NO_MEMORY, BUSY_HUB, Limit.PROCESSOR.value),
+    ],
+)
+def test_failures_that_break_a_step_are_the_limit(
+    held: str, failures: list[hst.Event], more: dict[str, Any] | None, limit: str
+) -> None:
+    assert limit_of((5.0, 5.0, 0.0), more, held, failures).endswith(limit)
 
 
 def test_a_hub_that_starts_two_servers_a_second_takes_120_people_a_minute(
     make_hub: Callable[..., LocalHub], tmp_path: Path
 ) -> None:
     hub = make_hub(concurrent_spawn_limit=2, spawn_s=1.0, slow_spawn_timeout_s=0)
-    words = ("stress-test", "--find-capacity", "--duration", "5s", "--rate", "1.6")
+    words = ("stress-test", "--find-capacity", "--duration", "5s", "--rate", "1.6", "-c", "60", "--within", "2m")
     done, found = run_for_results(tmp_path / "r", *words, hub=hub)
     assert not tool_users(hub)
     capacity = found["capacity"]
     assert done.code == 0 and 72 <= capacity["people_per_minute"] <= 150, done
-    assert done.summary.startswith(f"PASSED: this hub takes {capacity['people_per_minute']:.4g} people a minute: ")
+    assert done.summary.startswith(f"PASSED: this hub takes {capacity['people_per_minute']:.4g} people a minute (")
+    assert "60 in 2 min 0 s are 30 a minute: fits, " in " ".join(done.summary.split())
     assert capacity["people_per_minute"] == pytest.approx(60 * capacity["rate_per_s"])
     people = sum(round(5 * step["rate_per_s"]) for step in capacity["steps"])
     expected = {"created": people, "deleted": people, "kept": 0, "left_behind": []}

@@ -8,6 +8,9 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -404,14 +407,14 @@ def test_every_option_sets_its_field_of_the_plan_by_each_of_its_flags_and_no_oth
 
 
 def test_every_option_is_tried_but_those_of_an_events_file() -> None:
-    assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "group", "after_s", "scale", "visits"}  # or of Locust
+    assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "once", "group", "after_s", "scale", "visits"}
 
 
 def test_the_rules_of_an_option_are_about_other_options() -> None:
     for row in hst.OPTIONS.values():
         assert {*row.needs.split(), *row.excludes.split()} <= hst.OPTIONS.keys()
         assert ("{}" in row.because) == bool(row.excludes)
-    assert len(hst.OPTIONS) <= 48
+    assert len(hst.OPTIONS) <= 49
 
 
 @pytest.mark.parametrize("command", hst.COMMANDS)
@@ -460,8 +463,24 @@ BAD_USAGE = {
     "no command": ([], NOWHERE, "COMMAND"),
     "an unknown command": (["stress"], NOWHERE, "stress"),
     "an unknown option": (["purge", "--forec"], NOWHERE, "--forec"),
-    "an option of another command": (["purge", "--count", "3"], NOWHERE, "--count"),
-    "an abbreviated option": (["stress-test", "--coun", "3"], NOWHERE, "--coun"),
+    "a misspelt option": (["stress-test", "--witihn=5m"], NOWHERE, "no option --witihn: did you mean --within?"),
+    "an option of another command": (["purge", "--count", "3"], NOWHERE, "--count: it is one of stress-test and"),
+    "an abbreviated option": (["stress-test", "--coun", "3"], NOWHERE, "did you mean --count?"),
+    "a word too many": (["stress-test", "30"], NOWHERE, "stress-test has no use for '30'"),
+    **{
+        f"a condition on {step} that nobody gets to": (
+            ["stress-test", "--fail-if", f"{step}.p95 > 9s"],
+            NOWHERE,
+            f"{step} is measured only with {flags} (see",
+        )
+        for step, flags in {
+            "visit": "--visit or --page or --work",
+            "page": "--page",
+            "kernel_ready": "--work",
+            "cell": "--work",
+            "stay": "--hold or --stay",
+        }.items()
+    },
     "count 0": (["stress-test", "--count", "0"], NOWHERE, "--count: expected a whole number of at least 1, not '0'"),
     "count -1": (["activity-stress-test", "--count=-1"], NOWHERE, "'-1'"),
     "batch size x": (["stress-test", "--batch-size", "x"], NOWHERE, "--batch-size: expected a whole number"),
@@ -542,6 +561,28 @@ def test_bad_usage_is_refused_in_one_sentence(case: str, capsys: pytest.CaptureF
     assert expected in refused_usage(words, env, capsys)
 
 
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_bad_usage_names_the_help_that_fits(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([command, "--nonsense"], [command, "--run", "Big"], [command]):
+        assert f"(see hub-stress-test {command} --help)" in refused_usage(words, {}, capsys)
+    assert "(see hub-stress-test --help)" in refused_usage(["dance"], NOWHERE, capsys)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("at_work.p95", ["--work"]),
+        ("operations.at_work.latency_s.p95", ["--visit"]),
+        ("visit.failed", ["--check-proxy"]),
+        ("stay.failed", ["--hold", "9s"]),
+    ],
+)
+def test_a_condition_on_a_step_is_taken_where_somebody_gets_to_it(metric: str, words: list[str]) -> None:
+    assert plan_for("stress-test", *HUB, *words, "--fail-if", f"{metric} > 9").fail_if
+    with pytest.raises(hst.UsageError, match="is measured only with"):
+        plan_for("stress-test", *HUB, "--fail-if", f"{metric} > 9")
+
+
 def test_bad_usage_is_refused_before_anything_is_sent(new_hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api", "JUPYTERHUB_API_TOKEN": new_hub.token}
@@ -587,6 +628,41 @@ def test_version_and_help_need_no_hub() -> None:
         done = run_tool(*words, "--help")
         assert (done.code, done.stderr) == (0, "") and done.stdout.startswith("usage: hub-stress-test ")
     assert (hst.__doc__ or "x") in run_tool("--help").stdout
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        hst.main([command, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", hst.COMMANDS)
+def test_the_help_of_a_command_has_its_own_words_groups_and_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(command, capsys)
+    assert hst.DESCRIPTIONS[command] in text and text.count("in seconds") == 1
+    found = [group for group in hst.HELP_GROUPS if f"\n{group}:\n" in text]
+    assert found == [each for each in hst.HELP_GROUPS if any(each == row.about for row in shown_on(command))]
+    (example,) = re.findall(r"^example: hub-stress-test (.*)", text, re.M)
+    assert plan_for(*shlex.split(example), *HUB).command == command
+
+
+def shown_on(command: str) -> list[hst.Option]:
+    return [row for row in hst.OPTIONS.values() if command in row.on and command not in row.hidden_on]
+
+
+def test_the_help_of_a_purge_has_only_what_a_purge_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = set(re.findall(r"^ +(?:-\w(?: \w+)?, )?(--[a-z-]+)", help_of("purge", capsys), re.M)) - {"--help"}
+    needed = "endpoint token header run batch-size own-servers cleanup-timeout results log-to-file verbose dry-run"
+    assert flags == {f"--{name}" for name in needed.split()}
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 2), (["stress-test"], 2)])
+def test_without_requests_the_program_ends_with_one_sentence(words: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, "-S", hst.__file__, *words], capture_output=True, text=True)
+    said = "hub-stress-test: requests is not installed: pip install requests\n"
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
 def test_verbose_logs_each_request_with_its_response_time(new_hub: LocalHub) -> None:
@@ -715,6 +791,9 @@ PLANS: dict[str, list[str]] = {
         "leaves 5 min 0 s after getting to work",
         "210 starts, 410 reads, 210 stops, 210 deletes, 400 visits, 200 kernels",
         "cost about 210 servers and 200 kernels at one time",
+    ],
+    "stress-test --find-capacity --rate 0.2 --count 300 --within 5m": [
+        "people 12 people, 0.2 per second, however slow the hub: the first at once, the last after 55.0 s"
     ],
     "stress-test --find-capacity --max-servers 200": [
         "search in steps of 60.0 s, usually a dozen, until a condition is met or 200 servers would run",

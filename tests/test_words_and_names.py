@@ -70,19 +70,47 @@ def test_urls_are_shown_without_credentials(url: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "done", "failed", "elapsed_s", "line"),
+    ("seconds", "text"), [(-3, "00:00"), (0, "00:00"), (74.4, "01:14"), (3599.6, "1:00:00"), (36061, "10:01:01")]
+)
+def test_a_moment_of_a_run_reads_as_a_clock(seconds: float, text: str) -> None:
+    assert hst.clock_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("moments", "text"),
     [
-        (200, 50, 0, 10, "starting: 50 of 200 done after 10 s, 5.0 per second, about 30 s left"),
-        (200, 50, 3, 10, "starting: 50 of 200 done, 3 failed after 10 s, 5.0 per second, about 30 s left"),
-        (5000, 1000, 0, 100, "starting: 1,000 of 5,000 done after 100 s, 10.0 per second, about 6 min 40 s left"),
-        (200, 0, 0, 5, "starting: 0 of 200 done after 5 s, 0.0 per second"),
-        (None, 1200, 0, 5, "starting: 1,200 done after 5 s, 240.0 per second"),
+        ((74,), "01:14"),
+        ((74, 300), "01:14 of 05:00"),
+        ((74, 300, 360), "01:14 of 05:00"),
+        ((300, 300, 360), "05:00 of at most 06:00"),
+        ((400, 300, 360), "06:40"),  # what should not be is no reason to say less than nothing
+        ((370, 300, 360, 90), "06:10, holding for 01:30 more"),
     ],
 )
-def test_progress_is_told_with_the_rate_and_how_long_the_rest_takes(
-    total: int | None, done: int, failed: int, elapsed_s: float, line: str
+def test_what_is_left_to_wait_is_never_more_than_the_last_arrival_and_the_time_out(
+    moments: tuple[float, ...], text: str
 ) -> None:
-    assert hst.progress_line("starting", total, done, failed, elapsed_s) == line
+    assert hst.moment_text(*moments) == text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ping_s", "cpu_share", "text"),
+    [
+        ({}, None, None, "01:14"),
+        ({"came": 0, "failed": 0}, None, None, "01:14 | 0 came"),
+        (
+            {"came": 1061, "starting": 12, "failed": 2},
+            0.024,
+            0.31,
+            "1,061 came, 12 starting, 2 failed | ping 24 ms | hub 31 %",
+        ),
+        ({"came": 1, "at work": 1}, None, 0.0, "01:14 | 1 came, 1 at work | hub 0 %"),
+    ],
+)
+def test_the_status_line_has_what_is_known(
+    numbers: dict[str, int], ping_s: float | None, cpu_share: float | None, text: str
+) -> None:
+    assert hst.status_line("01:14", numbers, ping_s, cpu_share).endswith(text)
 
 
 def test_a_secret_shows_itself_to_no_repr() -> None:
