@@ -3731,8 +3731,8 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
         return ""
     return (
         f"no browser gets a kernel: servers refuse what a page at {origin} sends (404, and {otherwise} "
-        "without its Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header Host "
-        "$http_host; or have the servers allow that origin (allow_origin)"
+        "without its Origin), since the proxy does not pass on the Host header. In nginx: proxy_set_header "
+        "Host $http_host; or have the servers allow that origin (allow_origin)"
     )
 
 
@@ -7727,8 +7727,8 @@ def program() -> None:
 
 # ==== Locust users: the same load from many machines ========================================================
 #
-# Locust gives every process a greenlet for each of its users, and patches sockets, sleeps and locks so that
-# they wait for each other. What is above works there as it is; here is only what stands between it and Locust.
+# Locust gives every process a greenlet for each user, and patches sockets, sleeps and locks so that they wait
+# for each other. What is above works there as it is; here is only what stands between it and Locust.
 
 
 def locust_is_loading() -> bool:
