@@ -295,6 +295,20 @@ def status_line(
     return " | ".join(part for part in (moment, counts, ping, hub) if part)
 
 
+def optional(module: str) -> Any:
+    """A module of the extra `full`; None when it is not installed."""
+    return importlib.import_module(module) if importlib.util.find_spec(module.partition(".")[0]) else None
+
+
+def as_json(value: Any) -> Any:
+    """The same as JSON has it: records become objects."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: as_json(inner) for name, inner in value.items()}
+    return [as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 # ==== Pure rules: names =====================================================================================
 
 RUN_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
@@ -2237,186 +2251,12 @@ def state_in(reply: Reply) -> ServerState:
     return server_state(reply.data)
 
 
-# ==== The hub: checks before a run ==========================================================================
-
-Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
-
-
-def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
-
-    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
-    """
-    reply, version = _probe(endpoint, session)
-    if not version:
-        raise SetupError(_no_hub(endpoint, reply, session))
-    session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
-    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
-    hub = Hub(endpoint, session, version)
-    owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
-    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
-        if symptom:
-            raise SetupError(sentence)
-    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
-
-
-def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
-    """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
-    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
-    return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
-
-
-def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
-    """What was found in place of a hub, and what to do."""
-    proxy = session.proxy_to(endpoint)
-    where = f"{endpoint}, through {proxy}" if proxy else endpoint
-    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
-    if reply.message.startswith(NOT_ACCEPTED):
-        return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
-    if not reply.seen_status:
-        return f"Nothing answers at {where}: {reply.message}. {remedy}"
-    answers = reply.message if reply.front else f"it answers {reply}"
-    if reply.status == 200 and not reply.message:
-        answers = "it answers JSON without a version"
-    if reply.location:
-        answers = f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
-    return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
-
-
-def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
-    """Why no hub has shown its version, with remedies."""
-    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
-    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
-    host = urllib.parse.urlsplit(endpoint).hostname or ""
-
-    def is_hub(url: str) -> bool:
-        other, version = _probe(url, session)
-        return bool(version) or other.message.startswith(NOT_ACCEPTED)
-
-    yield (
-        said.startswith(NOT_ACCEPTED),
-        "If an authority of your own has signed it, name the file with its certificate in "
-        "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
-    )
-    yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
-        silent and re.search("certificate required|handshake failure|eof occurred", said),
-        "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
-    )
-    yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
-    yield (
-        said == NO_SUCH_HOST and "." not in host,
-        "This name exists only inside the cluster: from outside, use the hub's public URL.",
-    )
-    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
-    yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
-    yield silent, "Is the hub running, and is this its URL?"
-    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
-    yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
-    yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
-
-
-def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
-    """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
-    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
-    if reply.status in (401, 403):
-        reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
-        if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
-            reason = f"JupyterHub {hub.version} takes none of 64 characters. Make a shorter one, or upgrade."
-        answered = f"refuses the token (GET /user answered {reply.status})"
-        raise SetupError(f"The hub at {hub.endpoint} {answered}: {reason}")
-    if reply.status != 200 or not isinstance(reply.data, dict):
-        raise SetupError(f"The hub at {hub.endpoint} could not say whose token this is: GET /user: {reply}.")
-    return reply.data
-
-
-def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
-    """Why a token will not do for a command.
-
-    Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
-    """
-    name, scopes = str(owner.get("name")), owner.get("scopes")
-    needed = needed_scopes(command, own_servers)
-    missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
-    own_missing = [f"{scope}!user={name}" for scope in missing]
-    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
-    otherwise = "" if command == ACTIVITY else not_admin
-    yield (
-        own_servers and owner.get("kind") == "service",
-        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
-        "JUPYTERHUB_API_TOKEN.",
-    )
-    yield (
-        own_servers and missing,
-        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
-        "without restrictions, into JUPYTERHUB_API_TOKEN.",
-    )
-    yield (
-        not own_servers and scopes is None and not owner.get("admin"),
-        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
-    )
-    yield (
-        missing,
-        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
-        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
-        f"{ROLE_TO_PASTE}",
-    )
-
-
-def check_visits(hub: Hub, plan: Plan) -> None:
-    """Raise `SetupError` if the token for visits may not enter servers. On 1.x nothing tells."""
-    if not plan.opens or hub.version.startswith("1."):
-        return
-    variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
-    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
-    owner = _owner_of_token(visiting, "the token that opens servers", variable)
-    if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
-        whose = f"The token in {variable}" if plan.visit_token else "The token"
-        if hub.owner:
-            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
-        raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
-            "give a second service this scope alone, restart the hub, and put that service's token into "
-            f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
-        )
-
-
 def public_url(hub: Hub, plan: Plan) -> str:
     """Where people reach the hub."""
     return f"{plan.public_url or hub.endpoint.removesuffix('/hub/api')}/"
 
 
-def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
-    """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
-    major, run = hub.version.partition(".")[0], plan.run or ""
-    if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
-        return
-    count = MANY if plan.find_capacity else plan.count + plan.check_proxy
-    longest = username(first_free_index(taken, run) + count - 1, run)
-    if len(longest) > SERVER_NAME_MAX or "--" in longest:
-        left = SERVER_NAME_MAX - len(longest) + len(run)
-        raise SetupError(
-            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
-            f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
-            "changed."
-        )
-
-
-def check_way(hub: Hub, plan: Plan) -> None:
-    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
-    url = public_url(hub, plan)
-    if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
-        raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
-            f"{without_proxy(url)}. Nothing was changed."
-        )
-
-
 # ==== Progress, and many things at the same time ============================================================
-
-
-def optional(module: str) -> Any:
-    """A module of the extra `full`; None when it is not installed."""
-    return importlib.import_module(module) if importlib.util.find_spec(module.partition(".")[0]) else None
 
 
 class Progress:
@@ -4152,6 +3992,175 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
         yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
 
 
+# ==== The hub: checks before a run ==========================================================================
+
+Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
+
+
+def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
+    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
+
+    `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
+    """
+    reply, version = _probe(endpoint, session)
+    if not version:
+        raise SetupError(_no_hub(endpoint, reply, session))
+    session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
+    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
+    hub = Hub(endpoint, session, version)
+    owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
+    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
+        if symptom:
+            raise SetupError(sentence)
+    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+
+
+def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
+    """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
+    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
+    return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
+
+
+def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
+    """What was found in place of a hub, and what to do."""
+    proxy = session.proxy_to(endpoint)
+    where = f"{endpoint}, through {proxy}" if proxy else endpoint
+    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
+    if reply.message.startswith(NOT_ACCEPTED):
+        return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
+    if not reply.seen_status:
+        return f"Nothing answers at {where}: {reply.message}. {remedy}"
+    answers = reply.message if reply.front else f"it answers {reply}"
+    if reply.status == 200 and not reply.message:
+        answers = "it answers JSON without a version"
+    if reply.location:
+        answers = f"it answers {reply.seen_status} and redirects to {without_credentials(reply.location)}"
+    return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
+
+
+def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
+    """Why no hub has shown its version, with remedies."""
+    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
+    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+
+    def is_hub(url: str) -> bool:
+        other, version = _probe(url, session)
+        return bool(version) or other.message.startswith(NOT_ACCEPTED)
+
+    yield (
+        said.startswith(NOT_ACCEPTED),
+        "If an authority of your own has signed it, name the file with its certificate in "
+        "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
+    )
+    yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
+        silent and re.search("certificate required|handshake failure|eof occurred", said),
+        "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
+    )
+    yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
+    yield (
+        said == NO_SUCH_HOST and "." not in host,
+        "This name exists only inside the cluster: from outside, use the hub's public URL.",
+    )
+    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
+    yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
+    yield silent, "Is the hub running, and is this its URL?"
+    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
+    yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
+
+
+def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
+    """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
+    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
+    if reply.status in (401, 403):
+        reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
+        if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
+            reason = f"JupyterHub {hub.version} takes none of 64 characters. Make a shorter one, or upgrade."
+        answered = f"refuses the token (GET /user answered {reply.status})"
+        raise SetupError(f"The hub at {hub.endpoint} {answered}: {reason}")
+    if reply.status != 200 or not isinstance(reply.data, dict):
+        raise SetupError(f"The hub at {hub.endpoint} could not say whose token this is: GET /user: {reply}.")
+    return reply.data
+
+
+def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
+    """Why a token will not do for a command.
+
+    Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
+    """
+    name, scopes = str(owner.get("name")), owner.get("scopes")
+    needed = needed_scopes(command, own_servers)
+    missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
+    own_missing = [f"{scope}!user={name}" for scope in missing]
+    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = "" if command == ACTIVITY else not_admin
+    yield (
+        own_servers and owner.get("kind") == "service",
+        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
+        "JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        own_servers and missing,
+        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
+        "without restrictions, into JUPYTERHUB_API_TOKEN.",
+    )
+    yield (
+        not own_servers and scopes is None and not owner.get("admin"),
+        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
+    )
+    yield (
+        missing,
+        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
+        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+        f"{ROLE_TO_PASTE}",
+    )
+
+
+def check_visits(hub: Hub, plan: Plan) -> None:
+    """Raise `SetupError` if the token for visits may not enter servers. On 1.x nothing tells."""
+    if not plan.opens or hub.version.startswith("1."):
+        return
+    variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
+    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
+    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
+        whose = f"The token in {variable}" if plan.visit_token else "The token"
+        if hub.owner:
+            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
+        raise SetupError(
+            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
+            "give a second service this scope alone, restart the hub, and put that service's token into "
+            f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
+        )
+
+
+def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
+    """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
+    major, run = hub.version.partition(".")[0], plan.run or ""
+    if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
+        return
+    count = MANY if plan.find_capacity else plan.count + plan.check_proxy
+    longest = username(first_free_index(taken, run) + count - 1, run)
+    if len(longest) > SERVER_NAME_MAX or "--" in longest:
+        left = SERVER_NAME_MAX - len(longest) + len(run)
+        raise SetupError(
+            f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
+            f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
+            "changed."
+        )
+
+
+def check_way(hub: Hub, plan: Plan) -> None:
+    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
+    url = public_url(hub, plan)
+    if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
+        raise SetupError(
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
+        )
+
+
 # ==== Cleaning up ===========================================================================================
 
 
@@ -4875,7 +4884,7 @@ class LivePage:
 LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
 
 
-# ==== A run, and the three commands =========================================================================
+# ==== A run =========================================================================
 
 
 def seeded(plan: Plan) -> Plan:
@@ -5192,75 +5201,6 @@ def pace_text(options: Json) -> str:
     return f"{rate_text(rate)}{later}, however slow the hub" if rate else f"{options['batch_size']} at a time"
 
 
-def stress(run: Run) -> None:
-    """Make users, start their servers, hold them."""
-    plan = run.plan
-    if plan.find_capacity:
-        run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
-        search(run)
-        return
-    who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
-    run.announce(f"{who}, {pace_text(plan.options())}")
-    names = run.make_users(plan.count, plan.batch_size)
-    with run.pinging(names[0]):
-        run.start_servers(names)
-    if plan.is_open:
-        run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
-    if plan.check_proxy and not run.session.stopping.is_set() and not run.session.hub_is_gone:
-        run.check_proxy(names)
-
-
-def activity(run: Run) -> None:
-    """Report activity for users without servers; those that are there already come first."""
-    plan, session = run.plan, run.session
-    run.announce(f"{counted(plan.count, 'user')} without servers")
-    users = [user["name"] for user in run.existing][: plan.count]
-    users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
-    if plan.find_capacity:
-        search(run, users)
-        return
-    load = load_of(plan, run.hub.endpoint, users)
-    with run.pinging(users[0]):
-        cpu_share = run.send_requests(load, session, run.record)
-    if not session.stopping.is_set():
-        slow = "this machine was too slow: spread the load over more --processes"
-        waiting = "all threads were waiting for the hub: give more --workers or --processes"
-        unsent = load.planned - run.record.count(load.mix) if plan.rate_per_s else 0
-        run.warn_if_late(load.mix, unsent, slow if cpu_share > BUSY else waiting)
-
-
-def purge(run: Run) -> None:
-    """Remove the users that earlier runs left behind."""
-    LOG.info("Found %s to remove", counted(len(run.existing), thing(run.plan.own_servers)))
-    if run.plan.own_servers and run.hub.version.startswith(("1.", "2.")):
-        LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
-    states = {user["name"]: server_state(user) for user in run.existing}
-    if states:
-        run.remove(states, functools.partial(is_test_user, run=run.plan.run), run.session)
-
-
-def carry_out(plan: Plan) -> Results:
-    """What a plan's run found, and wrote, also when something failed.
-
-    Raises `SetupError`; nothing has been changed then.
-    """
-    with Interruption() as interruption:
-        with contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
-            try:
-                {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
-            except CutShort as error:
-                run.troubles.append(str(error))
-            except Stopped:
-                LOG.debug("Stopped")
-            finally:
-                run.clean_up()
-            run.session.close()  # so that what is still open on the hub is not ours
-            run.look()
-            closing.close()
-            results = results_of(run)
-        return write_files(plan, results)
-
-
 # ==== Capacity ==============================================================================================
 
 FIRST_STEPS = {STRESS: (0.1, 60.0), ACTIVITY: (16.0, 10.0)}  # people or requests per second, and for how long
@@ -5498,6 +5438,220 @@ def _drain_hub(hub: Hub, user: str) -> None:
         quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
 
 
+# ==== What it means: where the time went, and what to look at next ==========================================
+
+HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
+WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
+WAITS |= {"kernel_ready": "the kernel"}
+NEGLIGIBLE_S = 0.02  # too little to mention
+SLOW_PING_S = 0.1  # as a mean; a faster one is no news
+
+
+def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
+    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of it.
+
+    A request that waits for the hub's one thread is not on the hub's clock.
+    """
+    outside_s, waiting = whole_s - inside_s, "most of it was spent waiting for the hub"
+    if outside_s < whole_s / 2:
+        return "most of it was spent in the hub"
+    if outside_s < NEGLIGIBLE_S:
+        return "the rest is too little to matter"
+    if hub.busy:
+        return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
+    if hub.late_s:
+        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
+        return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
+    if hub.cpu_share_max < IDLE:
+        return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
+    return "the hub's figures do not tell where the rest was spent"
+
+
+def start_parts(results: Results, wait_s: float) -> dict[str, float]:
+    """What the mean wait for a server consists of, in seconds; empty where nothing tells.
+
+    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was
+    full.
+    """
+    own, asked = results.hub.metrics, results.operations.get("start_server")
+    phases = results.servers.phases if results.servers else None
+    throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s)
+    parts = {"throttling": throttled_s}
+    if phases:
+        new = f" ({phases.new_node} of {results.servers.ready if results.servers else 0} for a new one)"
+        for name, title in PHASES.items():
+            parts[title + new * (name == "node_s" and phases.new_node > 0)] = getattr(phases, name)
+    elif own and not own.busy and (start := own.spawns.get("success")):
+        parts["the spawner"] = min(start.mean_s, wait_s - throttled_s)
+    else:
+        return {}
+    return parts | {"everything else": wait_s - sum(parts.values())}
+
+
+def time_spent(results: Results) -> Iterator[str]:
+    """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
+    own, operations = results.hub.metrics, results.operations
+    if own and own.busy and own.fullness not in results.but:
+        yield own.fullness
+    if results.people and (means := results.people.until_work_s):
+        waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
+        at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
+        yield f"{at_work}: {', '.join(waits)}"
+    ready = operations.get("server_ready")
+    # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
+    if ready and (wait_s := ready.latency_s.mean) and not results.capacity:
+        parts = start_parts(results, wait_s)
+        least_s = max(NEGLIGIBLE_S, wait_s / 100)
+        shown = [f"{duration_text(seconds)} {what}" for what, seconds in parts.items() if seconds > least_s]
+        if shown:
+            yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
+    for name, handler in HANDLERS.items():
+        operation, inside = operations.get(name), own and own.requests.get(handler)
+        comparable = not results.hub.restarts and not results.capacity
+        whole_s = operation.latency_s.mean if operation else None
+        if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
+            took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
+            took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
+            where = where_time_went(whole_s, inside.mean_s, own)
+            yield f"a mean {title_of(name)} of {duration_text(whole_s)}{took}: {where}"
+
+
+def time_out_in_front(people: People) -> float | None:
+    """How long all broken websockets had been open; None when that differs, or they broke together."""
+    ends = [end for row in people.values() for end in row.values()]
+    reasons = ((end.reason, end.ended_s) for end in ends if end.reason)
+    broken = [(reason.open_s, at_s) for reason, at_s in reasons if reason.open_s is not None]
+    if len(broken) < 3:
+        return None
+    open_s, moments_s = map(sorted, zip(*broken))
+    differ_s = open_s[-1] - open_s[0]
+    alike = differ_s < max(0.5, 0.02 * open_s[-1]) and moments_s[-1] - moments_s[0] > max(1.0, 2 * differ_s)
+    return open_s[len(open_s) // 2] if alike else None
+
+
+KUBERNETES = re.compile(r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|\bpods?\b")
+
+
+def on_kubernetes(results: Results) -> bool:
+    """Whether the servers of a run were pods, by what was said while they started."""
+    servers = results.servers
+    said = (f"{end.reason} {end.message}" for end in servers.failures) if servers else ()
+    return bool(servers and servers.phases) or any(map(KUBERNETES.search, (*results.warnings, *said)))
+
+
+def arrivals_per_s(options: Json) -> float:
+    """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
+    rates = [
+        fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
+        or group.get("count", 0) / (group.get("within") or math.inf)
+        for group in options.get("event") or [options]
+    ]
+    return float(sum(rates))
+
+
+def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
+    """What to do next, with the setting's name: each sentence whose rule applies.
+
+    The settings are those of Zero to JupyterHub's values.yaml where Kubernetes shows itself, else the hub's.
+    """
+    servers, hub, in_front = results.servers, results.hub, results.http.in_front
+    failures, phases = (servers.failures, servers.phases) if servers else ([], None)
+    reasons = {failure.reason for failure in failures}
+    words = " ".join([*results.warnings, *reasons])
+    pods = on_kubernetes(results)
+
+    def setting(value: str, trait: str) -> str:
+        """A setting's name in values.yaml, or in jupyterhub_config.py."""
+        return value if pods else f"c.{trait}"
+
+    causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
+    cause = next((cause for cause in causes if re.search(cause, words)), "")
+    no_account, no_login, no_name = (cause == each for each in causes)
+    chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
+    alike = servers and not servers.ready and len(failures) > len(reasons) == 1
+    cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
+    denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
+    away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
+    ready, asked = results.operations.get("server_ready"), results.operations.get("start_server")
+    start_s = (ready.latency_s.mean or 0.0) if ready else 0.0
+    start_s -= min(start_s, asked.backoff_s / asked.count if asked else 0.0)
+    at_once = math.ceil(arrivals_per_s(results.options) * start_s)
+    limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
+    in_time = re.search(r"did not start in (\d+) s", words)
+    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
+    memory = setting("singleuser.memory", "Spawner.mem_limit")
+    many = phases is not None and servers is not None and max(2, servers.ready // 10)
+    new_nodes, pulls = (phases.new_node, phases.images_pulled) if phases else (0, 0)
+    rules: dict[str, object] = {
+        f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
+        f"some requests got no answer: does the hub run? It exits after {exit_limit} failed starts in a "
+        "row": away and not hub.proxy and not hub.restarts,
+        "the hub allows no more servers: raise "
+        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.FULL in kinds,
+        f"the hub throttled: {limit}: {at_once} lets as many start as came, or slow the arrivals": servers
+        and servers.throttled
+        and Kind.FULL not in kinds
+        and at_once,
+        f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
+            servers and servers.throttled and Kind.FULL not in kinds and not at_once
+        ),
+        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} keeps "
+        "room for them, or add nodes before the event": many and new_nodes >= many,
+        f"{pulls} servers waited for their image: prePuller.hook.enabled and prePuller.continuous.enabled "
+        "pull it before, a smaller image is faster": many and pulls >= many and phases and phases.image_s > 5,
+        "the hub's users need unix accounts: make some with these names, or test with "
+        "--own-servers": no_account,
+        "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
+        "--own-servers": no_login,
+        "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with "
+        "--own-servers": no_name,
+        "all starts failed alike: if people choose options before a start, choose them with "
+        "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
+        f"starts were given up after {in_time[1] if in_time else 0} s: if they only need longer, raise "
+        f"{setting('singleuser.startTimeout', 'Spawner.start_timeout')}, and keep --server-timeout below it, "
+        "since such failures count towards the hub's exit": in_time,
+        "some servers were still starting: see the hub's log and the spawner's events, or raise "
+        "--server-timeout": Kind.LATE in kinds,
+        f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
+        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and pods,
+        f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
+        "them (squeue, sacct, docker ps, journalctl)": (failures and Kind.LATE not in kinds and not pods),
+        "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
+            NO_SUCH_HOST in words
+        ),
+        "servers were lost: an idle culler, a memory limit, a node that went away? The hub's log says who "
+        "stopped them": Kind.LOST in kinds,
+        "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
+        "logs": Kind.ROUTE in kinds,
+        f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
+        f"{lasted}": time_out_s is not None,
+        "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
+        "connections open": Kind.WIRE in kinds and time_out_s is None,
+        "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
+        "upgrade it": results.leaking,
+        f"kernels ended: that is what a memory limit does; see the servers' logs, and {memory}": (
+            Kind.KERNEL in kinds
+        ),
+        f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
+        "faster core, or reduce its load (JUPYTERHUB_ACTIVITY_INTERVAL in "
+        f"{setting('singleuser.extraEnv', 'Spawner.environment')})": cpu_share > BUSY,
+        f"the hub restarted, and {len(failures)} starts had failed: it exits after {exit_limit} of them in a "
+        "row; test with --fail-fast 4, or set that to 0 for the test": hub.restarts and len(failures) > 4,
+        "the hub restarted: look at why it ended (its memory limit? its liveness probe?)": (
+            hub.restarts and len(failures) < 5
+        ),
+        "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
+        "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
+        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+        "cluster": "429" in in_front,
+        "something in front of the hub denies requests: let this machine, and POST and DELETE, through to "
+        "the hub": in_front.keys() & {"401", "403"},
+        "errors from 500 on came from what stands in front of the hub: look at the proxy's and the "
+        "ingress's logs": any(status >= "500" for status in in_front),
+    }
+    return [sentence for sentence, applies in rules.items() if applies]
+
+
 # ==== Results: a fold over the events =======================================================================
 
 
@@ -5696,15 +5850,6 @@ def instead_of(metric: str, paths: bool = True) -> str:
     if any(re.fullmatch(re.escape(name).replace("NAME", "[^.]+"), of_all) for name in known):
         return ""
     return difflib.get_close_matches(metric, known, 1, 0.0)[0]
-
-
-def as_json(value: Any) -> Any:
-    """The same as JSON has it: records become objects."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: as_json(inner) for name, inner in value.items()}
-    return [as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
@@ -5994,220 +6139,6 @@ def _judged(results: Results, run: Run) -> Results:
     if but or code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
         next_steps += advice(results, run.record.kinds(), time_out_in_front(run.record.people))
     return dataclasses.replace(results, but=but, advice=next_steps)
-
-
-# ==== What it means: where the time went, and what to look at next ==========================================
-
-HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
-WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
-WAITS |= {"kernel_ready": "the kernel"}
-NEGLIGIBLE_S = 0.02  # too little to mention
-SLOW_PING_S = 0.1  # as a mean; a faster one is no news
-
-
-def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
-    """Where a request that took `whole_s`, of which `inside_s` by the hub's own clock, spent most of it.
-
-    A request that waits for the hub's one thread is not on the hub's clock.
-    """
-    outside_s, waiting = whole_s - inside_s, "most of it was spent waiting for the hub"
-    if outside_s < whole_s / 2:
-        return "most of it was spent in the hub"
-    if outside_s < NEGLIGIBLE_S:
-        return "the rest is too little to matter"
-    if hub.busy:
-        return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
-    if hub.late_s:
-        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
-        return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
-    if hub.cpu_share_max < IDLE:
-        return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
-    return "the hub's figures do not tell where the rest was spent"
-
-
-def start_parts(results: Results, wait_s: float) -> dict[str, float]:
-    """What the mean wait for a server consists of, in seconds; empty where nothing tells.
-
-    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was
-    full.
-    """
-    own, asked = results.hub.metrics, results.operations.get("start_server")
-    phases = results.servers.phases if results.servers else None
-    throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s)
-    parts = {"throttling": throttled_s}
-    if phases:
-        new = f" ({phases.new_node} of {results.servers.ready if results.servers else 0} for a new one)"
-        for name, title in PHASES.items():
-            parts[title + new * (name == "node_s" and phases.new_node > 0)] = getattr(phases, name)
-    elif own and not own.busy and (start := own.spawns.get("success")):
-        parts["the spawner"] = min(start.mean_s, wait_s - throttled_s)
-    else:
-        return {}
-    return parts | {"everything else": wait_s - sum(parts.values())}
-
-
-def time_spent(results: Results) -> Iterator[str]:
-    """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
-    own, operations = results.hub.metrics, results.operations
-    if own and own.busy and own.fullness not in results.but:
-        yield own.fullness
-    if results.people and (means := results.people.until_work_s):
-        waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
-        at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
-        yield f"{at_work}: {', '.join(waits)}"
-    ready = operations.get("server_ready")
-    # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
-    if ready and (wait_s := ready.latency_s.mean) and not results.capacity:
-        parts = start_parts(results, wait_s)
-        least_s = max(NEGLIGIBLE_S, wait_s / 100)
-        shown = [f"{duration_text(seconds)} {what}" for what, seconds in parts.items() if seconds > least_s]
-        if shown:
-            yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
-    for name, handler in HANDLERS.items():
-        operation, inside = operations.get(name), own and own.requests.get(handler)
-        comparable = not results.hub.restarts and not results.capacity
-        whole_s = operation.latency_s.mean if operation else None
-        if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
-            took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
-            took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
-            where = where_time_went(whole_s, inside.mean_s, own)
-            yield f"a mean {title_of(name)} of {duration_text(whole_s)}{took}: {where}"
-
-
-def time_out_in_front(people: People) -> float | None:
-    """How long all broken websockets had been open; None when that differs, or they broke together."""
-    ends = [end for row in people.values() for end in row.values()]
-    reasons = ((end.reason, end.ended_s) for end in ends if end.reason)
-    broken = [(reason.open_s, at_s) for reason, at_s in reasons if reason.open_s is not None]
-    if len(broken) < 3:
-        return None
-    open_s, moments_s = map(sorted, zip(*broken))
-    differ_s = open_s[-1] - open_s[0]
-    alike = differ_s < max(0.5, 0.02 * open_s[-1]) and moments_s[-1] - moments_s[0] > max(1.0, 2 * differ_s)
-    return open_s[len(open_s) // 2] if alike else None
-
-
-KUBERNETES = re.compile(r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|\bpods?\b")
-
-
-def on_kubernetes(results: Results) -> bool:
-    """Whether the servers of a run were pods, by what was said while they started."""
-    servers = results.servers
-    said = (f"{end.reason} {end.message}" for end in servers.failures) if servers else ()
-    return bool(servers and servers.phases) or any(map(KUBERNETES.search, (*results.warnings, *said)))
-
-
-def arrivals_per_s(options: Json) -> float:
-    """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
-    rates = [
-        fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
-        or group.get("count", 0) / (group.get("within") or math.inf)
-        for group in options.get("event") or [options]
-    ]
-    return float(sum(rates))
-
-
-def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
-    """What to do next, with the setting's name: each sentence whose rule applies.
-
-    The settings are those of Zero to JupyterHub's values.yaml where Kubernetes shows itself, else the hub's.
-    """
-    servers, hub, in_front = results.servers, results.hub, results.http.in_front
-    failures, phases = (servers.failures, servers.phases) if servers else ([], None)
-    reasons = {failure.reason for failure in failures}
-    words = " ".join([*results.warnings, *reasons])
-    pods = on_kubernetes(results)
-
-    def setting(value: str, trait: str) -> str:
-        """A setting's name in values.yaml, or in jupyterhub_config.py."""
-        return value if pods else f"c.{trait}"
-
-    causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
-    cause = next((cause for cause in causes if re.search(cause, words)), "")
-    no_account, no_login, no_name = (cause == each for each in causes)
-    chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
-    alike = servers and not servers.ready and len(failures) > len(reasons) == 1
-    cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
-    denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
-    ready, asked = results.operations.get("server_ready"), results.operations.get("start_server")
-    start_s = (ready.latency_s.mean or 0.0) if ready else 0.0
-    start_s -= min(start_s, asked.backoff_s / asked.count if asked else 0.0)
-    at_once = math.ceil(arrivals_per_s(results.options) * start_s)
-    limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
-    in_time = re.search(r"did not start in (\d+) s", words)
-    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
-    memory = setting("singleuser.memory", "Spawner.mem_limit")
-    many = phases is not None and servers is not None and max(2, servers.ready // 10)
-    new_nodes, pulls = (phases.new_node, phases.images_pulled) if phases else (0, 0)
-    rules: dict[str, object] = {
-        f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
-        f"some requests got no answer: does the hub run? It exits after {exit_limit} failed starts in a "
-        "row": away and not hub.proxy and not hub.restarts,
-        "the hub allows no more servers: raise "
-        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.FULL in kinds,
-        f"the hub throttled: {limit}: {at_once} lets as many start as came, or slow the arrivals": servers
-        and servers.throttled
-        and Kind.FULL not in kinds
-        and at_once,
-        f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
-            servers and servers.throttled and Kind.FULL not in kinds and not at_once
-        ),
-        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} keeps "
-        "room for them, or add nodes before the event": many and new_nodes >= many,
-        f"{pulls} servers waited for their image: prePuller.hook.enabled and prePuller.continuous.enabled "
-        "pull it before, a smaller image is faster": many and pulls >= many and phases and phases.image_s > 5,
-        "the hub's users need unix accounts: make some with these names, or test with "
-        "--own-servers": no_account,
-        "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
-        "--own-servers": no_login,
-        "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with "
-        "--own-servers": no_name,
-        "all starts failed alike: if people choose options before a start, choose them with "
-        "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
-        f"starts were given up after {in_time[1] if in_time else 0} s: if they only need longer, raise "
-        f"{setting('singleuser.startTimeout', 'Spawner.start_timeout')}, and keep --server-timeout below it, "
-        "since such failures count towards the hub's exit": in_time,
-        "some servers were still starting: see the hub's log and the spawner's events, or raise "
-        "--server-timeout": Kind.LATE in kinds,
-        f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
-        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and pods,
-        f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
-        "them (squeue, sacct, docker ps, journalctl)": (failures and Kind.LATE not in kinds and not pods),
-        "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
-            NO_SUCH_HOST in words
-        ),
-        "servers were lost: an idle culler, a memory limit, a node that went away? The hub's log says who "
-        "stopped them": Kind.LOST in kinds,
-        "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
-        "logs": Kind.ROUTE in kinds,
-        f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
-        f"{lasted}": time_out_s is not None,
-        "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
-        "connections open": Kind.WIRE in kinds and time_out_s is None,
-        "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
-        "upgrade it": results.leaking,
-        f"kernels ended: that is what a memory limit does; see the servers' logs, and {memory}": (
-            Kind.KERNEL in kinds
-        ),
-        f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
-        "faster core, or reduce its load (JUPYTERHUB_ACTIVITY_INTERVAL in "
-        f"{setting('singleuser.extraEnv', 'Spawner.environment')})": cpu_share > BUSY,
-        f"the hub restarted, and {len(failures)} starts had failed: it exits after {exit_limit} of them in a "
-        "row; test with --fail-fast 4, or set that to 0 for the test": hub.restarts and len(failures) > 4,
-        "the hub restarted: look at why it ended (its memory limit? its liveness probe?)": (
-            hub.restarts and len(failures) < 5
-        ),
-        "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
-        "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
-        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
-        "cluster": "429" in in_front,
-        "something in front of the hub denies requests: let this machine, and POST and DELETE, through to "
-        "the hub": in_front.keys() & {"401", "403"},
-        "errors from 500 on came from what stands in front of the hub: look at the proxy's and the "
-        "ingress's logs": any(status >= "500" for status in in_front),
-    }
-    return [sentence for sentence, applies in rules.items() if applies]
 
 
 # ==== Sections, and the summary as text =====================================================================
@@ -7116,222 +7047,76 @@ def write_whole(path: str, text: str) -> None:
         raise
 
 
-# ==== The seeds' functions: thin wrappers, for use as a library =============================================
+# ==== The three commands ====================================================================================
 
 
-Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
+def stress(run: Run) -> None:
+    """Make users, start their servers, hold them."""
+    plan = run.plan
+    if plan.find_capacity:
+        run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
+        search(run)
+        return
+    who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
+    run.announce(f"{who}, {pace_text(plan.options())}")
+    names = run.make_users(plan.count, plan.batch_size)
+    with run.pinging(names[0]):
+        run.start_servers(names)
+    if plan.is_open:
+        run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
+    if plan.check_proxy and not run.session.stopping.is_set() and not run.session.hub_is_gone:
+        run.check_proxy(names)
 
 
-def timeit(f: Callable[..., R]) -> Callable[..., R]:
-    """The function, logging how long each call took, even when it raises."""
-
-    @functools.wraps(f)
-    def timed(*args: Any, **kwargs: Any) -> R:
-        began_s = time.monotonic()
-        try:
-            return f(*args, **kwargs)
-        finally:
-            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
-
-    return timed
-
-
-def find_existing_stress_test_users(
-    endpoint: str, session: HubSession, *, run: str | None = None
-) -> list[Json]:
-    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return find_users(Hub(endpoint, session), Recorder(), run)
+def activity(run: Run) -> None:
+    """Report activity for users without servers; those that are there already come first."""
+    plan, session = run.plan, run.session
+    run.announce(f"{counted(plan.count, 'user')} without servers")
+    users = [user["name"] for user in run.existing][: plan.count]
+    users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    if plan.find_capacity:
+        search(run, users)
+        return
+    load = load_of(plan, run.hub.endpoint, users)
+    with run.pinging(users[0]):
+        cpu_share = run.send_requests(load, session, run.record)
+    if not session.stopping.is_set():
+        slow = "this machine was too slow: spread the load over more --processes"
+        waiting = "all threads were waiting for the hub: give more --workers or --processes"
+        unsent = load.planned - run.record.count(load.mix) if plan.rate_per_s else 0
+        run.warn_if_late(load.mix, unsent, slow if cpu_share > BUSY else waiting)
 
 
-@timeit
-def create_users(
-    count: int,
-    batch_size: int,
-    endpoint: str,
-    session: HubSession,
-    existing_users: Sequence[Json | str] = (),
-    *,
-    run: str = "",
-) -> list[list[str]]:
-    """The names of exactly `count` new users, in batches, numbered after `existing_users`.
+def purge(run: Run) -> None:
+    """Remove the users that earlier runs left behind."""
+    LOG.info("Found %s to remove", counted(len(run.existing), thing(run.plan.own_servers)))
+    if run.plan.own_servers and run.hub.version.startswith(("1.", "2.")):
+        LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
+    states = {user["name"]: server_state(user) for user in run.existing}
+    if states:
+        run.remove(states, functools.partial(is_test_user, run=run.plan.run), run.session)
 
-    Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
+
+def carry_out(plan: Plan) -> Results:
+    """What a plan's run found, and wrote, also when something failed.
+
+    Raises `SetupError`; nothing has been changed then.
     """
-    claims = Claims()
-    taken = [user if isinstance(user, str) else user["name"] for user in existing_users]
-    try:
-        return list(make_users(count, batch_size, Hub(endpoint, session), Recorder(), claims, taken, run))
-    except CutShort:
-        delete_users(claims.ours, endpoint, session, batch_size)
-        raise
-
-
-def start_server(
-    username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
-) -> bool:
-    """Whether the hub took the request to start this user's server; it may still be starting."""
-    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
-    if reply.status not in (201, 202):
-        LOG.error("The server of %s did not start: %s", username, reply)
-    return reply.status in (201, 202)
-
-
-@timeit
-def start_servers(
-    users: Batches,
-    endpoint: str,
-    session: HubSession,
-    profile: str | Json | None = None,
-    *,
-    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
-    fail_fast: int = 0,
-    rate_per_s: float | Schedule | None = None,
-) -> dict[str, Event]:
-    """The `server_ready` event of each user; its `reason` is None when the server became ready.
-
-    As many start at one time as the largest batch has (closed model), or one every 1 / `rate_per_s` seconds,
-    however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
-    stop, or three failures before any server was ready) are absent.
-    """
-    names, largest = _flat(users)
-    how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
-    plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
-    site = Site(Hub(endpoint, session), plan, new_recorder())
-    try:
-        send_people(names, site)
-    except CutShort as error:
-        LOG.error("%s", error)
-    return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
-
-
-def wait_for_servers_to_start(
-    users: Batches, endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
-) -> dict[str, bool]:
-    """Whether each server, already asked for, was ready within `timeout_s`."""
-    hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
-
-
-def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
-    """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
-    state = state_after_stop(Hub(endpoint, session).stop(username).hub_status)
-    if state is ServerState.STOPPING and wait:
-        return wait_for_server_to_stop(username, endpoint, session)
-    return state is not ServerState.UNKNOWN
-
-
-@timeit
-def stop_servers(
-    usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int
-) -> dict[str, bool]:
-    """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
-    return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
-
-
-def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
-    """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
-    hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    pause_s = 0.1
-    while session.clock() < until_s:
-        if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
-            return True
-        if not session.pause(pause_s):
-            return False
-        pause_s = min(pause_s * 1.5, 1.0)
-    LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
-    return False
-
-
-@timeit
-def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
-    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
-    asked = [name for name, was_asked in stopped.items() if was_asked]
-    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10))
-
-
-@timeit
-def delete_users_after_stopping_servers(
-    stopped: Mapping[str, bool], endpoint: str, session: HubSession
-) -> bool:
-    """Whether every user is gone; those whose server has not stopped are left alone."""
-    hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    states = _for_each(lambda name: state_after_delete(hub.delete(name).hub_status), names, 10)
-    return all(states.get(name) is ServerState.GONE for name in stopped)
-
-
-@timeit
-def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int = 10) -> bool:
-    """Whether every one of these users is gone, their servers stopped first."""
-    states, ours = dict.fromkeys(usernames, ServerState.READY), set(usernames).__contains__
-    return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
-
-
-def _flat(users: Batches) -> tuple[list[str], int]:
-    """The names in batches of users, and how many the largest batch has."""
-    return [name for batch in users for name in batch], max(map(len, users), default=1)
-
-
-def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
-    with ThreadPoolExecutor(concurrency) as pool:
-        return dict(zip(names, pool.map(work, names)))
-
-
-def run_stress_test(
-    count: int,
-    batch_size: int,
-    token: str,
-    endpoint: str,
-    dry_run: bool = False,
-    keep: bool = False,
-    profile: str | Json | None = None,
-    **options: Any,
-) -> Json:
-    """Make `count` users, start their servers, measure, and remove them all; the results, also of failures.
-
-    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
-    `UsageError` or `SetupError`; nothing has been changed then.
-    """
-    token = Secret(token)
-    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep, "profile": profile}
-    return _results_as_json(Plan(STRESS, count=count, batch_size=batch_size, **options))
-
-
-def notebook_activity_test(
-    count: int,
-    token: str,
-    endpoint: str,
-    workers: int,
-    keep: bool = False,
-    dry_run: bool = False,
-    **options: Any,
-) -> Json:
-    """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
-
-    `dry_run`, `options` and errors are those of `run_stress_test`.
-    """
-    token = Secret(token)
-    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep}
-    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, **options))
-
-
-def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
-    """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
-
-    Finding nothing is success. `dry_run`, `options` and errors are those of `run_stress_test`.
-    """
-    token = Secret(token)
-    return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
-
-
-def _results_as_json(plan: Plan) -> Json:
-    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
-    validate(argparse.Namespace(**vars(plan)))
-    if plan.dry_run:
-        plan = seeded(plan)
-        rows = [list(row) for row in plan_section(plan).rows]
-        return {"command": plan.command, "options": plan.options(), "plan": rows}
-    found: Json = as_json(carry_out(plan))
-    return found
+    with Interruption() as interruption:
+        with contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
+            try:
+                {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
+            except CutShort as error:
+                run.troubles.append(str(error))
+            except Stopped:
+                LOG.debug("Stopped")
+            finally:
+                run.clean_up()
+            run.session.close()  # so that what is still open on the hub is not ours
+            run.look()
+            closing.close()
+            results = results_of(run)
+        return write_files(plan, results)
 
 
 # ==== Command line, and an event's file =====================================================================
@@ -7723,6 +7508,224 @@ def program() -> None:
     code = main()
     logging.shutdown()
     os._exit(code)  # leaving Python would wait for threads, and so for a request that nobody answers
+
+
+# ==== The seeds' functions: thin wrappers, for use as a library =============================================
+
+
+Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
+
+
+def timeit(f: Callable[..., R]) -> Callable[..., R]:
+    """The function, logging how long each call took, even when it raises."""
+
+    @functools.wraps(f)
+    def timed(*args: Any, **kwargs: Any) -> R:
+        began_s = time.monotonic()
+        try:
+            return f(*args, **kwargs)
+        finally:
+            LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
+
+    return timed
+
+
+def find_existing_stress_test_users(
+    endpoint: str, session: HubSession, *, run: str | None = None
+) -> list[Json]:
+    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
+    return find_users(Hub(endpoint, session), Recorder(), run)
+
+
+@timeit
+def create_users(
+    count: int,
+    batch_size: int,
+    endpoint: str,
+    session: HubSession,
+    existing_users: Sequence[Json | str] = (),
+    *,
+    run: str = "",
+) -> list[list[str]]:
+    """The names of exactly `count` new users, in batches, numbered after `existing_users`.
+
+    Names that turn out to be taken are skipped. Raises `CutShort`; those made by then are deleted first.
+    """
+    claims = Claims()
+    taken = [user if isinstance(user, str) else user["name"] for user in existing_users]
+    try:
+        return list(make_users(count, batch_size, Hub(endpoint, session), Recorder(), claims, taken, run))
+    except CutShort:
+        delete_users(claims.ours, endpoint, session, batch_size)
+        raise
+
+
+def start_server(
+    username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
+) -> bool:
+    """Whether the hub took the request to start this user's server; it may still be starting."""
+    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
+    if reply.status not in (201, 202):
+        LOG.error("The server of %s did not start: %s", username, reply)
+    return reply.status in (201, 202)
+
+
+@timeit
+def start_servers(
+    users: Batches,
+    endpoint: str,
+    session: HubSession,
+    profile: str | Json | None = None,
+    *,
+    timeout_s: float = SERVER_LIFECYCLE_TIMEOUT,
+    fail_fast: int = 0,
+    rate_per_s: float | Schedule | None = None,
+) -> dict[str, Event]:
+    """The `server_ready` event of each user; its `reason` is None when the server became ready.
+
+    As many start at one time as the largest batch has (closed model), or one every 1 / `rate_per_s` seconds,
+    however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
+    stop, or three failures before any server was ready) are absent.
+    """
+    names, largest = _flat(users)
+    how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
+    plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
+    site = Site(Hub(endpoint, session), plan, new_recorder())
+    try:
+        send_people(names, site)
+    except CutShort as error:
+        LOG.error("%s", error)
+    return {name: row["server_ready"] for name, row in site.record.people.items() if "server_ready" in row}
+
+
+def wait_for_servers_to_start(
+    users: Batches, endpoint: str, session: HubSession, *, timeout_s: float = SERVER_LIFECYCLE_TIMEOUT
+) -> dict[str, bool]:
+    """Whether each server, already asked for, was ready within `timeout_s`."""
+    hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
+    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
+
+
+def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
+    """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
+    state = state_after_stop(Hub(endpoint, session).stop(username).hub_status)
+    if state is ServerState.STOPPING and wait:
+        return wait_for_server_to_stop(username, endpoint, session)
+    return state is not ServerState.UNKNOWN
+
+
+@timeit
+def stop_servers(
+    usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int
+) -> dict[str, bool]:
+    """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
+    return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
+
+
+def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
+    """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
+    hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    pause_s = 0.1
+    while session.clock() < until_s:
+        if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
+            return True
+        if not session.pause(pause_s):
+            return False
+        pause_s = min(pause_s * 1.5, 1.0)
+    LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
+    return False
+
+
+@timeit
+def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
+    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
+    asked = [name for name, was_asked in stopped.items() if was_asked]
+    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10))
+
+
+@timeit
+def delete_users_after_stopping_servers(
+    stopped: Mapping[str, bool], endpoint: str, session: HubSession
+) -> bool:
+    """Whether every user is gone; those whose server has not stopped are left alone."""
+    hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
+    states = _for_each(lambda name: state_after_delete(hub.delete(name).hub_status), names, 10)
+    return all(states.get(name) is ServerState.GONE for name in stopped)
+
+
+@timeit
+def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int = 10) -> bool:
+    """Whether every one of these users is gone, their servers stopped first."""
+    states, ours = dict.fromkeys(usernames, ServerState.READY), set(usernames).__contains__
+    return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
+
+
+def _flat(users: Batches) -> tuple[list[str], int]:
+    """The names in batches of users, and how many the largest batch has."""
+    return [name for batch in users for name in batch], max(map(len, users), default=1)
+
+
+def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
+    with ThreadPoolExecutor(concurrency) as pool:
+        return dict(zip(names, pool.map(work, names)))
+
+
+def run_stress_test(
+    count: int,
+    batch_size: int,
+    token: str,
+    endpoint: str,
+    dry_run: bool = False,
+    keep: bool = False,
+    profile: str | Json | None = None,
+    **options: Any,
+) -> Json:
+    """Make `count` users, start their servers, measure, and remove them all; the results, also of failures.
+
+    With `dry_run` nothing is sent, and the result is the plan. `options` are further fields of `Plan`. Raises
+    `UsageError` or `SetupError`; nothing has been changed then.
+    """
+    token = Secret(token)
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep, "profile": profile}
+    return _results_as_json(Plan(STRESS, count=count, batch_size=batch_size, **options))
+
+
+def notebook_activity_test(
+    count: int,
+    token: str,
+    endpoint: str,
+    workers: int,
+    keep: bool = False,
+    dry_run: bool = False,
+    **options: Any,
+) -> Json:
+    """Report activity for `count` users without servers, from `workers` threads, and measure; the results.
+
+    `dry_run`, `options` and errors are those of `run_stress_test`.
+    """
+    token = Secret(token)
+    options |= {"token": token, "endpoint": endpoint, "dry_run": dry_run, "keep": keep}
+    return _results_as_json(Plan(ACTIVITY, count=count, workers=workers, **options))
+
+
+def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any) -> Json:
+    """Remove every user that this tool's naming made (of one `run`, if named), except admins; the results.
+
+    Finding nothing is success. `dry_run`, `options` and errors are those of `run_stress_test`.
+    """
+    token = Secret(token)
+    return _results_as_json(Plan(PURGE, token=token, endpoint=endpoint, dry_run=dry_run, **options))
+
+
+def _results_as_json(plan: Plan) -> Json:
+    """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
+    validate(argparse.Namespace(**vars(plan)))
+    if plan.dry_run:
+        plan = seeded(plan)
+        rows = [list(row) for row in plan_section(plan).rows]
+        return {"command": plan.command, "options": plan.options(), "plan": rows}
+    found: Json = as_json(carry_out(plan))
+    return found
 
 
 # ==== Locust users: the same load from many machines ========================================================
