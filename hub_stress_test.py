@@ -5595,8 +5595,8 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
             servers and servers.throttled and Kind.FULL not in kinds and not at_once
         ),
-        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} keeps "
-        "room for them, or add nodes before the event": many and new_nodes >= many,
+        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} (with "
+        "podPriority.enabled) keeps room for them, or add nodes before the event": many and new_nodes >= many,
         f"{pulls} servers waited for their image: prePuller.hook.enabled and prePuller.continuous.enabled "
         "pull it before, a smaller image is faster": many and pulls >= many and phases and phases.image_s > 5,
         "the hub's users need unix accounts: make some with these names, or test with "
@@ -6080,6 +6080,11 @@ def results_of(run: Run) -> Results:
     began = [shot.get(BEGAN) for shot in snapshots]
     restarts = sum(map(operator.ne, began, began[1:]))
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
+    profiles = [group.profile for group in plan.groups if isinstance(group.profile, dict)]
+    if servers and servers.phases and any("profile" not in profile for profile in profiles):
+        warnings.append(
+            "KubeSpawner ignores a --profile without the key `profile`: servers were the usual ones"
+        )
     if restarts:
         warnings.append(f"the hub restarted during the run{f', {restarts} times' if restarts > 1 else ''}")
     looks = {name: monitor.snapshots for name, monitor in run.monitors.items()}
@@ -6471,6 +6476,9 @@ def _cleanup_rows(results: Results) -> Iterator[Row]:
         number = counted(len(cleaned.left), "IS", "ARE")
         sentences = [f"{done}; {number} STILL THERE:", names_text(cleaned.left), cleaned.in_the_way]
         sentences += [f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"]
+    if results.servers and results.servers.phases and not cleaned.kept and not failed:
+        look = pods_command(run, results.own_servers)
+        traces.append(f"volumes stay where delete_pvc is off or their class retains them: {look}")
     yield from (("cleanup", sentence) for sentence in (*sentences, *traces) if sentence)
 
 
@@ -6676,7 +6684,8 @@ def people_planned(plan: Plan) -> Iterator[Row]:
     expected = f"about {usual} from the first start on if servers start in {USUAL_START_S:g} s"
     yield "duration", f"{expected}, at most {worst} if every step takes as long as it may"
     kernels = at_one_time([row for row in people if row[2].work], "kernel")
-    yield "cost", f"{at_one_time(people, 'server')} and {kernels} at one time"
+    volumes = "each with a volume where the hub gives one"
+    yield "cost", f"{at_one_time(people, 'server')}, {volumes}, and {kernels} at one time"
     if plan.check_proxy:
         yield "proxy check", f"after that, with one of the servers or one more: {CHECK_COSTS}"
 

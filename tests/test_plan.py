@@ -739,7 +739,7 @@ PLANS: dict[str, list[str]] = {
         "requests 2 checks, 2 lists, 10 creates, 100 starts, 100 stops, 100 deletes; a progress stream for each slow "
         "start; 5 pings per second; with read:metrics, the hub's figures every 5 s",
         "duration about 1 min 50 s from the first start on if servers start in 10 s, at most 34 min 0 s if",
-        "cost 100 servers and no kernels at one time",
+        "cost 100 servers, each with a volume where the hub gives one, and no kernels at one time",
         "cleanup users are removed; times out after 5 min 0 s without progress",
         "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers",
         "conditions failed > 0",
@@ -760,7 +760,7 @@ PLANS: dict[str, list[str]] = {
         "requests 3 checks, 2 lists, 30 creates, 300 starts, 600 reads, 300 stops, 300 deletes, "
         "600 visits, 300 kernels; a progress stream",
         "about 35 min 8 s from the first start on if servers start in 10 s, at most 38 min 58 s if",
-        "cost 300 servers and 300 kernels at one time",
+        "cost 300 servers, each with a volume where the hub gives one, and 300 kernels at one time",
         "proxy check after that, with one of the servers or one more: some three minutes, and up to 120 connections",
         "scopes admin:users, delete:servers, delete:users, list:users, read:servers, servers access:servers, for the "
         "token, or better a second one in JUPYTERHUB_VISIT_TOKEN",
@@ -772,7 +772,7 @@ PLANS: dict[str, list[str]] = {
         "opens its page (at most 30.0 s), leaves 10.0 s after getting to work",
         "requests 3 checks, 2 lists, 60 starts, 120 reads, 60 stops, 60 deletes, 120 visits",
         "about 79.0 s from the first start on if",
-        "cost about 20 servers and no kernels at one time",
+        "cost about 20 servers, each with a volume where the hub gives one, and no kernels at one time",
         "cleanup servers are removed",
         "scopes delete:servers!user=<owner>, read:servers!user=<owner>, servers!user=<owner> "
         "access:servers!user=<owner>, for the token",
@@ -790,7 +790,7 @@ PLANS: dict[str, list[str]] = {
         "last after 69.0 s each person assistants: starts a server (at most 60.0 s), "
         "leaves 5 min 0 s after getting to work",
         "210 starts, 410 reads, 210 stops, 210 deletes, 400 visits, 200 kernels",
-        "cost about 210 servers and 200 kernels at one time",
+        "cost about 210 servers, each with a volume where the hub gives one, and 200 kernels at one time",
     ],
     "stress-test --find-capacity --rate 0.2 --count 300 --within 5m": [
         "people 12 people, 0.2 per second, however slow the hub: the first at once, the last after 55.0 s"

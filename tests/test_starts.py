@@ -189,6 +189,11 @@ def test_what_servers_waited_for_names_the_value_to_change(results: hst.Results,
     assert all(setting in sentence for setting, sentence in zip(settings, sentences))
 
 
+def test_a_page_of_kubernetes_says_how_to_find_volumes_that_stay() -> None:
+    (cleanup, volumes) = [text for label, text in hst.facts(on_kubernetes(2)).rows if label == "cleanup"]
+    assert "none left" in cleanup and "kubectl get pods,pvc" in volumes
+
+
 def failed_starts(number: int, text: str, **more: Any) -> hst.Results:
     reason = hst.Reason(hst.Kind.SPAWN, text)
     events = [hst.Event("server_ready", hst.username(n), 0.0, 0.0, 1.0, reason) for n in range(number)]
