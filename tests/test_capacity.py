@@ -353,7 +353,7 @@ def test_people_who_never_came_after_failures_in_a_row_are_not_late(new_hub: Loc
     done, found = run_for_results(tmp_path / "r", "stress-test", *words, "--profile", '{"fail_rate": 1}', hub=new_hub)
     held = found["capacity"]["steps"][0]["held"]
     assert re.fullmatch("[123] of 4 people never came, after failures in a row", held)
-    assert held in done.stdout and not tool_users(new_hub)
+    assert held.partition(",")[0] in done.stdout and not tool_users(new_hub)
 
 
 def test_a_search_for_people_in_which_all_fail_says_why(new_hub: LocalHub, tmp_path: Path) -> None:
