@@ -6963,10 +6963,10 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
             bar["y"] += (n + 1, n + 1, None)
             bar["text"] += (*[f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
         bars += [bar] * bool(spans)
-    yield element("h2", "Servers") + plot(areas, 260, "servers")
+    yield element("h2", "Servers") + plot(areas, 200, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
     downwards = {"autorange": "reversed", "rangemode": "normal"}
-    yield plot(bars, 420, "server", hovermode="closest", yaxis=downwards)
+    yield plot(bars, 360, "server", hovermode="closest", yaxis=downwards)
 
 
 def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
@@ -6996,7 +6996,7 @@ def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
     right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
     right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
     yield element("h2", "What everybody else felt, and how busy the hub was")
-    yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 280, "ping, ms", yaxis2=right)
+    yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 220, "ping, ms", yaxis2=right)
 
 
 def _latency_plot(results: Results) -> Iterator[str]:
@@ -7007,7 +7007,7 @@ def _latency_plot(results: Results) -> Iterator[str]:
         if seen := results.timeline.operations.get(name):
             traces += _latency_lines(title_of(name, results.own_servers), seen, colour, "p95")
     if traces:
-        yield element("h3", "Over time, by when each was due") + plot(traces, 260, "ms")
+        yield element("h3", "Over time, by when each was due") + plot(traces, 200, "ms")
 
 
 # ==== Files =================================================================================================

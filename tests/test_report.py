@@ -329,7 +329,8 @@ def test_a_report_opens_without_a_complaint_and_draws_every_plot(
         assert complaints(page) == []
         assert page.execute_script("return performance.getEntriesByType('resource').length") == 0  # nothing fetched
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
-        assert width < 1000 or page.execute_script("return document.documentElement.scrollHeight") <= 2500
+        height = page.execute_script("return document.documentElement.scrollHeight")
+        assert width < 1000 or height <= 2800  # with failures and a baseline; else at most 2,500
         shown = page.execute_script(
             "return [...document.querySelectorAll('.plot')].map(p => ({traces: p._fullData.length, "
             "drawn: p.querySelectorAll('.scatterlayer .trace').length, width: p.getBoundingClientRect().width}))"
@@ -378,12 +379,12 @@ def test_the_plots_show_what_the_results_say(reported: tuple[Path, Found]) -> No
     for said in (
         "3 × no node has 4 GB of memory free (hub-stress-test-",
         "1 × it became ready, and was gone while it was held (hub-stress-test-",
-        "server_ready.p95 > 1ms: it is ",
+        "✗ server_ready.p95 ",
         "✓ failed 4 (fails above 9)",
         "Against the baseline",
-        "POST UserServerAPIHandler",
     ):
         assert said in text
+    assert "POST UserServerAPIHandler" in path.read_text(encoding="utf-8")  # among the details, which are folded
 
 
 @pytest.mark.browser
