@@ -3684,11 +3684,13 @@ def knowing_the_server(person: Visitor) -> Iterator[None]:
     except Failed as failure:
         if failure.reason.kind not in (Kind.WIRE, Kind.KERNEL) or not person.browser:
             raise
+        browser, public = person.browser, person.site.public
         state = person.site.hub.state(person.name)
-        page = person.browser.ask("GET", f"{person.url}api", call=once(observer=True))
+        page = browser.ask("GET", f"{person.url}api", call=once(observer=True)).seen_status
+        way = browser.ask("GET", f"{public.url}hub/api/", call=once(observer=True)).seen_status
         if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
             lost = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
-        elif state is ServerState.READY and page.seen_status in (0, 502, 503, 504):
+        elif state is ServerState.READY and page == 503 and way == 200:
             lost = (
                 "nobody answers there, and the hub has not noticed (evicted, out of memory, its node lost?)"
             )
@@ -5946,7 +5948,7 @@ def people_of(
     ends = [steps[0] if steps else row.get("at_work") for steps, row in zip(failed, people)]
     never = "cut short before getting to work" if cut_short else "never came"
     under_way = ends.count(None) + len(set(starting) - rows.keys())
-    not_begun = expected - len(ends) + ends.count(None) - under_way
+    not_begun = max(0, expected - len(ends) + ends.count(None) - under_way)
     reasons, failures = _failures_of(ends, never, under_way + not_begun, began_s)
     until_work_s = {}
     for step in ("at_work", *PERSONAL[: PERSONAL.index("at_work")]):
@@ -5982,7 +5984,7 @@ def servers_of(
         usual_message=messages.pop() if len(messages) == 1 else "",
         phases=mean_phases([end.phases for end in ready if end.phases]),
         under_way=under_way,
-        not_begun=requested - len(ends) - under_way,
+        not_begun=max(0, requested - len(ends) - under_way),
     )
 
 
