@@ -35,6 +35,8 @@ pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(200)]
 NEVER_CAME = "cut short before getting to work"
 NOBODY_LISTENS = "nobody listens there (503)"
 LOST = "the connection was lost"
+ENDED = "the server ended while it was in use: nobody answers there, and the hub has not noticed"
+ENDED += " (evicted, out of memory, its node lost?)"
 GONE_WITHIN_S = 20.0  # whatever belongs to a person, after the run: kernels look for their server every second
 INTERRUPTED_WITHIN_S = 15.0  # the rest of a run, on a slow machine: nobody waits for what was under way
 ELSEWHERE = "127.0.0.2"
@@ -459,7 +461,7 @@ def test_what_ends_the_work_of_people_is_told_for_each(servers: LocalHub, stage:
     words += ["--cell-timeout", "15s", "--server-timeout", "100s"]
     what = "server killed, frozen, kernel frozen, deleted"
     end = stage.rehearse(what, "work", servers, *words, meanwhile=act)
-    reasons = {"no result after 15.0 s": 2, LOST: 1, "somebody shut the kernel down": 1}
+    reasons = {"no result after 15.0 s": 2, ENDED: 1, "somebody shut the kernel down": 1}
     judge(end, 5, reasons)
     assert end.results["operations"]["cell"]["errors"] == reasons
 
