@@ -35,8 +35,6 @@ from localhub import LocalHub  # noqa: E402
 
 SLOW_SPAWN_TIMEOUTS_S = (10.0, 0.0)
 PATIENCE_S = 600.0
-TOOL_PHASES = {"make_users": "create", "start_servers": "start", "remove_users": "clean up"}
-PHASES = (*TOOL_PHASES.values(), "the rest")
 
 
 class RunFailed(Exception):
@@ -62,7 +60,6 @@ class Report:
 
     requests: int
     pings: int
-    phases_s: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,27 +71,17 @@ class Measured:
     hub_cpu_s: float
     report: Report
 
-    def seconds(self, phase: str) -> float:
-        """Of a phase; "the rest" is starting the interpreter, checking the hub and ending."""
-        phases_s = self.report.phases_s
-        return phases_s[phase] if phase in phases_s else self.process.wall_s - sum(phases_s.values())
-
 
 def tool_report(process: Process) -> Report:
-    """From the tool's results and log; readings of the metrics page apart."""
+    """From the tool's results; readings of the metrics page apart."""
     found = json.loads(process.results)
     metrics = len(found["timeline"]["hub"]["at_s"])  # readings of the hub's metrics page
-    took = re.findall(rf"Took ([\d.]+) seconds to ({'|'.join(TOOL_PHASES)})$", process.stderr, re.MULTILINE)
-    pings = found["operations"]["ping"]["count"]
-    phases_s = {TOOL_PHASES[name]: float(seconds) for seconds, name in took}
-    if phases_s.keys() != set(TOOL_PHASES.values()):
-        raise RunFailed(f"the tool's log does not say how long each phase took:\n{process.stderr[-2000:]}")
-    return Report(found["http"]["requests"] - metrics, pings, phases_s)
+    return Report(found["http"]["requests"] - metrics, found["operations"]["ping"]["count"])
 
 
 def bare_report(process: Process) -> Report:
     said = json.loads(process.stdout)
-    return Report(said["requests"], 0, said["phases_s"])
+    return Report(said["requests"], 0)
 
 
 def run_client(command: Sequence[str], environment: dict[str, str]) -> Process:
@@ -155,9 +142,8 @@ def run_pairs(slow_spawn_timeout_s: float, args: argparse.Namespace) -> dict[str
         for what in sorted(runs, reverse=pair % 2 == 0):
             run = measure(what, slow_spawn_timeout_s, args)
             runs[what].append(run)
-            times = ", ".join(f"{phase} {run.seconds(phase):.2f}" for phase in PHASES)
             setting = f"timeout {slow_spawn_timeout_s:g} s, pair {pair + 1}, {what}"
-            print(f"{setting}: {run.process.wall_s:.2f} s ({times})", file=sys.stderr, flush=True)
+            print(f"{setting}: {run.process.wall_s:.2f} s", file=sys.stderr, flush=True)
     return runs
 
 
@@ -166,7 +152,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def render(results: dict[float, dict[str, list[Measured]]], servers: int) -> Iterator[str]:
-    """One row for each setting and client, then the ratios, then where the time went; medians, pings left out."""
+    """One row for each setting and client, then the ratios; medians, pings left out."""
     yield (
         f"{'slow_spawn_timeout':<20}{'what':<6}{'wall s':>8}{'min-max':>14}{'requests/server':>17}"
         f"{'hub CPU s':>11}{'client CPU s':>14}{'client peak MB':>16}"
@@ -186,11 +172,6 @@ def render(results: dict[float, dict[str, list[Measured]]], servers: int) -> Ite
         pairs = list(zip(runs["tool"], runs["bare"]))
         yield f"{setting:<20g}wall     " + ratios([(a.process.wall_s, b.process.wall_s) for a, b in pairs])
         yield f"{setting:<20g}hub CPU  " + ratios([(a.hub_cpu_s, b.hub_cpu_s) for a, b in pairs])
-    yield f"\n{'seconds in phase':<20}{'what':<6}" + "".join(f"{phase:>10}" for phase in PHASES)
-    for setting, runs in results.items():
-        for what, measured in runs.items():
-            times = (median([run.seconds(phase) for run in measured]) for phase in PHASES)
-            yield f"{setting:<20g}{what:<6}" + "".join(f"{time_s:>10.2f}" for time_s in times)
 
 
 def ratios(pairs: Sequence[tuple[float, float]]) -> str:
