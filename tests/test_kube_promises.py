@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,3 +45,24 @@ def test_pods_that_never_ran_do_not_pass_when_the_hub_restarts(make_hub: Callabl
     assert "check" in pending and "pending check" not in hub.log()
     assert done.code == 1 and "0 of 3 servers became ready" in done.summary
     assert "3 users deleted, none left" in done.summary and not tool_users(hub) and not hub.cluster.pods()
+
+
+@pytest.mark.parametrize("version", [None, "5.5.0"])
+def test_the_phases_of_starts_are_those_of_the_pods(
+    make_hub: Callable[..., LocalHub], version: str | None, tmp_path: Path
+) -> None:
+    hub = make_hub(kube=True, version=version, nodes=0, pods_per_node=3, node_s=4.0, image_s=3.0, spawn_s=2.0)
+    words = ("stress-test", "-c", "6", "-b", "6", "-p", "plain")
+    done, found = run_for_results(tmp_path / "r", *words, hub=hub)
+    phases, pods = found["servers"]["phases"], [pod["moments"] for pod in hub.cluster.truth()["pods"]]
+
+    def mean(begin: str, end: str) -> float:
+        return statistics.mean(pod[end] - pod[begin] for pod in pods)
+
+    assert done.code == 0 and phases["new_node"] == phases["images_pulled"] == 6
+    assert phases["node_s"] == pytest.approx(mean("created", "scheduled"), abs=1.5)
+    assert phases["volumes_s"] == pytest.approx(mean("scheduled", "attached"), abs=1.5)
+    assert phases["image_s"] == pytest.approx(mean("pulling", "pulled"), abs=1.5)
+    assert phases["container_s"] == pytest.approx(mean("pulled", "started"), abs=1.5)
+    assert phases["server_s"] == pytest.approx(mean("started", "listens"), abs=3.0)  # when a busy hub has noticed
+    assert "waiting for a node (6 of 6 for a new one)" in done.summary
