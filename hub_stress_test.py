@@ -5531,7 +5531,9 @@ def time_out_in_front(people: People) -> float | None:
     return open_s[len(open_s) // 2] if alike else None
 
 
-KUBERNETES = re.compile(r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|\bpods?\b")
+KUBERNETES = re.compile(
+    r"nodes are available|ImagePull|Back-off|exceeded quota|admission webhook|No such profile|\bpods?\b"
+)
 
 
 def on_kubernetes(results: Results) -> bool:
