@@ -47,9 +47,9 @@ def test_pods_that_never_ran_do_not_pass_when_the_hub_restarts(make_hub: Callabl
     assert "3 users deleted, none left" in done.summary and not tool_users(hub) and not hub.cluster.pods()
 
 
-def test_options_without_a_profile_key_are_a_warning(kube_hub: LocalHub, tmp_path: Path) -> None:
+def test_options_without_a_profile_key_are_a_warning(make_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
     words = ("stress-test", "-c", "1", "-p", '{"image": "r"}')
-    done, found = run_for_results(tmp_path / "r", *words, hub=kube_hub)
+    done, found = run_for_results(tmp_path / "r", *words, hub=make_hub(kube=True, image_s=1.0, spawn_s=1.0))
     assert done.code == 0 and any("without the key `profile`" in warning for warning in found["warnings"])
 
 
