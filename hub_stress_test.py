@@ -1109,20 +1109,20 @@ LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust}
 class Kind(enum.Enum):
     """Kinds of failure, by what an operator does next."""
 
-    AWAY = "no answer"
-    FRONT = "answered by something in front of the hub"
+    NO_ANSWER = "no answer"
+    IN_FRONT = "answered by something in front of the hub"
     REFUSED = "refused"
     SPAWN = "the spawn failed"
-    LATE = "not ready in time"
+    TIMED_OUT = "not ready in time"
     THROTTLED = "still throttled"
-    FULL = "no more servers allowed"
+    SERVER_LIMIT = "no more servers allowed"
     VANISHED = "gone while starting"
     LOST = "gone while held"
     ROUTE = "no way to the server"
-    WIRE = "the websocket broke"
+    WEBSOCKET = "the websocket broke"
     KERNEL = "the kernel ended"
     CELL = "the cell failed"
-    BROKEN = "the operation raised"
+    RAISED = "the operation raised"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1155,7 +1155,7 @@ class Event:
 
     @property
     def outcome(self) -> str:
-        """ok, or the kind of its failure: refused, spawn, late, …"""
+        """ok, or the kind of its failure: refused, spawn, timed_out, …"""
         return self.reason.kind.name.lower() if self.reason else "ok"
 
     @property
@@ -1757,7 +1757,7 @@ class Reply:
 
     def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
         """What is recorded of a request; `ok` are the statuses with which it succeeded."""
-        kind = Kind.REFUSED if self.status else Kind.FRONT if self.front else Kind.AWAY
+        kind = Kind.REFUSED if self.status else Kind.IN_FRONT if self.front else Kind.NO_ANSWER
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
         times = (self.sent_s, self.sent_s, self.answered_s)
         return Event(step, user, *times, failure, self.tries, self.backoff_s)
@@ -2978,7 +2978,9 @@ def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
         return socket
     socket.shutdown()
     passes = ": does the proxy pass upgrades?" if status == 400 else ""
-    raise Failed(Reason(Kind.WIRE, f"the websocket was refused ({status}{passes})" if status else failure))
+    raise Failed(
+        Reason(Kind.WEBSOCKET, f"the websocket was refused ({status}{passes})" if status else failure)
+    )
 
 
 class Kernel:
@@ -3063,7 +3065,7 @@ class Kernel:
         return "", {}
 
     def _lost(self) -> Reason:
-        return Reason(Kind.WIRE, "the connection was lost", open_s=self._clock() - self._opened_s)
+        return Reason(Kind.WEBSOCKET, "the connection was lost", open_s=self._clock() - self._opened_s)
 
 
 # ==== Steps of a person, each a function ====================================================================
@@ -3410,7 +3412,7 @@ def _follow(person: Visitor, reply: Reply) -> Readiness:
     if reply.status == 201:
         return Readiness(reply.answered_s)
     if reply.status == 429:
-        kind = Kind.FULL if reply.message.startswith("Active user limit") else Kind.THROTTLED
+        kind = Kind.SERVER_LIMIT if reply.message.startswith("Active user limit") else Kind.THROTTLED
         text = f"still throttled {waited}: {reply.message.partition('.')[0] or 429}"
         return Readiness(reason=Reason(kind, text), running=False)
     if reply.hub_status == 404:
@@ -3422,13 +3424,15 @@ def _follow(person: Visitor, reply: Reply) -> Readiness:
     if end.ready_at_s is not None or end.reason:
         return end
     if reply.front:
-        reason = Reason(Kind.FRONT, reply.message)
+        reason = Reason(Kind.IN_FRONT, reply.message)
     elif reply.status != 202 and reply.message != TIMED_OUT:
         refused = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
-        reason = refused if reply.status else Reason(Kind.AWAY, f"no answer to the start: {reply}")
+        reason = refused if reply.status else Reason(Kind.NO_ANSWER, f"no answer to the start: {reply}")
     elif end.running:
         waiting = last_word(person.said)
-        reason = Reason(Kind.LATE, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else ""))
+        reason = Reason(
+            Kind.TIMED_OUT, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else "")
+        )
     else:
         reason = Reason(Kind.VANISHED, "it vanished while starting")
     return dataclasses.replace(end, reason=reason)
@@ -3682,7 +3686,7 @@ def knowing_the_server(person: Visitor) -> Iterator[None]:
     try:
         yield
     except Failed as failure:
-        if failure.reason.kind not in (Kind.WIRE, Kind.KERNEL) or not person.browser:
+        if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL) or not person.browser:
             raise
         browser, public = person.browser, person.site.public
         state = person.site.hub.state(person.name)
@@ -3870,7 +3874,7 @@ def take(name: str, act: Act, person: Visitor) -> bool:
         raise
     except Exception as error:
         LOG.exception("The step %s failed for %s", name, person.name)
-        reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
+        reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
         person.add(name, Attempt(person.due_s, began_s, reason=reason))
         return False
 
@@ -4344,16 +4348,16 @@ def perform(
         response = send(user, endpoint, session)
         call = session.call_of(response.request)
         if str(response.url).startswith(endpoint) and not session.is_hubs(response):
-            reason = Reason(Kind.FRONT, in_front(response))
+            reason = Reason(Kind.IN_FRONT, in_front(response))
         elif not response.ok and response.status_code not in fine:
             reason = Reason(Kind.REFUSED, str(response.status_code))
     except Stopped:
         return None
     except requests.RequestException as error:
-        reason, call = Reason(Kind.AWAY, why(error)), session.call_of(error.request)
+        reason, call = Reason(Kind.NO_ANSWER, why(error)), session.call_of(error.request)
     except Exception as error:
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
-        reason = Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
+        reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
     due_s = sent_s if due_s is None else due_s
     record.add(Event(step, user, due_s, sent_s, session.clock(), reason, call.tries, call.backoff_s))
     return reason
@@ -5408,7 +5412,7 @@ def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_fron
         if usual := collections.Counter(failures).most_common(1):
             (broken, reason), number = usual[0]
             failed = Limit.FAILURES.value.format(number, reason.text)
-            if reason.kind not in (Kind.LATE, Kind.THROTTLED):
+            if reason.kind not in (Kind.TIMED_OUT, Kind.THROTTLED):
                 return failed
     means = {name: one.latency_s.mean or 0.0 for name, one in operations.items()}
     ready_s, asked = means.get("server_ready", 0.0), operations.get("start_server")
@@ -5575,7 +5579,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     alike = servers and not servers.ready and len(failures) > len(reasons) == 1
     cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    away, lasted = Kind.AWAY in kinds, f"{time_out_s or 0:.0f} s"
+    away, lasted = Kind.NO_ANSWER in kinds, f"{time_out_s or 0:.0f} s"
     ready, asked = results.operations.get("server_ready"), results.operations.get("start_server")
     start_s = (ready.latency_s.mean or 0.0) if ready else 0.0
     start_s -= min(start_s, asked.backoff_s / asked.count if asked else 0.0)
@@ -5591,13 +5595,13 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         f"some requests got no answer: does the hub run? It exits after {exit_limit} failed starts in a "
         "row": away and not hub.proxy and not hub.restarts,
         "the hub allows no more servers: raise "
-        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.FULL in kinds,
+        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.SERVER_LIMIT in kinds,
         f"the hub throttled: {limit}: {at_once} lets as many start as came, or slow the arrivals": servers
         and servers.throttled
-        and Kind.FULL not in kinds
+        and Kind.SERVER_LIMIT not in kinds
         and at_once,
         f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
-            servers and servers.throttled and Kind.FULL not in kinds and not at_once
+            servers and servers.throttled and Kind.SERVER_LIMIT not in kinds and not at_once
         ),
         f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} (with "
         "podPriority.enabled) keeps room for them, or add nodes before the event": many and new_nodes >= many,
@@ -5615,11 +5619,13 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         f"{setting('singleuser.startTimeout', 'Spawner.start_timeout')}, and keep --server-timeout below it, "
         "since such failures count towards the hub's exit": in_time,
         "some servers were still starting: see the hub's log and the spawner's events, or raise "
-        "--server-timeout": Kind.LATE in kinds,
+        "--server-timeout": Kind.TIMED_OUT in kinds,
         f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
-        "kubectl get events -n NAMESPACE": failures and Kind.LATE not in kinds and pods,
+        "kubectl get events -n NAMESPACE": failures and Kind.TIMED_OUT not in kinds and pods,
         f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
-        "them (squeue, sacct, docker ps, journalctl)": (failures and Kind.LATE not in kinds and not pods),
+        "them (squeue, sacct, docker ps, journalctl)": (
+            failures and Kind.TIMED_OUT not in kinds and not pods
+        ),
         "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
             NO_SUCH_HOST in words
         ),
@@ -5630,7 +5636,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
         f"{lasted}": time_out_s is not None,
         "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
-        "connections open": Kind.WIRE in kinds and time_out_s is None,
+        "connections open": Kind.WEBSOCKET in kinds and time_out_s is None,
         "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
         "upgrade it": results.leaking,
         f"kernels ended: that is what a memory limit does; see the servers' logs, and {memory}": (
@@ -5923,7 +5929,7 @@ def _failures_of(
     failures, alike = list[Failure](), dict[str, str]()
     for end in ends:
         if end and end.reason:
-            text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.LATE)
+            text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.TIMED_OUT)
             text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
             failures.append(Failure(end.user, text, end.message, round(end.ended_s - began_s, 4)))
     reasons = collections.Counter(failure.reason for failure in failures)
@@ -5977,7 +5983,7 @@ def servers_of(
         ready=len(ready),
         failed=requested - len(ready),
         lost=len(lost),
-        given_up=sum(end.reason.kind is Kind.LATE for end in ends if end.reason),
+        given_up=sum(end.reason.kind is Kind.TIMED_OUT for end in ends if end.reason),
         reasons=reasons,
         failures=failures,
         throttled=sum(end.throttled > 0 for end in ends),
@@ -7984,7 +7990,7 @@ if locust_is_loading():
             try:
                 OPERATIONS[name](self.username, self.site.hub.endpoint, session)
             except Exception as error:
-                now_s, reason = time.monotonic(), Reason(Kind.BROKEN, f"{type(error).__name__}: {error}")
+                now_s, reason = time.monotonic(), Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
                 self.site.record.add(Event(name, self.username, now_s, now_s, now_s, reason))
 
     class Person(HubUser):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fault_proxy import FaultProxy
 from localhub import LocalHub
 from tool import THEIR_ADMIN, THEIRS
 
@@ -45,6 +46,13 @@ def hub(request: pytest.FixtureRequest) -> Iterator[LocalHub]:
         found.call("DELETE", f"/users/{name}/server")
         found.call("DELETE", f"/users/{name}")
     assert not left
+
+
+@pytest.fixture
+def proxy(new_hub: LocalHub) -> Iterator[FaultProxy]:
+    """A proxy in front of the newest hub, which does whatever a test's rules say."""
+    with FaultProxy(new_hub.endpoint) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")

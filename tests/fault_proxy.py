@@ -401,6 +401,7 @@ class FaultProxy:
         self._server = Server(self, 0)
         self._port: int = self._server.server_address[1]
         self.url = f"http://{HOST}:{self._port}"
+        self.endpoint = f"{self.url}/hub/api"  # of a hub behind it
         self._server.start()
 
     def __enter__(self) -> FaultProxy:

@@ -78,7 +78,7 @@ def test_a_throttled_step_does_not_count_against_those_after_it(tmp_path: Path) 
     with KnownServer() as server, FaultProxy(server.endpoint) as proxy:
         proxy.rule = first(3, REPORTS, busy)  # all in the first step
         words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "1s", "--rate", "8")
-        where = server.environment | {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        where = server.environment | {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *words, "--fail-if", "throttled > 0", env=where)
     steps = found["capacity"]["steps"]
     assert [step["held"] for step in steps] == ["throttled > 0"] + [None] * (len(steps) - 1)
@@ -91,7 +91,7 @@ def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
     with KnownServer() as server, FaultProxy(server.endpoint) as proxy:
         proxy.rule = every(REPORTS, hub_answer(500, b'{"status": 500, "message": "database is locked"}'))
         words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "1s", "--rate", "4")
-        where = server.environment | {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        where = server.environment | {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *words, env=where)
         assert server.users() == set()
     assert done.code == 1
@@ -303,7 +303,7 @@ def failing(step: str, kind: hst.Kind, text: str, number: int) -> list[hst.Event
 
 
 NO_MEMORY = failing("server_ready", hst.Kind.SPAWN, "no memory", 3)
-NOT_READY = failing("server_ready", hst.Kind.LATE, "not ready", 2)
+NOT_READY = failing("server_ready", hst.Kind.TIMED_OUT, "not ready", 2)
 NO_PAGE = failing("visit", hst.Kind.ROUTE, "503", 1)
 
 

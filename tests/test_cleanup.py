@@ -113,7 +113,7 @@ def test_names_whose_making_was_not_confirmed_are_not_deleted_when_another_run_i
 def test_users_that_the_hub_makes_after_its_answer_was_given_up_are_removed_too(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         session, record, claims = hst.get_session(new_hub.token), hst.Recorder(), hst.Claims()
-        hub = hst.Hub(proxy.url + "/hub/api", session)
+        hub = hst.Hub(proxy.endpoint, session)
         proxy.rule = first(1, matching("POST", "/users$"), AnswerAfter(502))
         assert list(hst.make_users(3, 3, hub, record, claims, [], "")) == [OURS[:3]]
         claims.ask(OURS[3:])
@@ -334,7 +334,7 @@ def test_users_that_cannot_be_deleted_are_named_with_the_command_that_removes_th
     with FaultProxy(new_hub.endpoint) as proxy:
         locked = hub_answer(500, b'{"message": "database is locked"}')
         proxy.rule = lambda request: locked if request.method == "DELETE" and request.path in refuse else None
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done = run_tool(*command, "--run", "ci", "--cleanup-timeout", "3s", hub=new_hub, env=env)
     assert done.code == 4 and done.summary.startswith("LEFT SOMETHING BEHIND: ")
     assert "2 users deleted; 2 ARE STILL THERE: hub-stress-test-ci-2 hub-stress-test-ci-3" in done.summary

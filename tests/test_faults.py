@@ -136,7 +136,7 @@ def hub() -> Iterator[LocalHub]:
 
 
 def start_through(proxy: FaultProxy, hub: LocalHub, *more: str) -> Running:
-    return start_tool(*WORDS, *more, hub=hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+    return start_tool(*WORDS, *more, hub=hub, proxy=proxy)
 
 
 def run_through(proxy: FaultProxy, hub: LocalHub, *more: str, limit_s: float = 100) -> tuple[Outcome, float]:

@@ -107,7 +107,7 @@ def test_a_refused_batch_deletes_what_was_made_before_it(new_hub: LocalHub) -> N
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = lambda request: next(answers, None) if is_create(request) else None
         with pytest.raises(hst.HubRefused, match=r"the hub refused to make users: 500 \(database is locked\)"):
-            hst.create_users(3, 1, proxy.url + "/hub/api", session)
+            hst.create_users(3, 1, proxy.endpoint, session)
         assert [e.status for e in proxy.requests if e.path.endswith("/users")] == [201, 500]
     assert not tool_users(new_hub)
 

@@ -50,7 +50,7 @@ def test_a_person_gives_up_a_hub_that_is_silent_in_time(path: str, tmp_path: Pat
 
     with LocalHub(spawn_s=6, slow_spawn_timeout_s=0) as hub, FaultProxy(hub.endpoint) as proxy:
         proxy.rule = rule
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *WORDS, hub=hub, env=env)
         assert done.code == 1 and not tool_users(hub)
     assert given_up(found) == pytest.approx([TIMEOUT_S] * 3, abs=0.3)
@@ -67,7 +67,7 @@ def test_a_person_gives_up_a_hub_that_is_frozen_in_time(tmp_path: Path) -> None:
                 threading.Timer(6.0, os.kill, (hub.pid, signal.SIGCONT)).start()
 
         proxy.rule = rule
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *WORDS, hub=hub, env=env)
         assert done.code == 1 and not tool_users(hub)
     assert given_up(found) == pytest.approx([TIMEOUT_S] * 3, abs=0.3)
@@ -84,6 +84,6 @@ def test_servers_that_became_ready_after_everybody_had_given_up_are_told_by_the_
 def test_a_delayed_hub_is_no_reason_to_give_up_late(tmp_path: Path) -> None:
     with LocalHub(spawn_s=6, slow_spawn_timeout_s=0) as hub, FaultProxy(hub.endpoint) as proxy:
         proxy.rule = every(matching("GET", "/users/"), Delay(0.4))
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         _, found = run_for_results(tmp_path / "r", *WORDS, hub=hub, env=env)
     assert given_up(found) == pytest.approx([TIMEOUT_S] * 3, abs=0.3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,8 @@ NAME = "hub-stress-test-1"
 
 
 @pytest.fixture
-def proxy(new_hub: LocalHub) -> Iterator[FaultProxy]:
-    with FaultProxy(new_hub.endpoint) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 def endpoint(proxy: FaultProxy) -> str:
-    return proxy.url + "/hub/api"
+    return proxy.endpoint
 
 
 # ==== What answers mean ==============================================================================================
@@ -117,7 +111,7 @@ def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: Fa
     reply = session.ask("POST", endpoint + "/users", json={})
     assert (reply.status, reply.front, reply.lost) == (0, status, True)
     assert reply.message == f"something in front of the hub (nginx/1.22) answered {status}"
-    assert reply.event("x").reason == hst.Reason(hst.Kind.FRONT, reply.message)
+    assert reply.event("x").reason == hst.Reason(hst.Kind.IN_FRONT, reply.message)
     proxy.rule = every(matching(None, "users"), hub_answer(status, b"{}"))
     reply = session.ask("POST", endpoint + "/users", json={})
     assert (reply.status, reply.front, reply.lost) == (status, 0, False)
@@ -144,9 +138,9 @@ def test_where_the_version_is_stripped_only_gateway_errors_are_lost(
             hst.Kind.REFUSED,
             False,
         ),
-        (ResetBefore(), "connection reset", hst.Kind.AWAY, True),
-        (HalfBody(), "the answer broke off", hst.Kind.AWAY, True),
-        (Silence(), "no answer in time", hst.Kind.AWAY, True),
+        (ResetBefore(), "connection reset", hst.Kind.NO_ANSWER, True),
+        (HalfBody(), "the answer broke off", hst.Kind.NO_ANSWER, True),
+        (Silence(), "no answer in time", hst.Kind.NO_ANSWER, True),
     ],
     ids=str,
 )

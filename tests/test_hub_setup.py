@@ -53,7 +53,7 @@ def test_a_hub_with_a_prefix_is_found_from_its_start_page(make_hub: Make) -> Non
 def test_an_html_page_is_no_hub_and_is_asked_without_the_token(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(EVERYTHING, Answer(200, b"<html>Welcome</html>", {"Content-Type": "text/html"}))
-        said = refused(new_hub, proxy.url + "/hub/api")
+        said = refused(new_hub, proxy.endpoint)
         assert "No hub API at" in said and "not JSON but text/html" in said
         assert [entry.path for entry in proxy.requests] == ["/hub/api/"]
 
@@ -61,14 +61,14 @@ def test_an_html_page_is_no_hub_and_is_asked_without_the_token(new_hub: LocalHub
 def test_json_without_a_version_is_no_hub(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(EVERYTHING, Answer(200, b"{}", {"Content-Type": "application/json"}))
-        said = refused(new_hub, proxy.url + "/hub/api")
+        said = refused(new_hub, proxy.endpoint)
         assert "it answers JSON without a version" in said and "An endpoint ends in /hub/api" in said
 
 
 def test_a_redirect_to_https_names_the_https_url_and_is_not_followed(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(EVERYTHING, Answer(308, b"", {"Location": "https://hub.example.org/hub/api/"}))
-        said = refused(new_hub, proxy.url + "/hub/api")
+        said = refused(new_hub, proxy.endpoint)
         assert "redirects to https://hub.example.org/hub/api/" in said
         assert f"Use https: --endpoint {proxy.url.replace('http:', 'https:')}/hub/api" in said
         assert len(proxy.requests) == 1
@@ -77,7 +77,7 @@ def test_a_redirect_to_https_names_the_https_url_and_is_not_followed(new_hub: Lo
 def test_a_redirect_to_another_place_is_named_without_its_credentials(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(EVERYTHING, Answer(302, b"", {"Location": "http://me:pa55word@login.example.org/"}))
-        said = refused(new_hub, proxy.url + "/hub/api")
+        said = refused(new_hub, proxy.endpoint)
         assert "it answers 302 and redirects to http://login.example.org/" in said and "pa55word" not in said
 
 
@@ -189,7 +189,7 @@ def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(comm
     with FaultProxy(new_hub.endpoint) as proxy:
         locked = hub_answer(500, b'{"status": 500, "message": "database is locked"}')
         proxy.rule = every(matching("GET", r"/users\?"), locked)
-        said = refused(new_hub, proxy.url + "/hub/api", new_hub.token, command)
+        said = refused(new_hub, proxy.endpoint, new_hub.token, command)
         assert "The hub refused to list its users: 500 (database is locked). Nothing was changed." in said
         assert {entry.method for entry in proxy.requests} == {"GET"}
 

@@ -29,7 +29,7 @@ def interrupt(
     struck_s: list[float] = []
     lock = threading.Lock()
     with FaultProxy(hub.endpoint) as proxy:
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         with start_tool(*words.split(), hub=hub, env=env) as run:
 
             def rule(request: Request) -> Fault | None:

@@ -245,8 +245,8 @@ def broken(user: str, endpoint: str, session: hst.HubSession) -> requests.Respon
         (hst.read_user, None),
         (hst.list_page, None),
         (refused, hst.Reason(Kind.REFUSED, "404")),
-        (away, hst.Reason(Kind.AWAY, "connection refused")),
-        (broken, hst.Reason(Kind.BROKEN, "RuntimeError: not today")),
+        (away, hst.Reason(Kind.NO_ANSWER, "connection refused")),
+        (broken, hst.Reason(Kind.RAISED, "RuntimeError: not today")),
     ],
 )
 def test_an_operation_is_recorded_whatever_it_raises(send: hst.Send, reason: hst.Reason | None) -> None:

@@ -185,7 +185,7 @@ def test_servers_that_cannot_be_removed_are_named_with_the_command_that_removes_
     with FaultProxy(carol.hub.endpoint) as proxy:
         locked = hub_answer(500, b'{"message": "database is locked"}')
         proxy.rule = lambda one: locked if one.body == b'{"remove": true}' and one.path.endswith(("-2", "-3")) else None
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         words = ("--run", "ci", "--cleanup-timeout", "3s")
         done, found = run_for_results(tmp_path / "x.json", *WORDS, *words, hub=carol.hub, env=env)
     left = {"hub-stress-test-ci-2", "hub-stress-test-ci-3"}
@@ -235,7 +235,7 @@ FEW = ["stress-test", "--own-servers", "--count", "6", "--batch-size", "3", "--s
 
 
 def start_through(proxy: FaultProxy, carol: Carol) -> Running:
-    return start_tool(*FEW, hub=carol.hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+    return start_tool(*FEW, hub=carol.hub, proxy=proxy)
 
 
 def expected(phase: str, fault: Fault, reason: str, retried: bool) -> tuple[int, str]:

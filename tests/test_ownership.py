@@ -119,7 +119,7 @@ def test_names_that_are_taken_again_and_again_end_the_run(new_hub: LocalHub) -> 
 
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = rule
-        done = run_tool("stress-test", "-c", "2", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+        done = run_tool("stress-test", "-c", "2", hub=new_hub, proxy=proxy)
     assert done.code == 1 and "two requests in a row made no user" in done.summary
     assert tool_users(new_hub) == set(theirs) and len(theirs) == 4
     for name in theirs:
@@ -228,7 +228,7 @@ def denied(status: int, path: str = "") -> Callable[[Request], Answer | None]:
 def test_what_nginx_denies_is_not_blamed_on_the_token(path: str, new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = denied(403, path)
-        done = run_tool("stress-test", "-c", "2", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+        done = run_tool("stress-test", "-c", "2", hub=new_hub, proxy=proxy)
     assert done.code == 1 and not tool_users(new_hub)
     assert "something in front of the hub (nginx/1.22.1) answered 403" in done.summary
     assert "something in front of the hub denies requests" in done.summary
@@ -239,7 +239,7 @@ def test_a_limit_of_nginx_is_not_the_hubs_throttling(new_hub: LocalHub, tmp_path
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = denied(429, "/server$")
         words = ("stress-test", "-c", "1", "--server-timeout", "2s")
-        where = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        where = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *words, hub=new_hub, env=where)
     assert found["http"]["throttled"] == 0 and found["http"]["in_front"].keys() == {"429"}
     assert "exempt this machine" in done.summary and "concurrent_spawn_limit" not in done.summary
@@ -277,7 +277,7 @@ def test_a_token_that_expires_meanwhile_is_named(new_hub: LocalHub) -> None:
         proxy.rule = lambda request: (
             hub_answer(403, b"{}") if any(one.path.endswith("/server") for one in proxy.requests) else None
         )
-        done = run_tool(*words, hub=new_hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+        done = run_tool(*words, hub=new_hub, proxy=proxy)
     assert done.code == 4 and "the hub no longer accepts the token (403)" in done.summary
     assert run_tool("purge", hub=new_hub).code == 0
 
@@ -286,7 +286,7 @@ def test_a_token_that_expires_meanwhile_is_named(new_hub: LocalHub) -> None:
 def test_a_hub_whose_version_is_stripped_is_measured_as_before(command: str, new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.strips = "X-JupyterHub-Version"
-        done = run_tool(command, "-c", "3", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+        done = run_tool(command, "-c", "3", hub=new_hub, proxy=proxy)
     assert done.code == 0 and not tool_users(new_hub)
     assert "something in front" not in done.summary
 
@@ -296,7 +296,7 @@ def test_a_hub_behind_a_gateway_with_its_own_errors_is_missed(make_hub: Make) ->
     hub = make_hub(slow_spawn_timeout_s=0, spawn_s=6)
     with FaultProxy(hub.endpoint) as proxy:
         proxy.rule = FromThenOn(matching("GET", "/progress$"), Answer(521, b"<html>", NGINX), seconds=4.5)
-        done = run_tool("stress-test", "-c", "3", hub=hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+        done = run_tool("stress-test", "-c", "3", hub=hub, proxy=proxy)
     assert "The hub has not answered since" in done.stderr and "The hub answers again" in done.stderr
     assert "something in front of the hub (nginx/1.22.1) answered 521" in done.summary
     assert hub.users().keys() == THEIRS

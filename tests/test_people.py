@@ -69,7 +69,7 @@ def test_a_batch_whose_answer_was_lost_is_found_by_looking(hub: LocalHub) -> Non
     with FaultProxy(hub.endpoint) as proxy:
         proxy.rule = every(matching("POST", "/users$"), AnswerAfter(502))
         session, record, claims = hst.get_session(hub.token), hst.Recorder(), hst.Claims()
-        made = hst.make_batch(wanted, hst.Hub(proxy.url + "/hub/api", session), record, claims)
+        made = hst.make_batch(wanted, hst.Hub(proxy.endpoint, session), record, claims)
     assert made == wanted == claims.ours
     assert record.summarise()["create_users"].errors == {"something in front of the hub answered 502": 1}
     assert hst.delete_users(made, hub.endpoint, session)
@@ -78,7 +78,7 @@ def test_a_batch_whose_answer_was_lost_is_found_by_looking(hub: LocalHub) -> Non
 def test_a_hub_that_refuses_to_make_users_is_quoted(new_hub: LocalHub) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(matching("POST", "/users$"), hub_answer(500, b'{"message": "database is locked"}'))
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done = run_tool("stress-test", "-c", "3", hub=new_hub, env=env)
     assert done.code == 1 and done.summary.startswith("FAILED: 0 of 3 servers became ready")
     assert re.search(r"^because +the hub refused to make users: 500 \(database is locked\)$", done.summary, re.M)
@@ -89,7 +89,7 @@ def test_an_interrupt_while_users_are_being_made_is_no_refusal_of_the_hub(new_hu
     creates = matching("POST", "/users$")
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(creates, Delay(2.0))
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         with start_tool("stress-test", "-c", "12", "-b", "3", hub=new_hub, env=env) as run:
             wait_until(lambda: any(entry.method == "POST" for entry in proxy.requests))
             run.send_signal(signal.SIGINT)
@@ -261,7 +261,7 @@ def test_a_streak_is_of_people_and_ends_with_one_who_got_to_the_goal(ends: str, 
         streak(hst.Event("server_ready", "x", 0, 0, 1))  # which is not yet the goal
         last = hst.Event("at_work", "x", 0, 0, 1)
         streak(last if end == "s" else hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
-        streak(hst.Event("delete_user", "x", 0, 0, 1, hst.Reason(Kind.AWAY, "reset")))  # no failure of a person
+        streak(hst.Event("delete_user", "x", 0, 0, 1, hst.Reason(Kind.NO_ANSWER, "reset")))  # no failure of a person
         never(hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
     assert streak.reached is reached and not never.reached
 
@@ -301,7 +301,7 @@ def test_a_step_that_raises_is_a_failure_of_that_person_and_nobody_elses() -> No
     site = hst.Site(hst.Hub(ENDPOINT, Hurried(Broken(names))), hst.Plan(batch_size=2), hst.new_recorder())
     hst.send_people(names, site)
     ends = {name: steps["server_ready"].reason for name, steps in site.record.people.items()}
-    broken = hst.Reason(Kind.BROKEN, "LookupError: nobody expected this")
+    broken = hst.Reason(Kind.RAISED, "LookupError: nobody expected this")
     assert ends == dict.fromkeys(names) | {"hub-stress-test-2": broken}
     assert site.states["hub-stress-test-2"] is ServerState.STARTING  # as far as anybody knows: it will be stopped
 
@@ -613,7 +613,7 @@ def test_starts_at_a_rate_count_from_when_each_was_due(
 def test_a_start_that_is_answered_with_503_is_retried(new_hub: LocalHub, tmp_path: Path) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = first(1, matching("POST", "/server$"), Answer(503, b"", {"Retry-After": "1"}))
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "2", hub=new_hub, env=env)
     assert done.code == 0 and found["servers"]["ready"] == 2
     assert found["http"]["retries"] == 1 and found["operations"]["start_server"]["backoff_s"] >= 1.0
@@ -624,6 +624,6 @@ def test_a_201_that_cannot_be_read_is_looked_into_and_no_traceback(new_hub: Loca
     creates = matching("POST", "/users$")
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = first(1, creates, AnswerAfter(201, b"<html>", {"Content-Type": "text/html"}))
-        done = run_tool("stress-test", "-c", "3", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"})
+        done = run_tool("stress-test", "-c", "3", hub=new_hub, proxy=proxy)
     assert done.code == 0 and "3 of 3 servers became ready" in done.stdout
     assert not tool_users(new_hub)

@@ -585,7 +585,7 @@ def test_a_condition_on_a_step_is_taken_where_somebody_gets_to_it(metric: str, w
 
 def test_bad_usage_is_refused_before_anything_is_sent(new_hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
     with FaultProxy(new_hub.endpoint) as proxy:
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api", "JUPYTERHUB_API_TOKEN": new_hub.token}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint, "JUPYTERHUB_API_TOKEN": new_hub.token}
         for words, _, expected in (case for case in BAD_USAGE.values() if case[1] is NOWHERE):
             assert expected in refused_usage(words, env, capsys)
         assert proxy.requests == []
@@ -857,7 +857,7 @@ def test_the_moments_of_a_plan_are_those_of_its_seed(capsys: pytest.CaptureFixtu
 def test_a_dry_run_sends_nothing(new_hub: LocalHub) -> None:
     before = new_hub.users()
     with FaultProxy(new_hub.endpoint) as proxy:
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         for command in hst.COMMANDS:
             assert run_tool(command, "--dry-run", hub=new_hub, env=env).code == 0
         assert proxy.requests == []
@@ -867,7 +867,7 @@ def test_a_dry_run_sends_nothing(new_hub: LocalHub) -> None:
 def test_a_run_sends_as_many_requests_as_its_plan_says(new_hub: LocalHub) -> None:
     words = ["stress-test", "-c", "7", "-b", "3", "--hold", "1s"]
     with FaultProxy(new_hub.endpoint) as proxy:
-        env = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        env = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         planned = run_tool("--dry-run", *words, hub=new_hub, env=env).summary
         assert run_tool(*words, hub=new_hub, env=env).code == 0
         sent = [f"{request.method} {request.path.partition('?')[0]}" for request in proxy.requests]

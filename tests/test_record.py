@@ -15,7 +15,7 @@ import pytest
 import hub_stress_test as hst
 from hub_stress_test import Distribution, Event, Kind, Reason, Recorder, Statistics, Traffic
 
-AWAY = Reason(Kind.AWAY, "connection refused")
+AWAY = Reason(Kind.NO_ANSWER, "connection refused")
 REFUSED = Reason(Kind.REFUSED, "500")
 
 
@@ -140,7 +140,7 @@ def test_equal_reasons_are_counted_together_and_told_by_their_text_whatever_thei
     for reason in (REFUSED, REFUSED, Reason(Kind.SPAWN, "500"), AWAY):
         record.add(event(reason=reason))
     assert record.summarise()["activity"].errors == {"500": 3, "connection refused": 1}
-    assert record.kinds() == {Kind.REFUSED, Kind.SPAWN, Kind.AWAY}
+    assert record.kinds() == {Kind.REFUSED, Kind.SPAWN, Kind.NO_ANSWER}
 
 
 def test_counts_are_asked_by_operation_and_are_nought_for_what_never_was() -> None:

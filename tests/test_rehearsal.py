@@ -579,7 +579,7 @@ def test_a_cell_that_may_raise_has_not_failed() -> None:
 
 
 DIED = Reason(Kind.KERNEL, "the kernel died")
-CONNECTION_LOST = Reason(Kind.WIRE, "the connection was lost")
+CONNECTION_LOST = Reason(Kind.WEBSOCKET, "the connection was lost")
 
 
 @pytest.mark.parametrize(
@@ -790,7 +790,7 @@ def test_where_the_time_until_work_went_is_told_step_by_step() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [(Kind.ROUTE, "the proxy's log"), (Kind.WIRE, "has to pass upgrades"), (Kind.KERNEL, "memory limit")],
+    [(Kind.ROUTE, "the proxy's log"), (Kind.WEBSOCKET, "has to pass upgrades"), (Kind.KERNEL, "memory limit")],
 )
 def test_what_to_look_at_next_is_told_by_the_kind_of_failure(kind: Kind, words: str) -> None:
     results = rehearsed("works")
@@ -822,7 +822,7 @@ def test_websockets_that_break_equally_old_reveal_a_time_out(
     broken: list[tuple[float | None, float]], time_out_s: float | None
 ) -> None:
     people = {
-        str(n): {"cell": Event("cell", str(n), ended_s, ended_s, ended_s, Reason(Kind.WIRE, "x", open_s))}
+        str(n): {"cell": Event("cell", str(n), ended_s, ended_s, ended_s, Reason(Kind.WEBSOCKET, "x", open_s))}
         for n, (open_s, ended_s) in enumerate(broken)
     }
     assert hst.time_out_in_front(people) == time_out_s

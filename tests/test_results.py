@@ -205,7 +205,7 @@ def test_a_run_that_was_cut_short_has_failed_whatever_fail_if_says(new_hub: Loca
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = rule
         words = ("stress-test", "-c", "3", "--fail-if", "list_users.p95 > 100s")
-        where = {"JUPYTERHUB_ENDPOINT": proxy.url + "/hub/api"}
+        where = {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *words, hub=new_hub, env=where)
     assert done.code == 1
     assert "the hub refused to list its users: 500 (database is locked)" in done.summary

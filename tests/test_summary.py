@@ -443,9 +443,14 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
 @pytest.mark.parametrize(
     ("kinds", "events", "more", "advised"),
     [
-        ({Kind.AWAY}, [ready(1)], {}, ["some requests got no answer"]),
-        ({Kind.FULL}, [failed(1, kind=Kind.FULL)], {}, ["raise c.JupyterHub.active_server_limit", "hub's log for"]),
-        ({Kind.LATE}, [failed(1, kind=Kind.LATE)], {}, ["raise --server-timeout"]),
+        ({Kind.NO_ANSWER}, [ready(1)], {}, ["some requests got no answer"]),
+        (
+            {Kind.SERVER_LIMIT},
+            [failed(1, kind=Kind.SERVER_LIMIT)],
+            {},
+            ["raise c.JupyterHub.active_server_limit", "hub's log for"],
+        ),
+        ({Kind.TIMED_OUT}, [failed(1, kind=Kind.TIMED_OUT)], {}, ["raise --server-timeout"]),
         ({Kind.SPAWN}, [failed(1)], {}, ["see the hub's log for the users named above"]),
         (
             {Kind.LOST},

@@ -221,7 +221,7 @@ def test_pings_are_due_five_times_a_second_and_sent_once_each_only_to_watch(new_
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = every(matching("GET", "/users/alice"), Answer(503, b""))
         session, record = hst.get_session(new_hub.token), hst.Recorder(lambda event: dues_s.append(event.due_s))
-        with hst.pinging("alice", proxy.url + "/hub/api", session, record):
+        with hst.pinging("alice", proxy.endpoint, session, record):
             wait_until(lambda: record.count(["ping"]) >= 6)
         ping, http = record.summarise()["ping"], session.traffic.summarise()
     assert ping.failed == ping.count >= 6 and ping.errors == {"something in front of the hub answered 503": ping.count}
@@ -235,7 +235,7 @@ def test_a_ping_that_is_answered_late_holds_up_no_other(new_hub: LocalHub) -> No
     with FaultProxy(new_hub.endpoint) as proxy:
         proxy.rule = lambda request: next(late, None)
         session, record = hst.get_session(new_hub.token), hst.Recorder(events.append)
-        with hst.pinging("alice", proxy.url + "/hub/api", session, record):
+        with hst.pinging("alice", proxy.endpoint, session, record):
             wait_until(lambda: len(events) >= 14)
     assert all(event.reason is None for event in events)
     first, *others = sorted(events, key=lambda event: event.due_s)

@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 
 import hub_stress_test as hst
+from fault_proxy import FaultProxy
 from localhub import LocalHub
 
 MODULE = Path(hst.__file__)
@@ -68,23 +69,25 @@ class Running(subprocess.Popen[str]):
         return Outcome(self.returncode, stdout, stderr)
 
 
-def start_tool(*words: str, hub: LocalHub | None = None, env: dict[str, str] | None = None) -> Running:
-    """Start the tool, for a hub, with no more of JupyterHub in its environment than the hub's and `env`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB")}
-    return Running(words, clean | (hub.environment if hub else {}) | (env or {}))
+def start_tool(
+    *words: str, hub: LocalHub | None = None, proxy: FaultProxy | None = None, env: dict[str, str] | None = None
+) -> Running:
+    """Start the tool for a hub, through a proxy if one is given; of JupyterHub its environment has this and `env`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB")}
+    environment |= hub.environment if hub else {}
+    environment |= {"JUPYTERHUB_ENDPOINT": proxy.endpoint} if proxy else {}
+    return Running(words, environment | (env or {}))
 
 
-def run_tool(*words: str, hub: LocalHub | None = None, env: dict[str, str] | None = None) -> Outcome:
-    """Run the tool to its end."""
-    with start_tool(*words, hub=hub, env=env) as run:
+def run_tool(*words: str, **where: Any) -> Outcome:
+    """Run the tool to its end; `where` as of `start_tool`."""
+    with start_tool(*words, **where) as run:
         return run.outcome()
 
 
-def run_for_results(
-    path: Path, *words: str, hub: LocalHub | None = None, env: dict[str, str] | None = None
-) -> tuple[Outcome, dict[str, Any]]:
+def run_for_results(path: Path, *words: str, **where: Any) -> tuple[Outcome, dict[str, Any]]:
     """Run the tool to its end; the results that it wrote to the path as well."""
-    done = run_tool(*words, "--results", str(path), hub=hub, env=env)
+    done = run_tool(*words, "--results", str(path), **where)
     return done, results_in(path, done)
 
 
