@@ -2978,9 +2978,9 @@ class Kernel:
         message = {
             "channel": "shell",
             "header": header,
-            "content": content,
             "parent_header": {},
             "metadata": {},
+            "content": content,
         }
         try:
             self._socket.settimeout(SEND_TIMEOUT_S)
@@ -3134,10 +3134,8 @@ class Removal:
     """How far users have been removed, and what the hub said."""
 
     def __init__(self) -> None:
-        self.gone, self.interrupted = (
-            set[str](),
-            set[str](),
-        )  # the latter: with a server stopped while starting
+        self.gone = set[str]()
+        self.interrupted = set[str]()  # users whose server was stopped while it was starting
         self.refusals = dict[str, str]()  # the last one, for each user
         self.stopping_s = dict[str, float]()  # since when the hub stops a user's server
 
@@ -3178,9 +3176,7 @@ class Site:
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
-    starting: dict[str, Said] = dataclasses.field(
-        default_factory=dict
-    )  # what the hub said of each start so far
+    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # the hub's words on each start
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -3324,9 +3320,7 @@ def ask_for_server(person: Visitor, event: Event) -> Reply:
 def too_many(limit: int, count: int) -> str:
     """Why so many named servers cannot be started, and what to do."""
     if not limit:
-        return (
-            "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
-        )
+        return "the hub allows no named servers (allow_named_servers is off), and --own-servers needs them"
     wanted = f", and this run is to start {count}" if count else ""
     return (
         f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start "
@@ -3584,9 +3578,9 @@ def cell(person: Visitor) -> Iterator[Event]:
             if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL):
                 raise
             state = person.site.hub.state(person.name)
+            urls = f"{person.url}api", f"{person.site.public.url}hub/api/"
             page, front = (
-                person.browser.ask("GET", url, call=once(observer=True)).seen_status
-                for url in (f"{person.url}api", f"{person.site.public.url}hub/api/")
+                person.browser.ask("GET", url, call=once(observer=True)).seen_status for url in urls
             )
             lost = "the server ended while it was in use: "
             if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
@@ -4459,20 +4453,14 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 # ==== Checking the proxy: does it lose connections when servers end? ========================================
 
-CHECK_ENDED, CHECK_STOPPED = (
-    100,
-    20,
-)  # handshakes to a server that ended by itself, and to one that was stopped
+CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that ended by itself, and to a stopped one
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
 CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected "
 CHECK_COSTS += "proxy keeps for an hour"
 CHECK_USUALLY_S = 180.0
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
 CHECK_AGAIN_S = 60.0  # a connection that is still open this long afterwards is lost
-PROOF_SHARE, CLEAN_SHARE = (
-    0.8,
-    0.1,
-)  # of the handshakes: that many lost connections prove a leak, or its absence
+PROOF_SHARE, CLEAN_SHARE = 0.8, 0.1  # lost connections per handshake that prove a leak, or that there is none
 EVENTS = "api/events/subscribe"  # a websocket of every server
 UPGRADE = {
     "Connection": "Upgrade",
