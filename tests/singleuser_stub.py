@@ -2,7 +2,7 @@
 
 `LocalHub(stub_labs=True)` runs it. Each server listens on a port of its own and answers as `jupyterhub-singleuser` with
 JupyterLab does: it checks tokens with the hub, shows a start page, and has kernels whose websockets speak the protocol
-of Jupyter. test_singleuser_stub.py compares the two. It runs no code: `outcome_of` knows a few cells by sight, and any
+of Jupyter. test_equipment.py compares the two. It runs no code: `outcome_of` knows a few cells by sight, and any
 other cell succeeds without output.
 
 The control port starts, ends and polls servers, and GET /truth says what happened, to compare with what a client saw:
