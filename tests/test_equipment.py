@@ -29,7 +29,7 @@ TIMEOUT_S = 30.0
 def start_server(hub: LocalHub, name: str) -> None:
     hub.call("POST", f"/users/{name}")
     hub.call("POST", f"/users/{name}/server")
-    wait_until(lambda: hub.users()[name]["servers"].get("", {}).get("ready"))
+    wait_until(lambda: hub.users()[name]["servers"].get("", {}).get("ready"), 150)
 
 
 # ==== The stub of a notebook server, beside a real one ===============================================================
