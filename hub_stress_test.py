@@ -1134,7 +1134,7 @@ class Reason:
     open_s: float | None = dataclasses.field(default=None, compare=False)  # how long a websocket was open
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Event:
     """One step for one person, and its outcome. Moments are seconds of a monotonic clock."""
 
@@ -1142,7 +1142,7 @@ class Event:
     user: str
     due_s: float
     sent_s: float
-    ended_s: float
+    ended_s: float = 0.0  # 0 while it is under way
     reason: Reason | None = None  # None when it succeeded
     tries: int = 1
     backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
@@ -1550,15 +1550,6 @@ class Phases:
     images_pulled: int
 
 
-def mean_phases(starts: Sequence[Phases]) -> Phases | None:
-    """The mean of each phase, and how many waited for a new node or an image; None without starts."""
-    totals = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
-    means = {
-        name: total / len(starts) if name in PHASES else total for name, total in totals.items() if starts
-    }
-    return Phases(**means) if means else None
-
-
 PHASES = {
     "silent_s": "before Kubernetes said anything",
     "node_s": "waiting for a node",
@@ -1569,51 +1560,53 @@ PHASES = {
 }
 
 
-def kube_events(said: Said) -> list[tuple[float, Json]]:
-    """The Kubernetes events among what was said, by the cluster's own clock in seconds, in its order.
+def mean_phases(starts: Sequence[Phases]) -> Phases | None:
+    """The mean of each phase, and how many waited for a new node or an image; None without starts."""
+    totals: Json = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
+    return Phases(**totals | {name: totals[name] / len(starts) for name in PHASES}) if starts else None
+
+
+def kube_events(said: Said) -> list[tuple[float, float, Json]]:
+    """Events of Kubernetes in a progress stream, in order: the cluster's time, when it arrived, the event.
 
     KubeSpawner hands them over late, some twice, and out of order; some it loses.
     """
     events = []
-    for _, message in said:
+    for arrived_s, message in said:
         if raw := message.get("raw_event"):
             moment = raw.get("lastTimestamp") or raw.get("eventTime") or raw.get("firstTimestamp")
-            with contextlib.suppress(ValueError, AttributeError):  # one without a time tells no phase
-                events.append((datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp(), raw))
+            with contextlib.suppress(ValueError, AttributeError):  # an event without a time shows no phase
+                cluster_s = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
+                events.append((cluster_s, arrived_s, raw))
     return sorted(events, key=lambda event: event[0])
 
 
 def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
     """Where a start spent the time between these two moments; None without events of Kubernetes.
 
-    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the
-    last event that was.
+    The event that arrived soonest sets the cluster's clock. A phase without its last event ends with the last
+    event of all.
     """
     events = kube_events(said)
     if not events:
         return None
-    arrived = [(at_s, kube_events([(at_s, message)])) for at_s, message in said]
-    behind_s = min(at_s - event[0][0] for at_s, event in arrived if event)
-    moments = [(min(max(at_s + behind_s, asked_s), ready_s), raw) for at_s, raw in events]
-    pulling, image_s, pulled = dict[str, float](), 0.0, 0
-    begin_s = scheduled_s = moments[0][0]
-    containers_s: float | None = None
-    started_s = moments[-1][0]
-    for at_s, raw in moments:
-        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), raw.get("reason")
-        if reason == "Scheduled":
-            scheduled_s = at_s
-        elif reason in ("Pulling", "Pulled", "Created", "Started"):
-            containers_s = at_s if containers_s is None else containers_s
+    behind_s = min(arrived_s - cluster_s for cluster_s, arrived_s, _ in events)
+    first_s, pulling, image_s, pulled = dict[str, float](), dict[str, float](), 0.0, 0
+    for cluster_s, _, raw in events:
+        at_s = min(max(cluster_s + behind_s, asked_s), ready_s)
+        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), str(raw.get("reason"))
+        first_s.setdefault(reason, at_s)
         if reason == "Pulling":
             pulling[path] = at_s
         elif reason == "Pulled" and path in pulling:
             image_s, pulled = image_s + at_s - pulling.pop(path), 1
         elif reason == "Started" and path.startswith("spec.containers"):
-            started_s = at_s
             break
-    containers_s = max(scheduled_s, started_s if containers_s is None else containers_s)
-    started_s = max(started_s, containers_s + image_s)
+    begin_s = min(first_s.values())
+    scheduled_s = first_s.get("Scheduled", begin_s)
+    of_containers = [first_s[name] for name in ("Pulling", "Pulled", "Created", "Started") if name in first_s]
+    containers_s = max(scheduled_s, min(of_containers, default=at_s))
+    started_s = max(at_s, containers_s + image_s)
     return Phases(
         silent_s=begin_s - asked_s,
         node_s=scheduled_s - begin_s,
@@ -1621,14 +1614,14 @@ def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
         image_s=image_s,
         container_s=started_s - containers_s - image_s,
         server_s=ready_s - started_s,
-        new_node=int(any(raw.get("reason") == "TriggeredScaleUp" for _, raw in events)),
+        new_node=int("TriggeredScaleUp" in first_s),
         images_pulled=pulled,
     )
 
 
-def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
+def longest_wait(said: Said, phases: Phases | None, ready_s: float) -> str:
     """What took most of a start: its longest phase, or the message that stood longest; "" if none."""
-    if phases := phases_of(said, asked_s, ready_s):
+    if phases:
         name = max(PHASES, key=lambda name: getattr(phases, name))
         return f"{PHASES[name]}, {duration_text(getattr(phases, name))}"
     ends = [at_s for at_s, _ in said[1:]] + [ready_s]
@@ -1641,13 +1634,11 @@ def last_word(said: Said) -> str:
 
     What follows a failure is the hub's own clean-up; a node that was found ends the warnings about nodes.
     """
-    events = [raw for _, raw in kube_events(said) if raw.get("reason") != "Killing"]
-    scheduled = any(raw.get("reason") == "Scheduled" for raw in events)
-    warnings = [raw for raw in events if raw.get("type") == "Warning"]
-    warnings = [raw for raw in warnings if not (scheduled and raw.get("reason") == "FailedScheduling")]
-    if events:
-        return str((warnings or events)[-1].get("message"))
-    return str(said[-1][1]["message"]) if said else ""
+    events = [raw for _, _, raw in kube_events(said) if raw.get("reason") != "Killing"]
+    over = {"FailedScheduling"} if any(raw.get("reason") == "Scheduled" for raw in events) else ()
+    warnings = [raw for raw in events if raw.get("type") == "Warning" and raw.get("reason") not in over]
+    last = (warnings or events or [message for _, message in said] or [{"message": ""}])[-1]
+    return str(last.get("message"))
 
 
 API_ERROR = re.compile(r"\((\d{3})\)\s*Reason: .*HTTP response body: (\{.*\})", re.DOTALL)
@@ -1661,9 +1652,9 @@ PASSING = (  # what differs from server to server
 
 
 def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
-    """Why a start failed after so long: what the hub says of it, and what it was waiting for.
+    """Why a start failed after this time: the hub's reason, and what the start was waiting for.
 
-    The hub's own time-out comes without words, that of KubeSpawner with some: they are one.
+    The hub's own time-out comes without words, that of KubeSpawner with some: both read the same here.
     """
     text = message.removeprefix("Spawn failed:").strip()
     if error := API_ERROR.search(text):
@@ -1682,8 +1673,8 @@ def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
 def without_name(text: str, user: str) -> str:
     """A reason without the user's or their pod's name, and all else that differs from server to server."""
     plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
-    for pattern, instead in PASSING:
-        plain = re.sub(pattern, instead, plain)
+    for pattern, replacement in PASSING:
+        plain = re.sub(pattern, replacement, plain)
     return plain
 
 
@@ -2828,10 +2819,8 @@ def trusted(session: requests.Session, url: str) -> bool | str:
 def tls_context(verify: bool | str) -> ssl.SSLContext:
     """What requests would use: the authorities of a file or folder, its own, or (False) none."""
     path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
-    is_folder = os.path.isdir(path)
-    context = ssl.create_default_context(
-        cafile=None if is_folder else path, capath=path if is_folder else None
-    )
+    authorities: Json = {"capath" if os.path.isdir(path) else "cafile": path}
+    context = ssl.create_default_context(**authorities)
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2854,20 +2843,17 @@ class BrowserWire(HTTPAdapter):
         return super().send(request, *args, **(kwargs | {"verify": self._verify is not False}))
 
     def cert_verify(self, conn: Any, url: str, verify: bool | str, cert: Any) -> None:
-        """The context has them already."""
-        conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = (
-            ("CERT_REQUIRED" if verify else "CERT_NONE"),
-            None,
-            None,
-        )
+        """The context already has the certificates."""
+        conn.cert_reqs = "CERT_REQUIRED" if verify else "CERT_NONE"
+        conn.ca_certs = conn.ca_cert_dir = None
 
 
 class Failed(Exception):
     """A step of a person has failed; `final` when trying again is no use."""
 
-    def __init__(self, reason: Reason, final: bool = False) -> None:
-        super().__init__(reason.text)
-        self.reason, self.final = reason, final
+    def __init__(self, kind: Kind, text: str, final: bool = False, open_s: float | None = None) -> None:
+        super().__init__(text)
+        self.reason, self.final = Reason(kind, text, open_s), final
 
 
 class PublicSide:
@@ -2876,7 +2862,7 @@ class PublicSide:
     def __init__(self, hub: Hub, plan: Plan) -> None:
         self.url = public_url(hub, plan)
         self.traffic, self.kernels = Traffic(), set[Kernel]()
-        self.reached = False  # whether any visit has come through
+        self.reached = False  # whether any visit has succeeded
         self.browser_tried = threading.Lock()  # held once somebody has tried what a browser sends
         self.warnings: list[str] = []
         self._hub, self._token = hub, plan.visit_token
@@ -2886,9 +2872,9 @@ class PublicSide:
         token: str | None = self._token
         if self._hub.needs_users_tokens:
             made = self._hub.make_token(name)
-            if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
-                text = f"the hub made no token for the user ({made.status or made.message})"
-                raise Failed(Reason(Kind.REFUSED, text))
+            if made.status not in (200, 201) or not isinstance(made.data, dict):
+                answer = made.status or made.message
+                raise Failed(Kind.REFUSED, f"the hub made no token for the user ({answer})")
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
@@ -2898,60 +2884,52 @@ class PublicSide:
     def server_in(self, reply: Reply) -> str:
         """The URL of the server in a user model; the token goes to no other host. Raises `Failed`."""
         if state_in(reply) is not ServerState.READY:
-            raise Failed(Reason(Kind.VANISHED, "the hub no longer says that the server is ready"))
+            raise Failed(Kind.VANISHED, "the hub no longer says that the server is ready")
         path = reply.data["servers"][""].get("url") or reply.data.get("server")
         url = urllib.parse.urljoin(self.url, str(path))
         there, here = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.url)
         same_host = there.hostname == here.hostname or (there.hostname or "").endswith(f".{here.hostname}")
         if not path or not same_host or there.scheme not in (here.scheme, "https"):
             text = "the hub places the server on another host than people come to (see --public-url)"
-            raise Failed(Reason(Kind.ROUTE, text), final=True)
+            raise Failed(Kind.ROUTE, text, final=True)
         return url
 
     def close_kernels(self) -> None:
-        """Break the connections to all kernels, so that whoever waits for one goes on at once."""
+        """Break the connections to all kernels, so that all who wait for one go on at once."""
         for kernel in list(self.kernels):
             kernel.abort()
 
 
-NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
-NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
+NO_ROUTE = "the proxy has no route (302 to the hub)"
+NO_SERVER = "something else answers there (200 to anybody, without X-JupyterHub-Version)"
 
 
 def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> None:
-    """Raises `Failed` if an answer is not the page that was asked for at `url`.
+    """Raises `Failed` if an answer is not the page at `url`.
 
     A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has
-    just begun answers 404 until the hub has given it its routes.
+    just started answers 404 until the hub has given it its routes.
     """
-    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
-    to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
-    kind, final = Kind.ROUTE, False
     if reply.status == 200:
         return
-    if not reply.status:
-        text = f"no page: {reply.message}"
-    elif reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
-        kind, final = Kind.REFUSED, True
-        text = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}: "
-        text += f"such a server lets in its own user only ({reply.status})"
-    elif "/hub/api/oauth2/authorize" in there.path:
-        kind, final, text = Kind.REFUSED, True, "the server does not know the token (302 to log in)"
-    elif "/hub/" in there.path:
-        text = NO_ROUTE.text
-    elif to_http:
-        final, text = True, "a redirect to http: the proxy does not pass X-Forwarded-Proto"
-    elif reply.location:
-        final, text = True, f"the page redirects elsewhere ({reply.status})"
-    elif reply.status == 403:
-        kind, final = Kind.REFUSED, True
-        text = "the server does not let the token in (403: does it have access:servers?)"
-    elif reply.status == 503:
-        text = "nobody listens there (503)"
-    else:
-        final = reply.status == 404 and bool(reply.version)
-        text = f"the server's page was answered {reply.status}"
-    raise Failed(Reason(kind, text), final)
+    status, version, route, refused = reply.status, reply.version, Kind.ROUTE, Kind.REFUSED
+    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
+    to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
+    is_old = status in (302, 403) and version.startswith("1.") and not hub_version.startswith("1.")
+    image = f"the server's image has JupyterHub {version}, the hub {hub_version}"
+    unknown, not_let_in = "the server does not know the token", "the server does not let the token in"
+    rules = (
+        (not status, route, False, f"no page: {reply.message}"),
+        (is_old, refused, True, f"{image}: such a server lets in its own user only ({status})"),
+        ("/hub/api/oauth2/authorize" in there.path, refused, True, f"{unknown} (302 to log in)"),
+        ("/hub/" in there.path, route, False, NO_ROUTE),
+        (to_http, route, True, "a redirect to http: the proxy does not pass X-Forwarded-Proto"),
+        (reply.location, route, True, f"the page redirects elsewhere ({status})"),
+        (status == 403, refused, True, f"{not_let_in} (403: does it have access:servers?)"),
+        (status == 503, route, False, "nobody listens there (503)"),
+        (True, route, status == 404 and version != "", f"the server's page was answered {status}"),
+    )
+    raise next(Failed(kind, text, final) for applies, kind, final, text in rules if applies)
 
 
 TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
@@ -2977,10 +2955,8 @@ def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
     if status == 101:
         return socket
     socket.shutdown()
-    passes = ": does the proxy pass upgrades?" if status == 400 else ""
-    raise Failed(
-        Reason(Kind.WEBSOCKET, f"the websocket was refused ({status}{passes})" if status else failure)
-    )
+    hint = ": does the proxy pass upgrades?" if status == 400 else ""
+    raise Failed(Kind.WEBSOCKET, f"the websocket was refused ({status}{hint})" if status else failure)
 
 
 class Kernel:
@@ -3010,7 +2986,7 @@ class Kernel:
             self._socket.settimeout(SEND_TIMEOUT_S)
             self._socket.send(json.dumps(message))
         except Exception:  # of websocket-client, ssl or the socket
-            raise Failed(self._lost()) from None
+            raise self._lost() from None
         awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
         while awaited:
             kind, answer = self._next(until_s)
@@ -3023,10 +2999,10 @@ class Kernel:
                     raised = str(content.get("ename") or content.get("status"))
                     raised += f": {value[:80]}" if (value := str(content.get("evalue") or "")) else ""
         if raised and not code.may_raise:
-            raise Failed(Reason(Kind.CELL, f"cell {number} raised {raised}"))
+            raise Failed(Kind.CELL, f"cell {number} raised {raised}")
 
     def listen(self, until_s: float) -> None:
-        """Keep the connection until then: pings are answered, and the end of the kernel is noticed."""
+        """Keep the connection until then: answer pings, and notice the end of the kernel."""
         while self._next(until_s)[0]:
             pass
 
@@ -3037,12 +3013,12 @@ class Kernel:
                 end()
 
     def abort(self) -> None:
-        """Break the connection, so that whoever waits for the kernel goes on at once."""
+        """Break the connection, so that all who wait for the kernel go on at once."""
         with contextlib.suppress(Exception):  # it may be closed already
             self._socket.abort()
 
     def _next(self, until_s: float) -> tuple[str, Json]:
-        """The next message and its type, which is empty when none has come until then."""
+        """The type of the next message, which is "" if none has come until then, and the message."""
         while (left_s := until_s - self._clock()) > 0:
             try:
                 self._socket.settimeout(left_s)
@@ -3052,20 +3028,20 @@ class Kernel:
                 state = message.get("content", {}).get("execution_state")
             except self._timeouts:
                 continue
-            except Exception:  # of websocket-client, ssl, the socket, or a message that is none
-                raise Failed(self._lost()) from None
+            except Exception:  # of websocket-client, ssl, the socket, or a frame that is no message
+                raise self._lost() from None
             if opcode == CLOSED:
-                raise Failed(self._lost())
+                raise self._lost()
             if kind == "status" and state in ("restarting", "autorestarting", "dead"):
-                raise Failed(Reason(Kind.KERNEL, "the kernel died"))
+                raise Failed(Kind.KERNEL, "the kernel died")
             if kind == "shutdown_reply":
-                raise Failed(Reason(Kind.CELL, "somebody shut the kernel down"))
+                raise Failed(Kind.CELL, "somebody shut the kernel down")
             if kind:
                 return kind, message
         return "", {}
 
-    def _lost(self) -> Reason:
-        return Reason(Kind.WEBSOCKET, "the connection was lost", open_s=self._clock() - self._opened_s)
+    def _lost(self) -> Failed:
+        return Failed(Kind.WEBSOCKET, "the connection was lost", open_s=self._clock() - self._opened_s)
 
 
 # ==== Steps of a person, each a function ====================================================================
@@ -3083,33 +3059,28 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.freed = self._taken = 0
-        self._waiting: list[float] = []
-
-    @property
-    def waiting(self) -> int:
-        """How many throttled starts wait for their next try."""
-        return len(self._waiting)
+        self.waiting: list[float] = []  # when the throttled starts that wait for a place were due
 
     def free(self) -> bool:
         """A place is free; whether a throttled start waits for it."""
         with self._changed:
             self.freed += 1
             self._changed.notify_all()
-            return bool(self._waiting)
+            return bool(self.waiting)
 
     def wait(self, due_s: float, freed_before: int, until_s: float, session: HubSession) -> None:
-        """Until a place was freed since `freed_before` that nobody due earlier waits for, or `until_s`."""
+        """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
         with self._changed:
             self._taken = max(self._taken, freed_before)
-            self._waiting.append(due_s)
+            self.waiting.append(due_s)
             try:
                 while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
-                    if self.freed > self._taken and due_s == min(self._waiting):
+                    if self.freed > self._taken and due_s == min(self.waiting):
                         self._taken += 1
                         break
                     self._changed.wait(min(left_s, 0.2))
             finally:  # also when the waiting thread is killed, as Locust does to its users
-                self._waiting.remove(due_s)
+                self.waiting.remove(due_s)
 
 
 class FirstStarts:
@@ -3148,7 +3119,7 @@ class Gathering:
         self._settled, self._changing = set[str](), threading.Lock()
 
     def settle(self, name: str = "", expected: float | None = None) -> None:
-        """This person has done what the others wait for, or has left; or so many people are `expected` to."""
+        """This person has done what the others wait for, or has left; or `expected` people are to do so."""
         with self._changing:
             self._expected = self._expected if expected is None else expected
             self._settled |= {name} if name else set()
@@ -3159,16 +3130,14 @@ class Gathering:
                 self.known.set()
 
 
-@dataclasses.dataclass
 class Removal:
     """How far users have been removed, and what the hub said."""
 
-    gone: set[str] = dataclasses.field(default_factory=set)
-    interrupted: set[str] = dataclasses.field(default_factory=set)  # servers stopped while starting, by user
-    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one, for each user
-    stopping_s: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # since when the hub stops a server
+    def __init__(self) -> None:
+        self.gone = set[str]()
+        self.interrupted = set[str]()  # users whose server was stopped while it was starting
+        self.refusals = dict[str, str]()  # the last one, for each user
+        self.stopping_s = dict[str, float]()  # since when the hub stops a user's server
 
     def note(self, name: str, reply: Reply, task: str) -> None:
         """What the hub answered to a request to stop a server or delete a user."""
@@ -3188,13 +3157,11 @@ class Removal:
 
     def in_the_way(self, left: Iterable[str], now_s: float) -> str:
         """Why these users are still there, as far as the hub tells."""
-        since_s = min((at_s for name, at_s in self.stopping_s.items() if name in left), default=None)
+        since_s = min((self.stopping_s[name] for name in left if name in self.stopping_s), default=None)
         lasts = duration_text(now_s - since_s) if since_s is not None else ""
         reasons = [f"the hub has been stopping servers for {lasts}"] if lasts else []
-        refused = [
-            self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s
-        ]
-        return "; ".join(reasons + [text for text, _ in collections.Counter(refused).most_common(2)])
+        refusals = [self.refusals[name] for name in left if name in self.refusals.keys() - self.stopping_s]
+        return "; ".join(reasons + [text for text, _ in collections.Counter(refusals).most_common(2)])
 
 
 @dataclasses.dataclass
@@ -3209,85 +3176,57 @@ class Site:
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
-    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # what was said to whom until now
+    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # the hub's words on each start
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
         self.gathering = Gathering(self.plan.hold_s, self.hub.session.clock)
 
 
-@dataclasses.dataclass
-class Attempt:
-    """A step under way: what its event will say. Moments are seconds of a monotonic clock."""
-
-    due_s: float
-    sent_s: float
-    ended_s: float | None = None  # None: when the step's block ends
-    reason: Reason | None = None
-    tries: int = 1
-    backoff_s: float = 0.0
-    throttled: int = 0
-    throttled_s: float | None = None
-    asked_s: float | None = None
-    message: str = ""
-    phases: Phases | None = None
-
-
-@dataclasses.dataclass(eq=False)
 class Visitor:
-    """A person with a user of their own, who is due at a moment, and acts by a plan."""
+    """A person with a user of their own, who is due at a moment, and acts by a plan.
 
-    name: str
-    due_s: float
-    plan: Plan
-    site: Site
-    on_started: Callable[[], None] = lambda: None  # called once, when the start of their server has ended
-    since_s: float = 0.0  # when their last step ended
-    works_s: float = 0.0  # when they got to work
-    url: str = ""  # of their server
-    browser: HubSession | None = None
-    kernel: Kernel | None = None
-    kernel_url: str = ""
-    said: list[tuple[float, Json]] = dataclasses.field(
-        default_factory=list
-    )  # while their server was starting
+    `on_started` is called when the start of their server has ended.
+    """
+
+    browser: HubSession  # is there once they have a `url`
+    kernel: Kernel  # is there once they have a `kernel_url`
+
+    def __init__(
+        self, name: str, due_s: float, plan: Plan, site: Site, on_started: Callable[[], None] = lambda: None
+    ) -> None:
+        self.name, self.due_s, self.plan, self.site, self.on_started = name, due_s, plan, site, on_started
+        self.since_s = self.works_s = 0.0  # when their last step ended, and when they got to work
+        self.url = self.kernel_url = ""
+        self.said: list[tuple[float, Json]] = []  # while their server was starting
+        self.clock = site.hub.session.clock
 
     @contextlib.contextmanager
-    def step(self, name: str, due_s: float | None = None) -> Iterator[Attempt]:
+    def step(self, name: str, due_s: float | None = None) -> Iterator[Event]:
         """Time a step and record it. Raise `Failed` inside to fail it; a stop records nothing.
 
         A `TimeoutError` is that of a cell, or of its kernel.
         """
         now_s = self.clock()
-        attempt, failure = Attempt(now_s if due_s is None else due_s, now_s), None
+        event = Event(name, self.name, now_s if due_s is None else due_s, now_s)
         try:
-            yield attempt
-        except TimeoutError:
-            lasted = duration_text(self.plan.cell_timeout_s)
-            failure = Failed(Reason(Kind.CELL, f"no result after {lasted}"))
-        except Failed as error:
-            failure = error
-        if failure:
+            yield event
+        except (Failed, TimeoutError) as error:
+            timed_out = f"no result after {duration_text(self.plan.cell_timeout_s)}"
+            failure = error if isinstance(error, Failed) else Failed(Kind.CELL, timed_out)
             text = without_name(failure.reason.text, self.name)
-            attempt.reason = dataclasses.replace(failure.reason, text=text)
-        self.add(name, attempt)
-        if failure:
-            raise failure
-
-    def add(self, name: str, attempt: Attempt) -> None:
-        """Record a step that has ended; see `record`."""
-        ended_s = self.clock() if attempt.ended_s is None else attempt.ended_s
-        self.record(Event(name, self.name, **vars(attempt) | {"ended_s": ended_s}))
+            event.reason = failure.reason = dataclasses.replace(failure.reason, text=text)
+            self.record(event)
+            raise failure from None
+        self.record(event)
 
     def record(self, event: Event) -> None:
-        """Record what has ended; raises `Stopped` when it was we who cut it short."""
+        """Record a step, which ends now unless it has ended. Raises `Stopped` if it was we who ended it."""
         if self.site.hub.session.stopping.is_set():
             raise Stopped
+        event.ended_s, event.group = event.ended_s or self.clock(), self.plan.group
         self.since_s = event.ended_s
-        self.site.record.add(dataclasses.replace(event, group=self.plan.group))
-
-    def clock(self) -> float:
-        return self.site.hub.session.clock()
+        self.site.record.add(event)
 
     def sleep(self, seconds: float) -> None:
         """Wait; raises `Stopped` when told to stop meanwhile."""
@@ -3296,27 +3235,18 @@ class Visitor:
 
     @property
     def leaves_s(self) -> float:
-        """When they leave: so long after they got to work, or when all do."""
+        """When they leave: at the end of their own stay, or when all do."""
         return self.works_s + self.plan.stay_s if self.plan.stay_s else self.site.gathering.leave_s
 
     def go_home(self) -> None:
         """Close what they have open."""
         self.on_started()
         self.site.gathering.settle(self.name)
-        if self.kernel:
+        if self.kernel_url:
             self.site.public.kernels.discard(self.kernel)
             self.kernel.close()
-        if self.browser:
+        if self.url:
             self.browser.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Readiness:
-    """How waiting for a server ended."""
-
-    ready_at_s: float | None = None  # None when it did not become ready
-    reason: Reason | None = None
-    running: bool = True  # whether something may be running on the hub
 
 
 def come(person: Visitor) -> None:
@@ -3324,57 +3254,73 @@ def come(person: Visitor) -> None:
 
     Records `start_server`, unless no answer came, and `server_ready`. Raises `Failed` or `CutShort`.
     """
-    site, session = person.site, person.site.hub.session
+    site, name, failure = person.site, person.name, None
     site.first_starts.check()
-    site.states[person.name] = ServerState.STARTING  # from now on something may be running
-    site.starting[person.name] = person.said
-    reply, asked = ask_for_server(person)
-    if reply.seen_status:
-        person.add("start_server", asked)
-    end = _follow(person, reply)
-    if reply.status != 429 and site.turns.free():
-        session.pause(HEAD_START_S)
-    if end.ready_at_s is not None or not end.running:
-        site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
-    ready = dataclasses.replace(asked, ended_s=end.ready_at_s, tries=asked.throttled + 1, backoff_s=0.0)
-    reason = ready.reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
-    if end.ready_at_s is None:
-        ready.message = last_word(person.said)
-    else:
-        moments = (asked.asked_s or person.due_s, end.ready_at_s)
-        ready.phases, ready.message = phases_of(person.said, *moments), longest_wait(person.said, *moments)
-    person.add("server_ready", ready)
-    del site.starting[person.name]
-    site.first_starts.note(reason)
+    site.states[name] = ServerState.STARTING  # from now on something may be running
+    site.starting[name] = person.said
+    try:
+        with person.step("server_ready", person.due_s) as event:
+            reply = ask_for_server(person, event)
+            try:
+                event.ended_s = await_answered(person, reply)
+            finally:
+                event.message = last_word(person.said)
+                if reply.status != 429 and site.turns.free():
+                    site.hub.session.pause(HEAD_START_S)
+            site.states[name] = ServerState.READY
+            event.phases = phases_of(person.said, event.asked_s or person.due_s, event.ended_s)
+            event.message = longest_wait(person.said, event.phases, event.ended_s)
+    except Failed as error:
+        failure = error
+        if failure.reason.kind in (Kind.SPAWN, Kind.VANISHED, Kind.THROTTLED, Kind.SERVER_LIMIT):
+            site.states[name] = ServerState.STOPPED
+    del site.starting[name]
+    site.first_starts.note(failure.reason if failure else None)
     person.on_started()
-    if reason:
-        raise Failed(reason)
+    if failure:
+        raise failure
 
 
-def ask_for_server(person: Visitor) -> tuple[Reply, Attempt]:
+def ask_for_server(person: Visitor, event: Event) -> Reply:
     """The hub's answer other than 429, or its last 429; a named server of one's own is claimed.
 
-    Raises `CutShort` when the hub allows no more of those.
+    Records `start_server`, unless no answer came. Raises `CutShort` when the hub allows no more servers.
     """
-    claims, own = person.site.claims, isinstance(person.site.hub, OwnServers)
+    site, name, hub, session = person.site, person.name, person.site.hub, person.site.hub.session
+    own, until_s, backoff_s = isinstance(hub, OwnServers), person.due_s + person.plan.server_timeout_s, 0.0
     if own:
-        claims.ask([person.name])
-    reply, asked = _ask_until_taken(person)
+        site.claims.ask([name])
+    while True:
+        freed, event.asked_s = site.turns.freed, session.clock()
+        reply = hub.start(name, person.plan.profile, until_s)
+        backoff_s += reply.backoff_s
+        if reply.status == 429:
+            event.throttled += 1
+            event.throttled_s = event.throttled_s or reply.answered_s
+            pause_s = reply.retry_after_s or THROTTLE_PAUSE_S
+            site.turns.wait(person.due_s, freed, min(until_s, reply.answered_s + pause_s), session)
+            backoff_s += session.clock() - reply.answered_s
+        if reply.status != 429 or session.clock() >= until_s or session.stopping.is_set():
+            break
+    event.tries = event.throttled + 1
     limit = named_server_limit(reply) if own else None
     if limit is not None:
-        claims.settle([person.name], [])
-        raise CutShort(too_many(limit, person.site.plan.count))
+        site.claims.settle([name], [])
+        raise CutShort(too_many(limit, site.plan.count))
     if own and reply.status in (201, 202, 429):
-        claims.settle([person.name], [person.name])
-    return reply, asked
+        site.claims.settle([name], [name])
+    if reply.seen_status:
+        asked = reply.event("start_server", name, ok=(201, 202))
+        asked.due_s, asked.sent_s, asked.backoff_s = event.due_s, event.sent_s, backoff_s
+        asked.tries, asked.throttled = event.throttled + reply.tries, event.throttled
+        person.record(asked)
+    return reply
 
 
 def too_many(limit: int, count: int) -> str:
     """Why so many named servers cannot be started, and what to do."""
     if not limit:
-        return (
-            "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
-        )
+        return "the hub allows no named servers (allow_named_servers is off), and --own-servers needs them"
     wanted = f", and this run is to start {count}" if count else ""
     return (
         f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start "
@@ -3382,147 +3328,100 @@ def too_many(limit: int, count: int) -> str:
     )
 
 
-def _ask_until_taken(person: Visitor) -> tuple[Reply, Attempt]:
-    site, session = person.site, person.site.hub.session
-    until_s = person.due_s + person.plan.server_timeout_s
-    asked = Attempt(person.due_s, session.clock(), tries=0)
-    while True:
-        freed, asked.asked_s = site.turns.freed, session.clock()
-        reply = site.hub.start(person.name, person.plan.profile, until_s)
-        asked.backoff_s += reply.backoff_s
-        if reply.status == 429:
-            asked.throttled += 1
-            asked.throttled_s = asked.throttled_s or reply.answered_s
-        if reply.status != 429 or reply.answered_s >= until_s or session.stopping.is_set():
-            break
-        retry_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
-        site.turns.wait(person.due_s, freed, retry_s, session)
-        asked.backoff_s += session.clock() - reply.answered_s
-        if session.clock() >= until_s:
-            break
-    event = reply.event("start_server", ok=(201, 202))
-    asked.ended_s, asked.reason, asked.tries = event.ended_s, event.reason, asked.throttled + reply.tries
-    return reply, asked
-
-
-def _follow(person: Visitor, reply: Reply) -> Readiness:
-    """What became of a start that was answered with `reply`."""
-    hub, timeout_s = person.site.hub, person.plan.server_timeout_s
-    waited = f"after {duration_text(timeout_s)}"
+def await_answered(person: Visitor, reply: Reply) -> float:
+    """When the server was ready whose start the hub answered with `reply`. Raises `Failed`."""
+    hub, waited = person.site.hub, f"after {duration_text(person.plan.server_timeout_s)}"
     if reply.status == 201:
-        return Readiness(reply.answered_s)
+        return reply.answered_s
     if reply.status == 429:
         kind = Kind.SERVER_LIMIT if reply.message.startswith("Active user limit") else Kind.THROTTLED
-        text = f"still throttled {waited}: {reply.message.partition('.')[0] or 429}"
-        return Readiness(reason=Reason(kind, text), running=False)
+        raise Failed(kind, f"still throttled {waited}: {reply.message.partition('.')[0] or 429}")
     if reply.hub_status == 404:
-        text = "the hub no longer knows the user: it may have restarted"
-        return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
+        raise Failed(Kind.VANISHED, "the hub no longer knows the user: it may have restarted")
     if denial := hub.denial(reply):
-        return Readiness(reason=Reason(Kind.REFUSED, f"the hub {denial}"), running=False)
-    end = await_ready(person.name, hub, person.due_s + timeout_s, person.said)
-    if end.ready_at_s is not None or end.reason:
-        return end
-    if reply.front:
-        reason = Reason(Kind.IN_FRONT, reply.message)
-    elif reply.status != 202 and reply.message != TIMED_OUT:
-        refused = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
-        reason = refused if reply.status else Reason(Kind.NO_ANSWER, f"no answer to the start: {reply}")
-    elif end.running:
+        raise Failed(Kind.REFUSED, f"the hub {denial}")
+    try:
+        return await_ready(person.name, hub, person.due_s + person.plan.server_timeout_s, person.said)
+    except Failed as failure:
         waiting = last_word(person.said)
-        reason = Reason(
-            Kind.TIMED_OUT, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else "")
-        )
-    else:
-        reason = Reason(Kind.VANISHED, "it vanished while starting")
-    return dataclasses.replace(end, reason=reason)
+        if failure.reason.kind is Kind.SPAWN:
+            raise
+        if reply.front:
+            raise Failed(Kind.IN_FRONT, reply.message) from None
+        if reply.status not in (0, 202):
+            raise Failed(Kind.REFUSED, f"the hub answered the start with {reply}") from None
+        if not reply.status and reply.message != TIMED_OUT:
+            raise Failed(Kind.NO_ANSWER, f"no answer to the start: {reply}") from None
+        if failure.reason.kind is Kind.VANISHED:
+            raise
+        said = f"; the hub said: {waiting}" if waiting else ""
+        raise Failed(Kind.TIMED_OUT, f"not ready {waited}{said}") from None
+
+
+def await_ready(name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]) -> float:
+    """When a server that is starting was ready. Raises `Failed`, with `Kind.TIMED_OUT` at `until_s`.
+
+    The progress stream ends with an event `ready` or `failed`; its other events go to `said`. Where there is
+    no stream, the user model is read, which gives no reason.
+    """
+    session = hub.session
+    began_s, pause_s, stopped = session.clock(), 0.1, False
+    while session.clock() < until_s and not session.stopping.is_set():
+        ended_s, end = until_s, Json()
+        for event in hub.progress(name, until_s):  # to its end, so that its connection can be used again
+            if not end and (event.get("ready") or event.get("failed")):
+                ended_s, end = session.clock(), event
+            elif not end and event.get("message") and event.get("progress") != 0:  # 0: "Server requested"
+                said.append((session.clock(), event))
+        if end.get("ready"):
+            return ended_s
+        if end:
+            raise Failed(Kind.SPAWN, spawn_failure(str(end.get("message") or ""), said, ended_s - began_s))
+        state = hub.state(name, observer=True, until_s=until_s)
+        if state is ServerState.READY:
+            return session.clock()
+        if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
+            raise Failed(Kind.VANISHED, "it vanished while starting")
+        stopped = state is ServerState.STOPPED  # the hub may give the reason a moment later
+        session.pause(min(pause_s, until_s - session.clock()))
+        pause_s = min(pause_s * 1.2, 1.0)
+    raise Failed(Kind.TIMED_OUT, "not ready in time")
 
 
 def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
     """What servers that were starting when a run was interrupted waited for."""
-    words = ((name, last_word(said)) for name, said in starting.items())
-    waits = collections.Counter(
-        without_name(word, name) if word else "nothing was said of it" for name, word in words
-    )
+    words = {name: without_name(last_word(said), name) for name, said in starting.items()}
+    waits = collections.Counter(word or "nothing was said of it" for word in words.values())
     for word, number in waits.most_common(3):
         servers = counted(number, "server was", "servers were")
         yield f"{servers} still starting when the run was interrupted: {word}"
 
 
-def await_ready(
-    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]] | None = None
-) -> Readiness:
-    """How the start of a server ended, or that it had not by `until_s` (then without a reason).
-
-    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to
-    `said`; where no stream can be had, from the user model, which does not know why.
-    """
-    session, said = hub.session, [] if said is None else said
-    began_s, pause_s, stopped = session.clock(), 0.1, False
-    while session.clock() < until_s and not session.stopping.is_set():
-        moment_s, event = follow_progress(name, hub, until_s, said)
-        if event.get("ready"):
-            return Readiness(moment_s)
-        if event.get("failed"):
-            text = spawn_failure(str(event.get("message") or ""), said, moment_s - began_s)
-            return Readiness(reason=Reason(Kind.SPAWN, text), running=False)
-        state = hub.state(name, observer=True, until_s=until_s)
-        if state is ServerState.READY:
-            return Readiness(session.clock())
-        if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
-            return Readiness(running=False)
-        stopped = state is ServerState.STOPPED  # the hub may tell the reason a moment later
-        session.pause(min(pause_s, until_s - session.clock()))
-        pause_s = min(pause_s * 1.2, 1.0)
-    return Readiness()
-
-
-def follow_progress(
-    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]
-) -> tuple[float, Json]:
-    """The event that ends a progress stream, empty if none did by `until_s`; and its moment.
-
-    The stream is read to its end, which follows at once, so that its connection can be used again.
-    """
-    moment_s, last = until_s, Json()
-    for event in hub.progress(name, until_s):
-        if not last and (event.get("ready") or event.get("failed")):
-            moment_s, last = hub.session.clock(), event
-        elif (
-            not last and event.get("message") and event.get("progress") != 0
-        ):  # 0: the hub's "Server requested"
-            said.append((hub.session.clock(), event))
-    return moment_s, last
-
-
 def visit(person: Visitor) -> None:
     """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort` too."""
     public = person.site.public
-    with person.step("visit", person.since_s) as attempt:
-        get_in(person, attempt, person.since_s + person.plan.visit_timeout_s)
-    if person.browser and public.browser_tried.acquire(blocking=False):
+    with person.step("visit", person.since_s) as event:
+        get_in(person, event, person.since_s + person.plan.visit_timeout_s)
+    if public.browser_tried.acquire(blocking=False):
         refused = why_browsers_are_refused(person.url, person.browser)
         if refused and person.site.plan.works:
             raise CutShort(refused)
         public.warnings += [refused] if refused else []
 
 
-def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
+def get_in(person: Visitor, event: Event, until_s: float) -> None:
     """Try the start page until it comes; raises `Failed` when nothing else can come, or time is up."""
     site, pause_s, first_s = person.site, 0.1, person.clock()
-    for attempt.tries in itertools.count(1):
+    for event.tries in itertools.count(1):
         try:
-            reply = open_page(person, attempt, until_s)
-            site.public.reached, attempt.ended_s = True, reply.answered_s
+            event.ended_s = open_page(person, event, until_s).answered_s
+            site.public.reached = True
             return
         except Failed as failure:
             late = person.clock() + pause_s >= until_s
             nobody_came = not site.public.reached and (late or person.clock() > first_s + FIRST_VISIT_S)
-            if (
-                failure.reason == NO_ROUTE
-                and nobody_came
-                and site.hub.state(person.name) is ServerState.READY
-            ):
+            no_route = failure.reason.text == NO_ROUTE
+            if no_route and nobody_came and site.hub.state(person.name) is ServerState.READY:
                 raise CutShort(
                     f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint "
                     "the hub's own port? Then name where people reach the hub with --public-url. Or has the "
@@ -3534,25 +3433,25 @@ def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
         pause_s = min(1.5 * pause_s, 1.0)
 
 
-def open_page(person: Visitor, attempt: Attempt, until_s: float) -> Reply:
+def open_page(person: Visitor, event: Event, until_s: float) -> Reply:
     """The start page; raises `Failed`. Redirects below the server's URL are followed, others are answers."""
     hub, public = person.site.hub, person.site.public
-    if not person.browser:
-        person.url = public.server_in(hub.read(person.name, until_s=until_s))
-        person.browser = public.browser(person.name)
+    if not person.url:
+        url = public.server_in(hub.read(person.name, until_s=until_s))
+        person.browser, person.url = public.browser(person.name), url
     url = person.url
     for _ in range(REDIRECTS_MAX):
         left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - person.clock()))
-        reply = person.browser.ask("GET", url, call=once(again=attempt.tries > 1), timeout=left_s)
+        reply = person.browser.ask("GET", url, call=once(again=event.tries > 1), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
         url = target
-    attempt.message = reply.message if isinstance(reply.data, dict) else ""
+    event.message = reply.message if isinstance(reply.data, dict) else ""
     judge_visit(reply, url, hub.version)
     anonymous = {"Authorization": None}
     if not reply.version and person.browser.ask("GET", url, call=once(), headers=anonymous).status == 200:
-        raise Failed(NO_SERVER, final=True)
+        raise Failed(Kind.ROUTE, NO_SERVER, final=True)
     return reply
 
 
@@ -3560,8 +3459,8 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     """Why a server refuses what browsers send, though it takes the same with a token; "" when it does not.
 
     A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site
-    allows that origin. Of who has a token it does not ask that, so only browsers notice a proxy that loses
-    the Host header.
+    allows that origin. With a token it does not check that, so only browsers notice a proxy that loses the
+    Host header.
     """
     place = urllib.parse.urlsplit(url)
     origin = f"{place.scheme}://{place.netloc.rpartition('@')[2]}".lower()
@@ -3582,15 +3481,12 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
 
 def load_page(person: Visitor) -> None:
     """Fetch what a browser fetched, in its order and over as many connections, up to the first failure."""
-    browser, recorded = person.browser, person.plan.page
-    if not browser or not recorded:
-        return
-    bad = list[tuple[str, str]]()  # what failed, and its path
+    browser, failures = person.browser, list[tuple[str, str]]()  # each with its path
 
     def fetch(part: tuple[str, int]) -> None:
-        """The body is read, not kept. What fails ends the page; so does a stop."""
+        """Read the body without keeping it. A failure ends the page; so does a stop."""
         path, before = part
-        if bad or browser.stopping.is_set():
+        if failures or browser.stopping.is_set():
             return
         try:
             with browser.exchange("GET", person.url + path, once(), stream=True) as response:
@@ -3598,41 +3494,35 @@ def load_page(person: Visitor) -> None:
                     pass
             status = response.status_code
             if status >= 500 or (status >= 400 > before) or (response.is_redirect and before < 300):
-                bad.append((f"a part of the page was answered {status}", path))
+                failures.append((f"a part of the page was answered {status}", path))
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
-            bad.append((f"a part of the page did not come: {why(error)}", path))
+            failures.append((f"a part of the page did not come: {why(error)}", path))
 
-    with person.step("page") as attempt:
+    with person.step("page") as event:
         with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-            list(connections.map(fetch, recorded.requests))
-        if bad:
-            text, path = bad[0]
-            attempt.message = path.partition("?")[0]
-            raise Failed(Reason(Kind.ROUTE, text))
+            list(connections.map(fetch, person.plan.page.requests if person.plan.page else ()))
+        for text, path in failures[:1]:
+            event.message = path.partition("?")[0]
+            raise Failed(Kind.ROUTE, text)
 
 
 def start_kernel(person: Visitor) -> None:
     """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
     browser, timeout_s = person.browser, person.plan.cell_timeout_s
-    if not browser:
-        return
-    with person.step("kernel_ready") as attempt:
-        until_s = attempt.sent_s + timeout_s
+    with person.step("kernel_ready") as event:
+        until_s = event.sent_s + timeout_s
         reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=timeout_s)
         if reply.status != 201 or not isinstance(reply.data, dict):
-            attempt.message = reply.message
+            event.message = reply.message
             if reply.message == TIMED_OUT:
                 raise TimeoutError
-            if reply.status == 404:
-                text = "the server is no Jupyter (404 for kernels): use --visit and --page"
-                raise Failed(Reason(Kind.REFUSED, text))
             text = f"the server did not start a kernel ({reply.status or reply.message})"
-            raise Failed(Reason(Kind.REFUSED, text))
-        kernel_id = urllib.parse.quote(str(reply.data.get("id")), safe="")
-        person.kernel_url = f"{person.url}api/kernels/{kernel_id}"
-        url = f"ws{person.kernel_url.removeprefix('http')}/channels"
-        websocket = open_websocket(url, browser, max(0.1, until_s - person.clock()))
-        person.kernel = Kernel(websocket, browser.clock)
+            no_jupyter = "the server is no Jupyter (404 for kernels): use --visit and --page"
+            raise Failed(Kind.REFUSED, no_jupyter if reply.status == 404 else text)
+        url = f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
+        address = f"ws{url.removeprefix('http')}/channels"
+        websocket = open_websocket(address, browser, max(0.1, until_s - person.clock()))
+        person.kernel, person.kernel_url = Kernel(websocket, browser.clock), url
         person.site.public.kernels.add(person.kernel)
         person.kernel.run(cells_of(person.plan)[0], 1, until_s)
 
@@ -3645,7 +3535,7 @@ def cells_of(plan: Plan) -> Sequence[Code]:
 def get_to_work(person: Visitor) -> None:
     """What a person waits before they can work: everything up to here."""
     person.works_s = person.since_s
-    person.add("at_work", Attempt(person.due_s, person.due_s, person.since_s))
+    person.record(Event("at_work", person.name, person.due_s, person.due_s, person.since_s))
 
 
 def work(person: Visitor) -> None:
@@ -3653,62 +3543,62 @@ def work(person: Visitor) -> None:
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    plan, kernel, cells, gathering = person.plan, person.kernel, cells_of(person.plan), person.site.gathering
-    if not kernel:
-        return
+    plan, cells, gathering = person.plan, cells_of(person.plan), person.site.gathering
     if not plan.notebook or plan.find_capacity:
         gathering.settle(person.name)
     for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
-        think(person, kernel, person.clock() + plan.think_s)
+        think(person, person.clock() + plan.think_s)
         if person.clock() >= person.leaves_s:
             break
-        with person.step("cell") as attempt, knowing_the_server(person):
-            kernel.run(code, number, attempt.sent_s + plan.cell_timeout_s)
+        with cell(person) as event:
+            person.kernel.run(code, number, event.sent_s + plan.cell_timeout_s)
     gathering.settle(person.name)
-    think(person, kernel, math.inf)
-    if plan.stay_s and person.browser:
+    think(person, math.inf)
+    if plan.stay_s:
         person.browser.ask("DELETE", person.kernel_url, call=once())
 
 
-def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
+def think(person: Visitor, until_s: float) -> None:
     """Listen to the kernel until then, or until it is time to leave. A failure is that of a cell."""
     while (now_s := person.clock()) < (due_s := min(until_s, person.leaves_s)):
         try:
-            kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
+            person.kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
         except Failed as failure:
-            with person.step("cell"), knowing_the_server(person):
+            with cell(person):
                 raise failure
 
 
 @contextlib.contextmanager
-def knowing_the_server(person: Visitor) -> Iterator[None]:
-    """Say of a connection that broke whether the server has ended: by the hub's word, or by its silence."""
-    try:
-        yield
-    except Failed as failure:
-        if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL) or not person.browser:
-            raise
-        browser, public = person.browser, person.site.public
-        state = person.site.hub.state(person.name)
-        page = browser.ask("GET", f"{person.url}api", call=once(observer=True)).seen_status
-        way = browser.ask("GET", f"{public.url}hub/api/", call=once(observer=True)).seen_status
-        if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
-            lost = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
-        elif state is ServerState.READY and page == 503 and way == 200:
-            lost = (
-                "nobody answers there, and the hub has not noticed (evicted, out of memory, its node lost?)"
+def cell(person: Visitor) -> Iterator[Event]:
+    """The step of a cell. If its connection broke, find out whether the server has ended."""
+    with person.step("cell") as event:
+        try:
+            yield event
+        except Failed as failure:
+            if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL):
+                raise
+            state = person.site.hub.state(person.name)
+            urls = f"{person.url}api", f"{person.site.public.url}hub/api/"
+            page, front = (
+                person.browser.ask("GET", url, call=once(observer=True)).seen_status for url in urls
             )
-        else:
-            raise
-        raise Failed(Reason(Kind.LOST, f"the server ended while it was in use: {lost}")) from None
+            lost = "the server ended while it was in use: "
+            if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
+                lost += "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
+            elif state is ServerState.READY and (page, front) == (503, 200):
+                lost += "nobody answers there, and the hub has not noticed (evicted, out of memory, its node "
+                lost += "lost?)"
+            else:
+                raise
+            raise Failed(Kind.LOST, lost) from None
 
 
 def stay(person: Visitor) -> None:
     """Keep the server, then check that it is there, and answers if it was visited. Raises `HubRefused`."""
     hub, gathering = person.site.hub, person.site.gathering
     person.works_s = person.works_s or person.since_s
-    with person.step("stay") as attempt:
-        attempt.due_s = attempt.sent_s = person.works_s
+    with person.step("stay") as event:
+        event.due_s = event.sent_s = person.works_s
         gathering.settle(person.name)
         if not person.plan.stay_s:
             gathering.known.wait()
@@ -3720,15 +3610,15 @@ def stay(person: Visitor) -> None:
                 raise HubRefused(task, reply, hub.denial(reply))
             person.sleep(1.0)
         if state is not ServerState.READY:
-            raise Failed(Reason(Kind.LOST, "it became ready, and was gone while it was held"))
-        if person.browser:
+            raise Failed(Kind.LOST, "it became ready, and was gone while it was held")
+        if person.url:
             try:
-                get_in(person, attempt, person.clock() + person.plan.visit_timeout_s)
+                get_in(person, event, person.clock() + person.plan.visit_timeout_s)
             except Failed as failure:
                 if failure.reason.kind is Kind.REFUSED:
                     raise
                 text = f"it no longer answered at the end of the hold: {failure.reason.text}"
-                raise Failed(Reason(Kind.LOST, text)) from None
+                raise Failed(Kind.LOST, text) from None
 
 
 def stop(person: Visitor) -> None:
@@ -3765,8 +3655,7 @@ def delete(person: Visitor) -> None:
         reply = site.hub.delete(name)
         site.states[name] = state_after_delete(reply.hub_status)
         site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
-        ok = (202, 204, 404)  # 202: a server of one's own has yet to stop
-        person.record(reply.event("delete_user", name, ok=ok))
+        person.record(reply.event("delete_user", name, ok=(202, 204, 404)))  # 202: an own server stops first
 
 
 # ==== The table of steps, and a person's journey through them ===============================================
@@ -3781,63 +3670,47 @@ class Step:
 
     name: str
     title: str
-    scopes: tuple[str, ...] = ()  # that the token needs for it
     act: Act | None = None  # what a person does; None: it is measured elsewhere
-    wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
+    wanted: Callable[[Plan], object] = lambda plan: True  # whether a person does it
     always: bool = False  # also after an earlier step has failed
 
 
 STEPS = {
     step.name: step
     for step in (
-        Step("server_ready", "server ready", ("read:servers",), come),
-        Step("start_server", "start request", ("servers",)),
-        Step("visit", "visit", (), visit, lambda plan: plan.opens),
-        Step("page", "page", (), load_page, lambda plan: plan.page is not None),
-        Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work),
-        Step("at_work", "at work", (), get_to_work, lambda plan: plan.rehearses),
-        Step("cell", "cell", (), work, lambda plan: plan.work),
-        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s)),
-        Step(
-            "stop_server",
-            "stop request",
-            ("delete:servers",),
-            stop,
-            lambda plan: bool(plan.stay_s),
-            always=True,
-        ),
-        Step("create_users", "create users", ("admin:users",)),
-        Step(
-            "delete_user",
-            "delete user",
-            ("delete:users",),
-            delete,
-            lambda plan: bool(plan.stay_s),
-            always=True,
-        ),
-        Step("list_users", "list users", ("list:users", "read:servers")),
-        Step("activity", "activity report", ("users:activity",)),
+        Step("server_ready", "server ready", come),
+        Step("start_server", "start request"),
+        Step("visit", "visit", visit, lambda plan: plan.opens),
+        Step("page", "page", load_page, lambda plan: plan.page),
+        Step("kernel_ready", "kernel ready", start_kernel, lambda plan: plan.work),
+        Step("at_work", "at work", get_to_work, lambda plan: plan.rehearses),
+        Step("cell", "cell", work, lambda plan: plan.work),
+        Step("stay", "stay", stay, lambda plan: plan.hold_s or plan.stay_s),
+        Step("stop_server", "stop request", stop, lambda plan: plan.stay_s, always=True),
+        Step("create_users", "create users"),
+        Step("delete_user", "delete user", delete, lambda plan: plan.stay_s, always=True),
+        Step("list_users", "list users"),
+        Step("activity", "activity report"),
         Step("read", "read user"),
         Step("list", "list page"),
         Step("ping", "ping"),
     )
 }
 PERSONAL = tuple(step.name for step in STEPS.values() if step.act and not step.always)
-STEPS_OF = {
-    STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
-    ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
-    PURGE: ("list_users", "stop_server", "delete_user"),
+SCOPES = {  # that the token needs for a command
+    STRESS: {"admin:users", "list:users", "delete:users", "servers", "read:servers", "delete:servers"},
+    ACTIVITY: {"admin:users", "list:users", "delete:users", "read:servers", "users:activity"},
+    PURGE: {"list:users", "delete:users", "read:servers", "delete:servers"},
 }
 
 
 def needed_scopes(command: str, own_servers: bool = False) -> set[str]:
     """The scopes that a token needs for a command; for one's own servers, only those about servers."""
-    needed = {scope for name in STEPS_OF[command] for scope in STEPS[name].scopes}
-    return {scope for scope in needed if scope.endswith("servers") or not own_servers}
+    return {scope for scope in SCOPES[command] if scope.endswith("servers") or not own_servers}
 
 
 def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
-    """A recorder that keeps each person's way."""
+    """A recorder that keeps each person's steps."""
     return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.act})
 
 
@@ -3863,7 +3736,7 @@ def journey(person: Visitor) -> None:
 
 
 def take(name: str, act: Act, person: Visitor) -> bool:
-    """Take one step; whether it succeeded. What nobody expected is a failure of this person."""
+    """Take one step; whether it succeeded. An unexpected error is a failure of this person."""
     began_s = person.clock()
     try:
         act(person)
@@ -3875,7 +3748,7 @@ def take(name: str, act: Act, person: Visitor) -> bool:
     except Exception as error:
         LOG.exception("The step %s failed for %s", name, person.name)
         reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
-        person.add(name, Attempt(person.due_s, began_s, reason=reason))
+        person.record(Event(name, person.name, person.due_s, began_s, reason=reason))
         return False
 
 
@@ -3931,21 +3804,17 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
 def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
     """Who arrives: when, in seconds since the beginning (0 in the closed model), and by which plan.
 
-    The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows
-    how many came.
+    The same seed gives the same moments, each group its own. Uniform ones are what a Poisson process looks
+    like once one knows how many came.
     """
-    people = [(group.after_s + at_s, group) for group in plan.groups for at_s in _moments(group, plan.seed)]
+    people = []
+    for group in plan.groups:
+        draw = random.Random(f"{plan.seed} {group.group}" if group.group else plan.seed)
+        schedule, within_s = Schedule.of(group.rate_per_s), group.within_s or 0.0
+        for n in range(group.count):
+            at_s = schedule.due_s(n) if schedule else within_s * draw.random()
+            people.append((group.after_s + at_s, group))
     return sorted(people, key=lambda person: person[0])
-
-
-def _moments(plan: Plan, seed: int | None) -> list[float]:
-    if plan.within_s:
-        draw = random.Random(
-            f"{seed} {plan.group}" if plan.group else seed
-        )  # each group at moments of its own
-        return sorted(plan.within_s * draw.random() for _ in range(plan.count))
-    schedule = Schedule.of(plan.rate_per_s)
-    return [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
 
 
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
@@ -3967,7 +3836,8 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
         works_s = arrives_s + start_s + look_s + parts_s
         cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+        last_look_s = look_s if STEPS["stay"].wanted(group) else 0.0
+        people.append((arrives_s, works_s, works_s + cells_s, last_look_s, group))
     all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
     return [
         (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
@@ -4583,20 +4453,14 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 # ==== Checking the proxy: does it lose connections when servers end? ========================================
 
-CHECK_ENDED, CHECK_STOPPED = (
-    100,
-    20,
-)  # handshakes to a server that has ended by itself, and to one that was stopped
+CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that ended by itself, and to a stopped one
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
 CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected "
 CHECK_COSTS += "proxy keeps for an hour"
 CHECK_USUALLY_S = 180.0
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
-CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
-PROOF_SHARE, CLEAN_SHARE = (
-    0.8,
-    0.1,
-)  # of the handshakes: as many connections lost prove a leak, or that there is none
+CHECK_AGAIN_S = 60.0  # a connection that is still open this long afterwards is lost
+PROOF_SHARE, CLEAN_SHARE = 0.8, 0.1  # lost connections per handshake that prove a leak, or that there is none
 EVENTS = "api/events/subscribe"  # a websocket of every server
 UPGRADE = {
     "Connection": "Upgrade",
@@ -4605,6 +4469,7 @@ UPGRADE = {
     "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
 }
 CLOSED_UNANSWERED, UNANSWERED = "connection reset", TIMED_OUT  # as `why` calls them
+CLEAN, LEAKING, UNDECIDED = "clean", "leaking", "undecided"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4618,30 +4483,6 @@ class ProxyCheck:
     open_files: float | None = None  # by how many the hub's have grown; None when its figures were not read
 
 
-CLEAN, LEAKING, UNDECIDED = "clean", "leaking", "undecided"
-
-
-def of_ended_server(reply: Reply) -> bool:
-    """Whether a proxy answers so when nobody listens at its route: 503, nothing, or 502 behind another."""
-    return reply.status in (502, 503) or reply.message == CLOSED_UNANSWERED
-
-
-def is_telling(reply: Reply) -> bool:
-    """Whether an answer is typical of a leaking proxy: nothing, or 502 or 504 behind another."""
-    return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
-
-
-def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
-    """How many connections to the hub a proxy may have lost since: the least by which both figures grew.
-
-    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be
-    one that the proxy had kept ready for reuse; so files count from the lowest look before.
-    """
-    files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
-    more_files = look.get(*files) - min(one.get(*files) for one in before)
-    return min(more_files, look.get(*pages) - before[-1].get(*pages))
-
-
 def judge_proxy(
     page: int,
     ended: Sequence[Reply],
@@ -4651,57 +4492,55 @@ def judge_proxy(
 ) -> ProxyCheck:
     """What a proxy showed when asked for a server that had ended by itself, and for one that was stopped.
 
-    `page` is the status of a plain page of the ended server; `ended` and `stopped` are what websockets were
-    answered; `before` and `after` (right after those to the ended server, and a minute later) are looks at
-    the hub's figures.
+    `page` is the status of a plain page of the ended server; `ended` and `stopped` are the answers to
+    websockets; `before` and `after` (right after those to the ended server, and a minute later) are the hub's
+    figures. Of these, the open files and the error pages drawn for the proxy count connections. A lost
+    connection may be one that the proxy had kept ready for reuse, so files count from the lowest look before.
     """
-    number, figures = len(ended), (AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"])
-    grown_by = [
-        max(look.get(*one) - before[-1].get(*one) for look in after) for one in figures if before and after
-    ]
-    lost = min((lost_by(before, look) for look in after), default=0.0) if grown_by else None
-    asked = f"{counted(number, 'websocket')} asked for a server that had ended"
-
-    def found(verdict: str, reason: str) -> ProxyCheck:
-        sent = number + len(stopped)
-        leaking = None if verdict == UNDECIDED else int(verdict == LEAKING)
-        return ProxyCheck(verdict, leaking, reason, sent, grown_by[0] if grown_by else None)
-
-    if lost is not None and number >= CHECK_LEAST and lost >= PROOF_SHARE * number:
-        held = counted(round(lost), "connection")
-        return found(LEAKING, f"{asked}; a minute later the proxy still held {held} to the hub for them")
-    if unanswered(stopped) and any(map(of_ended_server, ended)):  # so that websockets pass at all
-        return found(
-            LEAKING, "it never answers websockets that ask for a stopped server, and keeps their connections"
-        )
-    if number < CHECK_LEAST:
-        sent = counted(number, "websocket")
-        return found(UNDECIDED, f"the hub noticed after {sent} that the server had ended, too few to tell")
-    if page != 503:
-        return found(UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended")
-    if lost is None and sum(map(is_telling, ended)) >= PROOF_SHARE * number:
-        return found(
-            LEAKING, f"{asked}, and the proxy closed them without an answer, as one does that loses them"
-        )
-    if lost is None:
-        return found(UNDECIDED, "the hub's own figures were not read")
-    if sum(map(of_ended_server, ended)) < PROOF_SHARE * number:
-        ((most, _),) = collections.Counter(str(one.status or one.message) for one in ended).most_common(1)
-        return found(UNDECIDED, f"{asked}, and most were answered: {most}. Do websockets pass?")
-    if max(grown_by) < CLEAN_SHARE * number:
-        return found(CLEAN, f"{asked}, and the proxy kept no connection for them")
-    grown_text = f"the hub's open files grew by {grown_by[0]:.0f}, its error pages by {grown_by[1]:.0f}"
-    return found(UNDECIDED, f"{asked}; {grown_text}: other people's traffic counts too")
+    files, pages = AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"]
+    number, read = len(ended), bool(before and after)
+    more_files = [look.get(*files) - before[-1].get(*files) for look in after] if read else [0.0]
+    more_pages = [look.get(*pages) - before[-1].get(*pages) for look in after] if read else [0.0]
+    reused = before[-1].get(*files) - min(look.get(*files) for look in before) if read else 0.0
+    lost = min(min(more_files) + reused, *more_pages)
+    answers = [str(reply.status or reply.message) for reply in ended]
+    refused = sum(map(answers.count, ("502", "503", CLOSED_UNANSWERED)))  # as if nobody listens there
+    telling = sum(map(answers.count, ("502", "504", CLOSED_UNANSWERED, UNANSWERED)))
+    most, proof = max(answers, key=answers.count, default=""), PROOF_SHARE * number
+    sent, still_open = counted(number, "websocket"), counted(round(lost), "connection")
+    asked = f"{sent} asked for a server that had ended"
+    rules = (
+        (read and number >= CHECK_LEAST and lost >= proof, LEAKING,
+            f"{asked}; a minute later the proxy still held {still_open} to the hub for them"),
+        (refused and unanswered(stopped), LEAKING,  # where some are refused, websockets pass at all
+            "it never answers websockets that ask for a stopped server, and keeps their connections"),
+        (number < CHECK_LEAST, UNDECIDED,
+            f"the hub noticed after {sent} that the server had ended, too few to tell"),
+        (page != 503, UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended"),
+        (not read and telling >= proof, LEAKING,
+            f"{asked}, and the proxy closed them without an answer, as one does that loses them"),
+        (not read, UNDECIDED, "the hub's own figures were not read"),
+        (refused < proof, UNDECIDED, f"{asked}, and most were answered: {most}. Do websockets pass?"),
+        (max(more_files + more_pages) < CLEAN_SHARE * number, CLEAN,
+            f"{asked}, and the proxy kept no connection for them"),
+        (True, UNDECIDED, f"{asked}; the hub's open files grew by {max(more_files):.0f}, its error pages by "
+            f"{max(more_pages):.0f}: other people's traffic counts too"),
+    )  # fmt: skip
+    verdict, reason = next((verdict, reason) for applies, verdict, reason in rules if applies)
+    leaking = None if verdict == UNDECIDED else int(verdict == LEAKING)
+    return ProxyCheck(verdict, leaking, reason, number + len(stopped), max(more_files) if read else None)
 
 
 def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     """Ask over websockets for a server that ended by itself, then for one stopped. Raises `CutShort`.
 
-    The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
+    If the hub notices soon that the server has ended, nothing can be seen: then try once more.
     """
     site, ended, page, before = person.site, list[Reply](), 0, list[Snapshot]()
     for _ in range(2):
-        if not reach_server(person):
+        person.due_s = person.since_s = person.clock()
+        is_ready = site.states.get(person.name) is ServerState.READY or take("server_ready", come, person)
+        if not (is_ready and take("visit", visit, person)):
             return ProxyCheck(UNDECIDED, None, "no server became ready to try it with")
         person.sleep(CHECK_CALM_S)
         monitor.look()
@@ -4709,7 +4548,7 @@ def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
         page = shut_down(person)
         if page in (0, 200):
             return ProxyCheck(UNDECIDED, None, "the server did not end by itself when it was asked to")
-        replies = knock(person, CHECK_ENDED - len(ended), lambda replies: noticed(replies[-1]))
+        replies = open_websockets(person, CHECK_ENDED - len(ended), lambda replies: noticed(replies[-1]))
         ended = [reply for reply in replies if not noticed(reply)]
         site.hub.state(person.name, observer=True)  # which shows that the hub is there
         site.states[person.name] = ServerState.STOPPED
@@ -4719,7 +4558,7 @@ def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     person.sleep(CHECK_AGAIN_S if before else 0.0)
     later = monitor.look()
     site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
-    stopped = knock(person, CHECK_STOPPED, unanswered)
+    stopped = open_websockets(person, CHECK_STOPPED, unanswered)
     return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
 
@@ -4730,20 +4569,13 @@ def noticed(reply: Reply) -> bool:
 
 def unanswered(replies: Sequence[Reply]) -> bool:
     """Whether it is clear that nobody answers."""
-    return sum(one.message == UNANSWERED for one in replies) >= CHECK_UNANSWERED
-
-
-def reach_server(person: Visitor) -> bool:
-    """Start this person's server, if it is not ready, and open its page; whether that worked."""
-    person.due_s = person.since_s = person.clock()
-    is_ready = person.site.states.get(person.name) is ServerState.READY
-    return (is_ready or take("server_ready", come, person)) and take("visit", visit, person)
+    return sum(reply.message == UNANSWERED for reply in replies) >= CHECK_UNANSWERED
 
 
 def shut_down(person: Visitor) -> int:
     """Have the server end by itself; its page's status then: 0 if it did not, 200 if it is still there."""
     browser, until_s = person.browser, person.clock() + SHUTDOWN_S
-    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+    if browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
         return 0
     while True:
         page = browser.ask("GET", f"{person.url}api", call=once())
@@ -4752,15 +4584,15 @@ def shut_down(person: Visitor) -> int:
         person.sleep(0.5)
 
 
-def knock(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
-    """What websockets to a server that is gone are answered, each on its own connection, until enough."""
-    browser, replies, next_s = person.browser or person.site.hub.session, list[Reply](), 0.0
+def open_websockets(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
+    """The answers to websockets to a server that is gone, each on its own connection, until enough."""
+    replies, next_s = list[Reply](), 0.0
     while len(replies) < at_most and not (replies and enough(replies)):
         person.sleep(next_s - person.clock())
         next_s = person.clock() + 1 / HANDSHAKES_PER_S
         url = f"{person.url}{EVENTS}"
-        replies.append(browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
-        browser.close()
+        replies.append(person.browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
+        person.browser.close()
     return replies
 
 
@@ -4901,7 +4733,7 @@ def seeded(plan: Plan) -> Plan:
 
 def whereabouts(site: Site, count: int) -> dict[str, int]:
     """How many of these people have come, and where they are now."""
-    record, starting, throttled = site.record, len(site.starting), site.turns.waiting
+    record, starting, throttled = site.record, len(site.starting), len(site.turns.waiting)
     tried = {name: record.count([name]) for name in PERSONAL}
     failed = {name: record.failures([name]) for name in PERSONAL}
     ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
@@ -7622,7 +7454,13 @@ def wait_for_servers_to_start(
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
+
+    def is_ready(name: str) -> bool:
+        with contextlib.suppress(Failed):
+            return await_ready(name, hub, until_s, []) > -math.inf
+        return False
+
+    return _for_each(is_ready, *_flat(users))
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:

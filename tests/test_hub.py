@@ -277,14 +277,20 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, make_h
     assert hub.create([NAME]).status == 201 and hub.start(NAME, None, session.clock() + 5).status == 202
     until_s = session.clock() + (60 if end == "stop" else 1)
     threading.Timer(1, session.stop if end == "stop" else lambda: None).start()
-    found: list[hst.Readiness] = []
-    reading = threading.Thread(target=lambda: found.append(hst.await_ready(NAME, hub, until_s)))
+    found: list[hst.Kind] = []
+
+    def read() -> None:
+        with pytest.raises(hst.Failed) as failed:
+            hst.await_ready(NAME, hub, until_s, [])
+        found.append(failed.value.reason.kind)
+
+    reading = threading.Thread(target=read)
     reading.start()
     give_up_s = session.clock() + 15  # before the keep-alive's own time-out of 20 s
     while reading.is_alive() and session.clock() < give_up_s:
         session.cut_streams()
         reading.join(0.1)
-    assert [(end.ready_at_s, end.running) for end in found] == [(None, True)]
+    assert found == [hst.Kind.TIMED_OUT]
     assert hst.delete_users([NAME], local.endpoint, session.clone(own_stop=True)) and not tool_users(local)
 
 
