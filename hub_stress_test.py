@@ -1699,7 +1699,8 @@ class Call:
 
     observer: bool = False  # sent only to watch
     handled: frozenset[int] = frozenset()  # statuses that the caller handles: not retried
-    retry_until_s: float | None = None  # no retry after this moment; None: within the session's window
+    until_s: float | None = None  # to be answered by then; None: retries within the session's window
+    once: bool = False  # no retries
     tries: int = 0
     backoff_s: float = 0.0
     lost: bool = False  # an answer was lost: the hub may have acted without our knowing
@@ -1707,7 +1708,7 @@ class Call:
 
 def once(observer: bool = False, again: bool = False) -> Call:
     """A call without retries; `again` when it is itself a retry."""
-    return Call(observer, retry_until_s=0.0, tries=int(again))
+    return Call(observer, once=True, tries=int(again))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1724,11 +1725,6 @@ class Reply:
     location: str | None = None  # where a redirect, which is not followed, points
     front: int = 0  # the status that something in front of the hub answered with
     version: str = ""  # of the JupyterHub that answered, be it the hub or a server; "" of anything else
-
-    @property
-    def hub_status(self) -> int:
-        """The status, but 0 for a 404 without JSON: a proxy says so when the hub is away."""
-        return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
 
     @property
     def seen_status(self) -> int:
@@ -1804,7 +1800,7 @@ class HubSession(requests.Session):
         second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
         """
         call = call or Call()
-        until_s = self.clock() + self.retry_window_s if call.retry_until_s is None else call.retry_until_s
+        until_s = self.clock() + self.retry_window_s if call.until_s is None else call.until_s
         self._of_thread.sent = request, call
         settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
         if self.stopping.is_set():
@@ -1835,7 +1831,7 @@ class HubSession(requests.Session):
     def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
         """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
         began_s = self.clock()
-        if call.tries > RETRIES or began_s >= until_s:
+        if call.once or call.tries > RETRIES or began_s >= until_s:
             return False
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
         going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
@@ -1850,9 +1846,11 @@ class HubSession(requests.Session):
         return call if call and sent is request else Call(tries=1)
 
     def exchange(
-        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0, **parts: Any
+        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0.0, **parts: Any
     ) -> requests.Response:
         """The response to one call; `parts` are those of a `requests.Request`. Raises as `send` does."""
+        if call.until_s is not None:
+            timeout = max(0.05, min(timeout or DEFAULT_TIMEOUT, call.until_s - self.clock()))
         request = self.prepare_request(requests.Request(method, url, **parts))
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
         return self.send(request, call=call, timeout=timeout, **settings)
@@ -1869,10 +1867,9 @@ class HubSession(requests.Session):
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call = Call(observer=True, retry_until_s=until_s)
-        timeout_s = max(0.05, min(STREAM_TIMEOUT_S, until_s - self.clock()))
+        call = Call(observer=True, until_s=until_s)
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=timeout_s) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
                 if response.status_code != 200 or not self.is_hubs(response):
                     return
                 self._streams[response] = until_s
@@ -1900,12 +1897,15 @@ class HubSession(requests.Session):
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
+        Where something strips the header that tells, only 502, 503, 504 and a 404 without JSON count as a
+        proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
             self.marked = True
             return True
-        return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
+        is_json = "json" in response.headers.get("Content-Type", "")
+        of_proxy = response.status_code in (502, 503, 504) or (response.status_code == 404 and not is_json)
+        return self.of_servers or not (self.marked or of_proxy)
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
@@ -2037,6 +2037,7 @@ class SimulatedHub(HTTPAdapter):
         status, data = self._answer(request.method or "", path.split("/"), json.loads(request.body or "null"))
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
+        response.headers["Content-Type"] = "application/json"
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
@@ -2081,13 +2082,9 @@ class Hub:
 
         Hubs from 2.3 filter by name.
         """
-        return self.session.ask(
-            "GET",
-            f"{self.endpoint}/users",
-            params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
-            headers={"Accept": "application/jupyterhub-pagination+json"},
-            timeout=2 * DEFAULT_TIMEOUT,
-        )
+        params = {"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"}
+        parts: Json = {"params": params, "headers": {"Accept": "application/jupyterhub-pagination+json"}}
+        return self.session.ask("GET", f"{self.endpoint}/users", timeout=2 * DEFAULT_TIMEOUT, **parts)
 
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
@@ -2096,16 +2093,12 @@ class Hub:
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
         """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
-        timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
-        call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
-        return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
+        call, url = Call(observer, until_s=until_s), user_url(self.endpoint, name)
+        return self.session.ask("GET", url, call=call, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
         """What the hub says of a user and their server."""
         return state_in(self.read(name, observer, until_s))
-
-    def _left_s(self, until_s: float) -> float:
-        return max(0.05, until_s - self.session.clock())
 
     def server_url(self, name: str, *rest: str) -> str:
         """The URL of a server, or of what follows below it."""
@@ -2117,10 +2110,10 @@ class Hub:
         return self.session.ask(method, self.server_url(name), **parts)
 
     def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST server`: 201 ready, 202 starting, 429 throttled, 400 running (or no more allowed), 500 failed."""
+        """`POST server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
         options = {"profile": profile} if isinstance(profile, str) else profile or None
-        call = Call(handled=frozenset({429}), retry_until_s=until_s)
-        return self.ask_server("POST", name, call=call, json=options, timeout=self._left_s(until_s))
+        call = Call(handled=frozenset({429}), until_s=until_s)
+        return self.ask_server("POST", name, call=call, json=options, timeout=math.inf)
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
         """`GET server/progress`: events, of which the last is `ready` or `failed`."""
@@ -2153,7 +2146,7 @@ class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
     A start makes a named server, even one that is throttled or fails; it exists until it is removed.
-    Hubs before 3.0 do not list it while it is stopped: `there` are those asked about and not known to be gone.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those not known to be gone.
     """
 
     there: set[str] = dataclasses.field(default_factory=set)
@@ -2185,10 +2178,10 @@ class OwnServers(Hub):
         return {name: {"name": name, "admin": False, "servers": own} for name, own in servers.items()}
 
     def ask_server(self, method: str, name: str, **parts: Any) -> Reply:
-        """The answer to `POST` or `DELETE /users/{owner}/servers/{name}`: as for a user; 404 when it is gone."""
+        """The answer about `/users/{owner}/servers/{name}`: as for a user; 404 when it is gone."""
         self.there.add(name)
         reply = super().ask_server(method, name, **parts)
-        if reply.hub_status == 404:
+        if reply.status == 404:
             self.there.discard(name)
         return reply
 
@@ -2202,7 +2195,7 @@ class OwnServers(Hub):
 
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
-    if reply.hub_status == 404:
+    if reply.status == 404:
         return ServerState.GONE
     if reply.status != 200 or not isinstance(reply.data, dict):
         return ServerState.UNKNOWN
@@ -3129,7 +3122,7 @@ class Removal:
         self.refusals.pop(name, None)
         if reply.front:
             self.refusals[name] = reply.message
-        elif reply.hub_status >= 400:
+        elif reply.status >= 400:
             verb = "fails" if reply.status >= 500 else "refuses"
             message = f": {without_name(reply.message, name)}" if reply.message else ""
             self.refusals[name] = f"the hub {verb} to {task} ({reply.status}){message}"
@@ -3369,7 +3362,7 @@ def _follow(person: Visitor, reply: Reply) -> Readiness:
         kind = Kind.SERVER_LIMIT if reply.message.startswith("Active user limit") else Kind.THROTTLED
         text = f"still throttled {waited}: {reply.message.partition('.')[0] or 429}"
         return Readiness(reason=Reason(kind, text), running=False)
-    if reply.hub_status == 404:
+    if reply.status == 404:
         text = "the hub no longer knows the user: it may have restarted"
         return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
     if denial := hub.denial(reply):
@@ -3705,9 +3698,9 @@ def ask_to_stop(person: Visitor) -> None:
         site.states[name] = site.hub.state(name)  # it may be ready by now
     if (state := site.states.get(name)) in (ServerState.STARTING, ServerState.READY):
         reply = site.hub.stop(name)
-        site.states[name] = AFTER_STOP.get(reply.hub_status, ServerState.UNKNOWN)
+        site.states[name] = AFTER_STOP.get(reply.status, ServerState.UNKNOWN)
         site.removal.note(name, reply, "stop servers")
-        if state is ServerState.STARTING and reply.hub_status in (0, 202, 204):
+        if state is ServerState.STARTING and reply.status in (0, 202, 204):
             site.removal.interrupted.add(name)
         person.record(reply.event("stop_server", name, ok=(202, 204, 404)))
 
@@ -3717,7 +3710,7 @@ def delete(person: Visitor) -> None:
     site, name = person.site, person.name
     if site.states.get(name) is ServerState.STOPPED:
         reply = site.hub.delete(name)
-        site.states[name] = AFTER_DELETE.get(reply.hub_status, ServerState.UNKNOWN)
+        site.states[name] = AFTER_DELETE.get(reply.status, ServerState.UNKNOWN)
         site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
         ok = (202, 204, 404)  # 202: a server of one's own has yet to stop
         person.record(reply.event("delete_user", name, ok=ok))
@@ -3955,19 +3948,28 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
 # ==== The hub: checks before a run ==========================================================================
 
 
-def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
+def check_hub(plan: Plan, session: HubSession) -> Hub:
+    """The plan's hub, if it shows its version and accepts the tokens for what is planned; else `SetupError`.
 
     `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
+    endpoint, own_servers = plan.endpoint or "", plan.own_servers
     reply, version = _probe(endpoint, session)
     if not version:
         raise SetupError(_no_hub(endpoint, reply, session))
     hub = Hub(endpoint, session, version)
     own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
     owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
-    _check_owner(owner, command, own_servers, own_token)
-    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+    _check_owner(owner, plan.command, own_servers, own_token)
+    hub = OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+    url = public_url(hub, plan)
+    if plan.check_proxy and (proxy := session.proxy_to(url)):  # which its websockets bypass
+        raise SetupError(
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
+        )
+    check_visits(hub, plan)
+    return hub
 
 
 def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
@@ -3994,7 +3996,7 @@ def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
 
 
 def _remedies(endpoint: str, reply: Reply, session: HubSession) -> Iterator[tuple[object, str]]:
-    """Symptoms of endpoints that have shown no version, each with its remedy; the first that is true counts."""
+    """Symptoms of an endpoint without a hub, each with its remedy; the first that is true counts."""
     reason, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
     https, host = f"https:{endpoint.removeprefix('http:')}", urllib.parse.urlsplit(endpoint).hostname or ""
     to_https = plain and (reply.location or "").startswith("https:")
@@ -4108,16 +4110,6 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
         )
 
 
-def check_way(hub: Hub, plan: Plan) -> None:
-    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
-    url = public_url(hub, plan)
-    if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
-        raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
-            f"{without_proxy(url)}. Nothing was changed."
-        )
-
-
 # ==== Cleaning up ===========================================================================================
 
 
@@ -4146,67 +4138,62 @@ def remove_users(
     thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
     to an admin. `removal` is kept up to date while this goes on.
     """
-    session, removal = hub.session, removal or Removal()
+    session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
-    to_do, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
+    site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
 
     def line() -> str:
-        removed, users = len(existing & removal.gone), things(isinstance(hub, OwnServers))
+        removed, users = len(existing & site.removal.gone), things(isinstance(hub, OwnServers))
         return f"cleaning up: {removed:,} of {len(existing):,} {users} removed"
 
     with Progress(line) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, progress.tell)
+            let_go(site, concurrency, progress.tell)
+            gone = site.removal.gone
             try:
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
-                unlisted = thought.keys() - left.keys() - removal.gone
-                # a name that the hub has rewritten may lack the prefix by which it lists users
-                states = {name: hub.state(name) for name in unlisted if f"{USERNAME_PREFIX}-" not in name}
+                # names that the hub has rewritten may lack the prefix by which it lists users
+                unlisted = [
+                    name for name in thought if f"{USERNAME_PREFIX}-" not in name and name not in gone
+                ]
+                states = {name: hub.state(name) for name in unlisted if name not in left}
                 left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
-                to_do, refusals = dict(left), 0
+                site.states, refusals, done = dict(left), 0, not left
                 existing |= left.keys()
-                removal.look(left, session.clock())
-                done = not left
+                site.removal.look(left, session.clock())
             except (HubRefused, Stopped) as error:
-                left, to_do = {name: state for name, state in left.items() if name not in removal.gone}, {}
+                left, site.states = {name: state for name, state in left.items() if name not in gone}, {}
                 if isinstance(error, HubRefused):
                     LOG.warning("Cleaning up: %s", error)
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = removal.in_the_way(left, session.clock())
+                why = site.removal.in_the_way(left, session.clock())
                 return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
-def let_go(
-    states: dict[str, ServerState],
-    hub: Hub,
-    record: Recorder,
-    concurrency: int,
-    removal: Removal,
-    on_tick: Callable[[], None],
-) -> None:
-    """One round: stop and delete each user as far as that goes at once, noted in `states` and `removal`.
+def let_go(site: Site, concurrency: int, on_tick: Callable[[], None]) -> None:
+    """One round: stop and delete each user of `site.states` as far as that goes at once.
 
     Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub
     forgets.
     """
-    site = Site(hub, Plan(), record, states=states, removal=removal)
+    session, states = site.hub.session, site.states
 
     def leave(name: str) -> None:
-        person = Visitor(name, hub.session.clock(), site.plan, site)
+        person = Visitor(name, session.clock(), site.plan, site)
         if take("stop_server", ask_to_stop, person):
             take("delete_user", delete, person)
         if states[name] is ServerState.GONE:
-            removal.gone.add(name)
+            site.removal.gone.add(name)
 
-    with Team(hub.session, on_tick) as team:
+    with Team(session, on_tick) as team:
         for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
             if not team.wait_for(lambda: team.running < concurrency):
                 break
@@ -4663,7 +4650,7 @@ def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     soon = monitor.look()
     person.sleep(CHECK_AGAIN_S if before else 0.0)
     later = monitor.look()
-    site.states[person.name] = AFTER_STOP.get(site.hub.stop(person.name).hub_status, ServerState.UNKNOWN)
+    site.states[person.name] = AFTER_STOP.get(site.hub.stop(person.name).status, ServerState.UNKNOWN)
     stopped = knock(person, CHECK_STOPPED, unanswered)
     return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
@@ -4929,9 +4916,7 @@ class Run:
         for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
             closing.enter_context(listener)
             self.record.listen(listener)
-        self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
-        check_way(self.hub, plan)
-        check_visits(self.hub, plan)
+        self.hub = check_hub(plan, self.session)
         listed = self._look()
         self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
         check_server_names(self.hub, plan, [user["name"] for user in self.existing])
@@ -7572,7 +7557,7 @@ def wait_for_servers_to_start(
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
     """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
-    state = AFTER_STOP.get(Hub(endpoint, session).stop(username).hub_status, ServerState.UNKNOWN)
+    state = AFTER_STOP.get(Hub(endpoint, session).stop(username).status, ServerState.UNKNOWN)
     if state is ServerState.STOPPING and wait:
         return wait_for_server_to_stop(username, endpoint, session)
     return state is not ServerState.UNKNOWN
@@ -7613,7 +7598,7 @@ def delete_users_after_stopping_servers(
 ) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
     hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    gone = _for_each(lambda name: hub.delete(name).hub_status in AFTER_DELETE, names, 10)
+    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, names, 10)
     return all(gone.get(name) for name in stopped)
 
 
@@ -7768,8 +7753,7 @@ if locust_is_loading():
             plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
             self.run = f"{plan.run}-{worker}"
             self.session = get_session(plan.token or "", pool_maxsize=1000, headers=plan.headers)
-            hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
-            check_visits(hub, plan)
+            hub = check_hub(plan, self.session)
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self.site = Site(hub, plan, Recorder(self._report))
             listed = list(list_users(hub, Recorder()))
@@ -7994,8 +7978,7 @@ if locust_is_loading():
     def _check(environment: Any) -> None:
         """Whether the hub accepts the token for the user classes; else raises `HubStressError`."""
         plan = locust_plan(environment)
-        session = get_session(plan.token or "", headers=plan.headers)
-        check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
+        check_hub(plan, get_session(plan.token or "", headers=plan.headers))
 
     def _start(environment: Any, **_: Any) -> None:
         environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False

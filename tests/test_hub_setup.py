@@ -113,7 +113,7 @@ def test_a_gateway_that_demands_a_header_names_the_option(gateway: FaultProxy, n
 def test_headers_of_ones_own_are_sent_with_every_request(gateway: FaultProxy, new_hub: LocalHub) -> None:
     endpoint, header = gateway.url + "/hub/api", ("X-Access", hst.Secret("0p3n"))
     session, record = hst.get_session(new_hub.token, headers=[header]), hst.Recorder()
-    hub = hst.check_hub(endpoint, session, hst.STRESS)
+    hub = hst.check_hub(hst.Plan(endpoint=endpoint), session)
     assert gateway.requests[0].path == "/hub/api/"  # the probe, without the token
     names = sum(hst.create_users(2, 2, endpoint, session), [])
     assert all(event.reason is None for event in hst.start_servers([names], endpoint, session).values())
