@@ -1462,6 +1462,12 @@ class ServerState(enum.Enum):
     UNKNOWN = "not known"
 
 
+# The states after these answers to `DELETE server` and `DELETE user`. After any other, read the user again:
+# a hub answers 400 or 500 while a server starts or stops.
+AFTER_STOP = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
+AFTER_DELETE = {204: ServerState.GONE, 404: ServerState.GONE}
+
+
 def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known.
 
@@ -1476,17 +1482,6 @@ def server_state(model: Json) -> ServerState:
         pending = {"spawn": ServerState.STARTING, "stop": ServerState.STOPPING}
         return pending.get(server["pending"], ServerState.UNKNOWN)
     return ServerState.READY if server.get("ready") else ServerState.STOPPED
-
-
-def state_after_stop(status: int) -> ServerState:
-    """What `DELETE server` answered. 400 (starting, on hubs before 5.1) and 500 mean: read the user again."""
-    known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
-    return known.get(status, ServerState.UNKNOWN)
-
-
-def state_after_delete(status: int) -> ServerState:
-    """What `DELETE user` answered. 400 (stopping) and 500 (starting) mean: read the user again."""
-    return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
 VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server has it
@@ -1506,10 +1501,9 @@ def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = ""
 
 def named_server_limit(reply: Reply) -> int | None:
     """How many named servers a user may have (0: none are allowed), if the hub refused a start for that."""
-    if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
-        return 0
-    match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
-    return int(match[1]) if reply.status == 400 and match else None
+    refusal = r"Named servers are not enabled|.*already has the maximum of (\d+) named servers"
+    match = re.match(refusal, reply.message) if reply.status == 400 else None
+    return int(match[1] or 0) if match else None
 
 
 ROLE_TO_PASTE = """\
@@ -1522,13 +1516,6 @@ VISIT_ROLE_TO_PASTE = """\
 c.JupyterHub.load_roles.append({
     "name": "hub-stress-test-visits", "services": ["hub-stress-test-visits"], "scopes": ["access:servers"],
 })"""
-
-
-def likely_endpoint(endpoint: str, location: str | None) -> str:
-    """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
-    if location and endpoint.startswith("http:") and location.startswith("https:"):
-        endpoint = "https:" + endpoint.removeprefix("http:")
-    return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
 # ==== Pure rules: what is said while a server starts ========================================================
@@ -1682,7 +1669,7 @@ def without_name(text: str, user: str) -> str:
 
 RETRIED = frozenset({429, 503, 504})
 BROKEN = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError)
-# After these the hub has not acted.
+# After these errors the hub has not acted.
 NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
 TIMED_OUT = "no answer in time"
 NO_SUCH_HOST = "host name not found"
@@ -1699,42 +1686,36 @@ WHY: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ..
 
 @dataclasses.dataclass
 class Call:
-    """How one request is to be sent, and what happened to it on the way."""
+    """How to send one request, and what happened to it on the way."""
 
-    observer: bool = False  # made only to watch
-    seen: frozenset[int] = frozenset()  # statuses that the caller wants to see itself: not retried
-    retry_until_s: float | None = None  # no retry after this moment; None: within the session's window
+    observer: bool = False  # sent only to watch
+    handled: frozenset[int] = frozenset()  # statuses that the caller handles: not retried
+    until_s: float | None = None  # to be answered by then; None: retries within the session's window
+    once: bool = False  # no retries
     tries: int = 0
     backoff_s: float = 0.0
-    lost: bool = False  # an answer was lost: the hub may have acted on the request
+    lost: bool = False  # an answer was lost: the hub may have acted without our knowing
 
 
 def once(observer: bool = False, again: bool = False) -> Call:
     """A call without retries; `again` when it is itself a retry."""
-    return Call(observer, retry_until_s=0.0, tries=int(again))
+    return Call(observer, once=True, tries=int(again))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """The final answer to a request, or why there was none."""
 
-    status: int  # 0 when no answer came, or none of the hub's
+    status: int  # 0 when no answer came, or only one from something in front of the hub
     sent_s: float
     answered_s: float
     data: Any = None  # the body, where it is JSON
     message: str = ""  # why no answer came, or the hub's own message
-    lost: bool = False  # an answer to this request was lost: the hub may have acted on it without our knowing
-    tries: int = 1
-    backoff_s: float = 0.0
+    call: Call = dataclasses.field(default_factory=Call)
     retry_after_s: float | None = None
     location: str | None = None  # where a redirect, which is not followed, points
     front: int = 0  # the status that something in front of the hub answered with
     version: str = ""  # of the JupyterHub that answered, be it the hub or a server; "" of anything else
-
-    @property
-    def hub_status(self) -> int:
-        """The status, but 0 for a 404 without JSON: a proxy says so when the hub is away."""
-        return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
 
     @property
     def seen_status(self) -> int:
@@ -1747,11 +1728,11 @@ class Reply:
         return f"{self.status} ({with_few_names(self.message)})" if self.message else str(self.status)
 
     def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
-        """What is recorded of a request; `ok` are the statuses with which it succeeded."""
+        """The event of a request, which succeeded if its status is among `ok`."""
         kind = Kind.REFUSED if self.status else Kind.IN_FRONT if self.front else Kind.NO_ANSWER
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
         times = (self.sent_s, self.sent_s, self.answered_s)
-        return Event(step, user, *times, failure, self.tries, self.backoff_s)
+        return Event(step, user, *times, failure, self.call.tries, self.call.backoff_s)
 
 
 class HubSession(requests.Session):
@@ -1768,11 +1749,10 @@ class HubSession(requests.Session):
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
-        self.answered_s = self.clock()
-        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
+        self.answered_s, self._silence_reported = self.clock(), False
+        self.marked = False  # whether the hub's answers have `VERSION_HEADER`
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
         self._token_checked_s, self._token_refused = -math.inf, False
-        self._silent = False  # whether a warning said that the hub does not answer
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
@@ -1782,12 +1762,7 @@ class HubSession(requests.Session):
             self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
 
     def clone(
-        self,
-        *,
-        token: str | None = None,
-        wire: BaseAdapter | None = None,
-        traffic: Traffic | None = None,
-        own_stop: bool = False,
+        self, *, token: str | None = None, wire: BaseAdapter | None = None, own_stop: bool = False
     ) -> HubSession:
         """A session on the same hub with the same settings, headers, counts and stop, but for what is given.
 
@@ -1796,9 +1771,8 @@ class HubSession(requests.Session):
         """
         other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize)
         other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
-        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked", "traffic"):
             setattr(other, setting, getattr(self, setting))
-        other.traffic = traffic or self.traffic
         if own_stop:
             other.retry_window_s, other.gone_after_s = 0.0, 20.0
         else:
@@ -1817,8 +1791,7 @@ class HubSession(requests.Session):
         second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
         """
         call = call or Call()
-        until_s = call.retry_until_s
-        until_s = self.clock() + self.retry_window_s if until_s is None else until_s
+        until_s = self.clock() + self.retry_window_s if call.until_s is None else call.until_s
         self._of_thread.sent = request, call
         settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
         if self.stopping.is_set():
@@ -1835,13 +1808,13 @@ class HubSession(requests.Session):
                 continue
             hubs = self.is_hubs(response)
             self.traffic.answered(response.status_code, in_front=not hubs)
+            call.lost |= not hubs
             if hubs:
                 self.answered_s = self.clock()
-            if hubs and self._silent:
-                self._silent = False
-                LOG.warning("The hub answers again")
-            call.lost |= not hubs
-            retried = response.status_code in (RETRIED - call.seen if hubs else RETRIED)
+                if self._silence_reported:
+                    LOG.warning("The hub answers again")
+                self._silence_reported = False
+            retried = response.status_code in (RETRIED - call.handled if hubs else RETRIED)
             if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
                 return response
             response.close()
@@ -1849,7 +1822,7 @@ class HubSession(requests.Session):
     def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
         """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
         began_s = self.clock()
-        if call.tries > RETRIES or began_s >= until_s:
+        if call.once or call.tries > RETRIES or began_s >= until_s:
             return False
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
         going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
@@ -1864,9 +1837,11 @@ class HubSession(requests.Session):
         return call if call and sent is request else Call(tries=1)
 
     def exchange(
-        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0, **parts: Any
+        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0.0, **parts: Any
     ) -> requests.Response:
         """The response to one call; `parts` are those of a `requests.Request`. Raises as `send` does."""
+        if call.until_s is not None:
+            timeout = max(0.05, min(timeout or DEFAULT_TIMEOUT, call.until_s - self.clock()))
         request = self.prepare_request(requests.Request(method, url, **parts))
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
         return self.send(request, call=call, timeout=timeout, **settings)
@@ -1877,19 +1852,15 @@ class HubSession(requests.Session):
         try:
             response = self.exchange(method, url, call, **parts)
             content = _content_of(response, self.is_hubs(response))
-        except Stopped as stop:
-            content = {"status": 0, "message": str(stop)}
-        except OSError as error:
-            content = {"status": 0, "message": why(error)}
-        outcome: Json = {"lost": call.lost, "tries": call.tries, "backoff_s": call.backoff_s}
-        return Reply(sent_s=sent_s, answered_s=self.clock(), **content, **outcome)
+        except (Stopped, OSError) as error:
+            content = {"status": 0, "message": str(error) if isinstance(error, Stopped) else why(error)}
+        return Reply(sent_s=sent_s, answered_s=self.clock(), call=call, **content)
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call = Call(observer=True, retry_until_s=until_s)
-        timeout_s = max(0.05, min(STREAM_TIMEOUT_S, until_s - self.clock()))
+        call = Call(observer=True, until_s=until_s)
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=timeout_s) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
                 if response.status_code != 200 or not self.is_hubs(response):
                     return
                 self._streams[response] = until_s
@@ -1904,7 +1875,7 @@ class HubSession(requests.Session):
             LOG.debug("Progress stream of %s broke: %s", url, why(error))
 
     def cut_streams(self) -> None:
-        """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
+        """End the streams whose time has come, or all when stopping; their readers go on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
                 raw: Any = response.raw
@@ -1917,12 +1888,15 @@ class HubSession(requests.Session):
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
+        Where something strips the header that tells, only 502, 503, 504 and a 404 without JSON count as a
+        proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
-            self.marked = True if self.marked is None else self.marked
+            self.marked = True
             return True
-        return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
+        is_json = "json" in response.headers.get("Content-Type", "")
+        of_proxy = response.status_code in (502, 503, 504) or (response.status_code == 404 and not is_json)
+        return self.of_servers or not (self.marked or of_proxy)
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
@@ -1932,10 +1906,10 @@ class HubSession(requests.Session):
         return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
-        """Say it, once, when the hub has not answered for some seconds."""
+        """Warn, once, when the hub has not answered for some seconds."""
         silent_s = self.clock() - self.answered_s
-        if silent_s > SILENT_S and not self._silent:
-            self._silent = True
+        if silent_s > SILENT_S and not self._silence_reported:
+            self._silence_reported = True
             since = datetime.now().astimezone() - timedelta(seconds=silent_s)
             LOG.warning("The hub has not answered since %s (%s)", since.strftime("%H:%M:%S"), reason)
 
@@ -1959,8 +1933,8 @@ class HubSession(requests.Session):
         proxy = requests.utils.select_proxy(url, proxies)
         if not proxy:
             return ""
-        kinds = (urllib.parse.urlsplit(url).scheme, "all")
-        variables = [name for kind in kinds for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+        names = (f"{urllib.parse.urlsplit(url).scheme}_proxy", "all_proxy")
+        variables = (name for lower in names for name in (lower, lower.upper()))
         variable = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
         return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{variable}"
 
@@ -1979,19 +1953,18 @@ def in_front(response: requests.Response) -> str:
 
 def _content_of(response: requests.Response, hubs: bool) -> Json:
     """The fields of a `Reply` in an answer of the hub's, or (else) of something in front of it."""
-    status, location = response.status_code, response.headers.get("Location")
+    status, headers = response.status_code, response.headers
+    content: Json = {"status": status, "location": headers.get("Location")}
     if not hubs:
-        return {"status": 0, "message": in_front(response), "location": location, "front": status}
-    data, message = None, ""
+        return content | {"status": 0, "message": in_front(response), "front": status}
+    content |= {"version": headers.get(VERSION_HEADER, ""), "retry_after_s": _retry_after_s(response)}
     try:
         data = response.json() if response.content else None
-        message = (data.get("message") or "") if isinstance(data, dict) else ""
     except ValueError:
-        kind = response.headers.get("Content-Type", "").partition(";")[0]
-        message = f"not JSON but {kind}" if kind else "not JSON"
-    version, retry_after_s = response.headers.get(VERSION_HEADER, ""), _retry_after_s(response)
-    body: Json = {"data": data, "message": message, "version": version}
-    return body | {"status": status, "location": location, "retry_after_s": retry_after_s}
+        kind = headers.get("Content-Type", "").partition(";")[0]
+        return content | {"message": f"not JSON but {kind}" if kind else "not JSON"}
+    message = data.get("message") if isinstance(data, dict) else ""
+    return content | {"data": data, "message": message or ""}
 
 
 def _retry_after_s(response: requests.Response) -> float | None:
@@ -2055,6 +2028,7 @@ class SimulatedHub(HTTPAdapter):
         status, data = self._answer(request.method or "", path.split("/"), json.loads(request.body or "null"))
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
+        response.headers["Content-Type"] = "application/json"
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
@@ -2086,7 +2060,7 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub's API: a method for each call, with the answers to expect."""
+    """A hub's API: a method for each request, with the answers to expect."""
 
     endpoint: str
     session: HubSession
@@ -2094,32 +2068,14 @@ class Hub:
     owner: str = ""  # whose named servers take the place of users; "": nobody's
     reading: ClassVar[dict[str, int]] = {}  # parameters of reading a user
 
-    def owner_of(self, name: str) -> str:
-        """The user whose server it is."""
-        return self.owner or name
-
-    def server_url(self, name: str, *rest: str) -> str:
-        """The URL of a server, or of what follows below it."""
-        place = (self.owner, "servers", name) if self.owner else (name, "server")
-        return user_url(self.endpoint, *place, *rest)
-
-    @property
-    def needs_users_tokens(self) -> bool:
-        """Whether servers let in nobody but their users."""
-        return self.version.startswith("1.") and not self.owner
-
     def page_of_users(self, offset: int) -> Reply:
         """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
 
         Hubs from 2.3 filter by name.
         """
-        return self.session.ask(
-            "GET",
-            f"{self.endpoint}/users",
-            params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
-            headers={"Accept": "application/jupyterhub-pagination+json"},
-            timeout=2 * DEFAULT_TIMEOUT,
-        )
+        params = {"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"}
+        parts: Json = {"params": params, "headers": {"Accept": "application/jupyterhub-pagination+json"}}
+        return self.session.ask("GET", f"{self.endpoint}/users", timeout=2 * DEFAULT_TIMEOUT, **parts)
 
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
@@ -2128,34 +2084,38 @@ class Hub:
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
         """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
-        timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
-        call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
-        return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
+        call, url = Call(observer, until_s=until_s), user_url(self.endpoint, name)
+        return self.session.ask("GET", url, call=call, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
         """What the hub says of a user and their server."""
         return state_in(self.read(name, observer, until_s))
 
-    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
-        options = {"profile": profile} if isinstance(profile, str) else profile or None
-        call = Call(seen=frozenset({429}), retry_until_s=until_s)
-        timeout_s = self._left_s(until_s)
-        return self.session.ask("POST", self.server_url(name), call=call, json=options, timeout=timeout_s)
+    def server_url(self, name: str, *rest: str) -> str:
+        """The URL of a server, or of what follows below it."""
+        place = (self.owner, "servers", name) if self.owner else (name, "server")
+        return user_url(self.endpoint, *place, *rest)
 
-    def _left_s(self, until_s: float) -> float:
-        return max(0.05, until_s - self.session.clock())
+    def ask_server(self, method: str, name: str, **parts: Any) -> Reply:
+        """The answer to a request about a server; `parts` are those of `HubSession.ask`."""
+        return self.session.ask(method, self.server_url(name), **parts)
+
+    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
+        """`POST server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
+        options = {"profile": profile} if isinstance(profile, str) else profile or None
+        call = Call(handled=frozenset({429}), until_s=until_s)
+        return self.ask_server("POST", name, call=call, json=options, timeout=math.inf)
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
-        """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
+        """`GET server/progress`: events, of which the last is `ready` or `failed`."""
         return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
-        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no user; see `state_after_stop`."""
-        return self.session.ask("DELETE", self.server_url(name))
+        """`DELETE server`: see `AFTER_STOP`."""
+        return self.ask_server("DELETE", name)
 
     def delete(self, name: str) -> Reply:
-        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
+        """`DELETE /users/{name}`: see `AFTER_DELETE`."""
         return self.session.ask("DELETE", user_url(self.endpoint, name))
 
     def make_token(self, name: str) -> Reply:
@@ -2177,7 +2137,7 @@ class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
     A start makes a named server, even one that is throttled or fails; it exists until it is removed.
-    Hubs before 3.0 do not list it while it is stopped: `there` are those requested and not seen removed.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those not known to be gone.
     """
 
     there: set[str] = dataclasses.field(default_factory=set)
@@ -2185,57 +2145,48 @@ class OwnServers(Hub):
 
     def page_of_users(self, offset: int) -> Reply:
         """All named servers in `GET /users/{owner}`."""
-        reply, servers = self._read_owner()
+        reply = super().read(self.owner)
+        servers = self._servers_in(reply)
         return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
         """A named server in `GET /users/{owner}`; 404 when it is not there, but not when its owner is not."""
-        reply, servers = self._read_owner(observer, until_s)
+        reply = super().read(self.owner, observer, until_s)
+        servers = self._servers_in(reply)
         if servers is not None and name not in servers:
             return dataclasses.replace(reply, status=404, data={})
         return dataclasses.replace(reply, data=servers and servers[name])
 
-    def _read_owner(
-        self, observer: bool = False, until_s: float | None = None
-    ) -> tuple[Reply, dict[str, Json] | None]:
-        """`GET /users/{owner}`, and a user model for each named server in it; None if it lists no servers."""
-        reply = super().read(self.owner, observer, until_s)
+    def _servers_in(self, reply: Reply) -> dict[str, Json] | None:
+        """A user model for each named server in the owner's model; None if that lists no servers."""
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
-            return reply, None
+            return None
         servers: dict[str, Json] = {name: {} for name in self.there.copy()}
         for name, server in (reply.data["servers"] or {}).items():
             if name:  # hubs before 3.0 do not say `stopped`
                 stopped = not server.get("ready") and not server.get("pending")
                 servers[name] = {"": server | {"stopped": stopped}}
-        return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
+        return {name: {"name": name, "admin": False, "servers": own} for name, own in servers.items()}
 
-    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{owner}/servers/{name}`: as for a user; 400 also if no more are allowed."""
+    def ask_server(self, method: str, name: str, **parts: Any) -> Reply:
+        """The answer about `/users/{owner}/servers/{name}`: as for a user; 404 when it is gone."""
         self.there.add(name)
-        reply = super().start(name, profile, until_s)
-        if named_server_limit(reply) is not None:
-            self.there.discard(name)
-        return reply
-
-    def stop(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}`: as for a user, 404 when it is gone."""
-        self.there.add(name)
-        reply = super().stop(name)
-        if reply.hub_status == 404:
+        reply = super().ask_server(method, name, **parts)
+        if reply.status == 404:
             self.there.discard(name)
         return reply
 
     def delete(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}` for good: 204, 404 when gone; 202 if it has yet to stop."""
-        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
-        if state_after_delete(reply.hub_status) is ServerState.GONE:
+        """`DELETE` the named server for good: 204, 404 when gone; 202 if it has yet to stop."""
+        reply = self.ask_server("DELETE", name, json={"remove": True})
+        if reply.status == 204:
             self.there.discard(name)
         return reply
 
 
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
-    if reply.hub_status == 404:
+    if reply.status == 404:
         return ServerState.GONE
     if reply.status != 200 or not isinstance(reply.data, dict):
         return ServerState.UNKNOWN
@@ -2470,7 +2421,8 @@ class Monitor(Regularly):
         self._url, self._is_hub = url, is_hub
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
-        self._session = session.clone(own_stop=True, traffic=None if is_hub else Traffic())
+        self._session = session.clone(own_stop=True)
+        self._session.traffic = session.traffic if is_hub else Traffic()
         self._looking = threading.Lock()
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
@@ -2686,14 +2638,16 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Afterma
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user with our prefix in the name, and (from hubs that do not filter) others; else `HubRefused`.
+    """Every user with our prefix in the name, and (from hubs that do not filter) others.
 
-    `next.offset` leads to the next page, since `next.url` may be wrong behind a proxy. A page may be short.
+    Raises `HubRefused` or `Stopped`. `next.offset` leads to the next page, since `next.url` may be wrong
+    behind a proxy. A page may be short.
     """
     offset: int | None = 0
     while offset is not None:
         reply = hub.page_of_users(offset)
-        _end_if_stopped(hub, reply)
+        if not reply.status and hub.session.stopping.is_set():
+            raise Stopped
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
@@ -2702,20 +2656,9 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
 
-def _end_if_stopped(hub: Hub, reply: Reply) -> None:
-    """Raise `Stopped` if the stop ended a request."""
-    if not reply.status and hub.session.stopping.is_set():
-        raise Stopped
-
-
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
     """Of these users, those that this tool's naming made (of one run, if named), but admins."""
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
-
-
-def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return test_users(list_users(hub, record), run)
 
 
 class Claims:
@@ -2752,7 +2695,7 @@ def make_users(
 ) -> Iterator[list[str]]:
     """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those taken.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused` or `Stopped`; `claims` has those made.
+    Names that turn out to be taken are skipped. Raises `CutShort` or `Stopped`; `claims` has those made.
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
@@ -2766,36 +2709,40 @@ def make_users(
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
-    """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
+    """Create users, and return those of the wanted that this call made. Raises `CutShort` or `Stopped`.
 
-    A 201 lists users that this call made, whatever they are called. After anything but that or a 409 (a lost
-    answer, but also 400 or 500) part of the batch may have been made: the hub's users are listed.
+    A 201 lists the users that it made, under whatever names the authenticator gave them. None was made by a
+    409, by a request that was never sent, nor with a token that the hub refuses. After any other answer, and
+    after a lost one, some of them may have been made: then the hub's list of users decides.
     """
-    if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
+    if isinstance(hub, OwnServers):  # a start makes and claims them
         return wanted
     claims.ask(wanted)
     reply = hub.create(wanted)
-    _end_if_stopped(hub, reply)
+    if not reply.status and hub.session.stopping.is_set():
+        raise Stopped
     record.add(reply.event("create_users", ok=(201, 409)))
-    models = reply.data if reply.status == 201 and isinstance(reply.data, list) else []
-    renamed = [user["name"] for user in models if user["name"] not in wanted and not user.get("admin")]
+    lost, session = reply.call.lost, hub.session
+    created = reply.data if reply.status == 201 and isinstance(reply.data, list) else []
+    renamed = [user["name"] for user in created if user["name"] not in wanted and not user.get("admin")]
     claims.settle([], renamed)
-    no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
-    not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
-    unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    users = list_users(hub, record) if unsure else models
-    listed = {user["name"] for user in users if not user.get("admin")}
-    made = [name for name in wanted if name in listed]
+
+    token_refused = reply.status in (401, 403) and session.token_is_refused(hub.endpoint)
+    not_done = not lost and (not reply.status or token_refused)
+    unsure = lost or not (created or reply.status == 409 or not_done)
+    users = list_users(hub, record) if unsure else created
+    existing = {user["name"] for user in users if not user.get("admin")}
+    made = [name for name in wanted if name in existing]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
-    claims.settle(made if reply.lost else wanted, made)
+    claims.settle(made if lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
+
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
         rewrites = "its authenticator rewrites names; test with --own-servers"
         raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
-    known = listed if claims.known is None else claims.known
-    strange = {name for name in listed - known if USERNAME_PREFIX in name and not is_test_user(name)}
-    if unsure and strange:
+    new = existing - claims.known if unsure and claims.known is not None else set[str]()
+    if strange := {name for name in new if USERNAME_PREFIX in name and not is_test_user(name)}:
         since = f"Since then it has {names_text(strange)}, which may be this run's"
         raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
@@ -2870,15 +2817,15 @@ class PublicSide:
     def browser(self, name: str) -> HubSession:
         """A session with this person's own connections. On 1.x its token is the user's. Raises `Failed`."""
         token: str | None = self._token
-        if self._hub.needs_users_tokens:
+        if self._hub.version.startswith("1.") and not self._hub.owner:
             made = self._hub.make_token(name)
             if made.status not in (200, 201) or not isinstance(made.data, dict):
                 answer = made.status or made.message
                 raise Failed(Kind.REFUSED, f"the hub made no token for the user ({answer})")
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
-        browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
-        browser.of_servers = True
+        browser = self._hub.session.clone(token=token, wire=wire)
+        browser.traffic, browser.of_servers = self.traffic, True
         return browser
 
     def server_in(self, reply: Reply) -> str:
@@ -3144,7 +3091,7 @@ class Removal:
         self.refusals.pop(name, None)
         if reply.front:
             self.refusals[name] = reply.message
-        elif reply.hub_status >= 400:
+        elif reply.status >= 400:
             verb = "fails" if reply.status >= 500 else "refuses"
             message = f": {without_name(reply.message, name)}" if reply.message else ""
             self.refusals[name] = f"the hub {verb} to {task} ({reply.status}){message}"
@@ -3293,7 +3240,7 @@ def ask_for_server(person: Visitor, event: Event) -> Reply:
     while True:
         freed, event.asked_s = site.turns.freed, session.clock()
         reply = hub.start(name, person.plan.profile, until_s)
-        backoff_s += reply.backoff_s
+        backoff_s += reply.call.backoff_s
         if reply.status == 429:
             event.throttled += 1
             event.throttled_s = event.throttled_s or reply.answered_s
@@ -3312,7 +3259,7 @@ def ask_for_server(person: Visitor, event: Event) -> Reply:
     if reply.seen_status:
         asked = reply.event("start_server", name, ok=(201, 202))
         asked.due_s, asked.sent_s, asked.backoff_s = event.due_s, event.sent_s, backoff_s
-        asked.tries, asked.throttled = event.throttled + reply.tries, event.throttled
+        asked.tries, asked.throttled = event.throttled + reply.call.tries, event.throttled
         person.record(asked)
     return reply
 
@@ -3336,7 +3283,7 @@ def await_answered(person: Visitor, reply: Reply) -> float:
     if reply.status == 429:
         kind = Kind.SERVER_LIMIT if reply.message.startswith("Active user limit") else Kind.THROTTLED
         raise Failed(kind, f"still throttled {waited}: {reply.message.partition('.')[0] or 429}")
-    if reply.hub_status == 404:
+    if reply.status == 404:
         raise Failed(Kind.VANISHED, "the hub no longer knows the user: it may have restarted")
     if denial := hub.denial(reply):
         raise Failed(Kind.REFUSED, f"the hub {denial}")
@@ -3641,9 +3588,9 @@ def ask_to_stop(person: Visitor) -> None:
         site.states[name] = site.hub.state(name)  # it may be ready by now
     if (state := site.states.get(name)) in (ServerState.STARTING, ServerState.READY):
         reply = site.hub.stop(name)
-        site.states[name] = state_after_stop(reply.hub_status)
+        site.states[name] = AFTER_STOP.get(reply.status, ServerState.UNKNOWN)
         site.removal.note(name, reply, "stop servers")
-        if state is ServerState.STARTING and reply.hub_status in (0, 202, 204):
+        if state is ServerState.STARTING and reply.status in (0, 202, 204):
             site.removal.interrupted.add(name)
         person.record(reply.event("stop_server", name, ok=(202, 204, 404)))
 
@@ -3653,7 +3600,7 @@ def delete(person: Visitor) -> None:
     site, name = person.site, person.name
     if site.states.get(name) is ServerState.STOPPED:
         reply = site.hub.delete(name)
-        site.states[name] = state_after_delete(reply.hub_status)
+        site.states[name] = AFTER_DELETE.get(reply.status, ServerState.UNKNOWN)
         site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
         person.record(reply.event("delete_user", name, ok=(202, 204, 404)))  # 202: an own server stops first
 
@@ -3870,25 +3817,29 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
 
 # ==== The hub: checks before a run ==========================================================================
 
-Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
 
-
-def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
+def check_hub(plan: Plan, session: HubSession) -> Hub:
+    """The plan's hub, if it shows its version and accepts the tokens for what is planned; else `SetupError`.
 
     `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
+    endpoint, own_servers = plan.endpoint or "", plan.own_servers
     reply, version = _probe(endpoint, session)
     if not version:
         raise SetupError(_no_hub(endpoint, reply, session))
-    session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
-    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
     hub = Hub(endpoint, session, version)
+    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
     owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
-    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
-        if symptom:
-            raise SetupError(sentence)
-    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+    _check_owner(owner, plan.command, own_servers, own_token)
+    hub = OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+    url = public_url(hub, plan)
+    if plan.check_proxy and (proxy := session.proxy_to(url)):  # which its websockets bypass
+        raise SetupError(
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
+        )
+    check_visits(hub, plan)
+    return hub
 
 
 def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
@@ -3901,7 +3852,7 @@ def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
     """What was found in place of a hub, and what to do."""
     proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
-    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
+    remedy = next(remedy for symptom, remedy in _remedies(endpoint, reply, session) if symptom)
     if reply.message.startswith(NOT_ACCEPTED):
         return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
     if not reply.seen_status:
@@ -3914,34 +3865,35 @@ def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
     return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
 
 
-def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
-    """Why no hub has shown its version, with remedies."""
-    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
-    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
-    host = urllib.parse.urlsplit(endpoint).hostname or ""
+def _remedies(endpoint: str, reply: Reply, session: HubSession) -> Iterator[tuple[object, str]]:
+    """Symptoms of an endpoint without a hub, each with its remedy; the first that is true counts."""
+    reason, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
+    https, host = f"https:{endpoint.removeprefix('http:')}", urllib.parse.urlsplit(endpoint).hostname or ""
+    to_https = plain and (reply.location or "").startswith("https:")
+    with_path = (https if to_https else endpoint).removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
     def is_hub(url: str) -> bool:
         other, version = _probe(url, session)
         return bool(version) or other.message.startswith(NOT_ACCEPTED)
 
     yield (
-        said.startswith(NOT_ACCEPTED),
+        reason.startswith(NOT_ACCEPTED),
         "If an authority of your own has signed it, name the file with its certificate in "
         "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
     )
     yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
-        silent and re.search("certificate required|handshake failure|eof occurred", said),
+        silent and re.search("certificate required|handshake failure|eof occurred", reason),
         "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
     )
     yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
     yield (
-        said == NO_SUCH_HOST and "." not in host,
+        reason == NO_SUCH_HOST and "." not in host,
         "This name exists only inside the cluster: from outside, use the hub's public URL.",
     )
-    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
+    yield to_https, f"Use https: --endpoint {with_path}"
     yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
     yield silent, "Is the hub running, and is this its URL?"
-    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield with_path != endpoint and is_hub(with_path), f"The hub's API is at --endpoint {with_path}"
     yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
     yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
@@ -3960,37 +3912,36 @@ def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN"
     return reply.data
 
 
-def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
-    """Why a token will not do for a command.
+def _check_owner(owner: Json, command: str, own_servers: bool, own_token: str) -> None:
+    """Raise `SetupError` if the owner of a token may not do with it what a command needs.
 
     Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
     """
     name, scopes = str(owner.get("name")), owner.get("scopes")
     needed = needed_scopes(command, own_servers)
     missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
-    own_missing = [f"{scope}!user={name}" for scope in missing]
-    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
-    otherwise = "" if command == ACTIVITY else not_admin
-    yield (
-        own_servers and owner.get("kind") == "service",
-        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
-        "JUPYTERHUB_API_TOKEN.",
-    )
-    yield (
-        own_servers and missing,
-        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
-        "without restrictions, into JUPYTERHUB_API_TOKEN.",
-    )
-    yield (
-        not own_servers and scopes is None and not owner.get("admin"),
-        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
-    )
-    yield (
-        missing,
-        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
-        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
-        f"{ROLE_TO_PASTE}",
-    )
+    not_admin = "If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = "" if command == ACTIVITY else f" {not_admin}"
+    if own_servers and owner.get("kind") == "service":
+        raise SetupError(
+            f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
+            "JUPYTERHUB_API_TOKEN."
+        )
+    if own_servers and missing:
+        own_missing = ", ".join(f"{scope}!user={name}" for scope in missing)
+        raise SetupError(
+            f"The token lacks what {command} --own-servers needs: {own_missing}. Put {own_token}, without "
+            "restrictions, into JUPYTERHUB_API_TOKEN."
+        )
+    if missing:
+        raise SetupError(
+            f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this "
+            "into the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+            f"{ROLE_TO_PASTE}"
+        )
+    if not own_servers and scopes is None and not owner.get("admin"):
+        needs = f"The token's owner, {name}, is not an admin of this hub; only admins can make users."
+        raise SetupError(needs + otherwise)
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
@@ -4001,13 +3952,15 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
     owner = _owner_of_token(visiting, "the token that opens servers", variable)
     if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
-        whose = f"The token in {variable}" if plan.visit_token else "The token"
+        lacks = (
+            f"The token{f' in {variable}' * bool(plan.visit_token)} lacks what visits need: access:servers"
+        )
         if hub.owner:
-            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
+            raise SetupError(f"{lacks}!user={hub.owner}.")
         raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
-            "give a second service this scope alone, restart the hub, and put that service's token into "
-            f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
+            f"{lacks}. Test servers see the token that opens them: give a second service this scope alone, "
+            "restart the hub, and put that service's token into JUPYTERHUB_VISIT_TOKEN.\n\n"
+            f"{VISIT_ROLE_TO_PASTE}"
         )
 
 
@@ -4024,16 +3977,6 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
             f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
             f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
             "changed."
-        )
-
-
-def check_way(hub: Hub, plan: Plan) -> None:
-    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
-    url = public_url(hub, plan)
-    if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
-        raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
-            f"{without_proxy(url)}. Nothing was changed."
         )
 
 
@@ -4065,73 +4008,62 @@ def remove_users(
     thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
     to an admin. `removal` is kept up to date while this goes on.
     """
-    session, removal = hub.session, removal or Removal()
+    session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
-    pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
-    to_do = dict(left)
-    what, there = things(isinstance(hub, OwnServers)), {*left}
-    there -= {name for name in left if left[name] is ServerState.GONE}
-    with Progress(
-        lambda: f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
-    ) as progress:
+    site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
+
+    def line() -> str:
+        removed, users = len(existing & site.removal.gone), things(isinstance(hub, OwnServers))
+        return f"cleaning up: {removed:,} of {len(existing):,} {users} removed"
+
+    with Progress(line) as progress:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, progress.tell)
+            let_go(site, concurrency, progress.tell)
+            gone = site.removal.gone
             try:
-                found = [
-                    user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
+                listed = [user for user in list_users(hub, record) if not user.get("admin")]
+                left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
+                # names that the hub has rewritten may lack the prefix by which it lists users
+                unlisted = [
+                    name for name in thought if f"{USERNAME_PREFIX}-" not in name and name not in gone
                 ]
-                left = {user["name"]: server_state(user) for user in found}
-                left |= _unlisted(thought.keys() - left.keys() - removal.gone, hub)
-                to_do = dict(left)
+                states = {name: hub.state(name) for name in unlisted if name not in left}
+                left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
+                site.states, refusals, done = dict(left), 0, not left
                 existing |= left.keys()
-                removal.look(left, session.clock())
-                done, refusals = not left, 0
+                site.removal.look(left, session.clock())
             except (HubRefused, Stopped) as error:
-                left, to_do = {name: state for name, state in left.items() if name not in removal.gone}, {}
+                left, site.states = {name: state for name, state in left.items() if name not in gone}, {}
                 if isinstance(error, HubRefused):
                     LOG.warning("Cleaning up: %s", error)
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = removal.in_the_way(left, session.clock())
+                why = site.removal.in_the_way(left, session.clock())
                 return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
-def _unlisted(names: Iterable[str], hub: Hub) -> dict[str, ServerState]:
-    """Of users whose names no list of this tool has, those that are still there."""
-    states = {name: hub.state(name) for name in names if f"{USERNAME_PREFIX}-" not in name}
-    return {name: state for name, state in states.items() if state is not ServerState.GONE}
-
-
-def let_go(
-    states: dict[str, ServerState],
-    hub: Hub,
-    record: Recorder,
-    concurrency: int,
-    removal: Removal,
-    on_tick: Callable[[], None],
-) -> None:
-    """One round: stop and delete each user as far as that goes at once, noted in `states` and `removal`.
+def let_go(site: Site, concurrency: int, on_tick: Callable[[], None]) -> None:
+    """One round: stop and delete each user of `site.states` as far as that goes at once.
 
     Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub
     forgets.
     """
-    site = Site(hub, Plan(), record, states=states, removal=removal)
+    session, states = site.hub.session, site.states
 
     def leave(name: str) -> None:
-        was_gone = states[name] is ServerState.GONE
-        person = Visitor(name, hub.session.clock(), site.plan, site)
+        person = Visitor(name, session.clock(), site.plan, site)
         if take("stop_server", ask_to_stop, person):
             take("delete_user", delete, person)
-        if states[name] is ServerState.GONE and not was_gone:
-            removal.gone.add(name)
+        if states[name] is ServerState.GONE:
+            site.removal.gone.add(name)
 
-    with Team(hub.session, on_tick) as team:
+    with Team(session, on_tick) as team:
         for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
             if not team.wait_for(lambda: team.running < concurrency):
                 break
@@ -4557,7 +4489,7 @@ def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     soon = monitor.look()
     person.sleep(CHECK_AGAIN_S if before else 0.0)
     later = monitor.look()
-    site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
+    site.states[person.name] = AFTER_STOP.get(site.hub.stop(person.name).status, ServerState.UNKNOWN)
     stopped = open_websockets(person, CHECK_STOPPED, unanswered)
     return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
@@ -4816,9 +4748,7 @@ class Run:
         for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
             closing.enter_context(listener)
             self.record.listen(listener)
-        self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
-        check_way(self.hub, plan)
-        check_visits(self.hub, plan)
+        self.hub = check_hub(plan, self.session)
         listed = self._look()
         self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
         check_server_names(self.hub, plan, [user["name"] for user in self.existing])
@@ -4873,7 +4803,7 @@ class Run:
     def announce(self, what: str) -> None:
         """Say what begins, what it costs, and what it risks."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
-        owner = f" of {self.hub.owner_of('')}" if self.plan.own_servers else ""
+        owner = f" of {self.hub.owner}" if self.plan.own_servers else ""
         proxy = self.session.proxy_to(self.hub.endpoint)
         where = f"{self.hub.endpoint}, through {proxy}" if proxy else self.hub.endpoint
         LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, where, names, owner)
@@ -4973,7 +4903,7 @@ class Run:
         return good and self.site.states.get(name) is ServerState.READY
 
     def pinging(self, name: str) -> Regularly:
-        return pinging(self.hub.owner_of(name), self.hub.endpoint, self.session, self.site.record)
+        return pinging(self.hub.owner or name, self.hub.endpoint, self.session, self.site.record)
 
     def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
         """Say so if this tool, and not the hub, set the pace."""
@@ -7385,7 +7315,7 @@ def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
     """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return find_users(Hub(endpoint, session), Recorder(), run)
+    return test_users(list_users(Hub(endpoint, session), Recorder()), run)
 
 
 @timeit
@@ -7465,7 +7395,7 @@ def wait_for_servers_to_start(
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
     """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
-    state = state_after_stop(Hub(endpoint, session).stop(username).hub_status)
+    state = AFTER_STOP.get(Hub(endpoint, session).stop(username).status, ServerState.UNKNOWN)
     if state is ServerState.STOPPING and wait:
         return wait_for_server_to_stop(username, endpoint, session)
     return state is not ServerState.UNKNOWN
@@ -7506,8 +7436,8 @@ def delete_users_after_stopping_servers(
 ) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
     hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    states = _for_each(lambda name: state_after_delete(hub.delete(name).hub_status), names, 10)
-    return all(states.get(name) is ServerState.GONE for name in stopped)
+    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, names, 10)
+    return all(gone.get(name) for name in stopped)
 
 
 @timeit
@@ -7661,8 +7591,7 @@ if locust_is_loading():
             plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
             self.run = f"{plan.run}-{worker}"
             self.session = get_session(plan.token or "", pool_maxsize=1000, headers=plan.headers)
-            hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
-            check_visits(hub, plan)
+            hub = check_hub(plan, self.session)
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self.site = Site(hub, plan, Recorder(self._report))
             listed = list(list_users(hub, Recorder()))
@@ -7887,8 +7816,7 @@ if locust_is_loading():
     def _check(environment: Any) -> None:
         """Whether the hub accepts the token for the user classes; else raises `HubStressError`."""
         plan = locust_plan(environment)
-        session = get_session(plan.token or "", headers=plan.headers)
-        check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
+        check_hub(plan, get_session(plan.token or "", headers=plan.headers))
 
     def _start(environment: Any, **_: Any) -> None:
         environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False
