@@ -1244,17 +1244,7 @@ class Operation:
         return value if self.count - self.failed >= ENOUGH.get(statistic, 1) else None
 
 
-@dataclasses.dataclass(frozen=True)
-class OperationTimeline:
-    """Counts and latencies for each span of time, in seconds since the run began."""
-
-    span_s: float
-    at_s: list[float | None]
-    count: list[int]
-    failed: list[int]
-    p50_s: list[float | None]
-    p95_s: list[float | None]
-    max_s: list[float | None]
+OperationTimeline = Json  # a list of each number, by spans of time in seconds since the run began
 
 
 class Fold:
@@ -1269,7 +1259,7 @@ class Fold:
         self.span_s, self.spans = 1.0, collections.defaultdict[int, Distribution](Distribution)
         self.count = self.failed = self.late = self.skipped = 0
         self.lateness, self.backoff_s = Distribution(), 0.0
-        self.errors, self.kinds = collections.Counter[str](), set[Kind]()
+        self.reasons = collections.Counter[Reason]()  # of the failures
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
     def add(self, event: Event) -> None:
@@ -1280,8 +1270,7 @@ class Fold:
         else:
             span.failed += 1
             self.failed += 1
-            self.errors[event.reason.text] += 1
-            self.kinds.add(event.reason.kind)
+            self.reasons[event.reason] += 1
         self.late += event.lateness_s > LATE_SEND_S
         self.lateness.add(event.lateness_s)
         self.backoff_s += event.backoff_s
@@ -1297,6 +1286,9 @@ class Fold:
         latency, took_s = Distribution(), self.last_ended_s - self.first_due_s
         for span in self.spans.values():
             latency.merge(span)
+        errors = collections.Counter[str]()
+        for reason, number in self.reasons.items():
+            errors[reason.text] += number
         return Operation(
             count=self.count,
             failed=self.failed,
@@ -1304,7 +1296,7 @@ class Fold:
             latency_s=latency.summary(),
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
-            errors=dict(self.errors),
+            errors=dict(errors),
             skipped=self.skipped,
         )
 
@@ -1312,15 +1304,15 @@ class Fold:
         numbers = sorted(self.spans)
         spans = [self.spans[number] for number in numbers]
         latencies = [span.summary() for span in spans]
-        return OperationTimeline(
-            span_s=self.span_s,
-            at_s=[rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
-            count=[span.count for span in spans],
-            failed=[span.failed for span in spans],
-            p50_s=[rounded(latency.p50) for latency in latencies],
-            p95_s=[rounded(latency.p95) for latency in latencies],
-            max_s=[rounded(latency.max) for latency in latencies],
-        )
+        return {
+            "span_s": self.span_s,
+            "at_s": [rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
+            "count": [span.count for span in spans],
+            "failed": [span.failed for span in spans],
+            "p50_s": [rounded(latency.p50) for latency in latencies],
+            "p95_s": [rounded(latency.p95) for latency in latencies],
+            "max_s": [rounded(latency.max) for latency in latencies],
+        }
 
 
 class Recorder:
@@ -1345,17 +1337,13 @@ class Recorder:
         for listener in self.listeners:
             listener(event)
 
-    def listen(self, listener: Callable[[Event], None]) -> None:
-        """Hand every event from now on to this listener too."""
-        self.listeners.append(listener)
-
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
         with self._lock:
             self._folds[step].skipped += 1
 
-    def take_over(self, other: Recorder) -> None:
-        """Import the operations of another recorder that this one does not have."""
+    def include(self, other: Recorder) -> None:
+        """Add the operations of another recorder that this one does not have."""
         with self._lock:
             self._folds = other._folds | self._folds
 
@@ -1382,7 +1370,7 @@ class Recorder:
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
         with self._lock:
-            return set[Kind]().union(*(fold.kinds for fold in self._folds.values()))
+            return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
 
     def summarise(self) -> dict[str, Operation]:
         with self._lock:
@@ -3901,7 +3889,7 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
     """
     plan, session, begun = site.plan, site.hub.session, 0
     began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
-    site.record.listen(streak)
+    site.record.listeners.append(streak)
 
     def has_place(due_s: float) -> bool:
         if plan.is_open:
@@ -4983,7 +4971,7 @@ class Run:
         self.troubles: list[str] = []  # what cut the run short
         for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
             closing.enter_context(listener)
-            self.record.listen(listener)
+            self.record.listeners.append(listener)
         self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
         check_way(self.hub, plan)
         check_visits(self.hub, plan)
@@ -5316,7 +5304,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
                 run.let_leave(users)
             _drain_hub(run.hub, users[0])
     finally:
-        run.record.take_over(best)
+        run.record.include(best)
         run.capacity = capacity_of(plan, steps, finished=rate is None)
         if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
             judged = {*(first.mix or DEFAULT_MIX), *PERSONAL}
@@ -6982,10 +6970,10 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
 def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
     """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
     for statistic, opacity in (("p50", 0.5), (high, 1.0)):
-        values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
+        values = [None if one is None else round(one * 1000, 1) for one in seen[f"{statistic}_s"]]
         more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
-        yield trace(f"{title} {statistic}", seen.at_s, values, colour) | more
-    failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
+        yield trace(f"{title} {statistic}", seen["at_s"], values, colour) | more
+    failed = {at_s: f"{number} failed" for at_s, number in zip(seen["at_s"], seen["failed"]) if number}
     if failed:
         marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
         yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}

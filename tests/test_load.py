@@ -128,7 +128,7 @@ def test_a_closed_load_with_a_duration_goes_round_the_users_until_it_is_over() -
     counts = Counter(reported(hub))
     assert counts.keys() == set(USERS) and min(counts.values()) > 2
     (seen,) = record.timeline(0.0).values()
-    assert seen.at_s[-1] is not None and seen.at_s[-1] < 150
+    assert seen["at_s"][-1] is not None and seen["at_s"][-1] < 150
 
 
 # ==== The open model =================================================================================================
