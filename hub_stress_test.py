@@ -2247,40 +2247,35 @@ def public_url(hub: Hub, plan: Plan) -> str:
 # ==== Progress, and many things at the same time ============================================================
 
 
-class Progress:
-    """Shows a line on standard error: on a terminal in place, elsewhere every ten seconds.
+@contextlib.contextmanager
+def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """What to call often within the `with` block: it shows the line on standard error when it is time.
 
-    It is silent unless the log shows at least INFO.
+    On a terminal that is twice a second, in place; elsewhere every ten seconds; below INFO never.
     """
-
-    def __init__(self, line: Callable[[], str]) -> None:
-        self._line, self._every_s, self._next_s = line, STATUS_EVERY_S, time.monotonic() + STATUS_EVERY_S
-        self._show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
-        self._width: int | None = None
-        self._closing = contextlib.ExitStack()
-
-    def __enter__(self) -> Progress:
-        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty():
-            self._every_s, self._next_s = STATUS_IN_PLACE_EVERY_S, 0.0
-            self._width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    shown, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
+    every_s, width = (STATUS_IN_PLACE_EVERY_S if in_place else STATUS_EVERY_S), None
+    next_s = time.monotonic() + (0.0 if in_place else every_s)
+    show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as closing:
+        if shown and in_place:
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             if tqdm := optional("tqdm"):
-                enter = self._closing.enter_context
-                enter(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
-                bar = enter(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
-                self._show = bar.set_description_str
-            else:  # what is logged meanwhile overwrites the line, since the cursor is at its beginning
-                self._show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
-                self._closing.callback(self._show, "")
-        return self
+                redirect = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm
+                closing.enter_context(redirect())
+                bar = closing.enter_context(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
+                show = bar.set_description_str
+            else:  # a log line overwrites this one, since the cursor is at its beginning
+                show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
+                closing.callback(show, "")
 
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        def tell() -> None:
+            nonlocal next_s
+            if shown and time.monotonic() >= next_s:
+                next_s = time.monotonic() + every_s
+                show(line()[:width])
 
-    def tell(self) -> None:
-        """Show the line, if it is time."""
-        if LOG.isEnabledFor(logging.INFO) and time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + self._every_s
-            self._show(self._line()[: self._width])
+        yield tell
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
@@ -2356,40 +2351,39 @@ class Team:
 class Regularly:
     """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
-    At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
+    `at_most` are under way at the same time; what is due beyond that calls `skip` instead.
     """
 
     def __init__(
         self,
-        what: str,
+        name: str,
         period_s: float,
         act: Callable[[float], object],
         at_most: int = 1,
         skip: Callable[[], None] = lambda: None,
     ) -> None:
-        self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
-        self._places = threading.Semaphore(at_most)
-        self._done = threading.Event()
+        self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
+        self._places, self._ended = threading.Semaphore(at_most), threading.Event()
 
     def __enter__(self) -> None:
-        start_thread(self._what, self._run)
+        start_thread(self._name, self._run)
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        until_s = time.monotonic() + 1.0  # those that a silent hub holds up longer are left to themselves
+        self._ended.set()
+        until_s = time.monotonic() + 1.0  # a silent hub may hold some up for longer
         for _place in range(self._at_most):
             self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
         began_s = time.monotonic()
         for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
-            if self._done.wait(max(0.0, due_s - time.monotonic())):
+            if self._ended.wait(max(0.0, due_s - time.monotonic())):
                 return
             if not self._places.acquire(blocking=False):
                 self._skip()
                 continue
             try:
-                start_thread(self._what, self._do, due_s)
+                start_thread(self._name, self._do, due_s)
             except CutShort:
                 self._places.release()
                 self._skip()
@@ -2753,13 +2747,13 @@ def make_users(
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
-    with Progress(lambda: f"creating users: {made:,} of {count:,}") as progress:
+    with progress(lambda: f"creating users: {made:,} of {count:,}") as tell:
         while made < count:
             wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
-            progress.tell()
+            tell()
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
@@ -4190,12 +4184,12 @@ def remove_users(
     to_do = dict(left)
     what, there = things(isinstance(hub, OwnServers)), {*left}
     there -= {name for name in left if left[name] is ServerState.GONE}
-    with Progress(
+    with progress(
         lambda: f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
-    ) as progress:
+    ) as tell:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, progress.tell)
+            let_go(to_do, hub, record, concurrency, removal, tell)
             try:
                 found = [
                     user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
@@ -4353,23 +4347,21 @@ def perform(
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
+    """The load that a plan sends for users: by an open model with a rate, else by a closed one."""
 
+    plan: Plan
     endpoint: str
-    users: tuple[str, ...]
-    mix: Mapping[str, float]
-    workers: int  # threads in each process; in the open model there are more if a slow hub could need them
-    rate_per_s: float | Schedule | None = None
-    duration_s: float | None = None  # None: once through the users
-    processes: int = 1
-    operations_file: str | None = None
+    users: Sequence[str]
+
+    @property
+    def mix(self) -> Mapping[str, float]:
+        return self.plan.mix or DEFAULT_MIX
 
     @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
-        return Schedule.of(
-            self.rate_per_s, self.duration_s or len(self.users) / (fastest(self.rate_per_s) or 1.0)
-        )
+        rate = self.plan.rate_per_s
+        return Schedule.of(rate, self.plan.duration_s or len(self.users) / (fastest(rate) or 1.0))
 
     @property
     def planned(self) -> int:
@@ -4379,24 +4371,18 @@ class Load:
     @property
     def title(self) -> str:
         """What is going on while it is sent."""
-        if self.rate_per_s:
-            return f"sending {rate_text(self.rate_per_s)}"
-        return f"sending for {self.duration_s:g} s" if self.duration_s else "sending"
+        rate, for_s = self.plan.rate_per_s, self.plan.duration_s
+        return f"sending {rate_text(rate)}" if rate else f"sending for {for_s:g} s" if for_s else "sending"
 
     @property
-    def open_workers(self) -> int:
-        """Threads that an open load needs in each process to go on through 3 seconds of silence.
+    def workers(self) -> int:
+        """Threads in each process; an open load needs enough to go on through 3 seconds of silence.
 
         More than 200 get into each other's way: then more processes are what helps.
         """
-        return max(self.workers, min(200, math.ceil(3 * fastest(self.rate_per_s) / self.processes)))
-
-
-def load_of(plan: Plan, endpoint: str, users: Sequence[str]) -> Load:
-    """The load that a plan sends for these users."""
-    mix, workers = plan.mix or DEFAULT_MIX, math.ceil(plan.workers / plan.processes)
-    how = (plan.rate_per_s, plan.duration_s, plan.processes, plan.operations)
-    return Load(endpoint, tuple(users), mix, workers, *how)
+        processes = self.plan.processes
+        needed = min(200, math.ceil(3 * fastest(self.plan.rate_per_s) / processes))
+        return max(math.ceil(self.plan.workers / processes), needed)
 
 
 def send_load(
@@ -4408,10 +4394,10 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    numbers, schedule, clock = itertools.count(part, load.processes), load.schedule, session.clock
-    until_s = started_s + load.duration_s if load.duration_s else math.inf
+    plan, schedule, clock = load.plan, load.schedule, session.clock
+    numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
+    until_s = started_s + (plan.duration_s or math.inf)
     last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
-    workers = load.workers * load.processes
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
         name = choose(load.mix, n)
@@ -4428,7 +4414,7 @@ def send_load(
     def send_share(worker: int) -> None:
         """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
         share = load.users[worker::workers]
-        for n, user in enumerate(itertools.cycle(share) if load.duration_s else share):
+        for n, user in enumerate(itertools.cycle(share) if plan.duration_s else share):
             if not session.pause(random.random()) or clock() >= until_s:
                 return
             send(n, user)
@@ -4437,10 +4423,10 @@ def send_load(
     session.pause(started_s - clock())
     with Team(session, on_tick) as team:
         if schedule:
-            for _ in range(load.open_workers):
+            for _ in range(load.workers):
                 team.start(send_when_due, schedule)
         else:
-            for worker in range(part, min(workers, len(load.users)), load.processes):
+            for worker in range(part, min(workers, len(load.users)), plan.processes):
                 team.start(send_share, worker)
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
@@ -4452,103 +4438,76 @@ def spread_load(
 
     Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
-    if load.processes > 1:
-        return _spread_over_processes(load, session, record, on_tick)
-    return send_load(load, 0, session.clock(), session, record, on_tick)
+    if load.plan.processes == 1:
+        return send_load(load, 0, session.clock(), session, record, on_tick)
+    import multiprocessing.connection  # imported where it is needed: --help is to be there at once
+    from multiprocessing import resource_tracker
 
-
-def _spread_over_processes(
-    load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None]
-) -> float:
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(load.processes)]
-    children = [
-        context.Process(
-            target=_send_in_process,
-            args=(theirs, load, part, session.token, list(session.headers.items())),
-            daemon=True,
-        )
-        for part, (_, theirs) in enumerate(pipes)
-    ]
-    with _signals_blocked():
-        for child, (_, theirs) in zip(children, pipes):
-            child.start()
-            theirs.close()
+    context, headers = multiprocessing.get_context("spawn"), list(session.headers.items())
+    children: dict[Any, Any] = {}  # by our end of the pipe to each
+    resource_tracker.ensure_running()  # or the first child would start it, which unblocks the signals
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # Ctrl-C reaches children too: not theirs
     try:
-        return _lead([ours for ours, _ in pipes], session, record, on_tick)
+        for part in range(load.plan.processes):
+            ours, theirs = context.Pipe()
+            shared = (theirs, load, part, session.token, headers)
+            children[ours] = context.Process(target=_send_in_process, args=shared, daemon=True)
+            children[ours].start()
+            theirs.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    try:
+        for pipe in children:
+            pipe.recv()  # it is ready
+        for pipe in children:
+            pipe.send(session.clock() + 0.2)
+        sending, busiest = set(children), 0.0
+        while sending:
+            awaited: list[Any] = multiprocessing.connection.wait(sending, timeout=0.1)
+            for pipe in awaited:
+                events, counts, cpu_share = pipe.recv()
+                for event in events:
+                    record.add(event)
+                if counts is None:
+                    pipe.send(session.stopping.is_set())
+                    continue
+                session.traffic.add(counts)
+                busiest = max(busiest, cpu_share)
+                sending.remove(pipe)
+            on_tick()
+        return busiest
     except (EOFError, OSError):
         raise CutShort("a process that sends the load died") from None
     finally:
-        for child in children:
+        for child in children.values():
             child.join(1.0)
             child.kill()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _lead(
-    pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]
-) -> float:
-    """Start the processes at one moment, record their events, pass a stop on; the busiest one's CPU share."""
-    import multiprocessing.connection
-
-    for pipe in pipes:
-        pipe.recv()  # it is ready
-    for pipe in pipes:
-        pipe.send(session.clock() + 0.2)
-    busiest, waiting, told = 0.0, list(pipes), False
-    while waiting:
-        multiprocessing.connection.wait(waiting, timeout=0.1)
-        for pipe in [pipe for pipe in waiting if pipe.poll()]:
-            events, end = pipe.recv()
-            for event in events:
-                record.add(event)
-            if end:
-                counts, cpu_share = end
-                session.traffic.add(counts)
-                busiest = max(busiest, cpu_share)
-                waiting.remove(pipe)
-        on_tick()
-        if session.stopping.is_set() and not told:
-            told = True
-            for pipe in waiting:
-                pipe.send("stop")
-    return busiest
 
 
 def _send_in_process(
     pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
 ) -> None:
-    """One of several processes; it leaves signals to the one that started it, and ends with it."""
-    load_operations(load.operations_file)
-    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
-    events = collections.deque[Event]()
+    """Send a part of a load from a process that leaves signals to the one that started it, and ends with it.
 
-    def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
-        if pipe.poll():  # told to stop, or left alone
+    Ten times a second it hands its events on, and asks whether to stop; at the end also counts and CPU share.
+    """
+    load_operations(load.plan.operations)
+    session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
+
+    def hand_on(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
+        number = len(events)
+        pipe.send((events[:number], counts, cpu_share))
+        del events[:number]
+
+    def report() -> None:
+        hand_on()
+        if pipe.recv():
             session.stop()
-        with contextlib.suppress(OSError):
-            pipe.send(([events.popleft() for _ in range(len(events))], end))
 
-    pipe.send("ready")
-    cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), hand_on)
-    hand_on((session.traffic.counts, cpu_share))
+    with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
+        pipe.send("ready")
+        cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), report)
+        hand_on(session.traffic.counts, cpu_share)
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
@@ -5057,12 +5016,12 @@ class Run:
             moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
             return self.status(moment, whereabouts(site, len(names)))
 
-        with Progress(line) as progress:
-            send_people(names, site, progress.tell)
+        with progress(line) as tell:
+            send_people(names, site, tell)
 
     def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
         """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
-        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.duration_s
+        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.plan.duration_s
 
         def line() -> str:
             passed_s, sent, failed = (
@@ -5074,8 +5033,8 @@ class Run:
             numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
             return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
 
-        with Progress(line) as progress:
-            return spread_load(load, session, record, progress.tell)
+        with progress(line) as tell:
+            return spread_load(load, session, record, tell)
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
         """The line that says where the run is, and how the hub is."""
@@ -5116,8 +5075,10 @@ class Run:
                 person.go_home()
 
         clock, until_s = self.session.clock, self.session.clock() + CHECK_USUALLY_S
-        progress = Progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left")
-        with progress, Team(self.session, progress.tell) as team:
+        with (
+            progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left") as tell,
+            Team(self.session, tell) as team,
+        ):
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
@@ -5332,7 +5293,7 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
 def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
     """Have these people come, or send requests for these users: the step, and its events."""
     session, monitor, seen = run.session, run.monitor, new_recorder(*run.record.listeners)
-    load, of_people = load_of(plan, run.hub.endpoint, users), plan.command == STRESS
+    load, of_people = Load(plan, run.hub.endpoint, users), plan.command == STRESS
     run.begin_anew(plan, seen)
     looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
@@ -5372,8 +5333,8 @@ def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_sha
     elif not held and falls_behind(waits_s):
         held = "the hub fell behind: the last waited longer than the first"
     p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
-    sent_per_s = count / (load.duration_s or math.nan)
-    return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
+    sent_per_s = count / (plan.duration_s or math.nan)
+    return CapacityStep(fastest(plan.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
 def falls_behind(waits_s: Sequence[float]) -> bool:
@@ -6690,9 +6651,9 @@ def people_planned(plan: Plan) -> Iterator[Row]:
 
 def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
-    load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
-    lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
-    threads = load.workers * load.processes
+    load, total = Load(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
+    lasts_s = load.schedule.lasts_s if load.schedule else load.plan.duration_s
+    threads = load.workers * plan.processes
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
     in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     unlimited = lasts_s and not load.schedule
@@ -7084,7 +7045,7 @@ def activity(run: Run) -> None:
     if plan.find_capacity:
         search(run, users)
         return
-    load = load_of(plan, run.hub.endpoint, users)
+    load = Load(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         cpu_share = run.send_requests(load, session, run.record)
     if not session.stopping.is_set():

@@ -155,8 +155,8 @@ def test_the_answer_says_from_how_many_people_it_was_found_and_whether_those_ask
 
 
 def test_a_rate_of_which_the_hub_let_only_a_part_be_sent_is_not_sustained() -> None:
-    load = hst.Load("http://x", ("a",), {"activity": 1.0}, 1, rate_per_s=10.0, duration_s=4.0)
-    seen, plan = hst.Recorder(), hst.Plan(hst.ACTIVITY, fail_if=(hst.condition("failed_rate > 1%"),))
+    plan = hst.Plan(hst.ACTIVITY, rate_per_s=10.0, duration_s=4.0, fail_if=(hst.condition("failed_rate > 1%"),))
+    load, seen = hst.Load(plan, "http://x", ("a",)), hst.Recorder()
     for n in range(30):
         seen.add(hst.Event("activity", "a", n / 10, n / 10, n / 10 + 0.01))
     step = hst.judge_step(load, seen, hst.Traffic(), plan, cpu_share=0.1)

@@ -118,7 +118,7 @@ def test_headers_of_ones_own_are_sent_with_every_request(gateway: FaultProxy, ne
     names = sum(hst.create_users(2, 2, endpoint, session), [])
     assert all(event.reason is None for event in hst.start_servers([names], endpoint, session).values())
     assert [event["ready"] for event in hub.progress(names[0], session.clock() + 10)] == [True]
-    hst.spread_load(hst.Load(endpoint, tuple(names), {"activity": 1.0}, workers=2, processes=2), session, record)
+    hst.spread_load(hst.Load(hst.Plan(hst.ACTIVITY, workers=2, processes=2), endpoint, names), session, record)
     assert record.summarise()["activity"].failed == 0
     public = hst.PublicSide(hub, hst.Plan(visit=True))
     browser = public.browser(names[0])
