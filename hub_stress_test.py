@@ -1244,17 +1244,7 @@ class Operation:
         return value if self.count - self.failed >= ENOUGH.get(statistic, 1) else None
 
 
-@dataclasses.dataclass(frozen=True)
-class OperationTimeline:
-    """Counts and latencies for each span of time, in seconds since the run began."""
-
-    span_s: float
-    at_s: list[float | None]
-    count: list[int]
-    failed: list[int]
-    p50_s: list[float | None]
-    p95_s: list[float | None]
-    max_s: list[float | None]
+OperationTimeline = Json  # a list of each number, by spans of time in seconds since the run began
 
 
 class Fold:
@@ -1269,7 +1259,7 @@ class Fold:
         self.span_s, self.spans = 1.0, collections.defaultdict[int, Distribution](Distribution)
         self.count = self.failed = self.late = self.skipped = 0
         self.lateness, self.backoff_s = Distribution(), 0.0
-        self.errors, self.kinds = collections.Counter[str](), set[Kind]()
+        self.reasons = collections.Counter[Reason]()  # of the failures
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
     def add(self, event: Event) -> None:
@@ -1280,8 +1270,7 @@ class Fold:
         else:
             span.failed += 1
             self.failed += 1
-            self.errors[event.reason.text] += 1
-            self.kinds.add(event.reason.kind)
+            self.reasons[event.reason] += 1
         self.late += event.lateness_s > LATE_SEND_S
         self.lateness.add(event.lateness_s)
         self.backoff_s += event.backoff_s
@@ -1297,6 +1286,9 @@ class Fold:
         latency, took_s = Distribution(), self.last_ended_s - self.first_due_s
         for span in self.spans.values():
             latency.merge(span)
+        errors = collections.Counter[str]()
+        for reason, number in self.reasons.items():
+            errors[reason.text] += number
         return Operation(
             count=self.count,
             failed=self.failed,
@@ -1304,7 +1296,7 @@ class Fold:
             latency_s=latency.summary(),
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
-            errors=dict(self.errors),
+            errors=dict(errors),
             skipped=self.skipped,
         )
 
@@ -1312,15 +1304,15 @@ class Fold:
         numbers = sorted(self.spans)
         spans = [self.spans[number] for number in numbers]
         latencies = [span.summary() for span in spans]
-        return OperationTimeline(
-            span_s=self.span_s,
-            at_s=[rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
-            count=[span.count for span in spans],
-            failed=[span.failed for span in spans],
-            p50_s=[rounded(latency.p50) for latency in latencies],
-            p95_s=[rounded(latency.p95) for latency in latencies],
-            max_s=[rounded(latency.max) for latency in latencies],
-        )
+        return {
+            "span_s": self.span_s,
+            "at_s": [rounded(max(0.0, (number + 0.5) * self.span_s - began_s)) for number in numbers],
+            "count": [span.count for span in spans],
+            "failed": [span.failed for span in spans],
+            "p50_s": [rounded(latency.p50) for latency in latencies],
+            "p95_s": [rounded(latency.p95) for latency in latencies],
+            "max_s": [rounded(latency.max) for latency in latencies],
+        }
 
 
 class Recorder:
@@ -1345,17 +1337,13 @@ class Recorder:
         for listener in self.listeners:
             listener(event)
 
-    def listen(self, listener: Callable[[Event], None]) -> None:
-        """Hand every event from now on to this listener too."""
-        self.listeners.append(listener)
-
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
         with self._lock:
             self._folds[step].skipped += 1
 
-    def take_over(self, other: Recorder) -> None:
-        """Import the operations of another recorder that this one does not have."""
+    def include(self, other: Recorder) -> None:
+        """Add the operations of another recorder that this one does not have."""
         with self._lock:
             self._folds = other._folds | self._folds
 
@@ -1382,7 +1370,7 @@ class Recorder:
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
         with self._lock:
-            return set[Kind]().union(*(fold.kinds for fold in self._folds.values()))
+            return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
 
     def summarise(self) -> dict[str, Operation]:
         with self._lock:
@@ -2201,40 +2189,35 @@ def public_url(hub: Hub, plan: Plan) -> str:
 # ==== Progress, and many things at the same time ============================================================
 
 
-class Progress:
-    """Shows a line on standard error: on a terminal in place, elsewhere every ten seconds.
+@contextlib.contextmanager
+def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """What to call often within the `with` block: it shows the line on standard error when it is time.
 
-    It is silent unless the log shows at least INFO.
+    On a terminal that is twice a second, in place; elsewhere every ten seconds; below INFO never.
     """
-
-    def __init__(self, line: Callable[[], str]) -> None:
-        self._line, self._every_s, self._next_s = line, STATUS_EVERY_S, time.monotonic() + STATUS_EVERY_S
-        self._show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
-        self._width: int | None = None
-        self._closing = contextlib.ExitStack()
-
-    def __enter__(self) -> Progress:
-        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty():
-            self._every_s, self._next_s = STATUS_IN_PLACE_EVERY_S, 0.0
-            self._width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    shown, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
+    every_s, width = (STATUS_IN_PLACE_EVERY_S if in_place else STATUS_EVERY_S), None
+    next_s = time.monotonic() + (0.0 if in_place else every_s)
+    show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as closing:
+        if shown and in_place:
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             if tqdm := optional("tqdm"):
-                enter = self._closing.enter_context
-                enter(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
-                bar = enter(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
-                self._show = bar.set_description_str
-            else:  # what is logged meanwhile overwrites the line, since the cursor is at its beginning
-                self._show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
-                self._closing.callback(self._show, "")
-        return self
+                redirect = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm
+                closing.enter_context(redirect())
+                bar = closing.enter_context(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
+                show = bar.set_description_str
+            else:  # a log line overwrites this one, since the cursor is at its beginning
+                show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
+                closing.callback(show, "")
 
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        def tell() -> None:
+            nonlocal next_s
+            if shown and time.monotonic() >= next_s:
+                next_s = time.monotonic() + every_s
+                show(line()[:width])
 
-    def tell(self) -> None:
-        """Show the line, if it is time."""
-        if LOG.isEnabledFor(logging.INFO) and time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + self._every_s
-            self._show(self._line()[: self._width])
+        yield tell
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
@@ -2310,40 +2293,39 @@ class Team:
 class Regularly:
     """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
-    At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
+    `at_most` are under way at the same time; what is due beyond that calls `skip` instead.
     """
 
     def __init__(
         self,
-        what: str,
+        name: str,
         period_s: float,
         act: Callable[[float], object],
         at_most: int = 1,
         skip: Callable[[], None] = lambda: None,
     ) -> None:
-        self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
-        self._places = threading.Semaphore(at_most)
-        self._done = threading.Event()
+        self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
+        self._places, self._ended = threading.Semaphore(at_most), threading.Event()
 
     def __enter__(self) -> None:
-        start_thread(self._what, self._run)
+        start_thread(self._name, self._run)
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        until_s = time.monotonic() + 1.0  # those that a silent hub holds up longer are left to themselves
+        self._ended.set()
+        until_s = time.monotonic() + 1.0  # a silent hub may hold some up for longer
         for _place in range(self._at_most):
             self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
         began_s = time.monotonic()
         for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
-            if self._done.wait(max(0.0, due_s - time.monotonic())):
+            if self._ended.wait(max(0.0, due_s - time.monotonic())):
                 return
             if not self._places.acquire(blocking=False):
                 self._skip()
                 continue
             try:
-                start_thread(self._what, self._do, due_s)
+                start_thread(self._name, self._do, due_s)
             except CutShort:
                 self._places.release()
                 self._skip()
@@ -2699,13 +2681,13 @@ def make_users(
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
-    with Progress(lambda: f"creating users: {made:,} of {count:,}") as progress:
+    with progress(lambda: f"creating users: {made:,} of {count:,}") as tell:
         while made < count:
             wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
-            progress.tell()
+            tell()
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
@@ -3721,7 +3703,7 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
     """
     plan, session, begun = site.plan, site.hub.session, 0
     began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
-    site.record.listen(streak)
+    site.record.listeners.append(streak)
 
     def has_place(due_s: float) -> bool:
         if plan.is_open:
@@ -3969,7 +3951,7 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     major, run = hub.version.partition(".")[0], plan.run or ""
     if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
-    count = MANY if plan.find_capacity else plan.count + plan.check_proxy
+    count = plan.count + plan.check_proxy if plan.count and not plan.find_capacity else MANY
     longest = username(first_free_index(taken, run) + count - 1, run)
     if len(longest) > SERVER_NAME_MAX or "--" in longest:
         left = SERVER_NAME_MAX - len(longest) + len(run)
@@ -4017,10 +3999,10 @@ def remove_users(
         removed, users = len(existing & site.removal.gone), things(isinstance(hub, OwnServers))
         return f"cleaning up: {removed:,} of {len(existing):,} {users} removed"
 
-    with Progress(line) as progress:
+    with progress(line) as tell:
         while True:
             before = len(left)
-            let_go(site, concurrency, progress.tell)
+            let_go(site, concurrency, tell)
             gone = site.removal.gone
             try:
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
@@ -4167,23 +4149,21 @@ def perform(
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
+    """The load that a plan sends for users: by an open model with a rate, else by a closed one."""
 
+    plan: Plan
     endpoint: str
-    users: tuple[str, ...]
-    mix: Mapping[str, float]
-    workers: int  # threads in each process; in the open model there are more if a slow hub could need them
-    rate_per_s: float | Schedule | None = None
-    duration_s: float | None = None  # None: once through the users
-    processes: int = 1
-    operations_file: str | None = None
+    users: Sequence[str]
+
+    @property
+    def mix(self) -> Mapping[str, float]:
+        return self.plan.mix or DEFAULT_MIX
 
     @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
-        return Schedule.of(
-            self.rate_per_s, self.duration_s or len(self.users) / (fastest(self.rate_per_s) or 1.0)
-        )
+        rate = self.plan.rate_per_s
+        return Schedule.of(rate, self.plan.duration_s or len(self.users) / (fastest(rate) or 1.0))
 
     @property
     def planned(self) -> int:
@@ -4193,24 +4173,18 @@ class Load:
     @property
     def title(self) -> str:
         """What is going on while it is sent."""
-        if self.rate_per_s:
-            return f"sending {rate_text(self.rate_per_s)}"
-        return f"sending for {self.duration_s:g} s" if self.duration_s else "sending"
+        rate, for_s = self.plan.rate_per_s, self.plan.duration_s
+        return f"sending {rate_text(rate)}" if rate else f"sending for {for_s:g} s" if for_s else "sending"
 
     @property
-    def open_workers(self) -> int:
-        """Threads that an open load needs in each process to go on through 3 seconds of silence.
+    def workers(self) -> int:
+        """Threads in each process; an open load needs enough to go on through 3 seconds of silence.
 
         More than 200 get into each other's way: then more processes are what helps.
         """
-        return max(self.workers, min(200, math.ceil(3 * fastest(self.rate_per_s) / self.processes)))
-
-
-def load_of(plan: Plan, endpoint: str, users: Sequence[str]) -> Load:
-    """The load that a plan sends for these users."""
-    mix, workers = plan.mix or DEFAULT_MIX, math.ceil(plan.workers / plan.processes)
-    how = (plan.rate_per_s, plan.duration_s, plan.processes, plan.operations)
-    return Load(endpoint, tuple(users), mix, workers, *how)
+        processes = self.plan.processes
+        needed = min(200, math.ceil(3 * fastest(self.plan.rate_per_s) / processes))
+        return max(math.ceil(self.plan.workers / processes), needed)
 
 
 def send_load(
@@ -4222,10 +4196,10 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    numbers, schedule, clock = itertools.count(part, load.processes), load.schedule, session.clock
-    until_s = started_s + load.duration_s if load.duration_s else math.inf
+    plan, schedule, clock = load.plan, load.schedule, session.clock
+    numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
+    until_s = started_s + (plan.duration_s or math.inf)
     last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
-    workers = load.workers * load.processes
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
         name = choose(load.mix, n)
@@ -4242,7 +4216,7 @@ def send_load(
     def send_share(worker: int) -> None:
         """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
         share = load.users[worker::workers]
-        for n, user in enumerate(itertools.cycle(share) if load.duration_s else share):
+        for n, user in enumerate(itertools.cycle(share) if plan.duration_s else share):
             if not session.pause(random.random()) or clock() >= until_s:
                 return
             send(n, user)
@@ -4251,10 +4225,10 @@ def send_load(
     session.pause(started_s - clock())
     with Team(session, on_tick) as team:
         if schedule:
-            for _ in range(load.open_workers):
+            for _ in range(load.workers):
                 team.start(send_when_due, schedule)
         else:
-            for worker in range(part, min(workers, len(load.users)), load.processes):
+            for worker in range(part, min(workers, len(load.users)), plan.processes):
                 team.start(send_share, worker)
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
@@ -4266,103 +4240,76 @@ def spread_load(
 
     Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
-    if load.processes > 1:
-        return _spread_over_processes(load, session, record, on_tick)
-    return send_load(load, 0, session.clock(), session, record, on_tick)
+    if load.plan.processes == 1:
+        return send_load(load, 0, session.clock(), session, record, on_tick)
+    import multiprocessing.connection  # imported where it is needed: --help is to be there at once
+    from multiprocessing import resource_tracker
 
-
-def _spread_over_processes(
-    load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None]
-) -> float:
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(load.processes)]
-    children = [
-        context.Process(
-            target=_send_in_process,
-            args=(theirs, load, part, session.token, list(session.headers.items())),
-            daemon=True,
-        )
-        for part, (_, theirs) in enumerate(pipes)
-    ]
-    with _signals_blocked():
-        for child, (_, theirs) in zip(children, pipes):
-            child.start()
-            theirs.close()
+    context, headers = multiprocessing.get_context("spawn"), list(session.headers.items())
+    children: dict[Any, Any] = {}  # by our end of the pipe to each
+    resource_tracker.ensure_running()  # or the first child would start it, which unblocks the signals
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # Ctrl-C reaches children too: not theirs
     try:
-        return _lead([ours for ours, _ in pipes], session, record, on_tick)
+        for part in range(load.plan.processes):
+            ours, theirs = context.Pipe()
+            shared = (theirs, load, part, session.token, headers)
+            children[ours] = context.Process(target=_send_in_process, args=shared, daemon=True)
+            children[ours].start()
+            theirs.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    try:
+        for pipe in children:
+            pipe.recv()  # it is ready
+        for pipe in children:
+            pipe.send(session.clock() + 0.2)
+        sending, busiest = set(children), 0.0
+        while sending:
+            awaited: list[Any] = multiprocessing.connection.wait(sending, timeout=0.1)
+            for pipe in awaited:
+                events, counts, cpu_share = pipe.recv()
+                for event in events:
+                    record.add(event)
+                if counts is None:
+                    pipe.send(session.stopping.is_set())
+                    continue
+                session.traffic.add(counts)
+                busiest = max(busiest, cpu_share)
+                sending.remove(pipe)
+            on_tick()
+        return busiest
     except (EOFError, OSError):
         raise CutShort("a process that sends the load died") from None
     finally:
-        for child in children:
+        for child in children.values():
             child.join(1.0)
             child.kill()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _lead(
-    pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]
-) -> float:
-    """Start the processes at one moment, record their events, pass a stop on; the busiest one's CPU share."""
-    import multiprocessing.connection
-
-    for pipe in pipes:
-        pipe.recv()  # it is ready
-    for pipe in pipes:
-        pipe.send(session.clock() + 0.2)
-    busiest, waiting, told = 0.0, list(pipes), False
-    while waiting:
-        multiprocessing.connection.wait(waiting, timeout=0.1)
-        for pipe in [pipe for pipe in waiting if pipe.poll()]:
-            events, end = pipe.recv()
-            for event in events:
-                record.add(event)
-            if end:
-                counts, cpu_share = end
-                session.traffic.add(counts)
-                busiest = max(busiest, cpu_share)
-                waiting.remove(pipe)
-        on_tick()
-        if session.stopping.is_set() and not told:
-            told = True
-            for pipe in waiting:
-                pipe.send("stop")
-    return busiest
 
 
 def _send_in_process(
     pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
 ) -> None:
-    """One of several processes; it leaves signals to the one that started it, and ends with it."""
-    load_operations(load.operations_file)
-    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
-    events = collections.deque[Event]()
+    """Send a part of a load from a process that leaves signals to the one that started it, and ends with it.
 
-    def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
-        if pipe.poll():  # told to stop, or left alone
+    Ten times a second it hands its events on, and asks whether to stop; at the end also counts and CPU share.
+    """
+    load_operations(load.plan.operations)
+    session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
+
+    def hand_on(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
+        number = len(events)
+        pipe.send((events[:number], counts, cpu_share))
+        del events[:number]
+
+    def report() -> None:
+        hand_on()
+        if pipe.recv():
             session.stop()
-        with contextlib.suppress(OSError):
-            pipe.send(([events.popleft() for _ in range(len(events))], end))
 
-    pipe.send("ready")
-    cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), hand_on)
-    hand_on((session.traffic.counts, cpu_share))
+    with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
+        pipe.send("ready")
+        cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), report)
+        hand_on(session.traffic.counts, cpu_share)
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
@@ -4545,9 +4492,9 @@ def sample_of(event: Event, run: Run) -> Json:
 
 
 class Samples(Regularly):
-    """Writes each event to --samples, every second those that came meanwhile, so that no line is ever a part.
+    """Writes each event to --samples, once a second in one piece, so that no line is ever cut.
 
-    A .gz file has a member for each second, and so can be read, too, when the program was killed.
+    A .gz file has a member for each second, and so can be read even when the program was killed.
     """
 
     def __init__(self, run: Run) -> None:
@@ -4566,27 +4513,24 @@ class Samples(Regularly):
         rows = [sample_of(self._events.popleft(), self.run) for _ in range(len(self._events))]
         if not rows or not self._mode:
             return
-        whole = 0
+        text, written = io.StringIO(), 0
+        lines = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        if self._mode == "wb":
+            lines.writeheader()
+        lines.writerows(rows)
+        data = text.getvalue().encode()
+        data = gzip.compress(data) if self._path.endswith(".gz") else data
         try:
             with open(self._path, self._mode, buffering=0) as file:
-                whole, data = file.tell(), self._encode(rows)
+                written = file.tell()
                 while data:
                     data = data[file.write(data) :]
             self._mode = "ab"
         except OSError as error:
             self._mode = ""
-            self.run.troubles.append(
-                f"--samples {self._path} could not be written any more: {error.strerror}"
-            )
+            self.run.troubles.append(f"--samples {self._path} could not be written: {error.strerror}")
             with contextlib.suppress(OSError):
-                os.truncate(self._path, whole)
-
-    def _encode(self, rows: Sequence[Json]) -> bytes:
-        text = io.StringIO()
-        header = [list(rows[0])] if self._mode == "wb" else []
-        csv.writer(text, lineterminator="\n").writerows(header + [list(row.values()) for row in rows])
-        data = text.getvalue().encode()
-        return gzip.compress(data) if self._path.endswith(".gz") else data
+                os.truncate(self._path, written)
 
 
 PAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -4599,17 +4543,13 @@ class LivePage:
     def __init__(self, run: Run) -> None:
         from http.server import ThreadingHTTPServer
 
-        self._run, self._people = run, dict[str, str]()
+        self._run, self._states = run, dict[str, str]()
         self._prometheus = prometheus = importlib.import_module("prometheus_client.core")
-        registry = prometheus.CollectorRegistry()
-        what: Json = {"registry": registry, "buckets": PAGE_BUCKETS_S}
+        registry, name = prometheus.CollectorRegistry(), "hub_stress_test_{}_seconds"
+        both: Json = {"registry": registry, "buckets": PAGE_BUCKETS_S}
         labels = ("operation", "outcome")
-        self._latency = prometheus.Histogram(
-            "hub_stress_test_latency_seconds", "of operations", labels, **what
-        )
-        self._lateness = prometheus.Histogram(
-            "hub_stress_test_lateness_seconds", "of the tool in sending", **what
-        )
+        self._latency = prometheus.Histogram(name.format("latency"), "of operations", labels, **both)
+        self._lateness = prometheus.Histogram(name.format("lateness"), "of the tool in sending", **both)
         registry.register(self)
         handler = importlib.import_module("prometheus_client").MetricsHandler.factory(registry)
         try:
@@ -4618,9 +4558,7 @@ class LivePage:
             raise UsageError(f"--metrics-port {run.plan.metrics_port}: {_in_words(error)}") from None
 
     def __enter__(self) -> None:
-        threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="metrics page", daemon=True
-        ).start()
+        start_thread("metrics page", self._server.serve_forever, 0.1)
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
@@ -4631,16 +4569,14 @@ class LivePage:
         self._lateness.observe(event.lateness_s)
         failed = event.reason is not None and event.step in PERSONAL
         state = "failed" if failed else "" if event.reason else BECOMES.get(event.step)
-        if state and self._people.get(event.user) != "failed":
-            self._people[event.user] = state
+        if state and self._states.get(event.user) != "failed":
+            self._states[event.user] = state
 
     def collect(self) -> Iterator[Any]:
-        """What Prometheus asks of a collector: figures that are read when it looks."""
+        """The figures that are read whenever Prometheus scrapes; the registry calls this."""
         throttled = self._run.session.traffic.throttled
-        yield self._prometheus.CounterMetricFamily(
-            "hub_stress_test_throttled", "429 answers", value=throttled
-        )
-        states = collections.Counter(list(self._people.values()))
+        yield self._prometheus.CounterMetricFamily("hub_stress_test_throttled", "429 answers", throttled)
+        states = collections.Counter(list(self._states.values()))
         if self._run.plan.command == STRESS:
             states["expected"] = max(0, self._run.plan.count - states.total())
             people = self._prometheus.GaugeMetricFamily(
@@ -4681,8 +4617,21 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
     }
 
 
+@contextlib.contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """While the `with` block of a main thread runs, SIGINT and SIGTERM call this handler."""
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # this is not the main thread
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
 class Interruption:
-    """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second exits at once.
+    """A handler of signals: the first sets a flag, and the second exits at once.
 
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
     thread sees the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the
@@ -4692,18 +4641,14 @@ class Interruption:
     def __init__(self) -> None:
         self.number: int | None = None  # of the first signal since `begin`
         self._leave: Callable[[int], None] | None = None
-        self._handlers: dict[int, Any] = {}
         self._ended = threading.Event()
 
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._leave is None:
+            raise KeyboardInterrupt(number)
+        if self.number is not None:
+            self._leave(number)
+        self.number = number
 
     def begin(self, stop: Callable[[], None], leave: Callable[[int], None]) -> None:
         """From now on, `stop` follows the first signal, and `leave` the second."""
@@ -4718,104 +4663,105 @@ class Interruption:
         start_thread("interruption", watch)
 
     def end(self) -> int | None:
-        """The signal that came, if any; one that comes later changes nothing, since all is done."""
+        """The signal that came, if any; a later one changes nothing, since all is done."""
         self._ended.set()
         return self.number
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._leave is None:
-            raise KeyboardInterrupt(number)
-        if self.number is not None:
-            self._leave(number)
-        self.number = number
+
+def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, list[Json]]:
+    """The site of a run, and the users that this tool's naming made there before.
+
+    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
+    """
+    hub = check_hub(plan, session)
+    try:
+        listed = list(list_users(hub, record))
+    except HubRefused as error:
+        raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
+    existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
+    check_server_names(hub, plan, [user["name"] for user in existing])
+    site = Site(hub, plan, record)
+    site.claims.known = {user["name"] for user in listed}
+    return site, existing
+
+
+def remove_made(site: Site, record: Recorder) -> CleanUp:
+    """Remove all users that were made on a site, also after its session was stopped."""
+    plan, claims, session = site.plan, site.claims, site.hub.session.clone(own_stop=True)
+    ours, unsure = claims.ours, claims.unconfirmed.copy()
+    states = {name: site.states.get(name, ServerState.STOPPED) for name in ours}
+    states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
+    session.pause(LATE_ACT_S if unsure else 0)
+    hub, limits = (
+        dataclasses.replace(site.hub, session=session),
+        (plan.removed_at_once, plan.cleanup_timeout_s),
+    )
+    return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
 
 
 class Run:
-    """One run of a plan: the hub it talks to, what it has made, what it has seen, what went wrong.
+    """One run of a plan: the hub it talks to, what it has made and measured, what went wrong.
 
-    Once it is entered, the first signal ends the load, so that cleaning up begins.
-    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
+    It raises `SetupError` as `open_site` does. From then on the first signal ends the load, so that cleaning
+    up begins.
     """
 
     def __init__(self, plan: Plan, closing: contextlib.ExitStack, interruption: Interruption) -> None:
         self.plan = plan = seeded(plan)
-        self.session = get_session(
-            plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2, headers=plan.headers
-        )
-        self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
+        connections = max(plan.workers, plan.batch_size) + 2
+        self.session = session = get_session(plan.token or "", pool_maxsize=connections, headers=plan.headers)
+        self.started, self.began_s = datetime.now(timezone.utc), session.clock()
         self.record = new_recorder() if plan.command == STRESS else Recorder()
         self.troubles: list[str] = []  # what cut the run short
+        self.warnings: list[str] = []
         for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
             closing.enter_context(listener)
-            self.record.listen(listener)
-        self.hub = check_hub(plan, self.session)
-        listed = self._look()
-        self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
-        check_server_names(self.hub, plan, [user["name"] for user in self.existing])
-        self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session)
-        self.site = Site(self.hub, plan, self.record)
+            self.record.listeners.append(listener)
+        self.site, self.existing = open_site(plan, session, self.record)
+        self.hub, self.claims = self.site.hub, self.site.claims
+        self.monitor = Monitor(metrics_url(self.hub.endpoint), session)
         self.monitors = {"hub": self.monitor}
-        self.monitors |= {one.name: Monitor(one.url, self.session, is_hub=False) for one in plan.watch}
-        self.claims = self.site.claims
-        self.claims.known = {user["name"] for user in listed}
+        self.monitors |= {watch.name: Monitor(watch.url, session, is_hub=False) for watch in plan.watch}
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
-        self.warnings: list[str] = []
         self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
         self.load_ended_s = self.began_s
-        self._interruption = interruption
-
-    def __enter__(self) -> Run:
-        self._interruption.begin(self._stop, self._leave)
         for monitor in self.monitors.values():
-            monitor.__enter__()
-        for watch in self.plan.watch:
-            monitor = self.monitors[watch.name]
-            if not monitor.snapshots:
+            closing.enter_context(monitor)
+        for watch in plan.watch:
+            if not (monitor := self.monitors[watch.name]).snapshots:
                 LOG.warning("--watch %s cannot be read: %s", watch, monitor.missing or "no answer")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for monitor in self.monitors.values():
-            monitor.__exit__()
+        self._interruption = interruption
+        interruption.begin(self._stop, self._leave)
 
     def _stop(self) -> None:
-        LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
+        LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to exit at once.")
         self.session.stop()
 
     def _leave(self, number: int) -> None:
-        remain = counted(len(set(self.claims.ours) - self.site.removal.gone), thing(self.plan.own_servers))
-        leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
-
-    def _look(self) -> list[Json]:
-        """The users whose names look like this tool's. Raises `SetupError`: nothing has been changed yet."""
-        try:
-            return list(list_users(self.hub, self.record))
-        except HubRefused as error:
-            raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
+        remain = len(set(self.claims.ours) - self.site.removal.gone)
+        leave_at_once(number, remain, self.plan)
 
     def look(self) -> None:
         """Have all monitors look once more."""
         for monitor in self.monitors.values():
             monitor.look()
 
-    def announce(self, what: str) -> None:
-        """Say what begins, what it costs, and what it risks."""
+    def announce(self, load: str) -> None:
+        """Log what begins, what it costs, and what it risks."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
         owner = f" of {self.hub.owner}" if self.plan.own_servers else ""
         proxy = self.session.proxy_to(self.hub.endpoint)
         where = f"{self.hub.endpoint}, through {proxy}" if proxy else self.hub.endpoint
-        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, where, names, owner)
+        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", load, where, names, owner)
         for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
             LOG.info("%s", line)
 
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
-        taken = [*(user["name"] for user in self.existing), *self.claims.confirmed]
-        batches = make_users(
-            count, batch_size, self.hub, self.record, self.claims, taken, self.plan.run or ""
-        )
+        taken, run = [*(user["name"] for user in self.existing), *self.claims.confirmed], self.plan.run or ""
+        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, run)
         return [name for batch in batches for name in batch]
 
     def start_servers(self, names: Sequence[str]) -> None:
@@ -4831,54 +4777,38 @@ class Run:
             moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
             return self.status(moment, whereabouts(site, len(names)))
 
-        with Progress(line) as progress:
-            send_people(names, site, progress.tell)
+        with progress(line) as tell:
+            send_people(names, site, tell)
 
     def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
         """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
-        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.duration_s
+        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.plan.duration_s
 
         def line() -> str:
-            passed_s, sent, failed = (
-                session.clock() - began_s,
-                record.count(load.mix),
-                record.failures(load.mix),
-            )
+            passed_s = session.clock() - began_s
+            sent, failed = record.count(load.mix), record.failures(load.mix)
             numbers = {f"sent ({sent / passed_s:.1f} per second)": sent}
             numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
             return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
 
-        with Progress(line) as progress:
-            return spread_load(load, session, record, progress.tell)
+        with progress(line) as tell:
+            return spread_load(load, session, record, tell)
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
-        """The line that says where the run is, and how the hub is."""
+        """The line that says how far the run is, and how busy the hub."""
         share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
         return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
-
-    def begin_anew(self, plan: Plan, record: Recorder) -> None:
-        """Have other people come, by this plan, and apart from those before them."""
-        before, traffic = self.site, self.site.public.traffic
-        self.site = dataclasses.replace(before, plan=plan, record=record, turns=Turns())
-        self.site.public.traffic = traffic
-
-    def let_leave(self, names: Sequence[str]) -> None:
-        """Remove these users now. Raises `CutShort` when some stay."""
-        states = self.site.states
-        thought = {name: states.get(name, ServerState.STOPPED) for name in names}
-        self.remove(thought, thought.__contains__, self.session)
-        states |= dict.fromkeys(set(names) - set(self.cleaned.left), ServerState.GONE)
-        if self.cleaned.left and not self.session.stopping.is_set():
-            left = counted(len(self.cleaned.left), thing(self.plan.own_servers))
-            raise CutShort(f"{left} could not be removed before others come")
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when a server ends. Raises `CutShort`."""
         LOG.info("Checking the proxy: %s", CHECK_COSTS)
-        name = next(filter(self._is_at_work, names), None) or self.make_users(1, 1)[0]
-        site = dataclasses.replace(
-            self.site, record=Recorder()
-        )  # what the check does is no result of the load
+        rows, states = self.record.people, self.site.states
+        good = {
+            name for name, row in rows.items() if "at_work" in row and not any(e.reason for e in row.values())
+        }
+        working = (name for name in names if name in good and states.get(name) is ServerState.READY)
+        name = next(working, None) or self.make_users(1, 1)[0]
+        site = dataclasses.replace(self.site, record=Recorder())  # the check is no part of the load's results
         site.public = self.site.public
         person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
 
@@ -4890,23 +4820,19 @@ class Run:
                 person.go_home()
 
         clock, until_s = self.session.clock, self.session.clock() + CHECK_USUALLY_S
-        progress = Progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left")
-        with progress, Team(self.session, progress.tell) as team:
+        with (
+            progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left") as tell,
+            Team(self.session, tell) as team,
+        ):
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
-
-    def _is_at_work(self, name: str) -> bool:
-        """Whether this person's server is ready, and nothing was wrong with it."""
-        row = self.record.people.get(name, {})
-        good = "at_work" in row and not any(end.reason for end in row.values())
-        return good and self.site.states.get(name) is ServerState.READY
 
     def pinging(self, name: str) -> Regularly:
         return pinging(self.hub.owner or name, self.hub.endpoint, self.session, self.site.record)
 
     def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
-        """Say so if this tool, and not the hub, set the pace."""
+        """Warn if this tool, and not the hub, set the pace."""
         late = self.record.late_share(names)
         if late > 0.01 or unsent:
             self.warnings.append(
@@ -4915,14 +4841,10 @@ class Run:
                 "when a request was due"
             )
 
-    def remove(
-        self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession
-    ) -> None:
-        """Remove users, for whom `states` are what is thought of their servers, from the hub."""
-        hub, plan, removal = dataclasses.replace(self.hub, session=session), self.plan, self.site.removal
-        self.cleaned = remove_users(
-            states, ours, hub, self.record, plan.removed_at_once, plan.cleanup_timeout_s, removal
-        )
+    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool]) -> None:
+        """Remove users now; `states` are what is thought of their servers."""
+        limits = self.plan.removed_at_once, self.plan.cleanup_timeout_s
+        self.cleaned = remove_users(states, ours, self.hub, self.record, *limits, self.site.removal)
 
     def clean_up(self) -> None:
         """Remove what this run made."""
@@ -4942,19 +4864,15 @@ class Run:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
-            session, unsure = self.session.clone(own_stop=True), self.claims.unconfirmed.copy()
-            states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
-            states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
-            session.pause(LATE_ACT_S if unsure else 0)
-            self.remove(states, set(ours).__contains__, session)
+            self.cleaned = remove_made(self.site, self.record)
         self.interrupted_by = self._interruption.end()
 
 
-def leave_at_once(number: int, remain: str, remedy: str) -> None:
+def leave_at_once(number: int, remain: int, plan: Plan) -> None:
     """End the program, saying what remains and how to remove it. A signal's handler may call this."""
-    os.write(
-        2, f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n".encode()
-    )
+    remedy = purge_command(plan.run, plan.own_servers)
+    sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
+    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
     os._exit(128 + number)
 
 
@@ -4982,9 +4900,9 @@ class CapacityStep:
     sent_per_s: float
     p95_s: float | None
     failed: int
-    held: str | None  # the condition that was met, or that the generator could not send so much
+    held: str | None  # the condition that was met, or why the rate was not reached
     generator_bound: bool
-    limited_by: str | None = None  # of people: why no more of them got through
+    limited_by: str | None = None  # of people: why no more got through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4998,24 +4916,6 @@ class Capacity:
     finished: bool = True  # whether the search came to its end
     people_per_minute: float | None = None
     limited_by: str | None = None
-
-
-class Limit(enum.Enum):
-    """What keeps a hub from taking more people."""
-
-    PROCESSOR = "the hub's one thread was busy: give its process a faster processor, or less to do"
-    THROTTLING = (
-        "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to start"
-    )
-    FRONT = (
-        "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
-    )
-    SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
-    PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
-    GENERATOR = "this machine could not send more"
-    MAX_SERVERS = "--max-servers {}: the hub may take more"
-    FAILURES = "what failed most often: {} × {}"
-    UNKNOWN = "the hub's figures do not tell what the limit was"
 
 
 def first_step(plan: Plan) -> Plan:
@@ -5037,11 +4937,10 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
 def next_rate(
     steps: Sequence[CapacityStep], first_per_s: float, grain_per_s: float = 0.0, most_per_s: float = math.inf
 ) -> float | None:
-    """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
+    """The rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
-    None when the answer is known as well as it can be: a rate that the generator could not send says nothing
-    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are
-    whole.
+    None when the answer is known as well as it can be: where the generator could not send a rate, nothing is
+    known of higher ones. With a grain, rates are its multiples: people are whole.
     """
     low = sustained_rate(steps) or 0.0
     high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
@@ -5059,33 +4958,42 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     Requests are sent for `users`; people who come are new ones in each step.
     """
     plan, session, of_people = run.plan, run.session, run.plan.command == STRESS
-    first, steps, best, last = first_step(plan), list[CapacityStep](), Recorder(), ""
+    first, steps, best, tried = first_step(plan), list[CapacityStep](), Recorder(), ""
     grain_per_s = 1 / first.duration_s if of_people and first.duration_s else 0.0
     most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
     try:
         while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
             count = round(rate / grain_per_s) if of_people else plan.count
             users = run.make_users(count, plan.batch_size) if of_people else users
-            step, seen = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
+            step, record = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            people_text = f"{counted(60 * rate, 'person', 'people')} a minute"
-            last = people_text if of_people else f"{counted(rate, 'request')} per second"
-            LOG.info("At %s: %s", last, step.held or "sustained")
-            best = seen if not step.held or sustained_rate(steps) is None else best
+            people = f"{counted(60 * rate, 'person', 'people')} a minute"
+            tried = people if of_people else f"{counted(rate, 'request')} per second"
+            LOG.info("At %s: %s", tried, step.held or "sustained")
+            best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
-                run.let_leave(users)
-            _drain_hub(run.hub, users[0])
+                states = {name: run.site.states.get(name, ServerState.STOPPED) for name in users}
+                run.remove(states, states.__contains__)
+                run.site.states |= dict.fromkeys(states.keys() - run.cleaned.left, ServerState.GONE)
+                if run.cleaned.left and not session.stopping.is_set():
+                    remain = counted(len(run.cleaned.left), thing(plan.own_servers))
+                    raise CutShort(f"{remain} could not be removed before others come")
+            until_s, quick = session.clock() + DRAIN_S, 0  # until the hub answers at once, twice in a row
+            while quick < 2 and session.clock() < until_s and session.pause(0.5):
+                sent_s = session.clock()
+                run.hub.state(users[0])
+                quick = quick + 1 if session.clock() - sent_s < 0.1 else 0
     finally:
-        run.record.take_over(best)
+        run.record.include(best)
         run.capacity = capacity_of(plan, steps, finished=rate is None)
         if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
-            judged = {*(first.mix or DEFAULT_MIX), *PERSONAL}
-            errors = (one.errors for name, one in best.summarise().items() if name in judged)
-            usual = sum(map(collections.Counter, errors), collections.Counter[str]()).most_common(1)
-            most = "".join(f" ({number:,} × {reason})" for reason, number in usual)
-            run.warnings.append(f"no rate was sustained, not even {last}: {steps[-1].held}{most}")
+            judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
+            for name, operation in best.summarise().items():
+                errors.update(operation.errors if name in judged else {})
+            usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
+            run.warnings.append(f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}")
 
 
 def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
@@ -5096,18 +5004,19 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
         reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
         servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
         return Capacity(sustained, servers, bound, steps, finished)
-    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-    limit = broken[0].limited_by if broken else None
+    broken = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
+    limit = broken.limited_by if broken else None
     if finished and not broken:
-        finished, limit = False, Limit.MAX_SERVERS.value.format(plan.max_servers)
+        finished, limit = False, f"--max-servers {plan.max_servers}: the hub may take more"
     return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
 def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
-    """Have these people come, or send requests for these users: the step, and its events."""
-    session, monitor, seen = run.session, run.monitor, new_recorder(*run.record.listeners)
-    load, of_people = load_of(plan, run.hub.endpoint, users), plan.command == STRESS
-    run.begin_anew(plan, seen)
+    """Have these people come, or send requests for these users: the step, and its events alone."""
+    session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
+    load, of_people, public = Load(plan, run.hub.endpoint, users), plan.command == STRESS, run.site.public
+    run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
+    run.site.public.traffic = public.traffic
     looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
@@ -5116,38 +5025,40 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
             run.start_servers(users)
             cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
         else:
-            cpu_share = run.send_requests(load, session, seen)
+            cpu_share = run.send_requests(load, session, record)
     monitor.look()
     traffic.add(session.traffic.counts - before)
-    step = judge_step(load, seen, traffic, plan, cpu_share)
+    step = judge_step(load, record, traffic, cpu_share)
     if step.held and of_people:
         own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
-        limit = limit_of(step, seen, own, in_front=traffic.counts[-429] > traffic.throttled)
+        limit = limit_of(step, record, own, in_front=traffic.counts[-429] > traffic.throttled)
         step = dataclasses.replace(step, limited_by=limit)
-    return step, seen
+    return step, record
 
 
-def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float) -> CapacityStep:
     """Judge one rate by its own requests alone."""
-    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
-    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
-    found["failed_rate"] = failed / count if count else None
-    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
-    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
-    ends = [row[plan.goal] for row in seen.people.values() if plan.goal in row]
+    plan, of_people = load.plan, load.plan.command == STRESS
+    count, failed = record.count(load.mix), record.failures({*load.mix, *PERSONAL})
+    results = as_json({"operations": record.summarise(), "http": traffic.summarise(), "failed": failed})
+    results["failed_rate"] = failed / count if count else None
+    held = next((limit.text for limit in plan.conditions if limit.judge(results, plan.baseline).held), None)
+    unsent = load.planned - count
+    late = record.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
+    bound = late and cpu_share > BUSY
+    ends = [row[plan.goal] for row in record.people.values() if plan.goal in row]
     waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
     if bound:
         held = "the generator could not send this rate"
     elif not held and unsent > 0:
-        noun = ("person", "people") if of_people else ("request", "requests")
+        noun = ("person", "people") if of_people else ("request",)
         why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
         held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
     elif not held and falls_behind(waits_s):
         held = "the hub fell behind: the last waited longer than the first"
-    p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
-    sent_per_s = count / (load.duration_s or math.nan)
-    return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
+    p95_s = metric_value(results, next(iter(load.mix)) + ".p95")
+    sent_per_s = count / (plan.duration_s or math.nan)
+    return CapacityStep(fastest(plan.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
 def falls_behind(waits_s: Sequence[float]) -> bool:
@@ -5161,49 +5072,48 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
-def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
+UNKNOWN_LIMIT = "the hub's figures do not tell what the limit was"
+
+
+def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
     """What kept people from getting through, by the condition that broke the step and the hub's own figures.
 
     Failures are their own reason; only time-outs are judged like other waits for the same step.
     """
     broken, _, statistic = re.split("[ <>]", step.held or "", maxsplit=1)[0].rpartition(".")
-    operations, failed = seen.summarise(), ""
+    operations, otherwise = record.summarise(), UNKNOWN_LIMIT
     if statistic in ("failed", "failed_rate") or "never came" in (step.held or ""):
-        ends = [end for row in seen.people.values() for end in row.values() if end.step in PERSONAL]
+        ends = [end for row in record.people.values() for end in row.values() if end.step in PERSONAL]
         failures = [(end.step, end.reason) for end in ends if end.reason and broken in ("", end.step)]
         if usual := collections.Counter(failures).most_common(1):
             (broken, reason), number = usual[0]
-            failed = Limit.FAILURES.value.format(number, reason.text)
+            otherwise = f"what failed most often: {number} × {reason.text}"
             if reason.kind not in (Kind.TIMED_OUT, Kind.THROTTLED):
-                return failed
-    means = {name: one.latency_s.mean or 0.0 for name, one in operations.items()}
-    ready_s, asked = means.get("server_ready", 0.0), operations.get("start_server")
+                return otherwise
+    means = {name: operation.latency_s.mean or 0.0 for name, operation in operations.items()}
+    ready_s, starts = means.get("server_ready", 0.0), operations.get("start_server")
     of_starts = broken in ("start_server", "server_ready") or statistic == "throttled"
     whole_s = ready_s if of_starts else means.get("at_work", ready_s)
     spawn_s = own.spawns["success"].mean_s if own and "success" in own.spawns else 0.0
-    throttled = statistic == "throttled" or bool(asked and asked.backoff_s / asked.count > ready_s / 10)
+    throttled = statistic == "throttled" or bool(starts and starts.backoff_s / starts.count > ready_s / 10)
     idle = bool(own and own.cpu_share_max < IDLE and own.late_s is None)
     at_the_server = broken in PERSONAL[1:] and broken != "at_work"
-    rules = {
-        Limit.GENERATOR: step.generator_bound,
-        Limit.PROCESSOR: (own and own.busy) or (broken == "ping" and not idle),
-        Limit.UNKNOWN: broken == "ping",
-        Limit.PROXY: at_the_server or whole_s - ready_s > whole_s / 2,
-        Limit.FRONT: throttled and in_front,
-        Limit.THROTTLING: throttled,
-        Limit.SPAWN: spawn_s > whole_s / 2,
+    rules: dict[str, object] = {
+        "this machine could not send more": step.generator_bound,
+        "the hub is CPU-bound: use a faster core, or reduce its load": (own and own.busy)
+        or (broken == "ping" and not idle),
+        UNKNOWN_LIMIT: broken == "ping",
+        "servers were ready, but people waited to work there: see the proxy, and the servers "
+        "themselves": at_the_server or whole_s - ready_s > whole_s / 2,
+        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+        "cluster": throttled and in_front,
+        "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to "
+        "start": throttled,
+        "servers took long to start, by the hub's own clock: see images, nodes and storage": (
+            spawn_s > whole_s / 2
+        ),
     }
-    return next((limit.value for limit, applies in rules.items() if applies), failed or Limit.UNKNOWN.value)
-
-
-def _drain_hub(hub: Hub, user: str) -> None:
-    """Give the hub time to get over a step: until it answers within 0.1 s again, twice."""
-    session = hub.session
-    until_s, quick = session.clock() + DRAIN_S, 0
-    while quick < 2 and session.clock() < until_s and session.pause(0.5):
-        asked_s = session.clock()
-        hub.state(user)
-        quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
+    return next((limit for limit, applies in rules.items() if applies), otherwise)
 
 
 # ==== What it means: where the time went, and what to look at next ==========================================
@@ -6464,9 +6374,9 @@ def people_planned(plan: Plan) -> Iterator[Row]:
 
 def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
-    load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
-    lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
-    threads = load.workers * load.processes
+    load, total = Load(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
+    lasts_s = load.schedule.lasts_s if load.schedule else load.plan.duration_s
+    threads = load.workers * plan.processes
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
     in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     unlimited = lasts_s and not load.schedule
@@ -6744,10 +6654,10 @@ def _server_plots(timeline: RunTimeline) -> Iterator[str]:
 def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
     """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
     for statistic, opacity in (("p50", 0.5), (high, 1.0)):
-        values = [None if one is None else round(one * 1000, 1) for one in getattr(seen, f"{statistic}_s")]
+        values = [None if one is None else round(one * 1000, 1) for one in seen[f"{statistic}_s"]]
         more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
-        yield trace(f"{title} {statistic}", seen.at_s, values, colour) | more
-    failed = {at_s: f"{number} failed" for at_s, number in zip(seen.at_s, seen.failed) if number}
+        yield trace(f"{title} {statistic}", seen["at_s"], values, colour) | more
+    failed = {at_s: f"{number} failed" for at_s, number in zip(seen["at_s"], seen["failed"]) if number}
     if failed:
         marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
         yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
@@ -6838,8 +6748,8 @@ def stress(run: Run) -> None:
         run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
         search(run)
         return
-    who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
-    run.announce(f"{who}, {pace_text(plan.options())}")
+    noun = ("person", "people") if plan.rehearses else ("server",)
+    run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
@@ -6858,7 +6768,7 @@ def activity(run: Run) -> None:
     if plan.find_capacity:
         search(run, users)
         return
-    load = load_of(plan, run.hub.endpoint, users)
+    load = Load(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         cpu_share = run.send_requests(load, session, run.record)
     if not session.stopping.is_set():
@@ -6875,7 +6785,7 @@ def purge(run: Run) -> None:
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     states = {user["name"]: server_state(user) for user in run.existing}
     if states:
-        run.remove(states, functools.partial(is_test_user, run=run.plan.run), run.session)
+        run.remove(states, functools.partial(is_test_user, run=run.plan.run))
 
 
 def carry_out(plan: Plan) -> Results:
@@ -6883,8 +6793,10 @@ def carry_out(plan: Plan) -> Results:
 
     Raises `SetupError`; nothing has been changed then.
     """
-    with Interruption() as interruption:
-        with contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
+    interruption = Interruption()
+    with on_signals(interruption):
+        with contextlib.ExitStack() as closing:
+            run = Run(plan, closing, interruption)
             try:
                 {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
             except CutShort as error:
@@ -6895,9 +6807,7 @@ def carry_out(plan: Plan) -> Results:
                 run.clean_up()
             run.session.close()  # so that what is still open on the hub is not ours
             run.look()
-            closing.close()
-            results = results_of(run)
-        return write_files(plan, results)
+        return write_files(plan, results_of(run))
 
 
 # ==== Command line, and an event's file =====================================================================
@@ -7588,18 +7498,16 @@ if locust_is_loading():
         """What the users of one process share in a test: the hub, the names, and who has to be deleted."""
 
         def __init__(self, environment: Any, worker: int) -> None:
-            plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
-            self.run = f"{plan.run}-{worker}"
+            plan = locust_plan(environment)
+            run = f"{plan.run}-{worker}"
+            plan = dataclasses.replace(plan, run=run)
             self.session = get_session(plan.token or "", pool_maxsize=1000, headers=plan.headers)
-            hub = check_hub(plan, self.session)
+            self.site, existing = open_site(plan, self.session, Recorder())
+            self.site.record = Recorder(self._report)
+            taken = [user["name"] for user in existing]
+            self._names = (username(n, run) for n in itertools.count(first_free_index(taken, run)))
+            self.throttled, self.cut_short = 0, False
             self._fire, self._runner = environment.events.request.fire, environment.runner
-            self.site = Site(hub, plan, Recorder(self._report))
-            listed = list(list_users(hub, Recorder()))
-            taken = [user["name"] for user in test_users(listed, self.run)]
-            check_server_names(hub, dataclasses.replace(plan, run=self.run, count=MANY), taken)
-            self.indexes = itertools.count(first_free_index(taken, self.run))
-            self.claims, self.throttled, self.cut_short = self.site.claims, 0, False
-            self.claims.known = {user["name"] for user in listed}
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
@@ -7608,14 +7516,9 @@ if locust_is_loading():
         def _report(self, event: Event) -> None:
             """Hand an event to Locust, in its milliseconds."""
             self.throttled += event.throttled if event.step == "server_ready" else 0
-            self._fire(
-                request_type="hub",
-                name=event.step,
-                response_time=event.latency_s * 1000,
-                response_length=0,
-                exception=HubStressError(event.reason.text) if event.reason else None,
-                context={},
-            )
+            failure = HubStressError(event.reason.text) if event.reason else None
+            times: Json = {"response_time": event.latency_s * 1000, "response_length": 0}
+            self._fire(request_type="hub", name=event.step, exception=failure, context={}, **times)
 
         def _cut_streams(self) -> None:
             while self.session.pause(0.1):
@@ -7623,85 +7526,56 @@ if locust_is_loading():
 
         def new_user(self, batch: int) -> str:
             """The name of a user for this caller alone, made in a batch. Raises `HubRefused`."""
+            site = self.site
             with self._making:
                 while not self._spare:
-                    batch = max(1, min(batch, self._runner.target_user_count - len(self.claims.confirmed)))
-                    wanted = [username(index, self.run) for index in itertools.islice(self.indexes, batch)]
-                    self._spare = make_batch(wanted, self.site.hub, self.site.record, self.claims)
+                    missing = self._runner.target_user_count - len(site.claims.confirmed)
+                    wanted = list(itertools.islice(self._names, max(1, min(batch, missing))))
+                    self._spare = make_batch(wanted, site.hub, site.record, site.claims)
                 return self._spare.pop(0)
 
         def clean_up(self) -> Json:
-            """Delete whom this process has made, once; what to tell the master."""
-            states = self.site.states
-            left_already = {name for name, state in states.items() if state is ServerState.GONE}
-            with self._cleaning, _second_signal_leaves(self):
+            """Delete the users that this process has made, once; the report for the master."""
+            site, remain = self.site, len(self.site.claims.ours)
+            with self._cleaning, on_signals(lambda number, _: leave_at_once(number, remain, site.plan)):
                 if self._cleaned is None:
                     self._cutting.kill()
-                    self.site.public.close_kernels()
-                    ours = set(self.claims.ours) - left_already
-                    hub = dataclasses.replace(self.site.hub, session=self.session.clone(own_stop=True))
-                    hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
-                    thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
-                    thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
-                    self._cleaned = remove_users(
-                        thought, ours.__contains__, hub, Recorder(), 10, removal=self.site.removal
-                    )
-            deleted = self._cleaned.deleted + len(left_already)
-            told: Json = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
-            told["starting"] = len(self.site.removal.interrupted)
-            return told | {"run": self.run, "cut_short": self.cut_short}
-
-    @contextlib.contextmanager
-    def _second_signal_leaves(shared: LocustSite) -> Iterator[None]:
-        """While a test cleans up, another signal leaves at once, saying how to remove the rest."""
-
-        def leave(number: int, _: FrameType | None) -> None:
-            own = shared.site.plan.own_servers
-            leave_at_once(
-                number, counted(len(shared.claims.ours), thing(own)), purge_command(shared.run, own)
-            )
-
-        before = {number: signal.signal(number, leave) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+                    site.public.close_kernels()
+                    self._cleaned = remove_made(site, Recorder())
+            report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left)}
+            report |= {"starting": len(site.removal.interrupted), "throttled": self.throttled}
+            return report | {"run": site.plan.run, "cut_short": self.cut_short}
 
     def locust_plan(environment: Any) -> Plan:
         """The plan of a test, from the command line or the web form; raises `UsageError`."""
         options, given = vars(environment.parsed_options), Json()
-        for name, row in LOCUST_OPTIONS.items():
-            if name in ("endpoint", "token", "headers"):
-                continue
-            value = options[row.locust_flag[2:].replace("-", "_")]
+        for name in LOCUST_OPTIONS.keys() - {"endpoint", "token", "headers"}:
+            row = LOCUST_OPTIONS[name]
+            kind, value = row.kind or bool, options[row.locust_flag[2:].replace("-", "_")]
+            texts = (value or ()) if row.repeatable else [value] if value else ()
             try:
-                values = [row.kind(str(one)) for one in (value or ()) if row.kind] if row.repeatable else ()
-                if row.repeatable:
-                    given[name] = tuple(values)
-                elif value:
-                    given[name] = row.kind(str(value)) if row.kind else True
+                values = tuple(kind(str(text)) for text in texts)
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"argument {row.locust_flag}: {error}") from None
-        if relative := next((one for one in given.get("fail_if", ()) if one.unit == "x"), None):
+            given |= {name: values} if row.repeatable else {name: values[0]} if values else {}
+        if relative := next((limit for limit in given["fail_if"] if limit.unit == "x"), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
-        given["fail_if"] = given.get("fail_if") or (FAILED,)  # nothing here sees what is left afterwards
-        people = any(issubclass(kind, Person) for kind in environment.user_classes)
-        if given.get("own_servers") and not all(
-            issubclass(kind, Person) for kind in environment.user_classes
-        ):
-            raise UsageError(
+        given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
+        people = [issubclass(kind, Person) for kind in environment.user_classes]
+        if given.get("own_servers") and not all(people):
+            sentence = (
                 "--hub-own-servers is for a Person alone: name that class at the end of the command line"
             )
-        endpoint = environment.host and endpoint_url(environment.host)
+            raise UsageError(sentence)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
         given |= {"headers": environment.hub_headers}
-        plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
+        given |= {"endpoint": environment.host and endpoint_url(environment.host)}
+        plan = Plan(STRESS if any(people) else ACTIVITY, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
         except UsageError as error:
             raise UsageError(re.sub("--(?=[a-z])", "--hub-", str(error))) from None
-        return plan
+        return dataclasses.replace(plan, count=0)  # which Locust knows
 
     class HubUser(FastHttpUser):
         """A Locust user with a user of their own on the hub."""
@@ -7792,45 +7666,48 @@ if locust_is_loading():
     def _begin(environment: Any, runner: Any, **_: Any) -> None:
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
-        options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
         environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
         environment.hub_headers = tuple(map(header, options.hub_header or ()))
-        options.hub_header = None
+        options.hub_token = options.hub_header = None  # Locust hands options on to workers and pages
         environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
-        environment.hub_reports, environment.hub_failed = {}, False
+        environment.hub_site, environment.hub_reports = None, {}
         for kind in environment.user_classes:
             kind.host = environment.host or ""
         if isinstance(runner, WorkerRunner):
             runner.register_message("hub-clean-up", lambda **_: runner.stop(), concurrent=True)
-        else:
-            if isinstance(runner, MasterRunner):
-                runner.register_message("hub-cleaned-up", _note_report)
-            if options.headless:
-                try:
-                    _check(environment)
-                except HubStressError as error:
-                    sys.stderr.write(f"hub-stress-test: {error}\n")
-                    raise SystemExit(int(error.exit_code)) from None
+            return
+        if isinstance(runner, MasterRunner):
+            runner.register_message("hub-cleaned-up", _note_report)
+        if options.headless:
+            try:
+                _check(environment)
+            except HubStressError as error:
+                sys.stderr.write(f"hub-stress-test: {error}\n")
+                raise SystemExit(int(error.exit_code)) from None
+
+    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
+        environment.hub_reports[msg.node_id] = msg.data
 
     def _check(environment: Any) -> None:
-        """Whether the hub accepts the token for the user classes; else raises `HubStressError`."""
+        """Raise `HubStressError` unless a test could begin."""
         plan = locust_plan(environment)
-        check_hub(plan, get_session(plan.token or "", headers=plan.headers))
+        open_site(plan, get_session(plan.token or "", headers=plan.headers), Recorder())
 
     def _start(environment: Any, **_: Any) -> None:
-        environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False
+        environment.hub_site, environment.hub_reports = None, {}
         runner = environment.runner
         try:
             if isinstance(runner, MasterRunner):
                 _check(environment)
             else:
                 environment.hub_site = shared = LocustSite(environment, getattr(runner, "worker_index", 0))
-                what = things(shared.site.plan.own_servers).capitalize()
-                SAY.info("%s of this process are called %s", what, username(0, shared.run)[:-1] + "<n>")
+                plan = shared.site.plan
+                names = username(0, plan.run or "")[:-1] + "<n>"
+                SAY.info("%s of this process are called %s", things(plan.own_servers).capitalize(), names)
         except HubStressError as error:
             SAY.error("%s", error)
-            environment.hub_failed = True
+            environment.hub_reports["local"] = {"cut_short": True}
             environment.process_exit_code = int(error.exit_code)
             if not isinstance(runner, WorkerRunner):
                 gevent.spawn(runner.stop)
@@ -7838,28 +7715,21 @@ if locust_is_loading():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the master too, which tells us
 
     def _have_workers_clean_up(environment: Any, **_: Any) -> None:
-        runner = environment.runner
+        runner, until_s = environment.runner, time.monotonic() + 2 * CLEANUP_TIMEOUT_S
         if not isinstance(runner, MasterRunner):
             return
-        awaited = {client.id for client in runner.clients.all if client.state != STATE_MISSING}
         runner.send_message("hub-clean-up")
-        until_s = time.monotonic() + 2 * CLEANUP_TIMEOUT_S
+        awaited = {client.id for client in runner.clients.all}
         while awaited - environment.hub_reports.keys() and time.monotonic() < until_s:
-            gevent.sleep(0.1)
             awaited -= {client.id for client in runner.clients.all if client.state == STATE_MISSING}
+            gevent.sleep(0.1)
 
     def _clean_up(environment: Any, **_: Any) -> None:
-        runner = environment.runner
-        shared: LocustSite | None = getattr(environment, "hub_site", None)
-        nothing = {"deleted": 0, "left": [], "throttled": 0, "starting": 0, "run": None, "cut_short": True}
-        told = shared.clean_up() if shared else nothing if environment.hub_failed else {}
+        runner, reports = environment.runner, environment.hub_reports
+        if environment.hub_site:
+            reports["local"] = environment.hub_site.clean_up()
         if isinstance(runner, WorkerRunner):
-            runner.send_message("hub-cleaned-up", told)
-        elif shared:
-            environment.hub_reports["local"] = told
-
-    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
-        environment.hub_reports[msg.node_id] = msg.data
+            runner.send_message("hub-cleaned-up", reports.get("local", {}))
 
     def _end(environment: Any, **_: Any) -> None:
         """Judge a test in the exit code: the master's for all workers."""
@@ -7867,41 +7737,41 @@ if locust_is_loading():
         if isinstance(runner, WorkerRunner):
             return
         runner.stop()
-        reports = [told for told in environment.hub_reports.values() if told]
-        left, own = (
-            [name for told in reports for name in told["left"]],
+        reports, own_servers = (
+            list(environment.hub_reports.values()),
             environment.parsed_options.hub_own_servers,
         )
-        for told in reports:
-            if told["left"]:
-                SAY.error("STILL THERE: %s; %s", names_text(told["left"]), purge_command(told["run"], own))
+        for report in reports:
+            if report.get("left"):
+                remedy = purge_command(report["run"], own_servers)
+                SAY.error("STILL THERE: %s; %s", names_text(report["left"]), remedy)
         if not environment.process_exit_code:
-            environment.process_exit_code = _judge(environment, reports, left)
+            environment.process_exit_code = _judge(environment, reports)
 
-    def _judge(environment: Any, reports: Sequence[Mapping[str, Any]], left: list[str]) -> int:
-        runner: Any = environment.runner
-        plan = locust_plan(environment)
-        lost = (
-            [client.id for client in runner.clients.all if client.state == STATE_MISSING]
-            if hasattr(runner, "clients")
-            else []
-        )
+    def _judge(environment: Any, reports: Sequence[Mapping[str, Any]]) -> int:
+        """The exit code of a test, whose outcome is logged."""
+        plan, runner = locust_plan(environment), environment.runner
+        left = [name for report in reports for name in report.get("left", ())]
+        clients = runner.clients.all if isinstance(runner, MasterRunner) else ()
+        lost = [client.id for client in clients if client.state == STATE_MISSING]
         for client in lost:
-            run = f"{plan.run}-{runner.get_worker_index(client)}"
-            remedy = purge_command(run, plan.own_servers)
+            remedy = purge_command(f"{plan.run}-{runner.get_worker_index(client)}", plan.own_servers)
             SAY.error("A worker is gone, and what it made may still be there: %s", remedy)
-        done = counted(sum(told["deleted"] for told in reports), thing(plan.own_servers))
-        SAY.info("%s %s, %s left", done, "removed" if plan.own_servers else "deleted", len(left) or "none")
-        if starting := sum(told["starting"] for told in reports):
+        deleted, starting, throttled = (
+            sum(report.get(key, 0) for report in reports) for key in ("deleted", "starting", "throttled")
+        )
+        done = "removed" if plan.own_servers else "deleted"
+        SAY.info("%s %s, %s left", counted(deleted, thing(plan.own_servers)), done, len(left) or "none")
+        if starting:
             SAY.warning("%s", still_starting(starting))
-        throttled = sum(told["throttled"] for told in reports)
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
-        found = locust_results(runner.stats.entries.values(), load, throttled)
-        judged = [one.judge(found, None) for one in plan.fail_if]
-        for one in judged:
-            SAY.info("%s", spelled(goal_text(one), "ascii"))
-        cut_short = any(told["cut_short"] for told in reports)
-        return int(exit_code(bool(left or lost), None, cut_short, any(one.held for one in judged)))
+        results = locust_results(runner.stats.entries.values(), load, throttled)
+        judged = [limit.judge(results, None) for limit in plan.fail_if]
+        for judgement in judged:
+            SAY.info("%s", spelled(goal_text(judgement), "ascii"))
+        cut_short = any(report.get("cut_short") for report in reports)
+        failed = any(judgement.held for judgement in judged)
+        return int(exit_code(bool(left or lost), None, cut_short, failed))
 
     hooks: Any = events
     hooks.init_command_line_parser.add_listener(_add_options)
