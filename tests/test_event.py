@@ -60,7 +60,7 @@ def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> Non
     students, assistants = plan.event
     base = hst.Plan(hold_s=300.0, think_s=5.0, fail_if=plan.fail_if, watch=plan.watch)
     where = {"endpoint": "http://x/hub/api", "token": "x"}
-    cells = hst.Notebook(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
+    cells = hst.Contents(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
     assert students == dataclasses.replace(
         base, group="students", count=250, within_s=300.0, profile="small", work=True, notebook=cells, **where
     )
@@ -119,12 +119,12 @@ WRONG = {
     '\n[[people]]\ncount = 3\nwithin = "2s"\n': (2, "a group needs a name"),
     GROUP + '[[people]]\nname = "b"\nrate = 3\n': (5, "a group needs a count"),
     '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within or rate"),
-    GROUP + 'wihtin = "3s"\n': (5, "wihtin: there is no such key here: did you mean within?"),
+    GROUP + 'wihtin = "3s"\n': (5, "wihtin: a group has no such key: did you mean within?"),
     GROUP + GROUP.replace('"a"', '"b"') + "serevr-timeout = 3\n": (9, "did you mean server-timeout?"),
-    GROUP + "x = 1\n": (5, "x: there is no such key here: there are count, "),
-    'token = "5ecret"\n' + GROUP: (1, "token: there is no such key here"),
-    GROUP + "hold = 3\n": (5, "hold: this key stands above the groups"),
-    "count = 3\n" + GROUP: (1, "count: this key stands in a group"),
+    GROUP + "x = 1\n": (5, "x: a group has no such key"),
+    'token = "5ecret"\n' + GROUP: (1, "token: the table above the groups has no such key"),
+    GROUP + "hold = 3\n": (5, "hold: a group has no such key: it is one of the table above the groups"),
+    "count = 3\n" + GROUP: (1, "count: the table above the groups has no such key: it is one of a group"),
     GROUP.replace("= 3", "= [3]"): (3, "count: expected a whole number of at least 1, not '[3]'"),
     GROUP.replace("= 3", "= -3"): (3, "count: expected a whole number of at least 1, not '-3'"),
     GROUP.replace("= 3", "= true"): (3, "count: expected N, not True"),
@@ -141,8 +141,8 @@ WRONG = {
     GROUP + "think = 5\n": (5, "--think has a meaning only with --work"),
     GROUP + "work = false\nthink = 5\n": (6, "--think has a meaning only with --work"),
     "keep = true\n" + GROUP + "stay = 5\n": (6, "--stay ends servers, and --keep leaves them running"),
-    'header = "X: 5ecret"\n' + GROUP: (1, "header: there is no such key here"),
-    "find-capacity = true\n" + GROUP: (1, "find-capacity: there is no such key here"),
+    'header = "X: 5ecret"\n' + GROUP: (1, "header: the table above the groups has no such key"),
+    "find-capacity = true\n" + GROUP: (1, "find-capacity: the table above the groups has no such key"),
     "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
     'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),

@@ -340,9 +340,9 @@ GIVEN: dict[str, tuple[str | None, Any]] = {
     "seed": ("7", 7),
     "visit": (None, True),
     "visit_timeout_s": ("20", 20.0),
-    "page": ("lab.har", hst.Recording("lab.har", (("lab", 200),))),
+    "page": ("lab.har", hst.Contents("lab.har", (("lab", 200),))),
     "work": (None, True),
-    "notebook": ("class.py", hst.Notebook("class.py", (hst.Code("1+1\n"),))),
+    "notebook": ("class.py", hst.Contents("class.py", (hst.Code("1+1\n"),))),
     "think_s": ("5", 5.0),
     "cell_timeout_s": ("2m", 120.0),
     "stay_s": ("5m", 300.0),
@@ -641,7 +641,7 @@ def test_the_help_of_a_command_has_its_own_words_groups_and_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = help_of(command, capsys)
-    assert hst.DESCRIPTIONS[command] in text and text.count("in seconds") == 1
+    assert hst.COMMANDS[command] in text and text.count("in seconds") == 1
     found = [group for group in hst.HELP_GROUPS if f"\n{group}:\n" in text]
     assert found == [each for each in hst.HELP_GROUPS if any(each == row.about for row in shown_on(command))]
     (example,) = re.findall(r"^example: hub-stress-test (.*)", text, re.M)
@@ -653,7 +653,10 @@ def shown_on(command: str) -> list[hst.Option]:
 
 
 def test_the_help_of_a_purge_has_only_what_a_purge_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = set(re.findall(r"^ +(?:-\w(?: \w+)?, )?(--[a-z-]+)", help_of("purge", capsys), re.M)) - {"--help"}
+    flags = set(re.findall(r"^ +(?:-\w(?: \w+)?, )?(--[a-z-]+)", help_of("purge", capsys), re.M)) - {
+        "--help",
+        "--version",
+    }
     needed = "endpoint token header run batch-size own-servers cleanup-timeout results log-to-file verbose dry-run"
     assert flags == {f"--{name}" for name in needed.split()}
 
