@@ -20,38 +20,36 @@ Three commands answer, from a shell or a CI job:
   What did earlier runs leave?                  purge                                           seconds
   What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
-follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
-starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+stress-test starts a server for each fake user; --visit, --page and --work follow each person through the
+proxy to the results of their cells. activity-stress-test makes users without servers, and sends the activity
 reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
 enough, Locust runs this same file: locust -f hub_stress_test.py.
 
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
-starts and stops their servers, and deletes them. It writes to users that it made; purge and
-activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
-admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
-listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
-that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
-connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
---own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
+starts and stops their servers, and deletes them. It writes only to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern; never to an admin.
+Unless --keep is given, it deletes every user that it made, however the run ends, then lists the hub's users
+again; it names those that remain, with exit code 4. A hub may keep unix accounts, home directories and
+volumes of deleted users. With --check-proxy, a proxy that loses connections keeps them for an hour, which no
+cleanup can undo: this is reported, and fails the run. With --own-servers all of this is true of named servers
+of the token's owner; the owner's other servers are not touched, and no admin rights are needed.
 
 What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
 that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
-person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
-was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the hub says
+that the server is gone or, with --visit, if the server no longer answers. "Ping" reads one user five times a
 second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
-sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
-succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
+sending a request (with --rate, from when it was due) to its final answer, without the pauses for which the
+hub asked. "Hub's own" comes from the hub's metrics page. Latencies are those of successes; failures are
+counted beside them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
-the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+the run could not do what it was asked to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
 was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
-proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
-names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, and does
+not measure a proxy, a page or a kernel. Two runs at the same time on one hub need different --run names.
 """
 
 from __future__ import annotations
@@ -121,19 +119,19 @@ LOG = logging.getLogger("hub-stress-test")
 USERNAME_PREFIX = "hub-stress-test"
 DEFAULT_TIMEOUT = 30  # seconds that one request may take
 SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to stop
-CLEANUP_TIMEOUT_S = 300.0  # cleanup gives up after so long without progress
+CLEANUP_TIMEOUT_S = 300.0  # cleanup times out after this long without progress
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
-RETRY_WINDOW_S = 60.0  # no retry so long after the first try
+RETRY_WINDOW_S = 60.0  # no retry later than this after the first try
 RETRY_AFTER_MAX_S = 120.0
-HUB_GONE_S = 120.0  # the load ends when the hub has not answered for so long
-TOKEN_CHECK_EVERY_S = 30.0  # at most so often is the hub asked whether it still accepts the token
+HUB_GONE_S = 120.0  # the load ends after this much silence from the hub
+TOKEN_CHECK_EVERY_S = 30.0  # the least time between two checks that the hub still accepts the token
 LATE_ACT_S = 2.0  # how long a hub may take to act on a request whose answer was lost
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub names no time
 HEAD_START_S = 0.02  # of throttled starts before new ones
-FIRST_STARTS = 3  # at most so many fail before any server is ready: a hub may exit after five in a row
+FIRST_STARTS = 3  # starts before any server is ready: a hub may exit after five failures in a row
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
-LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
-OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
+LATE_SEND_S = 0.1  # the generator was too slow if it sent a request later than this after it was due
+OPEN_GRACE_S = 5.0  # after the end of an open load, for requests that were due before
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LATE_LOOP_S = 0.2
@@ -141,12 +139,12 @@ DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
 MANY_SERVERS = 3000
-SILENT_S = 3.0  # before it is said that the hub does not answer
+SILENT_S = 3.0  # before a warning that the hub does not answer
 PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
 STATUS_EVERY_S, STATUS_IN_PLACE_EVERY_S = 10.0, 0.5
 METRICS_EVERY_S = 5.0
-SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
+SAMPLES_EVERY_S = 1.0  # between two writes: what a killed program may lose
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -180,7 +178,7 @@ class ExitCode(enum.IntEnum):
 
 
 class HubStressError(Exception):
-    """Something the user can be told in a sentence."""
+    """A problem that one sentence explains to the user."""
 
     exit_code = ExitCode.FAILED
 
@@ -376,11 +374,8 @@ def pods_command(run: str | None, own_servers: bool = False) -> str:
 
 def still_starting(number: int) -> str:
     """What may remain of this many servers that were stopped while they were starting."""
-    they, their = ("it was", "its") if number == 1 else ("they were", "their")
-    return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
-        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
-    )
+    stopped = counted(number, "server was stopped while it was", "servers were stopped while they were")
+    return f"{stopped} still starting: see squeue, kubectl or docker ps for jobs, pods or containers"
 
 
 # ==== Pure rules: conditions ================================================================================
@@ -594,24 +589,20 @@ def profile_value(text: str) -> str | Json:
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched:
-    """Another process of the deployment, and the URL of its figures."""
+class Given(typing.Generic[T]):
+    """What an option's text stands for."""
 
-    name: str
-    url: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.name}={without_credentials(self.url)}"
+    text: str  # as results show it; of a file, its path
+    parts: tuple[T, ...]
 
 
-def watched(text: str) -> Watched:
-    """A process to watch, from NAME=URL."""
+def watched(text: str) -> Given[str]:
+    """The name and the URL of a process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
+    shown = without_credentials(text)
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        shown = without_credentials(text)
         raise UsageError(f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub), not {shown!r}")
-    return Watched(name, url)
+    return Given(f"{name}={without_credentials(url)}", (name, url))
 
 
 def condition(text: str) -> Condition:
@@ -662,17 +653,9 @@ def results_file(text: str) -> Json:
     return results
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents(typing.Generic[T]):
-    """A file that was read, and its parts."""
-
-    text: str  # the file's path
-    parts: tuple[T, ...]
-
-
 SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
-Recording = Contents[tuple[str, int]]  # a browser's requests: the path below the server, and the status
+Recording = Given[tuple[str, int]]  # a browser's requests: the path below the server, and the status
 
 
 def recording(text: str) -> Recording:
@@ -692,7 +675,7 @@ def recording(text: str) -> Recording:
     requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
     if not requests:
         raise UsageError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
-    return Contents(text, tuple(requests))
+    return Given(text, tuple(requests))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -705,7 +688,7 @@ class Code:
 
 SIX_TIMES_SEVEN = Code("6*7")
 NO_CODE = re.compile(r"\[(markdown|md|raw)\]")  # in the title of a cell of a # %% file
-Notebook = Contents[Code]
+Notebook = Given[Code]
 
 
 def notebook(text: str) -> Notebook:
@@ -723,7 +706,7 @@ def notebook(text: str) -> Notebook:
         cells = tuple(Code(source, "raises-exception" in tags) for source, tags in pairs if source.strip())
     if not cells:
         raise UsageError(f"{text} has no code cells (in a Python file, # %% begins one)")
-    return Contents(text, cells)
+    return Given(text, cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -763,19 +746,16 @@ def event_file(text: str) -> EventFile:
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
 COMMANDS = {
     "stress-test": """\
-Makes a fake user for each person, starts their servers, measures how long that
-takes, and removes all of them. With --visit, --page or --work each person goes
-on to their page, and to the results of their cells.
+Starts a server for each fake user, and with --visit, --page or --work follows
+each person to their page, and to the results of their cells.
 
 example: hub-stress-test stress-test --count 300 --within 5m --work""",
     "activity-stress-test": """\
-Makes users without servers, sends for them the activity reports that running
-servers send, measures how long the hub takes to answer, and removes the users.
+Makes users without servers, and sends the reports that running servers send.
 
 example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
     "purge": """\
-Removes the users, and their servers, that earlier runs left on the hub: those
-whose whole name follows this tool's naming, and no admin.
+Removes the users, and their servers, that earlier runs left on the hub.
 
 example: hub-stress-test purge --run night""",
 }
@@ -933,7 +913,7 @@ class Plan:
         "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
         on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     hold_s: float = for_people("--hold DURATION",
-        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        "keep the servers this long, then check that all are still there", duration, 0.0, compared=True,
         excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
         about=ACTIONS)
     within_s: float | None = option("--within DURATION",
@@ -947,7 +927,7 @@ class Plan:
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
         on=(STRESS,), compared=True, needs="event", about=ARRIVALS)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
-    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+    after_s: float = option("--after DURATION", "how long after the run a group begins", duration, 0.0,
         on=(GROUP,))
     seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
         needs="within_s")
@@ -968,7 +948,7 @@ class Plan:
         "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True,
         about=FAILS)
     stay_s: float | None = for_groups("--stay DURATION",
-        "each person leaves so long after starting to work; without it all stay until the last has come",
+        "each person leaves this long after starting to work; without it all stay until the last has come",
         duration, locust="60s", about=ACTIONS)
     check_proxy: bool = for_people("--check-proxy",
         "after the load: does the proxy lose connections when servers end? Takes some three minutes",
@@ -979,7 +959,7 @@ class Plan:
     workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
         whole_number, "100")
     duration_s: float | None = option("--duration DURATION",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        "send this long, without it once for each user; of a search, a step (10s, people 60s)", duration,
         on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=ACTIONS)
     processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
     mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
@@ -996,8 +976,8 @@ class Plan:
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
     cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
-        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
-    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "cleanup times out after this long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
+    watch: tuple[Given[str], ...] = for_loads("--watch NAME=URL",
         "read this Prometheus page of another process too, without the token; repeatable", watched, (),
         repeatable=True)
     samples: str | None = for_loads("--samples FILE",
@@ -1020,11 +1000,6 @@ class Plan:
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
         return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
-
-    @property
-    def works(self) -> bool:
-        """Whether some people run cells."""
-        return any(group.work for group in self.groups)
 
     @property
     def rehearses(self) -> bool:
@@ -3482,7 +3457,7 @@ def visit(person: Visitor) -> None:
         get_in(person, attempt, person.since_s + person.plan.visit_timeout_s)
     if person.browser and public.browser_tried.acquire(blocking=False):
         refused = why_browsers_are_refused(person.url, person.browser)
-        if refused and person.site.plan.works:
+        if refused and any(group.work for group in person.site.plan.groups):
             raise CutShort(refused)
         public.warnings += [refused] if refused else []
 
@@ -4973,7 +4948,8 @@ class Run:
         self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session)
         self.site = Site(self.hub, plan, self.record)
         self.monitors = {"hub": self.monitor}
-        self.monitors |= {one.name: Monitor(one.url, self.session, is_hub=False) for one in plan.watch}
+        watched = (each.parts for each in plan.watch)
+        self.monitors |= {name: Monitor(url, self.session, is_hub=False) for name, url in watched}
         self.claims = self.site.claims
         self.claims.known = {user["name"] for user in listed}
         self.cleaned = CleanUp()
@@ -4989,9 +4965,9 @@ class Run:
         for monitor in self.monitors.values():
             monitor.__enter__()
         for watch in self.plan.watch:
-            monitor = self.monitors[watch.name]
+            monitor = self.monitors[watch.parts[0]]
             if not monitor.snapshots:
-                LOG.warning("--watch %s cannot be read: %s", watch, monitor.missing or "no answer")
+                LOG.warning("--watch %s cannot be read: %s", watch.text, monitor.missing or "no answer")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -7338,7 +7314,7 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
         return f"there is no group {unknown!r}"
     step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
     if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
-        alone: Json = {"visit": True, "page": Contents("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
+        alone: Json = {"visit": True, "page": Given("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
         flags = [OPTIONS[name].flag for name, value in alone.items() if step.wanted(Plan(**{name: value}))]
         return f"{step.name} is measured only with {' or '.join(flags)}"
     if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):

@@ -56,11 +56,11 @@ def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> Non
     plan = plan_for(file)
     assert (plan.count, plan.hold_s, plan.opens, plan.is_open, plan.work) == (255, 300.0, True, True, False)
     assert [one.text for one in plan.fail_if] == ["failed > 0", "server_ready[students].p95 > 30s"]
-    assert plan.watch == (hst.Watched("proxy", "http://proxy:8002/metrics"),)
+    assert plan.watch == (hst.Given("proxy=http://proxy:8002/metrics", ("proxy", "http://proxy:8002/metrics")),)
     students, assistants = plan.event
     base = hst.Plan(hold_s=300.0, think_s=5.0, fail_if=plan.fail_if, watch=plan.watch)
     where = {"endpoint": "http://x/hub/api", "token": "x"}
-    cells = hst.Contents(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
+    cells = hst.Given(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
     assert students == dataclasses.replace(
         base, group="students", count=250, within_s=300.0, profile="small", work=True, notebook=cells, **where
     )

@@ -221,7 +221,7 @@ def test_the_code_cells_of_a_notebook_are_read_in_order(
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     found = hst.notebook(str(tmp_path / name))
-    assert found == hst.Contents(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
+    assert found == hst.Given(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
 
 
 @pytest.mark.parametrize(
