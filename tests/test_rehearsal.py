@@ -58,7 +58,7 @@ def recorded(tmp_path: Path) -> Callable[..., list[tuple[str, int]]]:
         file = tmp_path / "lab.har"
         file.write_text(har(*entries))
         found = hst.recording(str(file))
-        assert found.file == str(file)
+        assert found.text == str(file)
         return list(found.parts)
 
     return read
