@@ -20,38 +20,36 @@ Three commands answer, from a shell or a CI job:
   What did earlier runs leave?                  purge                                           seconds
   What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
-follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
-starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+stress-test starts a server for each fake user; --visit, --page and --work follow each person through the
+proxy to the results of their cells. activity-stress-test makes users without servers, and sends the activity
 reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
 enough, Locust runs this same file: locust -f hub_stress_test.py.
 
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
-starts and stops their servers, and deletes them. It writes to users that it made; purge and
-activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
-admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
-listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
-that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
-connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
---own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
+starts and stops their servers, and deletes them. It writes only to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern; never to an admin.
+Unless --keep is given, it deletes every user that it made, however the run ends, then lists the hub's users
+again; it names those that remain, with exit code 4. A hub may keep unix accounts, home directories and
+volumes of deleted users. With --check-proxy, a proxy that loses connections keeps them for an hour, which no
+cleanup can undo: this is reported, and fails the run. With --own-servers all of this is true of named servers
+of the token's owner; the owner's other servers are not touched, and no admin rights are needed.
 
 What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
 that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
-person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
-was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the hub says
+that the server is gone or, with --visit, if the server no longer answers. "Ping" reads one user five times a
 second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
-sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
-succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
+sending a request (with --rate, from when it was due) to its final answer, without the pauses for which the
+hub asked. "Hub's own" comes from the hub's metrics page. Latencies are those of successes; failures are
+counted beside them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
-the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+the run could not do what it was asked to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
 was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
-proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
-names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, and does
+not measure a proxy, a page or a kernel. Two runs at the same time on one hub need different --run names.
 """
 
 from __future__ import annotations
@@ -121,19 +119,19 @@ LOG = logging.getLogger("hub-stress-test")
 USERNAME_PREFIX = "hub-stress-test"
 DEFAULT_TIMEOUT = 30  # seconds that one request may take
 SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to stop
-CLEANUP_TIMEOUT_S = 300.0  # cleanup gives up after so long without progress
+CLEANUP_TIMEOUT_S = 300.0  # cleanup times out after this long without progress
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
-RETRY_WINDOW_S = 60.0  # no retry so long after the first try
+RETRY_WINDOW_S = 60.0  # no retry later than this after the first try
 RETRY_AFTER_MAX_S = 120.0
-HUB_GONE_S = 120.0  # the load ends when the hub has not answered for so long
-TOKEN_CHECK_EVERY_S = 30.0  # at most so often is the hub asked whether it still accepts the token
+HUB_GONE_S = 120.0  # the load ends after this much silence from the hub
+TOKEN_CHECK_EVERY_S = 30.0  # the least time between two checks that the hub still accepts the token
 LATE_ACT_S = 2.0  # how long a hub may take to act on a request whose answer was lost
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub names no time
 HEAD_START_S = 0.02  # of throttled starts before new ones
-FIRST_STARTS = 3  # at most so many fail before any server is ready: a hub may exit after five in a row
+FIRST_STARTS = 3  # starts before any server is ready: a hub may exit after five failures in a row
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
-LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
-OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
+LATE_SEND_S = 0.1  # the generator was too slow if it sent a request later than this after it was due
+OPEN_GRACE_S = 5.0  # after the end of an open load, for requests that were due before
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LATE_LOOP_S = 0.2
@@ -141,12 +139,12 @@ DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
 MANY_SERVERS = 3000
-SILENT_S = 3.0  # before it is said that the hub does not answer
+SILENT_S = 3.0  # before a warning that the hub does not answer
 PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
 STATUS_EVERY_S, STATUS_IN_PLACE_EVERY_S = 10.0, 0.5
 METRICS_EVERY_S = 5.0
-SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
+SAMPLES_EVERY_S = 1.0  # between two writes: what a killed program may lose
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -180,13 +178,13 @@ class ExitCode(enum.IntEnum):
 
 
 class HubStressError(Exception):
-    """Something the user can be told in a sentence."""
+    """A problem that one sentence explains to the user."""
 
     exit_code = ExitCode.FAILED
 
 
-class UsageError(HubStressError):
-    """The command line is wrong: nothing was sent."""
+class UsageError(HubStressError, argparse.ArgumentTypeError):
+    """The command line, or a value in it, is wrong: nothing was sent."""
 
     exit_code = ExitCode.USAGE
 
@@ -355,20 +353,9 @@ def names_text(names: Iterable[str]) -> str:
     return " ".join(texts)
 
 
-def with_few_names(text: str) -> str:
-    """A hub's message whose lists of test users are shortened as by `names_text`."""
-    name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
-    return re.sub(rf"{name}(?:, {name})+", lambda match: names_text(match[0].split(", ")), text)
-
-
 def thing(own_servers: bool) -> str:
-    """What a run makes and removes."""
+    """What a run makes and removes, in the singular."""
     return "server" if own_servers else "user"
-
-
-def things(own_servers: bool) -> str:
-    """The plural of `thing`."""
-    return f"{thing(own_servers)}s"
 
 
 def purge_command(run: str | None, own_servers: bool = False) -> str:
@@ -387,11 +374,8 @@ def pods_command(run: str | None, own_servers: bool = False) -> str:
 
 def still_starting(number: int) -> str:
     """What may remain of this many servers that were stopped while they were starting."""
-    they, their = ("it was", "its") if number == 1 else ("they were", "their")
-    return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
-        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
-    )
+    stopped = counted(number, "server was stopped while it was", "servers were stopped while they were")
+    return f"{stopped} still starting: see squeue, kubectl or docker ps for jobs, pods or containers"
 
 
 # ==== Pure rules: conditions ================================================================================
@@ -467,23 +451,18 @@ def value_text(value: float, metric: str) -> str:
 
 # ==== The plan, made from one table of options ==============================================================
 #
-# A field of Plan is a row of the table: how its option is written, where it can stand, and the rules that it
-# brings with it. The command line, an event's file, the results' `options` and Locust's options are made from
-# these rows. First, what a value may be.
-
-
-def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
-    """What to raise for a text that is not what was expected."""
-    return argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+# A field of Plan is a row of the table: how its option is written, where it can stand, and its rules. The
+# command line, an event's file, the results' `options` and Locust's options are made from these rows. First,
+# the kinds of values: functions of a text that raise `UsageError`.
 
 
 def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
     """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
 
     def parse(text: str) -> T:
-        """The value of a text; raises `argparse.ArgumentTypeError`."""
+        """The value of a text."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
-            raise bad_value(expected, text)
+            raise UsageError(f"expected {expected}, not {text!r}")
         return value
 
     return parse
@@ -516,7 +495,8 @@ class Schedule:
         """A rate as a schedule; stages as they are; None without a rate."""
         return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
         return ",".join(f"{rate_per_s:g}:{for_s:g}s" for rate_per_s, for_s in self.stages)
 
     @property
@@ -563,16 +543,16 @@ def rate_text(rate: float | Schedule) -> str:
 
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
-    url = urllib.parse.urlsplit(text)
+    url, shown = urllib.parse.urlsplit(text), without_credentials(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise bad_value("a URL like https://hub.example.org/hub/api", without_credentials(text))
-    return without_credentials(text).rstrip("/")
+        raise UsageError(f"expected a URL like https://hub.example.org/hub/api, not {shown!r}")
+    return shown.rstrip("/")
 
 
 def token_text(text: str) -> Secret:
     """A token. A text that is refused may be a secret too, and is not shown."""
     if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
+        raise UsageError("expected a token of printable characters without blanks")
     return Secret(text)
 
 
@@ -580,14 +560,10 @@ def header(text: str) -> tuple[str, Secret]:
     """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
     match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
     if not match:
-        raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
-    name, value = match.groups()
-    if name.lower() in ("authorization", "content-length", "host"):
-        why_not = (
-            "the hub's token is sent in it" if name.lower() == "authorization" else "each request has its own"
-        )
-        raise argparse.ArgumentTypeError(f"the header {name} cannot be set: {why_not}")
-    return name, Secret(value)
+        raise UsageError("expected a header like 'Name: value', of printable characters")
+    if match[1].lower() in ("authorization", "content-length", "host"):
+        raise UsageError(f"the header {match[1]} cannot be set: each request has its own")
+    return match[1], Secret(match[2])
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -595,7 +571,7 @@ def mix_of(text: str) -> dict[str, float]:
     parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
     mix = {part[1]: float(part[2]) for part in parts if part}
     if len(mix) != len(parts) or not all(mix.values()):
-        raise bad_value("NAME=WEIGHT,… like activity=8,read=2", text)
+        raise UsageError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
     return mix
 
 
@@ -606,37 +582,35 @@ def profile_value(text: str) -> str | Json:
     try:
         options = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"this is not valid JSON ({error}): {text}") from None
+        raise UsageError(f"this is not valid JSON ({error}): {text}") from None
     if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f"expected a profile's slug or a JSON object, not {text}")
+        raise UsageError(f"expected a profile's slug or a JSON object, not {text}")
     return options
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched:
-    """Another process of the deployment, and the URL of its figures."""
+class Given(typing.Generic[T]):
+    """What an option's text stands for."""
 
-    name: str
-    url: str
-
-    def __str__(self) -> str:
-        return f"{self.name}={without_credentials(self.url)}"
+    text: str  # as results show it; of a file, its path
+    parts: tuple[T, ...]
 
 
-def watched(text: str) -> Watched:
-    """A process to watch, from NAME=URL."""
+def watched(text: str) -> Given[str]:
+    """The name and the URL of a process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
+    shown = without_credentials(text)
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise bad_value("NAME=URL, like proxy=http://proxy:8002/metrics (not hub)", without_credentials(text))
-    return Watched(name, url)
+        raise UsageError(f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub), not {shown!r}")
+    return Given(f"{name}={without_credentials(url)}", (name, url))
 
 
 def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    """The condition METRIC OP VALUE."""
     number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
     match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
     if not match:
-        raise bad_value("METRIC OP VALUE, like 'server_ready.p95 > 30s'", text)
+        raise UsageError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
     metric, comparison, limit, unit = match.groups()
     return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
@@ -648,14 +622,14 @@ def writable_file(text: str) -> str:
     """The path of a file that can be written; nothing is written yet."""
     folder = os.path.dirname(os.path.realpath(text))
     if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+        raise UsageError(f"{text} cannot be written")
     return text
 
 
 def samples_file(text: str) -> str:
     """The path of a file of samples that can be written; its name says whether it is compressed."""
     if not text.endswith((".csv", ".csv.gz")):
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .csv or .csv.gz, not {text}")
+        raise UsageError(f"expected a name that ends in .csv or .csv.gz, not {text}")
     return writable_file(text)
 
 
@@ -666,11 +640,8 @@ def reading(path: str, kind: str) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             yield file.read()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be read as {kind} ({_in_words(error)})") from None
-
-
-def _in_words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)  # without the file's name
+        why = getattr(error, "strerror", None) or error  # without the file's name
+        raise UsageError(f"{path} cannot be read as {kind} ({why})") from None
 
 
 def results_file(text: str) -> Json:
@@ -678,20 +649,13 @@ def results_file(text: str) -> Json:
     with reading(text, "results") as content:
         results = json.loads(content)
     if not isinstance(results, dict) or results.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+        raise UsageError(f"{text} does not hold results of this tool")
     return results
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What a browser fetched when it opened a page: paths below the server's own, and the statuses it got."""
-
-    file: str
-    requests: tuple[tuple[str, int], ...]
 
 
 SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
+Recording = Given[tuple[str, int]]  # a browser's requests: the path below the server, and the status
 
 
 def recording(text: str) -> Recording:
@@ -702,21 +666,16 @@ def recording(text: str) -> Recording:
             method, url = entry["request"]["method"], urllib.parse.urlsplit(entry["request"]["url"])
             status, below = entry["response"]["status"], BELOW_A_SERVER.search(url.path)
             if method == "GET" and status >= 200 and below and url.scheme in ("http", "https"):
-                path = below[2] + _without_secrets(url.query)
+                pairs = urllib.parse.parse_qsl(url.query, keep_blank_values=True)
+                query = urllib.parse.urlencode([pair for pair in pairs if not SECRET.search(pair[0])])
+                path = f"{below[2]}?{query}" if query else below[2]
                 requests_below[url.netloc, below[1]].append((path, status))
     most = max(requests_below.values(), key=len, default=[])
     ends = {"..", "oauth_callback", "logout"}
     requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
     if not requests:
-        sentence = f"{text} holds no GET below /user/NAME/: record the page of a person's server"
-        raise argparse.ArgumentTypeError(sentence)
-    return Recording(text, tuple(requests))
-
-
-def _without_secrets(query: str) -> str:
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    rest = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
-    return f"?{rest}" if rest else ""
+        raise UsageError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
+    return Given(text, tuple(requests))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -727,15 +686,9 @@ class Code:
     may_raise: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Notebook:
-    """The code cells of a file."""
-
-    file: str
-    cells: tuple[Code, ...]
-
-
 SIX_TIMES_SEVEN = Code("6*7")
+NO_CODE = re.compile(r"\[(markdown|md|raw)\]")  # in the title of a cell of a # %% file
+Notebook = Given[Code]
 
 
 def notebook(text: str) -> Notebook:
@@ -744,25 +697,16 @@ def notebook(text: str) -> Notebook:
         if text.endswith(".ipynb"):
             code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
             tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
-            cells = [
-                Code("".join(cell["source"]), "raises-exception" in tag) for cell, tag in zip(code, tags)
-            ]
-        else:
-            cells = list(_cells_of_script(content))
-    cells = [cell for cell in cells if cell.source.strip()]
+            pairs = [("".join(cell["source"]), tag) for cell, tag in zip(code, tags)]
+        else:  # a title stands behind # %%; what stands before the first one may be only comments
+            beginning, *parts = re.split(r"^# ?%%", content, flags=re.MULTILINE)
+            before = [f"\n{beginning}"] if parts and re.search(r"^[^#\s]", beginning, re.MULTILINE) else []
+            titled = [part.partition("\n") for part in before + parts]
+            pairs = [(source, title) for title, _, source in titled if not NO_CODE.search(title)]
+        cells = tuple(Code(source, "raises-exception" in tags) for source, tags in pairs if source.strip())
     if not cells:
-        raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
-    return Notebook(text, tuple(cells))
-
-
-def _cells_of_script(content: str) -> Iterator[Code]:
-    beginning, *parts = re.split(r"^# ?%%", content, flags=re.MULTILINE)
-    if parts and re.search(r"^[^#\s]", beginning, re.MULTILINE):  # more than comments
-        yield Code(beginning)
-    for part in parts:
-        title, _, source = part.partition("\n")
-        if not re.search(r"\[(markdown|md|raw)\]", title):
-            yield Code(source, "raises-exception" in title)
+        raise UsageError(f"{text} has no code cells (in a Python file, # %% begins one)")
+    return Given(text, cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -788,12 +732,12 @@ def event_file(text: str) -> EventFile:
     """An event's file, whose keys nobody has looked at yet."""
     toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
     if not toml:
-        raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
+        raise UsageError("this needs tomli, which is not installed: pip install tomli")
     with reading(text, "TOML") as content:
         above = toml.loads(content)
         people = above.pop("people", None)
     if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
-        raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
+        raise UsageError(f"{text}: expected groups of people, each below a line [[people]]")
     return EventFile(text, content, [above, *people])
 
 
@@ -801,16 +745,26 @@ def event_file(text: str) -> EventFile:
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
 COMMANDS = {
-    "stress-test": "make users, start their servers, measure, remove them",
-    "activity-stress-test": "send the activity reports of running servers, measure",
-    "purge": "remove the users that earlier runs left behind",
+    "stress-test": """\
+Starts a server for each fake user, and with --visit, --page or --work follows
+each person to their page, and to the results of their cells.
+
+example: hub-stress-test stress-test --count 300 --within 5m --work""",
+    "activity-stress-test": """\
+Makes users without servers, and sends the reports that running servers send.
+
+example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
+    "purge": """\
+Removes the users, and their servers, that earlier runs left on the hub.
+
+example: hub-stress-test purge --run night""",
 }
 STRESS, ACTIVITY, PURGE = COMMANDS
 LOADS = (STRESS, ACTIVITY)
-WHO, WHAT, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
+EVENT, GROUP = "the table above the groups", "a group"  # of an event's file, where options can stand too
+ARRIVALS, ACTIONS, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
 CAPACITY, CONNECTION, RARE = "capacity", "connection", "rare"
-HELP_GROUPS = (WHO, WHAT, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
-EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
+HELP_GROUPS = (ARRIVALS, ACTIONS, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
 
@@ -841,7 +795,7 @@ class Option:
     locust: bool | str = False  # whether Locust has it; text: with another default
     locust_flag: str = ""
 
-    def add_to(self, parser: argparse._ActionsContainer, dest: str, shown: bool = True) -> None:
+    def add_to(self, parser: argparse._ActionsContainer, dest: str, shown: bool) -> None:
         settings: Json = {"help": self.help if shown else argparse.SUPPRESS, "dest": dest}
         if self.kind:
             settings |= {"type": self.kind, "metavar": self.metavar}
@@ -865,6 +819,18 @@ class Option:
         if self.repeatable or self.flag in ("--endpoint", "--token"):  # which a page is not to change
             settings["include_in_web_ui"] = False
         parser.add_argument(self.locust_flag, help=self.help, metavar=self.metavar, type=check, **settings)
+
+    def from_toml(self, value: Any, folder: str) -> Any:
+        """The value of a key of an event's file; paths begin in its folder. Raises `UsageError`."""
+        if isinstance(value, bool) and (self.const or not self.kind):
+            return value and (self.const or True)
+        if isinstance(value, bool) or not self.kind:
+            raise UsageError(f"expected {self.metavar or 'true or false'}, not {value!r}")
+        values = value if self.repeatable and isinstance(value, list) else [value]
+        texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
+        if self.metavar.startswith("FILE"):
+            texts = [os.path.join(folder, text) for text in texts]
+        return tuple(map(self.kind, texts)) if self.repeatable else self.kind(texts[0])
 
 
 def option(
@@ -918,7 +884,7 @@ class Plan:
         about=OUTPUT)
     run: str | None = option("--run NAME",
         "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust",
-        about=WHO)
+        about=ARRIVALS)
     results: str | None = option("--results FILE", "write the results as JSON", writable_file, about=OUTPUT)
     report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
         package=("plotly", "plotly"), about=OUTPUT, hidden_on=(PURGE,))
@@ -928,77 +894,77 @@ class Plan:
     baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
         results_file, reported=False, about=FAILS, hidden_on=(PURGE,))
     count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
-        on=(*LOADS, GROUP), compared=True, about=WHO)
+        on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
-        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=WHO)
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=ARRIVALS)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
         excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them", about=WHAT)
+        because="{} ends servers, and --keep leaves them running: give one of them", about=ACTIONS)
     profile: str | Json | None = for_groups("-p --profile P",
-        "a profile's slug, or a JSON object of user options", profile_value, about=WHAT)
+        "a profile's slug, or a JSON object of user options", profile_value, about=ACTIONS)
     own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE, EVENT), compared=True, locust=True, about=WHO)
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True, about=ARRIVALS)
     server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
         duration, "60s", about=FAILS)
     fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
         whole_number, 0, const=1, about=FAILS)
     rate_per_s: float | Schedule | None = option("--rate R",
         "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
-        on=(*LOADS, GROUP), compared=True, about=WHO)
+        on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     hold_s: float = for_people("--hold DURATION",
-        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        "keep the servers this long, then check that all are still there", duration, 0.0, compared=True,
         excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
-        about=WHAT)
+        about=ACTIONS)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
         compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them", about=WHO)
+        because="--within and {} both say when people come: give one of them", about=ARRIVALS)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
         compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}", about=WHO)
+        because="the groups of --event say who comes and when: leave out {}", about=ARRIVALS)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
-        on=(STRESS,), compared=True, needs="event", about=WHO)
+        on=(STRESS,), compared=True, needs="event", about=ARRIVALS)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
-    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+    after_s: float = option("--after DURATION", "how long after the run a group begins", duration, 0.0,
         on=(GROUP,))
     seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
         needs="within_s")
     visit: bool = for_groups("--visit", "each person opens the start page of their server",
-        locust_flag="--hub-open", about=WHAT)
+        locust_flag="--hub-open", about=ACTIONS)
     visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
         duration, "30s", needs="visit page work check_proxy", locust=True, about=FAILS)
     page: Recording | None = for_groups("--page FILE.har",
-        "each person fetches what a browser did that this HAR file recorded", recording, about=WHAT)
+        "each person fetches what a browser did that this HAR file recorded", recording, about=ACTIONS)
     work: bool = for_groups("--work", "each person starts a kernel and runs cells",
-        package=("websocket-client", "websocket"), about=WHAT)
+        package=("websocket-client", "websocket"), about=ACTIONS)
     notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook, needs="work", about=WHAT)
+        notebook, needs="work", about=ACTIONS)
     think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
-        duration, "10s", needs="work", about=WHAT)
+        duration, "10s", needs="work", about=ACTIONS)
     cell_timeout_s: float = for_people("--cell-timeout DURATION",
         "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True,
         about=FAILS)
     stay_s: float | None = for_groups("--stay DURATION",
-        "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration, locust="60s", about=WHAT)
+        "each person leaves this long after starting to work; without it all stay until the last has come",
+        duration, locust="60s", about=ACTIONS)
     check_proxy: bool = for_people("--check-proxy",
         "after the load: does the proxy lose connections when servers end? Takes some three minutes",
-        about=WHAT)
+        about=ACTIONS)
     public_url: str | None = for_people("--public-url URL",
         "where people reach the hub, if not at the endpoint", endpoint_url,
         needs="visit page work check_proxy", locust=True, about=CONNECTION)
     workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
         whole_number, "100")
     duration_s: float | None = option("--duration DURATION",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
-        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=WHAT)
+        "send this long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=ACTIONS)
     processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
     mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
         "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
-        locust="activity=1", about=WHAT)
+        locust="activity=1", about=ACTIONS)
     operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
         str, locust=True)
     find_capacity: bool = option("--find-capacity",
@@ -1010,8 +976,8 @@ class Plan:
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
     cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
-        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
-    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "cleanup times out after this long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
+    watch: tuple[Given[str], ...] = for_loads("--watch NAME=URL",
         "read this Prometheus page of another process too, without the token; repeatable", watched, (),
         repeatable=True)
     samples: str | None = for_loads("--samples FILE",
@@ -1036,19 +1002,14 @@ class Plan:
         return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
 
     @property
-    def works(self) -> bool:
-        """Whether some people run cells."""
-        return any(group.work for group in self.groups)
+    def rehearses(self) -> bool:
+        """Whether people are followed until they can work, those of an event if only to a ready server."""
+        return self.opens or bool(self.event or self.group)
 
     @property
     def goal(self) -> str:
         """The step with which a person has what they came for."""
         return "at_work" if self.rehearses else "server_ready"
-
-    @property
-    def rehearses(self) -> bool:
-        """Whether people are followed until they can work, those of an event if only to a ready server."""
-        return self.opens or bool(self.event or self.group)
 
     @property
     def is_open(self) -> bool:
@@ -1060,16 +1021,14 @@ class Plan:
         """How many users are removed at the same time: as fast as they came, if each takes two seconds."""
         if self.command != STRESS:
             return self.batch_size
-        paces = (
-            fastest(group.rate_per_s) or group.count / (group.within_s or math.inf) for group in self.groups
-        )
+        paces = (fastest(each.rate_per_s) or each.count / (each.within_s or math.inf) for each in self.groups)
         return max(self.batch_size, min(100, math.ceil(2 * sum(paces))))
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What decides whether the run has failed: what was asked for, and always a leak that was proven.
+        """What decides whether the run has failed. A leak that was proven always does.
 
-        A search for capacity also minds how long requests take.
+        A search for capacity also limits how long requests take.
         """
         slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
@@ -1085,16 +1044,10 @@ class Plan:
 
 
 def _reported(value: Any) -> Any:
-    """An option's value as JSON has it: a file by its name, a group by its options."""
+    """An option's value as JSON has it: a group by its options, what was read from a text by that text."""
     if isinstance(value, tuple):
         return [_reported(each) for each in value]
-    if isinstance(value, Plan):
-        return value.options()
-    if isinstance(value, (Recording, Notebook)):
-        return value.file
-    if isinstance(value, Condition):
-        return value.text
-    return str(value) if isinstance(value, (Schedule, Watched)) else value
+    return value.options() if isinstance(value, Plan) else getattr(value, "text", value)
 
 
 OPTIONS: dict[str, Option] = {
@@ -1711,9 +1664,11 @@ class Reply:
         return self.status or self.front
 
     def __str__(self) -> str:
-        if not self.status:
-            return self.message
-        return f"{self.status} ({with_few_names(self.message)})" if self.message else str(self.status)
+        if not self.status or not self.message:
+            return self.message or str(self.status)
+        name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"  # the hub may list hundreds of them
+        names = re.compile(rf"{name}(?:, {name})+")
+        return f"{self.status} ({names.sub(lambda match: names_text(match[0].split(', ')), self.message)})"
 
     def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
         """The event of a request, which succeeded if its status is among `ok`."""
@@ -2633,7 +2588,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused(f"list its {things(isinstance(hub, OwnServers))}", reply, hub.denial(reply))
+            raise HubRefused(f"list its {thing(isinstance(hub, OwnServers))}s", reply, hub.denial(reply))
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
@@ -3333,7 +3288,7 @@ def visit(person: Visitor) -> None:
         get_in(person, event, person.since_s + person.plan.visit_timeout_s)
     if public.browser_tried.acquire(blocking=False):
         refused = why_browsers_are_refused(person.url, person.browser)
-        if refused and person.site.plan.works:
+        if refused and any(group.work for group in person.site.plan.groups):
             raise CutShort(refused)
         public.warnings += [refused] if refused else []
 
@@ -3429,7 +3384,7 @@ def load_page(person: Visitor) -> None:
 
     with person.step("page") as event:
         with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-            list(connections.map(fetch, person.plan.page.requests if person.plan.page else ()))
+            list(connections.map(fetch, person.plan.page.parts if person.plan.page else ()))
         for text, path in failures[:1]:
             event.message = path.partition("?")[0]
             raise Failed(Kind.ROUTE, text)
@@ -3458,7 +3413,7 @@ def start_kernel(person: Visitor) -> None:
 
 def cells_of(plan: Plan) -> Sequence[Code]:
     """The cells that a person runs, first to last."""
-    return plan.notebook.cells if plan.notebook else (SIX_TIMES_SEVEN,)
+    return plan.notebook.parts if plan.notebook else (SIX_TIMES_SEVEN,)
 
 
 def get_to_work(person: Visitor) -> None:
@@ -3583,7 +3538,7 @@ def delete(person: Visitor) -> None:
     if site.states.get(name) is ServerState.STOPPED:
         reply = site.hub.delete(name)
         site.states[name] = AFTER_DELETE.get(reply.status, ServerState.UNKNOWN)
-        site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
+        site.removal.note(name, reply, f"delete {thing(isinstance(site.hub, OwnServers))}s")
         person.record(reply.event("delete_user", name, ok=(202, 204, 404)))  # 202: an own server stops first
 
 
@@ -3760,7 +3715,7 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
         rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
         arrives_s = due_s if plan.is_open else rounds * start_s
-        parts = len(group.page.requests) if group.page else 0
+        parts = len(group.page.parts) if group.page else 0
         parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
         look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
         works_s = arrives_s + start_s + look_s + parts_s
@@ -3996,8 +3951,8 @@ def remove_users(
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
 
     def line() -> str:
-        removed, users = len(existing & site.removal.gone), things(isinstance(hub, OwnServers))
-        return f"cleaning up: {removed:,} of {len(existing):,} {users} removed"
+        removed, user = len(existing & site.removal.gone), thing(isinstance(hub, OwnServers))
+        return f"cleaning up: {removed:,} of {len(existing):,} {user}s removed"
 
     with progress(line) as tell:
         while True:
@@ -4555,7 +4510,7 @@ class LivePage:
         try:
             self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {_in_words(error)}") from None
+            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {error}") from None
 
     def __enter__(self) -> None:
         start_thread("metrics page", self._server.serve_forever, 0.1)
@@ -4721,7 +4676,8 @@ class Run:
         self.hub, self.claims = self.site.hub, self.site.claims
         self.monitor = Monitor(metrics_url(self.hub.endpoint), session)
         self.monitors = {"hub": self.monitor}
-        self.monitors |= {watch.name: Monitor(watch.url, session, is_hub=False) for watch in plan.watch}
+        watched = (each.parts for each in plan.watch)
+        self.monitors |= {name: Monitor(url, session, is_hub=False) for name, url in watched}
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
@@ -4730,8 +4686,8 @@ class Run:
         for monitor in self.monitors.values():
             closing.enter_context(monitor)
         for watch in plan.watch:
-            if not (monitor := self.monitors[watch.name]).snapshots:
-                LOG.warning("--watch %s cannot be read: %s", watch, monitor.missing or "no answer")
+            if not (monitor := self.monitors[watch.parts[0]]).snapshots:
+                LOG.warning("--watch %s cannot be read: %s", watch.text, monitor.missing or "no answer")
         self._interruption = interruption
         interruption.begin(self._stop, self._leave)
 
@@ -5292,9 +5248,9 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         "since such failures count towards the hub's exit": in_time,
         "some servers were still starting: see the hub's log and the spawner's events, or raise "
         "--server-timeout": Kind.TIMED_OUT in kinds,
-        f"see the hub's log for the {things(results.own_servers)} named above, and the events of their pods: "
+        f"see the hub's log for the {thing(results.own_servers)}s named above, and the events of their pods: "
         "kubectl get events -n NAMESPACE": failures and Kind.TIMED_OUT not in kinds and pods,
-        f"see the hub's log for the {things(results.own_servers)} named above, and where the spawner runs "
+        f"see the hub's log for the {thing(results.own_servers)}s named above, and where the spawner runs "
         "them (squeue, sacct, docker ps, journalctl)": (
             failures and Kind.TIMED_OUT not in kinds and not pods
         ),
@@ -6318,26 +6274,9 @@ def _table_lines(rows: Sequence[Sequence[str]], left: Collection[int], width: in
 # ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
-MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
-MEANWHILE += f"every {METRICS_EVERY_S:g} s"
-
-
-def steps_planned(group: Plan) -> str:
-    """What each person of a group does, in order."""
-    book, parts = group.notebook, len(group.page.requests) if group.page else 0
-    cells = f"{counted(len(book.cells), 'cell')} of {book.file}" if book else "6*7 again and again"
-    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
-    steps = {
-        f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
-        f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
-        f"fetches {counted(parts, 'part')} of the page": parts,
-        f"runs {cells} in a kernel ({limits})": group.work,
-        f"stays until {duration_text(group.hold_s)} after the last has got this far": (
-            group.hold_s and not group.stay_s
-        ),
-        f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
-    }
-    return ", ".join(step for step, planned in steps.items() if planned)
+MEANWHILE = (
+    f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
+)
 
 
 def people_planned(plan: Plan) -> Iterator[Row]:
@@ -6353,7 +6292,20 @@ def people_planned(plan: Plan) -> Iterator[Row]:
         few_first = not plan.is_open and min(group.count, plan.batch_size) > FIRST_STARTS
         pace += f" ({FIRST_STARTS} until one server is ready)" * few_first
         yield "people", f"{name}{pace}: the first {first}, the last {last}"
-        yield "each person", name + steps_planned(group)
+        book, parts = group.notebook, len(group.page.parts) if group.page else 0
+        cells = f"{counted(len(book.parts), 'cell')} of {book.text}" if book else "6*7 again and again"
+        cells += f" in a kernel (at most {duration_text(group.cell_timeout_s)} each"
+        steps = {
+            f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
+            f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
+            f"fetches {counted(parts, 'part')} of the page": parts,
+            f"runs {cells}, {duration_text(group.think_s)} between two)": group.work,
+            f"stays until {duration_text(group.hold_s)} after the last has got this far": (
+                group.hold_s and not group.stay_s
+            ),
+            f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
+        }
+        yield "each person", name + ", ".join(step for step, planned in steps.items() if planned)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
     creates = 0 if plan.own_servers else math.ceil(plan.count / plan.batch_size)
@@ -6374,11 +6326,10 @@ def people_planned(plan: Plan) -> Iterator[Row]:
 
 def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
-    load, total = Load(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
-    lasts_s = load.schedule.lasts_s if load.schedule else load.plan.duration_s
-    threads = load.workers * plan.processes
+    load = Load(plan, "", [""] * plan.count)
+    lasts_s = load.schedule.lasts_s if load.schedule else plan.duration_s
+    threads, total = load.workers * plan.processes, sum(load.mix.values())
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
-    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     unlimited = lasts_s and not load.schedule
     number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
@@ -6386,6 +6337,7 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
     deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
     yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
+    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
     worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
     yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
@@ -6393,7 +6345,7 @@ def load_planned(plan: Plan) -> Iterator[Row]:
 
 def plan_section(plan: Plan) -> Section:
     """What a run of this plan does and costs, as far as that can be known without asking the hub."""
-    what, prefix, step = things(plan.own_servers), username(0, plan.run or "")[:-1], plan
+    kind, prefix, step = f"{thing(plan.own_servers)}s", username(0, plan.run or "")[:-1], plan
     rows: list[Row] = [("hub", plan.endpoint or "not given yet")]
     if plan.find_capacity:
         step = first_step(plan)
@@ -6403,24 +6355,24 @@ def plan_section(plan: Plan) -> Section:
     if plan.command == PURGE:
         every = "" if plan.run else ", and those of every --run"
         requests_text = "2 checks, 2 lists; for each of them a stop if it runs, and a delete"
-        rows += [(what, f"{prefix}<n>{every}"), ("requests", requests_text)]
+        rows += [(kind, f"{prefix}<n>{every}"), ("requests", requests_text)]
         rows += [("duration", f"as long as that takes for {plan.batch_size} at a time")]
     else:
         names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
         first = "; those that are there come first" if plan.command == ACTIVITY else ""
-        rows.append((what, f"{names}, or as many after the highest number in use{first}"))
+        rows.append((kind, f"{names}, or as many after the highest number in use{first}"))
         rows += people_planned(step) if plan.command == STRESS else load_planned(step)
     if plan.command != STRESS:
         rows.append(("cost", "no servers, no kernels"))
-    removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
-    rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
+    removed = f"{kind} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
+    rows.append(("cleanup", f"{kind} are kept" if plan.keep else removed))
     mine = "!user=<owner>" * plan.own_servers
     scopes = sorted(needed_scopes(plan.command, plan.own_servers))
     rows.append(("scopes", ", ".join(scope + mine for scope in scopes)))
     if plan.command == STRESS and plan.opens:
         whose = "the token" if plan.visit_token else "the token, or better a second one"
         rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
-    rows.append(("conditions", "; ".join(one.text for one in plan.conditions)))
+    rows.append(("conditions", "; ".join(limit.text for limit in plan.conditions)))
     return Section("Plan", rows)
 
 
@@ -6710,7 +6662,7 @@ def write_files(plan: Plan, results: Results) -> Results:
             if path:
                 write_whole(path, render(results, plan.baseline))
         except OSError as error:
-            sentence = f"--{flag} {path} could not be written: {_in_words(error)}"
+            sentence = f"--{flag} {path} could not be written: {error.strerror or error}"
             LOG.error(sentence)
             code, warnings = results.exit_code or int(ExitCode.FAILED), [*results.warnings, sentence]
             results = dataclasses.replace(results, warnings=warnings, exit_code=code)
@@ -6813,57 +6765,37 @@ def carry_out(plan: Plan) -> Results:
 # ==== Command line, and an event's file =====================================================================
 
 
-DESCRIPTIONS = {
-    STRESS: """\
-Makes a fake user for each person, starts their servers, measures how long that
-takes, and removes all of them. With --visit, --page or --work each person goes
-on to their page, and to the results of their cells.
-
-example: hub-stress-test stress-test --count 300 --within 5m --work""",
-    ACTIVITY: """\
-Makes users without servers, sends for them the activity reports that running
-servers send, measures how long the hub takes to answer, and removes the users.
-
-example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
-    PURGE: """\
-Removes the users, and their servers, that earlier runs left on the hub: those
-whose whole name follows this tool's naming, and no admin.
-
-example: hub-stress-test purge --run night""",
-}
-
-
 class _Parser(argparse.ArgumentParser):
-    """Refuses bad usage in one sentence, and sets only what is given."""
-
-    def __init__(self, **settings: Any) -> None:
-        settings |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Refuses bad usage in one sentence."""
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line. Options of all commands can stand before and after the command."""
-    parser = _Parser(prog="hub-stress-test", description=__doc__)
+def build_parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of all options, which sets only what is given. Its help has the options of this command.
+
+    Without a command these are the options of all commands.
+    """
+    parser = _Parser(
+        prog="hub-stress-test",
+        usage=f"hub-stress-test [OPTIONS] {command or 'COMMAND'} [OPTIONS]",
+        description=COMMANDS.get(command, __doc__),
+        epilog="DURATION: 90s, 5m or 1h; a number alone is in seconds.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    commands = f"{', '.join(COMMANDS)}: see COMMAND --help"
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=commands)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    _group_options(parser, [name for name, row in OPTIONS.items() if {*COMMANDS} <= {*row.on}])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command, help in COMMANDS.items():
-        units = "DURATION: 90s, 5m or 1h; a number alone is in seconds."
-        sub = commands.add_parser(command, help=help, description=DESCRIPTIONS[command], epilog=units)
-        _group_options(sub, [name for name, row in OPTIONS.items() if command in row.on], command)
-    return parser
-
-
-def _group_options(parser: argparse.ArgumentParser, names: Collection[str], command: str = "") -> None:
-    """Add these options in their groups. A list that a command continues would replace the one before it."""
     for about in HELP_GROUPS:
         group = parser.add_argument_group(about)
-        for name, row in ((name, OPTIONS[name]) for name in names if OPTIONS[name].about == about):
-            dest = f"{name}_too" if command and row.repeatable else name
-            row.add_to(group, dest, command not in row.hidden_on)
+        for name, row in OPTIONS.items():
+            if row.about == about and row.on:
+                shown = {*([command] if command else COMMANDS)} <= {*row.on} - {*row.hidden_on}
+                row.add_to(group, name, shown)
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -6876,13 +6808,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    namespace, unknown = build_parser().parse_known_args(words)
-    if unknown:
-        raise UsageError(_no_such_option(unknown[0], namespace.command))
-    given = vars(namespace)
-    for name in [name for name, row in OPTIONS.items() if row.repeatable]:
-        if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
-            given[name] = values
+    parser = build_parser(next((word for word in words if word in COMMANDS), ""))
+    namespace, unknown = parser.parse_known_args(words)
+    given, command = vars(namespace), namespace.command
+    misplaced = [row.flag for name, row in OPTIONS.items() if name in given and command not in row.on]
+    for word in unknown + misplaced:
+        if not word.startswith("-"):
+            raise UsageError(f"{command} has no use for {word!r}")
+        raise no_such(word.partition("=")[0].lstrip("-"), command)
+    given |= {name: tuple(given[name]) for name, row in OPTIONS.items() if row.repeatable and name in given}
     if file := given.get("event"):
         given = read_table(file, 0) | given
         of_groups = {"event", *OPTIONS["event"].excludes.split()}
@@ -6893,83 +6827,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             groups = tuple(dataclasses.replace(group, **alone) for group in groups)
         fields = given | {"event": groups, "count": sum(group.count for group in groups)}
     else:
-        fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
+        fields = given | decided_by_stages(command, given.get("rate_per_s"))
     args = argparse.Namespace(**vars(Plan()) | fields, given=given.keys() & OPTIONS.keys())
-    args.endpoint = args.endpoint or endpoint_from_environment()
-    args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
-    args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+    args.endpoint = args.endpoint or from_environment(
+        endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL"
+    )
+    args.token = args.token or from_environment(token_text, "JUPYTERHUB_API_TOKEN")
+    args.visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
 
 
-def endpoint_from_environment() -> str | None:
-    """The hub's API as the environment has it. Raises `UsageError`."""
-    return _from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
+def no_such(name: str, place: str) -> UsageError:
+    """The error of an option that a command does not have, or of a key that a table does not have."""
+    places, dashes = (COMMANDS, "--") if place in COMMANDS else ((EVENT, GROUP), "")
+    others = [other for row in OPTIONS.values() if row.name == name for other in row.on if other in places]
+    near = difflib.get_close_matches(name, [row.name for row in OPTIONS.values() if place in row.on], 1, 0.5)
+    hint = f": it is one of {' and '.join(others)}" if others else ""
+    hint = hint or "".join(f": did you mean {dashes}{each}?" for each in near)
+    return UsageError(f"{place} has no {f'option {dashes}{name}' if dashes else 'such key'}{hint}")
 
 
-def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
+def from_environment(kind: Callable[[str], T], *variables: str) -> T | None:
+    """The value of the first of these environment variables that is set. Raises `UsageError`."""
     for variable in variables:
         if text := os.environ.get(variable):
             try:
-                return convert(text)
-            except argparse.ArgumentTypeError as error:
+                return kind(text)
+            except UsageError as error:
                 raise UsageError(f"environment variable {variable}: {error}") from None
     return None
 
 
 def read_table(file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table of an event's file sets, read as the command line it stands for.
+    """The fields of the plan that a table of an event's file sets. Raises `UsageError`.
 
-    Table 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
+    Table 0 is what stands above the groups, table n the n-th group.
     """
-    names = {row.name: name for name, row in OPTIONS.items() if (GROUP if n else EVENT) in row.on}
-    parser, fields = _Parser(add_help=False), Json()
-    for name in names.values():
-        OPTIONS[name].add_to(parser, name)
+    fields, place = Json(), GROUP if n else EVENT
+    names = {row.name: name for name, row in OPTIONS.items() if place in row.on}
     for key, value in file.tables[n].items():
         try:
             if key not in names:
-                raise UsageError(_no_such_key(key, names, n))
-            name = names[key]
-            words = _words_for(OPTIONS[name], value, os.path.dirname(file.path))
-            read = vars(parser.parse_args(words)).get(name, getattr(Plan, name))
-            fields[name] = tuple(read) if isinstance(read, list) else read
+                raise no_such(key, place)
+            fields[names[key]] = OPTIONS[names[key]].from_toml(value, os.path.dirname(file.path))
         except UsageError as error:
-            sentence = re.sub(r"^argument \S+: ", "", str(error))
-            raise file.error(n, key, f"{key}: {sentence}") from None
+            raise file.error(n, key, f"{key}: {error}") from None
     return fields
-
-
-def _no_such_option(word: str, command: str) -> str:
-    if not word.startswith("-"):
-        return f"{command} has no use for {word!r}"
-    flag = word.partition("=")[0]
-    others = [other for row in OPTIONS.values() if flag in row.flags for other in row.on if other in COMMANDS]
-    if others:
-        return f"{command} has no option {flag}: it is one of {' and '.join(others)}"
-    known = [row.flag for row in OPTIONS.values() if command in row.on]
-    near = difflib.get_close_matches(flag, known, 1, 0.5)
-    return f"{command} has no option {flag}" + "".join(f": did you mean {each}?" for each in near)
-
-
-def _no_such_key(key: str, names: Collection[str], n: int) -> str:
-    if any(row.name == key and (EVENT if n else GROUP) in row.on for row in OPTIONS.values()):
-        return f"this key stands {'above the groups' if n else 'in a group'}"
-    near = difflib.get_close_matches(key, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    return f"there is no such key here: {hint}"
-
-
-def _words_for(row: Option, value: Any, folder: str) -> list[str]:
-    """The words that a key of an event's file stands for; `false` for none. Paths begin where the file is."""
-    if isinstance(value, bool) and (row.const or not row.kind):
-        return [row.flag] * value
-    if isinstance(value, bool) or not row.kind:
-        raise UsageError(f"expected {row.metavar or 'true or false'}, not {value!r}")
-    values = value if row.repeatable and isinstance(value, list) else [value]
-    texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
-    if row.metavar.startswith("FILE"):
-        texts = [os.path.join(folder, text) for text in texts]
-    return [f"{row.flag}={text}" for text in texts]
 
 
 def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
@@ -6979,8 +6882,7 @@ def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
         given = read_table(file, n)
         fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
         group = dataclasses.replace(base, **fields)
-        of_all = {"keep"} if base.keep else set()
-        for name, sentence in broken_rules(group, given.keys() | of_all):
+        for name, sentence in broken_rules(group, {*given} | {"keep"}):
             raise file.error(n, OPTIONS[name].name, sentence)
         needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
         for need, names in needed.items():
@@ -7004,13 +6906,13 @@ def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
 
 
 def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Each field of those that were given that cannot be what it is, with the sentence that says why."""
+    """Each given field that breaks a rule, with the sentence that says which."""
     given = [name for name in OPTIONS if name in given and getattr(plan, name)]
     for name in given:
         row = OPTIONS[name]
         needs, excludes = row.needs.split(), row.excludes.split()
         if plan.command not in row.rules_on or (name == "within_s" and plan.find_capacity):
-            needs = excludes = []  # of a search, --rate is the first step's
+            needs = excludes = []  # in a search, --rate is that of the first step
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
@@ -7026,12 +6928,9 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
     for name, other in (("count", "within_s"), ("within_s", "count")):
-        if plan.command == STRESS and "find_capacity" in given and name in given and other not in given:
+        if plan.command == STRESS and plan.find_capacity and name in given and other not in given:
             flag, too = OPTIONS[name].flag, OPTIONS[other].flag
-            yield (
-                name,
-                f"--find-capacity says who comes: leave out {flag}, or ask with {too} whether they fit",
-            )
+            yield name, f"--find-capacity says who comes: leave out {flag}, or give {too} too"
     most = plan.max_servers
     if most and (first := first_step(plan).count) > most:
         yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
@@ -7048,7 +6947,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence.
 
-    `paths` tells whether there will be results, so that conditions can be on any of their numbers.
+    With `paths`, conditions can be on any number of the results.
     """
     plan = plan_of(args)
     differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
@@ -7056,7 +6955,7 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         try:
             if row.kind and isinstance(value, (int, str)):  # as it would have to be on the command line
                 row.kind(str(value))
-        except argparse.ArgumentTypeError as error:
+        except UsageError as error:
             raise UsageError(f"{row.flag}: {error}") from None
     # The seeds' functions are always called with a count.
     for _, sentence in broken_rules(plan, getattr(args, "given", {*differs} - {"count"})):
@@ -7068,12 +6967,13 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     for each in plan.fail_if:
         if why_not := _why_not_judged(each, plan, paths and not plan.find_capacity):
             raise UsageError(f"--fail-if {each.text!r}: {why_not}")
-    missing = {
+    needed = {
         "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": plan.endpoint,
         "no token: set JUPYTERHUB_API_TOKEN, or give --token": plan.token,
     }
-    if None in missing.values() and not plan.dry_run:
-        raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
+    missing = [sentence for sentence, value in needed.items() if value is None]
+    if missing and not plan.dry_run:
+        raise UsageError("; and ".join(missing))
 
 
 def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
@@ -7081,15 +6981,14 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     if nearest := instead_of(limit.metric, paths):
         known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
         return f"no {limit.metric!r} {known}; nearest is {nearest}"
-    for name in re.findall(r"\[([^]]*)\]", limit.metric):
-        if name not in [group.group for group in plan.event]:
-            return f"there is no group {name!r}"
+    groups = {group.group for group in plan.event}
+    for unknown in (name for name in re.findall(r"\[([^]]*)\]", limit.metric) if name not in groups):
+        return f"there is no group {unknown!r}"
     step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
     if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
-        alone: Json = {"visit": True, "page": Recording("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
-        plans = {OPTIONS[name].flag: Plan(**{name: value}) for name, value in alone.items()}
-        flags = " or ".join(flag for flag, each in plans.items() if step.wanted(each))
-        return f"{step.name} is measured only with {flags}"
+        alone: Json = {"visit": True, "page": Given("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
+        flags = [OPTIONS[name].flag for name, value in alone.items() if step.wanted(Plan(**{name: value}))]
+        return f"{step.name} is measured only with {' or '.join(flags)}"
     if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
         return f"the unit {limit.unit!r} does not fit {limit.metric}"
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
@@ -7101,9 +7000,9 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
 class _Redacting(logging.Formatter):
     """Log lines, tracebacks included, without the secrets of a run."""
 
-    def __init__(self, secrets: Collection[str]) -> None:
+    def __init__(self, secrets: Iterable[str]) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be part of another
+        self._secrets = sorted(filter(None, secrets), key=len, reverse=True)  # one may be part of another
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -7125,8 +7024,8 @@ def setup_logging(
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    values = [value for _, value in plan.headers]
-    handler.setFormatter(_Redacting({each for each in (plan.token, plan.visit_token, *values) if each}))
+    values = (value for _, value in plan.headers)
+    handler.setFormatter(_Redacting((plan.token or "", plan.visit_token or "", *values)))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
@@ -7203,7 +7102,6 @@ def program() -> None:
 
 # ==== The seeds' functions: thin wrappers, for use as a library =============================================
 
-
 Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
 
 
@@ -7219,6 +7117,13 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
             LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
 
     return timed
+
+
+def _for_each(work: Callable[[str], R], users: Batches, concurrency: int = 0) -> dict[str, R]:
+    """The result for each user. As many are worked on at the same time as the largest batch has."""
+    names = [name for batch in users for name in batch]
+    with ThreadPoolExecutor(concurrency or max(map(len, users), default=1)) as pool:
+        return dict(zip(names, pool.map(work, names)))
 
 
 def find_existing_stress_test_users(
@@ -7278,7 +7183,7 @@ def start_servers(
     however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
     stop, or three failures before any server was ready) are absent.
     """
-    names, largest = _flat(users)
+    names, largest = [name for batch in users for name in batch], max(map(len, users), default=1)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
     plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
     site = Site(Hub(endpoint, session), plan, new_recorder())
@@ -7300,7 +7205,7 @@ def wait_for_servers_to_start(
             return await_ready(name, hub, until_s, []) > -math.inf
         return False
 
-    return _for_each(is_ready, *_flat(users))
+    return _for_each(is_ready, users)
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -7316,19 +7221,17 @@ def stop_servers(
     usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int
 ) -> dict[str, bool]:
     """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
-    return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
+    return _for_each(lambda name: stop_server(name, endpoint, session), [usernames], batch_size)
 
 
 def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
     """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
     hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    pause_s = 0.1
     while session.clock() < until_s:
         if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
             return True
-        if not session.pause(pause_s):
+        if not session.pause(0.5):
             return False
-        pause_s = min(pause_s * 1.5, 1.0)
     LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
     return False
 
@@ -7337,7 +7240,7 @@ def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -
 def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
     """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
     asked = [name for name, was_asked in stopped.items() if was_asked]
-    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10))
+    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), [asked], 10))
 
 
 @timeit
@@ -7346,7 +7249,7 @@ def delete_users_after_stopping_servers(
 ) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
     hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, names, 10)
+    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, [names], 10)
     return all(gone.get(name) for name in stopped)
 
 
@@ -7355,16 +7258,6 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     """Whether every one of these users is gone, their servers stopped first."""
     states, ours = dict.fromkeys(usernames, ServerState.READY), set(usernames).__contains__
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
-
-
-def _flat(users: Batches) -> tuple[list[str], int]:
-    """The names in batches of users, and how many the largest batch has."""
-    return [name for batch in users for name in batch], max(map(len, users), default=1)
-
-
-def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
-    with ThreadPoolExecutor(concurrency) as pool:
-        return dict(zip(names, pool.map(work, names)))
 
 
 def run_stress_test(
@@ -7555,7 +7448,7 @@ if locust_is_loading():
             texts = (value or ()) if row.repeatable else [value] if value else ()
             try:
                 values = tuple(kind(str(text)) for text in texts)
-            except argparse.ArgumentTypeError as error:
+            except UsageError as error:
                 raise UsageError(f"argument {row.locust_flag}: {error}") from None
             given |= {name: values} if row.repeatable else {name: values[0]} if values else {}
         if relative := next((limit for limit in given["fail_if"] if limit.unit == "x"), None):
@@ -7667,10 +7560,11 @@ if locust_is_loading():
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
         environment.hub_token = Secret(token) if token else None
-        environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        environment.hub_visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
         environment.hub_headers = tuple(map(header, options.hub_header or ()))
         options.hub_token = options.hub_header = None  # Locust hands options on to workers and pages
-        environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
+        endpoint = from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
+        environment.host = environment.host or options.hub_endpoint or endpoint
         environment.hub_site, environment.hub_reports = None, {}
         for kind in environment.user_classes:
             kind.host = environment.host or ""
@@ -7704,7 +7598,7 @@ if locust_is_loading():
                 environment.hub_site = shared = LocustSite(environment, getattr(runner, "worker_index", 0))
                 plan = shared.site.plan
                 names = username(0, plan.run or "")[:-1] + "<n>"
-                SAY.info("%s of this process are called %s", things(plan.own_servers).capitalize(), names)
+                SAY.info("%ss of this process are called %s", thing(plan.own_servers).capitalize(), names)
         except HubStressError as error:
             SAY.error("%s", error)
             environment.hub_reports["local"] = {"cut_short": True}

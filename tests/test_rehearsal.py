@@ -58,8 +58,8 @@ def recorded(tmp_path: Path) -> Callable[..., list[tuple[str, int]]]:
         file = tmp_path / "lab.har"
         file.write_text(har(*entries))
         found = hst.recording(str(file))
-        assert found.file == str(file)
-        return list(found.requests)
+        assert found.text == str(file)
+        return list(found.parts)
 
     return read
 
@@ -159,7 +159,7 @@ def test_a_file_that_is_no_recording_of_a_server_is_refused(content: str | None,
 
 def test_a_recording_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "lab.har").write_text(har(entry(OURS + "lab")), encoding="utf-8-sig")
-    assert hst.recording(str(tmp_path / "lab.har")).requests == (("lab", 200),)
+    assert hst.recording(str(tmp_path / "lab.har")).parts == (("lab", 200),)
 
 
 # ==== Notebooks ======================================================================================================
@@ -221,7 +221,7 @@ def test_the_code_cells_of_a_notebook_are_read_in_order(
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     found = hst.notebook(str(tmp_path / name))
-    assert found == hst.Notebook(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
+    assert found == hst.Given(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
 
 
 @pytest.mark.parametrize(
