@@ -159,13 +159,13 @@ def numbers(value: Any, path: str = "") -> Iterator[str]:
 def test_every_number_of_a_results_file_may_be_in_a_condition_by_its_path(new_hub: LocalHub, tmp_path: Path) -> None:
     words = ("stress-test", "-c", "3", "--fail-if", "failed > 3", "--profile", '{"fail_rate": 0.5}')
     _, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
-    ruled_out = {"schema", "exit_code", *numbers(found["options"], "options")}
+    ruled_out = {"schema", "exit_code", *numbers({key: found[key] for key in ("options", "timeline")})}
     paths = set(numbers(found)) - ruled_out
     assert {"hub.metrics.cpu_share", "servers.failed", "http.statuses.200", "aftermath.hub.rss_bytes.peak"} <= paths
-    assert {path: hst.instead_of(path) for path in paths} == dict.fromkeys(paths, "")
+    assert {path: hst.nearest_metric(path) for path in paths} == dict.fromkeys(paths, "")
     assert all(hst.metric_value(found, path) is not None for path in paths)
-    assert all(hst.instead_of(path) for path in ruled_out)
-    assert {path for path in paths if not hst.instead_of(path, paths=False)} == {"failed", "failed_rate"}
+    assert all(hst.nearest_metric(path) for path in ruled_out)
+    assert {path for path in paths if not hst.nearest_metric(path, paths=False)} == {"failed", "failed_rate"}
 
 
 def test_a_search_for_capacity_minds_failures_and_how_long_the_requests_of_its_mix_take() -> None:
