@@ -159,19 +159,19 @@ def test_websockets_that_break_at_one_age_show_a_time_out(
     assert hst.time_out_in_front(people) == time_out_s
 
 
-def timeline(names: str, more: list[Event] | None = None) -> hst.ServersTimeline:
+def timeline(names: str, more: list[Event] | None = None) -> hst.Json:
     return hst.servers_timeline(recorded(names, more)[1].people, 0.0)
 
 
 def test_the_timeline_has_the_moments_of_each_person() -> None:
     line = timeline("works, no page, a cell fails, lost, never ready", [did("page", 1, 3.0), leaves(1, 11.0)])
-    assert line.user == [hst.username(n) for n in (1, 4, 5, 6, 3)]
-    assert line.opened_s == [2.0, None, 2.0, 2.0, None]
-    assert line.loaded_s == [3.0, None, None, None, None]
-    assert line.works_s == [4.0, None, 4.0, 4.0, None]
-    assert line.failed_s == [None, 31.0, 10.0, None, None]  # after they were ready
-    assert line.lost_s == [None, None, None, 20.0, None]
-    assert line.left_s == [11.0, None, None, None, None]
+    assert line["user"] == [hst.username(n) for n in (1, 4, 5, 6, 3)]
+    assert line["opened_s"] == [2.0, None, 2.0, 2.0, None]
+    assert line["loaded_s"] == [3.0, None, None, None, None]
+    assert line["works_s"] == [4.0, None, 4.0, 4.0, None]
+    assert line["failed_s"] == [None, 31.0, 10.0, None, None]  # after they were ready
+    assert line["lost_s"] == [None, None, None, 20.0, None]
+    assert line["left_s"] == [11.0, None, None, None, None]
 
 
 LEFT = [leaves(n, 15.0) for n in (1, 3)]  # with --stay all do, those who failed too

@@ -42,8 +42,8 @@ def read(tmp_path: Path) -> Callable[..., list[tuple[str, int]]]:
         file = tmp_path / "lab.har"
         file.write_text(har(*entries), encoding="utf-8-sig")  # it may begin with a byte order mark
         recording = hst.recording(str(file))
-        assert recording.file == str(file)
-        return list(recording.requests)
+        assert recording.text == str(file)
+        return list(recording.parts)
 
     return read
 
@@ -152,7 +152,7 @@ def test_the_code_cells_of_a_notebook_are_read_in_order(
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     found = hst.notebook(str(tmp_path / name))
-    assert found == hst.Notebook(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
+    assert found == hst.Given(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
 
 
 NO_HAR, NO_BOOK = "cannot be read as a HAR file", "cannot be read as a notebook"
