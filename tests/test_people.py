@@ -145,9 +145,9 @@ def test_at_most_three_servers_start_before_one_is_ready(eager: LocalHub) -> Non
 
 
 def test_starts_that_take_long_fail_with_the_hubs_last_word_and_end_nothing(eager: LocalHub) -> None:
-    done = run_tool("stress-test", "-c", "5", "--server-timeout", "1s", "-p", HANGS, hub=eager)
+    done = run_tool("stress-test", "-c", "5", "--server-timeout", "3s", "-p", HANGS, hub=eager)
     assert done.code == 1 and "or raise --server-timeout" in done.summary and not tool_users(eager)
-    assert "5 × not ready after 1.00 s; the hub said: Pulling the image (hub-stress-test-" in done.summary
+    assert "5 × not ready after 3.00 s; the hub said: Pulling the image (hub-stress-test-" in done.summary
     assert "nothing started" not in done.summary
 
 
@@ -264,10 +264,12 @@ def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
 
 def test_throttled_starts_are_retried_when_a_place_is_free(make_hub: Make, tmp_path: Path) -> None:
     hub = make_hub(concurrent_spawn_limit=5, spawn_s=0.2, slow_spawn_timeout_s=0)
-    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "60", "-b", "50", hub=hub)
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "40", "-b", "50", hub=hub)
     assert done.code == 0 and not tool_users(hub)
-    assert re.search(r"60 ready, 0 failed; [1-9]\d* throttled, from [\d.]+ m?s after the first start on", done.summary)
-    assert found["servers"]["slowest"][0]["ready_s"] < 25  # the hub's shortest pause is 30 s
+    assert re.search(r"40 ready, 0 failed; [1-9]\d* throttled, from [\d.]+ m?s after the first start on", done.summary)
+    line = found["timeline"]["servers"]
+    waits_s = [asked_s - at_s for at_s, asked_s in zip(line["throttled_s"], line["asked_s"]) if at_s is not None]
+    assert 0 < min(waits_s) < 25  # the hub's shortest pause is 30 s
 
 
 # ==== Servers that are held ==========================================================================================

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from fault_proxy import Answer, FaultProxy, Rule, Silence
+from fault_proxy import Answer, FaultProxy, Rule, Silence, every, matching
 from localhub import LocalHub
 from nginx import nginx
 from processes import processes_in
@@ -43,8 +43,8 @@ GONE_WITHIN_S = 20.0  # whatever belongs to a person, after the run: kernels loo
 INTERRUPTED_WITHIN_S = 25.0  # the rest of a run, on a slow machine: nobody waits for what was under way
 ELSEWHERE = "127.0.0.2"
 
-Act = Callable[[str], object]
-Fate = Callable[[LocalHub, str], None]
+Act = Callable[[LocalHub, str], None]  # to a person's server
+Acts = dict[tuple[int, int], Act]  # by the person's number, and how often they have asked where it is
 Record = Callable[[str, object], None]
 
 
@@ -70,11 +70,7 @@ def home(hub: LocalHub, name: str) -> Path:
     return hub.log_path.parent / name
 
 
-def homes(hub: LocalHub) -> list[Path]:
-    return list(hub.log_path.parent.glob(f"{hst.USERNAME_PREFIX}-*"))
-
-
-def signal_to(module: str, number: int) -> Fate:
+def signal_to(module: str, number: int) -> Act:
     """Sends a signal to a person's real server or kernel, whose command names this module."""
 
     def send(hub: LocalHub, name: str) -> None:
@@ -121,10 +117,14 @@ KILL_SERVER, FREEZE_SERVER = signal_to(SERVER, signal.SIGKILL), signal_to(SERVER
 FREEZE_KERNEL = signal_to(KERNEL, signal.SIGSTOP)
 
 
-def proxy_away(hub: LocalHub, seconds: float) -> None:
-    """Kill the proxy; it comes back by itself after so long."""
-    hub.stop_proxy()
-    threading.Timer(seconds, hub.start_proxy).start()
+def proxy_away(seconds: float) -> Act:
+    """Kills the proxy, which comes back by itself after this time."""
+
+    def act(hub: LocalHub, name: str) -> None:
+        hub.stop_proxy()
+        threading.Timer(seconds, hub.start_proxy).start()
+
+    return act
 
 
 def is_ready(hub: LocalHub, name: str) -> bool:
@@ -138,7 +138,8 @@ def left_behind(hub: LocalHub) -> list[str]:
     if hub.options.stub_labs:
         truth = hub.truth()
         return left + [f"{truth[what]} {what}" for what in ("servers", "kernels", "open_websockets") if truth[what]]
-    return left + [f"process {pid}" for folder in homes(hub) for pid in processes_in(folder)]
+    homes = hub.log_path.parent.glob(f"{hst.USERNAME_PREFIX}-*")
+    return left + [f"process {pid}" for folder in homes for pid in processes_in(folder)]
 
 
 # ==== A rehearsal, and what came of it ===============================================================================
@@ -153,11 +154,11 @@ def until(run: Running, reached: Callable[[], object], within_s: float = 100.0) 
 class Moments:
     """Acts at exact moments, as a rule of the proxy before the hub's API: when a ready server is asked for.
 
-    A person asks where their server is before they first go there, and once more at the end of a hold. `acts` are
-    by the person's number and how often they have asked. (The first person is also read by pings.)
+    A person asks where their server is before they first go there, and once more at the end of a hold. (The first
+    person is also read by pings.)
     """
 
-    def __init__(self, hub: LocalHub, acts: dict[tuple[int, int], Act]) -> None:
+    def __init__(self, hub: LocalHub, acts: Acts) -> None:
         self._hub, self._acts = hub, acts
         self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -169,7 +170,7 @@ class Moments:
         with self._lock:
             asked = self._asked[found[1]] = self._asked.get(found[1], 0) + 1
             if act := self._acts.pop((int(found[2]), asked), None):
-                act(found[1])
+                act(self._hub, found[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Stage:
         where: str,
         hub: LocalHub,
         *words: str,
-        acts: dict[tuple[int, int], Act] | None = None,
+        acts: Acts | None = None,
         public: Rule | None = None,
         meanwhile: Callable[[Running], object] = lambda run: None,
         env: dict[str, str] | None = None,
@@ -257,94 +258,64 @@ def judge(end: Ending, at_work: int, reasons: dict[str, int], code: int = 1) -> 
 
 
 def test_a_server_without_a_route_fails_its_person_alone(labs: LocalHub, stage: Stage) -> None:
-    acts: dict[tuple[int, int], Act] = {(2, 1): lambda name: delete_route(labs, name)}
     words = ["-c", "3", "-b", "1", "--visit", "--visit-timeout", "3s"]
-    end = stage.rehearse("route deleted", "visit", labs, *words, acts=acts)
+    end = stage.rehearse("route deleted", "visit", labs, *words, acts={(2, 1): delete_route})
     judge(end, 2, {"the proxy has no route (302 to the hub)": 1})
 
 
 def test_a_proxy_that_comes_back_is_asked_again(labs: LocalHub, stage: Stage) -> None:
-    acts: dict[tuple[int, int], Act] = {(1, 1): lambda name: proxy_away(labs, 1.0)}
-    end = stage.rehearse("proxy killed, back after 1 s", "visit", labs, "-c", "1", "--work", "--hold", "1s", acts=acts)
+    words, acts = ["-c", "1", "--work", "--hold", "1s"], {(1, 1): proxy_away(1.0)}
+    end = stage.rehearse("proxy killed, back after 1 s", "visit", labs, *words, acts=acts)
     judge(end, 1, {}, code=0)
     assert end.results["http"]["servers"]["retries"] >= 2
 
 
 def test_a_proxy_that_ends_loses_connections_and_lets_others_in(labs: LocalHub, stage: Stage) -> None:
-    acts: dict[tuple[int, int], Act] = {(3, 1): lambda name: proxy_away(labs, 0.5)}
     words = ["-c", "5", "-b", "1", "--work", "--hold", "1s", "--profile", '{"spawn_s": 2}']
-    end = stage.rehearse("proxy killed and back", "work, others come", labs, *words, acts=acts)
+    end = stage.rehearse("proxy killed and back", "work", labs, *words, acts={(3, 1): proxy_away(0.5)})
     judge(end, 5, {LOST: 2})
 
 
 # ==== TLS in front ===================================================================================================
 
 
-def behind(url: str, authority: Path) -> dict[str, str]:
-    """The environment of a tool that asks the hub through nginx."""
-    return {"JUPYTERHUB_ENDPOINT": f"{url}hub/api", "REQUESTS_CA_BUNDLE": str(authority)}
+WORK, LONG = "--work --think 1s --hold 2s", "--rate 1 --work --think 30s --hold 4s"
+HOST = "no browser gets a kernel: servers refuse what a page at {} sends (404, and 403"
+TIME_OUT = "all websockets that broke had been open for 2 s: something in front has a time-out of 2 s"
+TO_HTTP = "a redirect to http: the proxy does not pass X-Forwarded-Proto"
+UPGRADES = "the websocket was refused (400: does the proxy pass upgrades?)"
+BACK = "location /user/ { return 302 http://$host:$server_port$request_uri; }"
+IN_FRONT: dict[str, tuple[dict[str, Any], str, int, dict[str, int], str]] = {
+    # how nginx is set up, and what people do: how many get to work, why the others fail, what is said besides
+    "TLS": ({}, f"-c 3 {WORK}", 3, {}, ""),
+    "no upgrades": ({"upgrades": False}, f"-c 3 {WORK}", 0, {UPGRADES: 3}, ""),
+    "no Host header, work": ({"host": False}, "-c 3 -b 1 --work --hold 1s", 0, {NEVER_CAME: 3}, HOST),
+    "no Host header, visit": ({"host": False}, "-c 3 -b 1 --visit", 3, {}, HOST),
+    "time-out": ({"more": "proxy_read_timeout 2s;"}, f"-c 4 {LONG}", 4, {LOST: 4}, TIME_OUT),
+    "login page": ({"more": 'location /user/ { return 200 "Sign in"; }'}, "-c 3 --visit", 0, {hst.NO_SERVER: 3}, ""),
+    "redirect to http": ({"more": BACK}, "-c 2 --visit", 0, {TO_HTTP: 2}, ""),
+}
+NOT_TRIED_AGAIN = {"login page": {"200": 6}, "redirect to http": {"302": 2}}
 
 
-@pytest.mark.parametrize("upgrades", [True, False])
-def test_behind_tls_people_work_if_upgrades_pass(upgrades: bool, labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
-    with nginx(labs.public_url, tmp_path, upgrades) as (url, authority):
-        env = behind(url, authority)
-        what = "TLS by nginx" + ", no upgrades" * (not upgrades)
-        end = stage.rehearse(what, "kernel", labs, "-c", "3", "--work", "--think", "1s", "--hold", "2s", env=env)
-    if upgrades:
-        judge(end, 3, {}, code=0)
-        assert "cell" in end.results["operations"], end.done.stdout + end.done.stderr
-    else:
-        judge(end, 0, {"the websocket was refused (400: does the proxy pass upgrades?)": 3})
-
-
-@pytest.mark.parametrize(("words", "code"), [(["--work", "--hold", "1s"], 1), (["--visit"], 0)])
-def test_a_proxy_that_loses_the_host_header_is_found(
-    words: list[str], code: int, labs: LocalHub, stage: Stage, tmp_path: Path
-) -> None:
-    with nginx(labs.public_url, tmp_path, host=False) as (url, authority):
-        env = behind(url, authority)
-        end = stage.rehearse("no Host header", words[0].strip("-"), labs, "-c", "3", "-b", "1", *words, env=env)
-    judge(end, 0 if code else 3, {NEVER_CAME: 3} if code else {}, code)
-    refused = f"no browser gets a kernel: servers refuse what a page at {url.rstrip('/')} sends (404, and 403"
-    assert end.done.summary.count(refused) == 1 and "proxy_set_header Host $http_host;" in end.done.summary
-
-
-def test_a_time_out_in_front_is_named(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
-    with nginx(labs.public_url, tmp_path, more="proxy_read_timeout 2s;") as (url, authority):
-        words = ["-c", "4", "--rate", "1", "--work", "--think", "30s", "--hold", "4s"]
-        end = stage.rehearse("websockets time out", "work", labs, *words, env=behind(url, authority))
-    judge(end, 4, {LOST: 4})
-    said = "all websockets that broke had been open for 2 s: something in front has a time-out of 2 s"
-    assert said in end.done.summary
-
-
-def test_a_login_page_with_200_is_no_server(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
-    login = 'location /user/ { return 200 "Sign in"; }'
-    with nginx(labs.public_url, tmp_path, more=login) as (url, authority):
-        env = behind(url, authority)
-        end = stage.rehearse("200 from a login page", "visit", labs, "-c", "3", "--visit", env=env)
-    judge(end, 0, {hst.NO_SERVER: 3})
-    assert end.results["operations"]["visit"]["latency_s"]["max"] is None and end.seconds < 20
-
-
-def test_a_redirect_to_http_takes_no_token_there(labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
-    back = "location /user/ { return 302 http://$host:$server_port$request_uri; }"
-    with nginx(labs.public_url, tmp_path, more=back) as (url, authority):
-        end = stage.rehearse("redirect to http", "visit", labs, "-c", "2", "--visit", env=behind(url, authority))
-    judge(end, 0, {"a redirect to http: the proxy does not pass X-Forwarded-Proto": 2})
-    assert end.results["http"]["servers"]["statuses"] == {"302": 2}
+@pytest.mark.parametrize("what", IN_FRONT)
+def test_nginx_in_front_lets_people_work_or_is_blamed(what: str, labs: LocalHub, stage: Stage, tmp_path: Path) -> None:
+    setup, words, at_work, reasons, besides = IN_FRONT[what]
+    with nginx(labs.public_url, tmp_path, **setup) as (url, authority):
+        env = {"JUPYTERHUB_ENDPOINT": f"{url}hub/api", "REQUESTS_CA_BUNDLE": str(authority)}
+        end = stage.rehearse("nginx", what, labs, *words.split(), env=env)
+    judge(end, at_work, reasons, int(bool(reasons)))
+    assert end.done.summary.count(besides.format(url.rstrip("/"))) == 1 or not besides
+    assert ("proxy_set_header Host $http_host;" in end.done.summary) == ("Host" in what)
+    assert ("cell" in end.results["operations"]) == (what in ("TLS", "time-out"))
+    statuses = end.results["http"]["servers"]["statuses"]
+    assert NOT_TRIED_AGAIN.get(what, statuses) == statuses
 
 
 def test_a_server_without_kernels_is_no_jupyter(labs: LocalHub, stage: Stage) -> None:
     missing = Answer(404, b"Not Found", {"X-JupyterHub-Version": "6.1.1"})
-    end = stage.rehearse(
-        "no Jupyter",
-        "kernel",
-        labs,
-        *("-c", "2", "--work"),
-        public=lambda request: missing if request.path.endswith("/api/kernels") else None,
-    )
+    rule = every(matching("POST", "/api/kernels$"), missing)
+    end = stage.rehearse("no Jupyter", "kernel", labs, "-c", "2", "--work", public=rule)
     judge(end, 0, {"the server is no Jupyter (404 for kernels): use --visit and --page": 2})
 
 
@@ -360,11 +331,7 @@ def test_an_image_of_version_1_under_a_newer_hub_is_recognised(stage: Stage) -> 
 
 
 def test_servers_end_while_the_hub_calls_them_ready(servers: LocalHub, stage: Stage) -> None:
-    acts: dict[tuple[int, int], Act] = {
-        (2, 1): lambda name: KILL_SERVER(servers, name),
-        (3, 1): lambda name: FREEZE_SERVER(servers, name),
-        (4, 2): lambda name: KILL_SERVER(servers, name),
-    }
+    acts = {(2, 1): KILL_SERVER, (3, 1): FREEZE_SERVER, (4, 2): KILL_SERVER}
     words = ["-c", "4", "-b", "2", "--visit", "--visit-timeout", "4s", "--hold", "1s", "--server-timeout", "100s"]
     end = stage.rehearse("server killed ×2, frozen", "visit, hold", servers, *words, acts=acts)
     lost = f"it no longer answered at the end of the hold: {NOBODY_LISTENS}"
