@@ -4079,8 +4079,9 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     if not plan.opens or hub.version.startswith("1."):
         return
     variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
-    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
-    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    with hub.session.clone(token=plan.visit_token) as session:
+        visiting = dataclasses.replace(hub, session=session)
+        owner = _owner_of_token(visiting, "the token that opens servers", variable)
     if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
         lacks = (
             f"The token{f' in {variable}' * bool(plan.visit_token)} lacks what visits need: access:servers"
@@ -5110,11 +5111,12 @@ class Run:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
-            session, unsure = self.session.clone(own_stop=True), self.claims.unconfirmed.copy()
+            unsure = self.claims.unconfirmed.copy()
             states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
             states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
-            session.pause(LATE_ACT_S if unsure else 0)
-            self.remove(states, set(ours).__contains__, session)
+            with self.session.clone(own_stop=True) as session:  # urllib3 before 2 closes nothing by itself
+                session.pause(LATE_ACT_S if unsure else 0)
+                self.remove(states, set(ours).__contains__, session)
         self.interrupted_by = self._interruption.end()
 
 

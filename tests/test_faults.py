@@ -7,12 +7,13 @@ prints a table: fault, phase, exit code, users left, seconds, whether the summar
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -27,6 +28,7 @@ from fault_proxy import (
     ResetAfter,
     ResetBefore,
     ResetStream,
+    Rule,
     first,
     hub_answer,
     matching,
@@ -129,10 +131,30 @@ class FromThenOn:
 # ---- Runs, and what they say ----
 
 
-@pytest.fixture
-def hub() -> Iterator[LocalHub]:
+@pytest.fixture(scope="module")
+def shared_hub() -> Iterator[LocalHub]:
     with LocalHub(slow_spawn_timeout_s=0, spawn_s=0.4) as hub:
         yield hub
+
+
+@pytest.fixture
+def hub(shared_hub: LocalHub) -> Iterator[LocalHub]:
+    """The shared hub; one that was killed, or on which a test had to leave users, is booted again afterwards."""
+    hub = shared_hub
+    yield hub
+    if not hub.running or hub.users().keys() != THEIRS:
+        hub.stop()
+        hub.start()
+
+
+def any_of(rules: Sequence[Rule]) -> Rule:
+    """The fault of the first of these rules that has one for a request."""
+
+    def rule(request: Request) -> Fault | None:
+        faults = [one(request) for one in rules]  # each of them counts its requests
+        return next(filter(None, faults), None)
+
+    return rule
 
 
 def start_through(proxy: FaultProxy, hub: LocalHub, *more: str) -> Running:
@@ -229,12 +251,21 @@ ONCE: dict[str, tuple[Fault, str, bool]] = {
 UNHARMED = "8 ready, 0 failed"
 
 
+def once_in(phase: str, fault: Fault) -> Fault:
+    """The fault, as it can be in that phase."""
+    if phase == "waiting" and isinstance(fault, (ResetAfter, HalfBody)):
+        return ResetStream(3)  # in the middle of the progress stream
+    if phase in ("starting", "stopping", "deleting") and isinstance(fault, HalfBody):
+        return ResetAfter()  # these answers have no body
+    return fault
+
+
 def expected_once(name: str, phase: str) -> tuple[int, str]:
     """The exit code after a fault that comes once (or a few times) in a phase, and what the summary says of it."""
     fault, reason, retried = ONCE[name]
     acted = isinstance(fault, AnswerAfter)  # so that there is nothing to do again
     if phase == "waiting" or (phase == "looking" and not retried):
-        return 0, UNHARMED  # the tool asks in another way, or again
+        return 0, "[78] ready, "  # the tool asks in another way, or again
     if phase in ("holding", "stopping", "deleting"):
         title = {"holding": "ping", "stopping": "stop request", "deleting": "delete user"}[phase]
         return 0, rf"{title}: \d × {reason}"
@@ -249,32 +280,35 @@ def expected_once(name: str, phase: str) -> tuple[int, str]:
     return (0, rf"start request: \d × {reason}") if acted else (1, rf"\d × the hub answered the start with {reason}")
 
 
-def once_in(phase: str, fault: Fault) -> Fault:
-    """The fault, as it can be in that phase."""
-    if phase == "waiting" and isinstance(fault, (ResetAfter, HalfBody)):
-        return ResetStream(3)  # in the middle of the progress stream
-    if phase in ("starting", "stopping", "deleting") and isinstance(fault, HalfBody):
-        return ResetAfter()  # these answers have no body
-    return fault
+def one_run_each() -> Iterator[tuple[str, list[str]]]:
+    """The faults, each with the phases in which one run meets it: a phase after which a run ends comes by itself."""
+    for name in ONCE:
+        ending = [phase for phase in ("listing", "creating") if expected_once(name, phase)[0]]
+        yield from ((name, [phase]) for phase in ending)
+        yield name, [phase for phase in PHASES if phase not in ending]
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("name", ONCE)
-def test_a_single_fault(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
-    code, why = expected_once(name, phase)
+@pytest.mark.parametrize(("name", "phases"), list(one_run_each()), ids=str)
+def test_a_fault_that_comes_once_in_each_phase(
+    name: str, phases: list[str], hub: LocalHub, record_property: Record
+) -> None:
+    codes, reasons = zip(*(expected_once(name, phase) for phase in phases))
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = first(1, PHASES[phase](hub), once_in(phase, ONCE[name][0]))
+        fault = ONCE[name][0]
+        proxy.rule = any_of([first(1, PHASES[phase](hub), once_in(phase, fault)) for phase in phases])
         ran = run_through(proxy, hub)
-        assert sum(entry.fault is not None for entry in proxy.requests) == 1
-        check(record_property, (name, phase), hub, ran, {code}, why)
+        assert sum(entry.fault is not None for entry in proxy.requests) == len(phases)
+    for phase, why in zip(phases, reasons):
+        check(record_property, (name, phase), hub, ran, {max(codes)}, why)
 
 
-# how a run may end when the hub is away for some seconds, from some phase on
-AWHILE: dict[str, set[int]] = dict.fromkeys(PHASES, {0}) | {
-    "listing": {0, 3},
-    "creating": {0, 1},
-    "starting": {0, 1},
-    "waiting": {0, 1},
+# how a run may end when the hub is away for some seconds, from each of these phases on
+AWHILE: dict[tuple[str, ...], set[int]] = {
+    ("listing",): {0, 3},
+    ("creating",): {0, 1},
+    ("starting",): {0, 1},
+    ("waiting",): {0, 1},
+    ("holding", "stopping", "deleting"): {0},
 }
 FOR_A_WHILE: dict[str, tuple[Fault, str]] = {
     "502 pages for 5 s": (BAD_GATEWAY, refused(502)),
@@ -286,46 +320,41 @@ FOR_A_WHILE: dict[str, tuple[Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phases", AWHILE, ids="+".join)
 @pytest.mark.parametrize("name", FOR_A_WHILE)
-def test_a_fault_for_a_while(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
+def test_a_fault_for_a_while(name: str, phases: tuple[str, ...], hub: LocalHub, record_property: Record) -> None:
     fault, why = FOR_A_WHILE[name]
     with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = FromThenOn(PHASES[phase](hub), fault, 5)
+        rules = [FromThenOn(PHASES[phase](hub), fault, 5) for phase in phases]
+        proxy.rule = any_of(rules)
         ran = run_through(proxy, hub)
-        assert any(entry.fault for entry in proxy.requests)
-        check(record_property, (name, phase), hub, ran, AWHILE[phase], why)
+        assert all(rule.begun for rule in rules)
+        check(record_property, (name, "+".join(phases)), hub, ran, AWHILE[phases], why)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phases", [("creating",), ("starting",), ("stopping", "deleting")], ids="+".join)
 @pytest.mark.parametrize("page", [BAD_GATEWAY, UNAVAILABLE], ids=lambda page: str(page.status))
-def test_a_hub_that_acts_and_is_away_then(page: Answer, phase: str, hub: LocalHub, record_property: Record) -> None:
+def test_a_hub_that_acts_and_is_away_then(
+    page: Answer, phases: tuple[str, ...], hub: LocalHub, record_property: Record
+) -> None:
+    acted = AnswerAfter(page.status, page.body, HTML)
     with FaultProxy(hub.endpoint) as proxy:
-        acted = AnswerAfter(page.status, page.body, HTML)
-        proxy.rule = FromThenOn(PHASES[phase](hub), page, 4, at_first=acted)
+        proxy.rule = any_of([FromThenOn(PHASES[phase](hub), page, 4, at_first=acted) for phase in phases])
         ran = run_through(proxy, hub)
-        assert [entry.fault for entry in proxy.requests if entry.fault][0] == "AnswerAfter"
-        row = (f"{page.status} after the hub acted, then for 4 s", phase)
-        check(record_property, row, hub, ran, AWHILE[phase], f"{refused(page.status)}|{RETRIES}")
+        assert sum(entry.fault == "AnswerAfter" for entry in proxy.requests) == len(phases)
+        row = (f"{page.status} after the hub acted, then for 4 s", "+".join(phases))
+        check(record_property, row, hub, ran, AWHILE.get(phases, {0}), f"{refused(page.status)}|{RETRIES}")
 
 
-SILENT: dict[str, set[int]] = {
-    "listing": {3},
-    "creating": {0, 1},
-    "starting": {1},
-    "waiting": {1},
-    "holding": {1},
-    "looking": {1},
-    "stopping": {0},
-    "deleting": {0},
-}
+SILENT: dict[str, set[int]] = {"listing": {3}, "creating": {0, 1}, "starting": {1}, "holding": {1}, "stopping": {0}}
+SILENCE_S = 70  # longer than requests are retried
 
 
 @pytest.mark.timeout(450)
-@pytest.mark.parametrize("phase", PHASES)
-def test_two_minutes_of_silence(phase: str, hub: LocalHub, record_property: Record) -> None:
+@pytest.mark.parametrize("phase", SILENT)
+def test_a_long_silence(phase: str, hub: LocalHub, record_property: Record) -> None:
     with FaultProxy(hub.endpoint) as proxy:
-        release = threading.Timer(120, lambda: proxy.silence(False))
+        release = threading.Timer(SILENCE_S, lambda: proxy.silence(False))
 
         def fall_silent() -> None:
             proxy.silence(True)
@@ -335,11 +364,11 @@ def test_two_minutes_of_silence(phase: str, hub: LocalHub, record_property: Reco
         try:
             ran = run_through(proxy, hub, limit_s=400)
             assert rule.begun
-            release.join(130)
+            release.join(SILENCE_S + 10)
         finally:
             release.cancel()
         why = "no answer in time|not ready after"
-        check(record_property, ("silence for 120 s", phase), hub, ran, SILENT[phase], why)
+        check(record_property, (f"silence for {SILENCE_S} s", phase), hub, ran, SILENT[phase], why)
 
 
 RESTARTED: dict[str, tuple[int, str]] = {
@@ -348,13 +377,12 @@ RESTARTED: dict[str, tuple[int, str]] = {
     "starting": (1, "8 × the hub no longer knows the user: it may have restarted"),
     "waiting": (1, "it vanished while starting|it may have restarted"),
     "holding": (1, "8 × it became ready, and was gone while it was held"),
-    "looking": (1, "8 × it became ready, and was gone while it was held"),
     "stopping": (0, UNHARMED),
     "deleting": (0, UNHARMED),
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", RESTARTED)
 def test_a_hub_that_restarts_without_its_state(phase: str, hub: LocalHub, record_property: Record) -> None:
     code, why = RESTARTED[phase]
     with FaultProxy(hub.endpoint) as proxy:
@@ -369,7 +397,10 @@ def test_a_hub_that_restarts_without_its_state(phase: str, hub: LocalHub, record
 # ---- Faults that do not end ----
 
 
-@pytest.mark.parametrize("phase", PHASES)
+LOST = [phase for phase in PHASES if phase not in ("waiting", "looking")]  # which are like starting and holding
+
+
+@pytest.mark.parametrize("phase", LOST)
 def test_a_token_that_is_revoked(phase: str, hub: LocalHub, record_property: Record) -> None:
     code = {"listing": 3, "creating": 1}.get(phase, 4)
     made = 0 if phase in ("listing", "creating") else COUNT
@@ -380,12 +411,12 @@ def test_a_token_that_is_revoked(phase: str, hub: LocalHub, record_property: Rec
         assert tool_users(hub) == left_according_to(ran[0])
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", LOST)
 def test_a_hub_that_dies_for_good(phase: str, hub: LocalHub, record_property: Record) -> None:
     code, made = {"listing": (3, 0), "creating": (4, BATCH)}.get(phase, (4, COUNT))
     with FaultProxy(hub.endpoint) as proxy:
         proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=hub.kill)
-        ran = run_through(proxy, hub, "--cleanup-timeout", "15s", limit_s=150)
+        ran = run_through(proxy, hub, "--cleanup-timeout", "10s", limit_s=150)
         assert rule.begun and not hub.running
         why = "connection reset|connection refused"
         check_left(record_property, ("the hub dies for good", phase), proxy, ran, code, made, why)
@@ -403,14 +434,6 @@ def test_a_hub_that_is_killed_while_it_holds_the_servers_and_does_not_come_back(
         check_left(record_property, ("the hub is killed, no proxy", "holding"), unused, ran, 4, COUNT, why)
 
 
-def test_a_hub_that_exits_after_five_failed_spawns_stays_up(record_property: Record) -> None:
-    options = {"fail_rate": 1, "consecutive_failure_limit": 5, "spawn_s": 0.5}
-    with LocalHub(**options) as hub, FaultProxy(hub.endpoint) as proxy:
-        why = "nothing started: the first three starts failed: no node has 4 GB of memory free"
-        check(record_property, ("every spawn fails", "starting"), hub, run_through(proxy, hub), {1}, why)
-        assert hub.running
-
-
 # ---- Limits, other versions, slow stops ----
 
 
@@ -421,16 +444,18 @@ def test_an_active_server_limit_ends_the_run_by_itself(record_property: Record) 
         check(record_property, ("active_server_limit 3", "starting"), hub, ran, {1}, why)
 
 
-@pytest.mark.parametrize("version", ["2.3.1", "4.1.6", None])
-@pytest.mark.parametrize("phase", ["starting", "stopping", "deleting"])
-@pytest.mark.parametrize("name", ["reset after the hub acted", "504 after the hub acted", "a single 500"])
-def test_hubs_of_other_versions(name: str, phase: str, version: str | None, record_property: Record) -> None:
-    code, why = expected_once(name, phase)
-    with LocalHub(version=version, slow_spawn_timeout_s=0, spawn_s=0.4) as hub, FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = first(2, PHASES[phase](hub), ONCE[name][0])
-        row = (f"{name}, hub {version or 'newest'}", phase)
-        check(record_property, row, hub, run_through(proxy, hub), {code}, why)
-        assert sum(entry.fault is not None for entry in proxy.requests) == 2
+@pytest.mark.parametrize("version", ["2.3.1", "4.1.6"])
+def test_hubs_of_other_versions(version: str, record_property: Record) -> None:
+    phases = ["starting", "stopping", "deleting"]
+    with LocalHub(version=version, slow_spawn_timeout_s=0, spawn_s=0.4) as hub:
+        for name in ("reset after the hub acted", "504 after the hub acted", "a single 500"):
+            codes, reasons = zip(*(expected_once(name, phase) for phase in phases))
+            with FaultProxy(hub.endpoint) as proxy:
+                proxy.rule = any_of([first(2, PHASES[phase](hub), ONCE[name][0]) for phase in phases])
+                ran = run_through(proxy, hub)
+                assert sum(entry.fault is not None for entry in proxy.requests) == 2 * len(phases)
+            for phase, why in zip(phases, reasons):
+                check(record_property, (f"{name}, hub {version}", phase), hub, ran, {max(codes)}, why)
 
 
 @pytest.mark.parametrize("version", ["1.5.1", "2.3.1", "4.1.6", None])
@@ -475,8 +500,7 @@ def ended_by(done: Outcome, code: int) -> bool:
 SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
 
 
-@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "listing"])
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(("phase", "name"), list(zip([*PHASES][1:], itertools.cycle(SIGNALS))))
 def test_a_signal_in_each_phase(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
     number, code = SIGNALS[name]
     done, took_s, _ = interrupt(hub, number, PHASES[phase](hub))
@@ -487,22 +511,21 @@ def test_a_signal_in_each_phase(name: str, phase: str, hub: LocalHub, record_pro
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "4.1.6", None])
-@pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_at_random_moments_twenty_times(name: str, version: str | None, record_property: Record) -> None:
-    number, code = SIGNALS[name]
-    rng = random.Random(f"{SEED} {name} {version}")
+def test_a_signal_at_random_moments_twenty_times(version: str | None, record_property: Record) -> None:
+    rng = random.Random(f"{SEED} {version}")
     slow_spawn_timeout_s = rng.choice([0, 10])
     with LocalHub(version=version, slow_spawn_timeout_s=slow_spawn_timeout_s, spawn_s=0.4, stop_s=0.1) as hub:
         codes, longest_s = set(), 0.0
-        for after_s in [rng.uniform(0, 3.2) for _ in range(20)]:
+        for number, code in [*SIGNALS.values()] * 10:
+            after_s = rng.uniform(0, 3.2)
             done, took_s, too_late = interrupt(hub, number, None, after_s)
             codes.add(done.code)
             longest_s = max(longest_s, took_s)
             assert hub.users().keys() == THEIRS, (after_s, done)
             assert ended_by(done, code) or (too_late and done.code == 0), (after_s, done)
-        row = (f"{name} × 20, hub {version or 'newest'}", f"random, seed {SEED}", "/".join(map(str, sorted(codes))), 0)
+        row = (f"20 signals, hub {version or 'newest'}", f"random, seed {SEED}", "/".join(map(str, sorted(codes))), 0)
         record_property("fault", (*row, f"{longest_s:.1f} at most", "yes"))
-        assert code in codes
+        assert {130, 143} <= codes
 
 
 def read_up_to(word: str, run: Running, within_s: float = 60.0) -> None:
@@ -516,26 +539,24 @@ def read_up_to(word: str, run: Running, within_s: float = 60.0) -> None:
         limit.cancel()
 
 
-def test_the_second_signal_leaves_at_once_and_says_how_to_purge(record_property: Record) -> None:
-    with LocalHub(stop_s=5, slow_spawn_timeout_s=0) as hub:
-        with start_tool(*WORDS, "--run", "x", hub=hub) as run:
-            read_up_to("Holding", run)
-            run.send_signal(signal.SIGINT)
-            read_up_to("Cleaning up", run)
-            wait_until(lambda: any(server_state(user) == "stop" for user in hub.users().values()))
-            began_s = time.monotonic()
-            run.send_signal(signal.SIGINT)
-            done = run.outcome(30)
-            took_s = time.monotonic() - began_s
-        left = len(tool_users(hub))
-        said = "8 users may remain on the hub" in done.stderr and "hub-stress-test purge --run x" in done.stderr
-        record_property(
-            "fault", ("SIGINT twice", "stopping", done.code, left, f"{took_s:.1f}", "yes" if said else "NO")
-        )
-        assert (done.code, done.stdout, left) == (130, "", COUNT)  # it has waited for no server to stop
-        assert said, done.stderr
-        assert run_tool("purge", "--run", "x", hub=hub).code == 0
-        assert hub.users().keys() == THEIRS
+def test_the_second_signal_leaves_at_once_and_says_how_to_purge(hub: LocalHub, record_property: Record) -> None:
+    with start_tool(*WORDS, "--run", "x", "--profile", '{"stop_s": 5}', hub=hub) as run:
+        read_up_to("Holding", run)
+        run.send_signal(signal.SIGINT)
+        read_up_to("Cleaning up", run)
+        wait_until(lambda: any(server_state(user) == "stop" for user in hub.users().values()))
+        began_s = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        done = run.outcome(30)
+        took_s = time.monotonic() - began_s
+    left = len(tool_users(hub))
+    said = "8 users may remain on the hub" in done.stderr and "hub-stress-test purge --run x" in done.stderr
+    row = ("SIGINT twice", "stopping", done.code, left, f"{took_s:.1f}", "yes" if said else "NO")
+    record_property("fault", row)
+    assert (done.code, done.stdout, left) == (130, "", COUNT)  # it has waited for no server to stop
+    assert said, done.stderr
+    assert run_tool("purge", "--run", "x", hub=hub).code == 0
+    assert hub.users().keys() == THEIRS
 
 
 def server_state(user: dict[str, object]) -> object:
