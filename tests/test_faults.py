@@ -7,7 +7,6 @@ prints a table: fault, phase, exit code, users left, seconds, whether the summar
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 import signal
@@ -310,40 +309,37 @@ AWHILE: dict[tuple[str, ...], set[int]] = {
     ("waiting",): {0, 1},
     ("holding", "stopping", "deleting"): {0},
 }
-FOR_A_WHILE: dict[str, tuple[Fault, str]] = {
-    "502 pages for 5 s": (BAD_GATEWAY, refused(502)),
-    "503 pages for 5 s": (UNAVAILABLE, f"{refused(503)}|{RETRIES}"),
-    "404 pages of a proxy for 5 s": (NO_BACKEND, refused(404)),
-    "429 without Retry-After for 5 s": (LIMIT, rf"{refused(429)}|\b[1-9]\d* throttled|{RETRIES}"),
-    "database locked for 5 s": (LOCKED, refused(500)),
-    "connections reset for 5 s": (ResetBefore(), f"connection reset|{RETRIES}"),
+# what is done for 5 s; what the summary says of it; what is done to the first request instead
+FOR_A_WHILE: dict[str, tuple[Fault, str, Fault | None]] = {
+    "502 pages": (BAD_GATEWAY, refused(502), None),
+    "503 pages": (UNAVAILABLE, f"{refused(503)}|{RETRIES}", None),
+    "502 after the hub acted, then pages": (
+        BAD_GATEWAY,
+        f"{refused(502)}|{RETRIES}",
+        AnswerAfter(502, b"<html>", HTML),
+    ),
+    "503 after the hub acted, then pages": (
+        UNAVAILABLE,
+        f"{refused(503)}|{RETRIES}",
+        AnswerAfter(503, b"<html>", HTML),
+    ),
+    "404 pages of a proxy": (NO_BACKEND, refused(404), None),
+    "429 without Retry-After": (LIMIT, rf"{refused(429)}|\b[1-9]\d* throttled|{RETRIES}", None),
+    "database locked": (LOCKED, refused(500), None),
+    "connections reset": (ResetBefore(), f"connection reset|{RETRIES}", None),
 }
 
 
 @pytest.mark.parametrize("phases", AWHILE, ids="+".join)
 @pytest.mark.parametrize("name", FOR_A_WHILE)
-def test_a_fault_for_a_while(name: str, phases: tuple[str, ...], hub: LocalHub, record_property: Record) -> None:
-    fault, why = FOR_A_WHILE[name]
+def test_a_fault_for_five_seconds(name: str, phases: tuple[str, ...], hub: LocalHub, record_property: Record) -> None:
+    fault, why, at_first = FOR_A_WHILE[name]
     with FaultProxy(hub.endpoint) as proxy:
-        rules = [FromThenOn(PHASES[phase](hub), fault, 5) for phase in phases]
+        rules = [FromThenOn(PHASES[phase](hub), fault, 5, at_first=at_first) for phase in phases]
         proxy.rule = any_of(rules)
         ran = run_through(proxy, hub)
         assert all(rule.begun for rule in rules)
-        check(record_property, (name, "+".join(phases)), hub, ran, AWHILE[phases], why)
-
-
-@pytest.mark.parametrize("phases", [("creating",), ("starting",), ("stopping", "deleting")], ids="+".join)
-@pytest.mark.parametrize("page", [BAD_GATEWAY, UNAVAILABLE], ids=lambda page: str(page.status))
-def test_a_hub_that_acts_and_is_away_then(
-    page: Answer, phases: tuple[str, ...], hub: LocalHub, record_property: Record
-) -> None:
-    acted = AnswerAfter(page.status, page.body, HTML)
-    with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = any_of([FromThenOn(PHASES[phase](hub), page, 4, at_first=acted) for phase in phases])
-        ran = run_through(proxy, hub)
-        assert sum(entry.fault == "AnswerAfter" for entry in proxy.requests) == len(phases)
-        row = (f"{page.status} after the hub acted, then for 4 s", "+".join(phases))
-        check(record_property, row, hub, ran, AWHILE.get(phases, {0}), f"{refused(page.status)}|{RETRIES}")
+        check(record_property, (f"{name} for 5 s", "+".join(phases)), hub, ran, AWHILE[phases], why)
 
 
 SILENT: dict[str, set[int]] = {"listing": {3}, "creating": {0, 1}, "starting": {1}, "holding": {1}, "stopping": {0}}
@@ -420,18 +416,8 @@ def test_a_hub_that_dies_for_good(phase: str, hub: LocalHub, record_property: Re
         assert rule.begun and not hub.running
         why = "connection reset|connection refused"
         check_left(record_property, ("the hub dies for good", phase), proxy, ran, code, made, why)
-
-
-def test_a_hub_that_is_killed_while_it_holds_the_servers_and_does_not_come_back(
-    hub: LocalHub, record_property: Record
-) -> None:
-    began_s = time.monotonic()
-    with start_tool(*WORDS, "--cleanup-timeout", "10s", hub=hub) as run, FaultProxy(hub.endpoint) as unused:
-        read_up_to("Holding", run)
-        hub.kill()
-        ran = run.outcome(150), time.monotonic() - began_s
-        why = "to say whether the servers that were held are still there"
-        check_left(record_property, ("the hub is killed, no proxy", "holding"), unused, ran, 4, COUNT, why)
+        unknown = "to say whether the servers that were held are still there" in ran[0].summary
+        assert unknown == (phase == "holding")
 
 
 # ---- Limits, other versions, slow stops ----
@@ -469,8 +455,8 @@ def test_servers_that_take_longer_to_stop_than_the_hub_waits(version: str | None
 # ---- Signals ----
 
 
-def interrupt(hub: LocalHub, number: int, match: Match | None, after_s: float = 0.0) -> tuple[Outcome, float, bool]:
-    """A run that is sent a signal at the first matching request, or (None) so many seconds after it began its work.
+def interrupt(hub: LocalHub, number: int, after_s: float) -> tuple[Outcome, float, bool]:
+    """A run that is sent a signal so many seconds after it began its work.
 
     With the seconds from the signal to its end, and whether it had ended already when the signal was sent.
     """
@@ -482,7 +468,7 @@ def interrupt(hub: LocalHub, number: int, match: Match | None, after_s: float = 
             run.send_signal(number)
 
         delayed = threading.Timer(after_s, strike)
-        proxy.rule = FromThenOn(match or matching("POST", "/users$"), act=strike if match else delayed.start)
+        proxy.rule = FromThenOn(matching("POST", "/users$"), act=delayed.start)
         done = run.outcome(90)
         wait_until(lambda: struck, 10)
         struck_s, too_late = struck[0]
@@ -500,16 +486,6 @@ def ended_by(done: Outcome, code: int) -> bool:
 SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
 
 
-@pytest.mark.parametrize(("phase", "name"), list(zip([*PHASES][1:], itertools.cycle(SIGNALS))))
-def test_a_signal_in_each_phase(name: str, phase: str, hub: LocalHub, record_property: Record) -> None:
-    number, code = SIGNALS[name]
-    done, took_s, _ = interrupt(hub, number, PHASES[phase](hub))
-    interrupted = "yes" if done.stdout.startswith("INTERRUPTED: ") else "NO"
-    record_property("fault", (name, phase, done.code, len(tool_users(hub)), f"{took_s:.1f}", interrupted))
-    assert hub.users().keys() == THEIRS, done
-    assert ended_by(done, code), done
-
-
 @pytest.mark.parametrize("version", ["2.3.1", "4.1.6", None])
 def test_a_signal_at_random_moments_twenty_times(version: str | None, record_property: Record) -> None:
     rng = random.Random(f"{SEED} {version}")
@@ -518,7 +494,7 @@ def test_a_signal_at_random_moments_twenty_times(version: str | None, record_pro
         codes, longest_s = set(), 0.0
         for number, code in [*SIGNALS.values()] * 10:
             after_s = rng.uniform(0, 3.2)
-            done, took_s, too_late = interrupt(hub, number, None, after_s)
+            done, took_s, too_late = interrupt(hub, number, after_s)
             codes.add(done.code)
             longest_s = max(longest_s, took_s)
             assert hub.users().keys() == THEIRS, (after_s, done)
