@@ -226,9 +226,15 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, proxy:
     hub = hst.Hub(proxy.endpoint, session)
     assert hub.create([NAME]).status == 201
     assert session.ask("POST", hub.server_url(NAME), json={"hang_rate": 1}, call=hst.once(), timeout=0.5).call.lost
-    ends: list[hst.Readiness] = []
     until_s = session.clock() + (60 if end == "stop" else 2)
-    reading = threading.Thread(target=lambda: ends.append(hst.await_ready(NAME, hub, until_s)))
+    found: list[hst.Kind] = []
+
+    def read() -> None:
+        with pytest.raises(hst.Failed) as failed:
+            hst.await_ready(NAME, hub, until_s, [])
+        found.append(failed.value.reason.kind)
+
+    reading = threading.Thread(target=read)
     reading.start()
     wait_until(lambda: any(entry.path.endswith("/progress") for entry in proxy.requests))
     if end == "stop":
@@ -237,7 +243,7 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, proxy:
     while reading.is_alive() and session.clock() < give_up_s:
         session.cut_streams()
         reading.join(0.1)
-    assert [(end.ready_at_s, end.running) for end in ends] == [(None, True)]
+    assert found == [hst.Kind.TIMED_OUT]
     assert hst.delete_users([NAME], new_hub.endpoint, session.clone(own_stop=True)) and not tool_users(new_hub)
 
 

@@ -111,7 +111,7 @@ def test_headers_of_ones_own_are_sent_with_every_request(proxy: FaultProxy, new_
     names = sum(hst.create_users(2, 2, endpoint, session), [])
     assert all(event.reason is None for event in hst.start_servers([names], endpoint, session).values())
     assert [event["ready"] for event in hub.progress(names[0], session.clock() + 10)] == [True]
-    hst.spread_load(hst.Load(endpoint, tuple(names), {"activity": 1.0}, workers=2, processes=2), session, record)
+    hst.spread_load(hst.Load(hst.Plan(hst.ACTIVITY, workers=2, processes=2), endpoint, names), session, record)
     assert record.summarise()["activity"].failed == 0
     browser = hst.PublicSide(hub, hst.Plan(visit=True)).browser(names[0])
     assert isinstance(browser, hst.HubSession) and browser.ask("GET", endpoint + "/user").status == 200
