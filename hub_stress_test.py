@@ -1766,9 +1766,9 @@ class HubSession(requests.Session):
         if call.once or call.tries > RETRIES or began_s >= until_s:
             return False
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
+        was_stopped = not self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
         call.backoff_s += self.clock() - began_s
-        if not going_on:
+        if was_stopped:
             raise Stopped("the run was stopped")
         return True
 
@@ -1887,7 +1887,7 @@ def without_proxy(url: str) -> str:
 
 
 def in_front(response: requests.Response) -> str:
-    """That something in front of the hub gave an answer, and what it calls itself."""
+    """A sentence that names what answered in place of the hub."""
     name = response.headers.get("Server", "")[:40]
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
@@ -2560,7 +2560,7 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Afterma
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user with our prefix in the name, and (from hubs that do not filter) others.
+    """Every user with our prefix in the name; hubs that do not filter list others too.
 
     Raises `HubRefused` or `Stopped`. `next.offset` leads to the next page, since `next.url` may be wrong
     behind a proxy. A page may be short.
@@ -2579,7 +2579,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
-    """Of these users, those that this tool's naming made (of one run, if named), but admins."""
+    """The listed users that this tool's naming made (of one run, if named), except admins."""
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
@@ -3771,7 +3771,7 @@ def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
 
 
 def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
-    """What was found in place of a hub, and what to do."""
+    """What answers in place of a hub, and what to do."""
     proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
     remedy = next(remedy for symptom, remedy in _remedies(endpoint, reply, session) if symptom)
@@ -3917,7 +3917,7 @@ class CleanUp:
 
 
 def remove_users(
-    thought: Mapping[str, ServerState],
+    states: Mapping[str, ServerState],
     ours: Callable[[str], bool],
     hub: Hub,
     record: Recorder,
@@ -3927,12 +3927,12 @@ def remove_users(
 ) -> CleanUp:
     """Remove users until the hub lists none that are `ours`, or nothing has moved for `timeout_s` seconds.
 
-    `thought` is what is thought of each user; after every round the hub's own list corrects that. Users
-    thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
-    to an admin. `removal` is kept up to date while this goes on.
+    `states` are what this program knows of each user; after every round the hub's own list replaces them.
+    `UNKNOWN` users are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an
+    admin. `removal` is kept up to date meanwhile.
     """
     session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
-    left = {name: state for name, state in thought.items() if ours(name)}
+    left = {name: state for name, state in states.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
 
@@ -3949,11 +3949,9 @@ def remove_users(
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
                 # names that the hub has rewritten may lack the prefix by which it lists users
-                unlisted = [
-                    name for name in thought if f"{USERNAME_PREFIX}-" not in name and name not in gone
-                ]
-                states = {name: hub.state(name) for name in unlisted if name not in left}
-                left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
+                unlisted = [name for name in states if f"{USERNAME_PREFIX}-" not in name and name not in gone]
+                found = {name: hub.state(name) for name in unlisted if name not in left}
+                left |= {name: state for name, state in found.items() if state is not ServerState.GONE}
                 site.states, refusals, done = dict(left), 0, not left
                 existing |= left.keys()
                 site.removal.look(left, session.clock())
@@ -3964,8 +3962,10 @@ def remove_users(
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = site.removal.in_the_way(left, session.clock())
-                return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
+                reason = site.removal.in_the_way(left, session.clock())
+                return CleanUp(
+                    len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=reason
+                )
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
