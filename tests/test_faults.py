@@ -7,6 +7,7 @@ prints a table: fault, phase, exit code, users left, seconds, whether the summar
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import signal
@@ -20,6 +21,7 @@ import hub_stress_test as hst
 from fault_proxy import (
     Answer,
     AnswerAfter,
+    Entry,
     Fault,
     FaultProxy,
     HalfBody,
@@ -28,6 +30,7 @@ from fault_proxy import (
     ResetBefore,
     ResetStream,
     Rule,
+    Silence,
     first,
     hub_answer,
     matching,
@@ -138,12 +141,12 @@ def shared_hub() -> Iterator[LocalHub]:
 
 @pytest.fixture
 def hub(shared_hub: LocalHub) -> Iterator[LocalHub]:
-    """The shared hub; one that was killed, or on which a test had to leave users, is booted again afterwards."""
+    """The shared hub; it is as before when a test has killed it or had to leave users."""
     hub = shared_hub
     yield hub
-    if not hub.running or hub.users().keys() != THEIRS:
-        hub.stop()
+    if not hub.running:
         hub.start()
+    hst.delete_users(sorted(tool_users(hub)), hub.endpoint, hst.get_session(hub.token))
 
 
 def any_of(rules: Sequence[Rule]) -> Rule:
@@ -156,15 +159,49 @@ def any_of(rules: Sequence[Rule]) -> Rule:
     return rule
 
 
-def start_through(proxy: FaultProxy, hub: LocalHub, *more: str) -> Running:
-    return start_tool(*WORDS, *more, hub=hub, proxy=proxy)
+@dataclasses.dataclass
+class Ran:
+    """A run through a proxy: what it said, how long it took, and its requests."""
+
+    hub: LocalHub
+    done: Outcome
+    took_s: float
+    requests: list[Entry]
+
+    @property
+    def faults(self) -> int:
+        return sum(entry.fault is not None for entry in self.requests)
+
+    def check(self, record: Record, row: tuple[str, str], codes: set[int], why: str) -> None:
+        """The hub is there: nothing is left, all of theirs is, the exit code says how it went, the summary says why."""
+        done, said = self.done, self.done.stdout + self.done.stderr
+        note(record, row, done, len(tool_users(self.hub)), self.took_s, why)
+        assert self.hub.users().keys() == THEIRS, said
+        assert done.code in codes, said
+        assert done.stdout.startswith({0: "PASSED: ", 1: "FAILED: ", 3: ""}[done.code]), said
+        assert (done.stdout == "") == (done.code == 3), said
+        assert done.code == 3 or "users deleted, none left" in rows_of(done, "cleanup"), said
+
+    def check_left(self, record: Record, row: tuple[str, str], code: int, made: int, why: str) -> None:
+        """The hub is lost to the run: it names all users that it did not see deleted, and how to purge them."""
+        done, said = self.done, self.done.stdout + self.done.stderr
+        deletes = [entry for entry in self.requests if entry.method == "DELETE" and entry.status == 204]
+        gone = {entry.path.rpartition("/")[2] for entry in deletes if "/server" not in entry.path}
+        named = left_according_to(done)
+        note(record, row, done, f"{len(named)} named", self.took_s, why)
+        assert named == {hst.username(n) for n in range(1, made + 1)} - gone, said
+        assert done.code == code, said
+        assert ("hub-stress-test purge" in rows_of(done, "cleanup")) == (code == 4), said
 
 
-def run_through(proxy: FaultProxy, hub: LocalHub, *more: str, limit_s: float = 100) -> tuple[Outcome, float]:
-    """A run through the proxy, and its seconds."""
+def run_through(hub: LocalHub, rule: Rule | None, *more: str, limit_s: float = 100) -> Ran:
+    """A run through a proxy with this rule."""
     began_s = time.monotonic()
-    with start_through(proxy, hub, *more) as run:
-        return run.outcome(limit_s), time.monotonic() - began_s
+    with FaultProxy(hub.endpoint) as proxy:
+        proxy.rule = rule
+        with start_tool(*WORDS, *more, hub=hub, proxy=proxy) as run:
+            done = run.outcome(limit_s)
+        return Ran(hub, done, time.monotonic() - began_s, [*proxy.requests])
 
 
 def rows_of(done: Outcome, *labels: str) -> str:
@@ -191,38 +228,6 @@ def note(record: Record, row: tuple[str, str], done: Outcome, left: object, took
     explained = re.search(why, reasons_of(done)) is not None
     record("fault", (*row, done.code, left, f"{took_s:.1f}", "yes" if explained else "NO"))
     assert explained, (why, done.stdout + done.stderr)
-
-
-def check(
-    record: Record, row: tuple[str, str], hub: LocalHub, ran: tuple[Outcome, float], codes: set[int], why: str
-) -> None:
-    """The hub is there: nothing is left, all of theirs is, the exit code says how it went, the summary says why."""
-    done, took_s = ran
-    said = done.stdout + done.stderr
-    note(record, row, done, len(tool_users(hub)), took_s, why)
-    assert hub.users().keys() == THEIRS, said
-    assert done.code in codes, said
-    assert done.stdout.startswith({0: "PASSED: ", 1: "FAILED: ", 3: ""}[done.code]), said
-    assert (done.stdout == "") == (done.code == 3), said
-    assert done.code == 3 or "users deleted, none left" in rows_of(done, "cleanup"), said
-
-
-def check_left(
-    record: Record, row: tuple[str, str], proxy: FaultProxy, ran: tuple[Outcome, float], code: int, made: int, why: str
-) -> None:
-    """The hub is lost to the run: it names every user that it made, and did not see deleted, and how to purge them."""
-    done, took_s = ran
-    said = done.stdout + done.stderr
-    gone = {
-        entry.path.rpartition("/")[2]
-        for entry in proxy.requests
-        if entry.method == "DELETE" and entry.status == 204 and "/server" not in entry.path
-    }
-    named = left_according_to(done)
-    note(record, row, done, f"{len(named)} named", took_s, why)
-    assert named == {hst.username(n) for n in range(1, made + 1)} - gone, said
-    assert done.code == code, said
-    assert ("hub-stress-test purge" in rows_of(done, "cleanup")) == (code == 4), said
 
 
 # ---- Faults that end ----
@@ -292,13 +297,10 @@ def test_a_fault_that_comes_once_in_each_phase(
     name: str, phases: list[str], hub: LocalHub, record_property: Record
 ) -> None:
     codes, reasons = zip(*(expected_once(name, phase) for phase in phases))
-    with FaultProxy(hub.endpoint) as proxy:
-        fault = ONCE[name][0]
-        proxy.rule = any_of([first(1, PHASES[phase](hub), once_in(phase, fault)) for phase in phases])
-        ran = run_through(proxy, hub)
-        assert sum(entry.fault is not None for entry in proxy.requests) == len(phases)
+    ran = run_through(hub, any_of([first(1, PHASES[phase](hub), once_in(phase, ONCE[name][0])) for phase in phases]))
+    assert ran.faults == len(phases)
     for phase, why in zip(phases, reasons):
-        check(record_property, (name, phase), hub, ran, {max(codes)}, why)
+        ran.check(record_property, (name, phase), {max(codes)}, why)
 
 
 # how a run may end when the hub is away for some seconds, from each of these phases on
@@ -334,12 +336,10 @@ FOR_A_WHILE: dict[str, tuple[Fault, str, Fault | None]] = {
 @pytest.mark.parametrize("name", FOR_A_WHILE)
 def test_a_fault_for_five_seconds(name: str, phases: tuple[str, ...], hub: LocalHub, record_property: Record) -> None:
     fault, why, at_first = FOR_A_WHILE[name]
-    with FaultProxy(hub.endpoint) as proxy:
-        rules = [FromThenOn(PHASES[phase](hub), fault, 5, at_first=at_first) for phase in phases]
-        proxy.rule = any_of(rules)
-        ran = run_through(proxy, hub)
-        assert all(rule.begun for rule in rules)
-        check(record_property, (f"{name} for 5 s", "+".join(phases)), hub, ran, AWHILE[phases], why)
+    rules = [FromThenOn(PHASES[phase](hub), fault, 5, at_first=at_first) for phase in phases]
+    ran = run_through(hub, any_of(rules))
+    assert all(rule.begun for rule in rules)
+    ran.check(record_property, (f"{name} for 5 s", "+".join(phases)), AWHILE[phases], why)
 
 
 SILENT: dict[str, set[int]] = {"listing": {3}, "creating": {0, 1}, "starting": {1}, "holding": {1}, "stopping": {0}}
@@ -349,22 +349,12 @@ SILENCE_S = 70  # longer than requests are retried
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize("phase", SILENT)
 def test_a_long_silence(phase: str, hub: LocalHub, record_property: Record) -> None:
-    with FaultProxy(hub.endpoint) as proxy:
-        release = threading.Timer(SILENCE_S, lambda: proxy.silence(False))
-
-        def fall_silent() -> None:
-            proxy.silence(True)
-            release.start()
-
-        proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=fall_silent)
-        try:
-            ran = run_through(proxy, hub, limit_s=400)
-            assert rule.begun
-            release.join(SILENCE_S + 10)
-        finally:
-            release.cancel()
-        why = "no answer in time|not ready after"
-        check(record_property, (f"silence for {SILENCE_S} s", phase), hub, ran, SILENT[phase], why)
+    fault = FromThenOn(PHASES[phase](hub), Silence(), SILENCE_S, at_first=Silence())
+    ran = run_through(hub, fault, limit_s=400)
+    assert fault.begun
+    ran.check(
+        record_property, (f"silence for {SILENCE_S} s", phase), SILENT[phase], "no answer in time|not ready after"
+    )
 
 
 RESTARTED: dict[str, tuple[int, str]] = {
@@ -381,13 +371,10 @@ RESTARTED: dict[str, tuple[int, str]] = {
 @pytest.mark.parametrize("phase", RESTARTED)
 def test_a_hub_that_restarts_without_its_state(phase: str, hub: LocalHub, record_property: Record) -> None:
     code, why = RESTARTED[phase]
-    with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=hub.restart)
-        ran = run_through(proxy, hub)
-        assert rule.begun
-        check(record_property, ("the hub restarts, state gone", phase), hub, ran, {code}, why)
-        noticed = re.search("the hub restarted during the run", rows_of(ran[0], "but", "because")) is not None
-        assert noticed == (phase != "listing")  # it looks at the hub's metrics from then on
+    ran = run_through(hub, FromThenOn(PHASES[phase](hub), act=hub.restart))
+    ran.check(record_property, ("the hub restarts, state gone", phase), {code}, why)
+    noticed = re.search("the hub restarted during the run", rows_of(ran.done, "but", "because")) is not None
+    assert noticed == (phase != "listing")  # it looks at the hub's metrics from then on
 
 
 # ---- Faults that do not end ----
@@ -400,34 +387,30 @@ LOST = [phase for phase in PHASES if phase not in ("waiting", "looking")]  # whi
 def test_a_token_that_is_revoked(phase: str, hub: LocalHub, record_property: Record) -> None:
     code = {"listing": 3, "creating": 1}.get(phase, 4)
     made = 0 if phase in ("listing", "creating") else COUNT
-    with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = FromThenOn(PHASES[phase](hub), REVOKED, 1e9)
-        ran = run_through(proxy, hub)
-        check_left(record_property, ("token revoked", phase), proxy, ran, code, made, refused(403))
-        assert tool_users(hub) == left_according_to(ran[0])
+    ran = run_through(hub, FromThenOn(PHASES[phase](hub), REVOKED, 1e9))
+    ran.check_left(record_property, ("token revoked", phase), code, made, refused(403))
+    assert tool_users(hub) == left_according_to(ran.done)
 
 
 @pytest.mark.parametrize("phase", LOST)
 def test_a_hub_that_dies_for_good(phase: str, hub: LocalHub, record_property: Record) -> None:
     code, made = {"listing": (3, 0), "creating": (4, BATCH)}.get(phase, (4, COUNT))
-    with FaultProxy(hub.endpoint) as proxy:
-        proxy.rule = rule = FromThenOn(PHASES[phase](hub), act=hub.kill)
-        ran = run_through(proxy, hub, "--cleanup-timeout", "10s", limit_s=150)
-        assert rule.begun and not hub.running
-        why = "connection reset|connection refused"
-        check_left(record_property, ("the hub dies for good", phase), proxy, ran, code, made, why)
-        unknown = "to say whether the servers that were held are still there" in ran[0].summary
-        assert unknown == (phase == "holding")
+    rule = FromThenOn(PHASES[phase](hub), act=hub.kill)
+    ran = run_through(hub, rule, "--cleanup-timeout", "10s", limit_s=150)
+    assert not hub.running
+    why = "connection reset|connection refused"
+    ran.check_left(record_property, ("the hub dies for good", phase), code, made, why)
+    unknown = "to say whether the servers that were held are still there" in ran.done.summary
+    assert unknown == (phase == "holding")
 
 
 # ---- Limits, other versions, slow stops ----
 
 
 def test_an_active_server_limit_ends_the_run_by_itself(record_property: Record) -> None:
-    with LocalHub(active_server_limit=3) as hub, FaultProxy(hub.endpoint) as proxy:
-        ran = run_through(proxy, hub)
+    with LocalHub(active_server_limit=3) as hub:
         why = "5 × still throttled after 8.00 s: Active user limit"
-        check(record_property, ("active_server_limit 3", "starting"), hub, ran, {1}, why)
+        run_through(hub, None).check(record_property, ("active_server_limit 3", "starting"), {1}, why)
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "4.1.6"])
@@ -436,20 +419,18 @@ def test_hubs_of_other_versions(version: str, record_property: Record) -> None:
     with LocalHub(version=version, slow_spawn_timeout_s=0, spawn_s=0.4) as hub:
         for name in ("reset after the hub acted", "504 after the hub acted", "a single 500"):
             codes, reasons = zip(*(expected_once(name, phase) for phase in phases))
-            with FaultProxy(hub.endpoint) as proxy:
-                proxy.rule = any_of([first(2, PHASES[phase](hub), ONCE[name][0]) for phase in phases])
-                ran = run_through(proxy, hub)
-                assert sum(entry.fault is not None for entry in proxy.requests) == 2 * len(phases)
+            ran = run_through(hub, any_of([first(2, PHASES[phase](hub), ONCE[name][0]) for phase in phases]))
+            assert ran.faults == 2 * len(phases)
             for phase, why in zip(phases, reasons):
-                check(record_property, (f"{name}, hub {version}", phase), hub, ran, {max(codes)}, why)
+                ran.check(record_property, (f"{name}, hub {version}", phase), {max(codes)}, why)
 
 
 @pytest.mark.parametrize("version", ["1.5.1", "2.3.1", "4.1.6", None])
 def test_servers_that_take_longer_to_stop_than_the_hub_waits(version: str | None, record_property: Record) -> None:
-    with LocalHub(version=version, stop_s=3, slow_stop_timeout_s=1) as hub, FaultProxy(hub.endpoint) as proxy:
-        ran = run_through(proxy, hub)
-        check(record_property, (f"slow stops, hub {version or 'newest'}", "stopping"), hub, ran, {0}, UNHARMED)
-        assert rows_of(ran[0], "cleanup").endswith(" 8 users deleted, none left")
+    with LocalHub(version=version, stop_s=3, slow_stop_timeout_s=1) as hub:
+        ran = run_through(hub, None)
+        ran.check(record_property, (f"slow stops, hub {version or 'newest'}", "stopping"), {0}, UNHARMED)
+        assert rows_of(ran.done, "cleanup").endswith(" 8 users deleted, none left")
 
 
 # ---- Signals ----
@@ -460,7 +441,7 @@ def interrupt(hub: LocalHub, number: int, after_s: float) -> tuple[Outcome, floa
 
     With the seconds from the signal to its end, and whether it had ended already when the signal was sent.
     """
-    with FaultProxy(hub.endpoint) as proxy, start_through(proxy, hub) as run:
+    with FaultProxy(hub.endpoint) as proxy, start_tool(*WORDS, hub=hub, proxy=proxy) as run:
         struck: list[tuple[float, bool]] = []
 
         def strike() -> None:
