@@ -194,12 +194,14 @@ class Ran:
         assert ("hub-stress-test purge" in rows_of(done, "cleanup")) == (code == 4), said
 
 
-def run_through(hub: LocalHub, rule: Rule | None, *more: str, limit_s: float = 100) -> Ran:
+def run_through(
+    hub: LocalHub, rule: Rule | None, *more: str, words: Sequence[str] = WORDS, limit_s: float = 100
+) -> Ran:
     """A run through a proxy with this rule."""
     began_s = time.monotonic()
     with FaultProxy(hub.endpoint) as proxy:
         proxy.rule = rule
-        with start_tool(*WORDS, *more, hub=hub, proxy=proxy) as run:
+        with start_tool(*words, *more, hub=hub, proxy=proxy) as run:
             done = run.outcome(limit_s)
         return Ran(hub, done, time.monotonic() - began_s, [*proxy.requests])
 

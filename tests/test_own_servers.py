@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -19,8 +18,6 @@ from fault_proxy import AnswerAfter, Fault, FaultProxy, ResetAfter, ResetBefore,
 from localhub import LocalHub
 from test_faults import (
     BAD_GATEWAY,
-    HTML,
-    LIMIT,
     NO_BACKEND,
     ONCE,
     RETRIES,
@@ -28,16 +25,18 @@ from test_faults import (
     SIGNALS,
     FromThenOn,
     Match,
+    Ran,
     Record,
     any_of,
+    expected_once,
     note,
     once_in,
-    read_up_to,
     refused,
     rows_of,
+    run_through,
 )
 from test_hub_setup import refusal
-from tool import Outcome, Running, row, run_for_results, run_tool, start_tool, wait_until
+from tool import row, run_for_results, run_tool, start_tool, wait_until
 
 VERSIONS = [None, "2.3.1", "1.5.1"]
 NEWEST_AND_OLDEST = [None, "1.5.1"]  # which list servers that are stopped, and which do not
@@ -254,26 +253,11 @@ PHASES: dict[str, Match] = {
 FEW = ["stress-test", "--own-servers", "--count", "6", "--batch-size", "3", "--server-timeout", "8s"]
 
 
-def start_through(proxy: FaultProxy, carol: Carol) -> Running:
-    return start_tool(*FEW, hub=carol.hub, proxy=proxy)
-
-
-def expected(phase: str, fault: Fault, reason: str, retried: bool) -> tuple[int, str]:
-    """The exit code after a fault that comes once in a phase, and what the run says of it."""
-    if phase in ("stopping", "removing"):
-        return 0, rf"{'stop request' if phase == 'stopping' else 'delete server'}: 1 × {reason}"
-    if fault is LIMIT:
-        return 0, "1 throttled"
-    if isinstance(fault, AnswerAfter):
-        return 0, rf"start request: 1 × {reason}|{RETRIES}"
-    return (0, RETRIES) if retried else (1, f"1 × the hub answered the start with {reason}")
-
-
-def check_run(carol: Carol, done: Outcome, codes: set[int], why: str, record: Record, row: tuple[str, str]) -> None:
+def check_run(carol: Carol, ran: Ran, codes: set[int], why: str, record: Record, row: tuple[str, str]) -> None:
     carol.check()
-    note(record, row, done, 0, 0.0, why)
-    assert done.code in codes, done
-    assert "servers removed, none left" in rows_of(done, "cleanup"), done
+    note(record, row, ran.done, 0, ran.took_s, why)
+    assert ran.done.code in codes, ran.done
+    assert "servers removed, none left" in rows_of(ran.done, "cleanup"), ran.done
 
 
 @pytest.mark.faults
@@ -282,40 +266,37 @@ def check_run(carol: Carol, done: Outcome, codes: set[int], why: str, record: Re
 def test_whatever_comes_once_in_each_phase_leaves_nothing(
     version: str | None, name: str, carol_on: Carols, record_property: Record
 ) -> None:
-    carol, (fault, reason, retried) = carol_on(version=version), ONCE[name]
-    faults = {phase: once_in("deleting" if phase == "removing" else phase, fault) for phase in PHASES}
-    with FaultProxy(carol.hub.endpoint) as proxy:
-        proxy.rule = any_of([first(1, PHASES[phase], fault) for phase, fault in faults.items()])
-        with start_through(proxy, carol) as run:
-            done = run.outcome()
-        assert sum(entry.fault is not None for entry in proxy.requests) == len(PHASES)
-    ends = [expected(phase, fault, reason, retried) for phase, fault in faults.items()]
-    for phase, (_, why) in zip(PHASES, ends):
+    carol, (fault, reason, _) = carol_on(version=version), ONCE[name]
+    ran = run_through(
+        carol.hub, any_of([first(1, PHASES[phase], once_in(phase, fault)) for phase in PHASES]), words=FEW
+    )
+    assert ran.faults == len(PHASES)
+    ends = [expected_once(name, phase) for phase in ("starting", "stopping")]
+    for phase, (_, why) in zip(PHASES, [*ends, (0, f"delete server: 1 × {reason}")]):
         row = (f"own servers: {name}, hub {version or 'newest'}", phase)
-        check_run(carol, done, {max(code for code, _ in ends)}, why, record_property, row)
+        check_run(carol, ran, {max(code for code, _ in ends)}, why, record_property, row)
+
+
+AWAY: dict[str, tuple[Fault, Fault | None]] = {
+    "502 pages for 4 s": (BAD_GATEWAY, AnswerAfter(502, b"<html>")),
+    "404 pages for 4 s": (NO_BACKEND, None),
+    "resets for 4 s": (ResetBefore(), ResetAfter()),
+}
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("name", AWAY)
 @pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
-def test_a_hub_that_is_away_for_a_while_has_nothing_left(
-    version: str | None, carol_on: Carols, record_property: Record
+def test_a_hub_that_is_away_in_each_phase_has_nothing_left(
+    version: str | None, name: str, carol_on: Carols, record_property: Record
 ) -> None:
-    carol = carol_on(version=version)
-    acted = AnswerAfter(502, b"<html>", HTML)
-    for name, fault, at_first in (
-        ("502 pages for 4 s", BAD_GATEWAY, acted),
-        ("404 pages for 4 s", NO_BACKEND, None),
-        ("resets for 4 s", ResetBefore(), ResetAfter()),
-    ):
-        rules = [FromThenOn(PHASES[phase], fault, 4, at_first=at_first) for phase in PHASES]
-        with FaultProxy(carol.hub.endpoint) as proxy:
-            proxy.rule = any_of(rules)
-            with start_through(proxy, carol) as run:
-                done = run.outcome()
-            assert all(rule.begun for rule in rules)
-        why = rf"{refused(502)}|{refused(404)}|connection reset|{RETRIES}"
-        row = (f"own servers: {name}, hub {version or 'newest'}", "+".join(PHASES))
-        check_run(carol, done, {0, 1}, why, record_property, row)
+    carol, (fault, at_first) = carol_on(version=version), AWAY[name]
+    rules = [FromThenOn(PHASES[phase], fault, 4, at_first=at_first) for phase in PHASES]
+    ran = run_through(carol.hub, any_of(rules), words=FEW)
+    assert all(rule.begun for rule in rules)
+    why = rf"{refused(502)}|{refused(404)}|connection reset|{RETRIES}"
+    row = (f"own servers: {name}, hub {version or 'newest'}", "+".join(PHASES))
+    check_run(carol, ran, {0, 1}, why, record_property, row)
 
 
 @pytest.mark.faults
@@ -327,7 +308,7 @@ def test_signals_at_ten_random_moments_leave_nothing(
     carol = carol_on(version=version, stop_s=0.1, slow_spawn_timeout_s=rng.choice([0, 10]))
     codes = set()
     for number, code in [*SIGNALS.values()] * 5:
-        with FaultProxy(carol.hub.endpoint) as proxy, start_through(proxy, carol) as run:
+        with FaultProxy(carol.hub.endpoint) as proxy, start_tool(*FEW, hub=carol.hub, proxy=proxy) as run:
             strike = threading.Timer(rng.uniform(0, 1.6), run.send_signal, [number])
             proxy.rule = FromThenOn(PHASES["starting"], act=strike.start)
             done = run.outcome()
@@ -337,20 +318,3 @@ def test_signals_at_ten_random_moments_leave_nothing(
     row = (f"own servers: 10 signals, hub {version or 'newest'}", "random", "/".join(map(str, sorted(codes))))
     record_property("fault", (*row, 0, "", "yes"))
     assert {130, 143} <= codes
-
-
-@pytest.mark.faults
-def test_a_second_signal_leaves_at_once_and_names_the_command(carol_on: Carols) -> None:
-    carol = carol_on(stop_s=5)
-    with start_tool(*WORDS, "--hold", "60s", hub=carol.hub) as run:
-        read_up_to("Holding", run)
-        run.send_signal(signal.SIGINT)
-        wait_until(lambda: any(one["pending"] == "stop" for one in carol.running().values()))
-        run.send_signal(signal.SIGINT)
-        done = run.outcome(30)
-    assert (done.code, done.stdout) == (130, "")
-    assert (
-        "up to 12 servers may remain on the hub. Remove them with: hub-stress-test purge --own-servers" in done.stderr
-    )
-    assert run_tool(*PURGE, hub=carol.hub).code == 0
-    carol.check()
