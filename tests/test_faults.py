@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 
 COUNT = 8
 BATCH = 4
-WORDS = ["stress-test", "-c", str(COUNT), "-b", str(BATCH), "--hold", "2s", "--server-timeout", "8s"]
+WORDS = ["stress-test", "-c", str(COUNT), "-b", str(BATCH), "--hold", "2s", "--server-timeout", "20s"]
 SEED = 20261121  # of the moments at which signals are sent
 HTML = {"Content-Type": "text/html"}
 BAD_GATEWAY = Answer(502, b"<html><h1>502 Bad Gateway</h1></html>", HTML)
@@ -407,8 +407,9 @@ def test_a_hub_that_dies_for_good(phase: str, hub: LocalHub, record_property: Re
 
 def test_an_active_server_limit_ends_the_run_by_itself(record_property: Record) -> None:
     with LocalHub(active_server_limit=3) as hub:
-        why = "5 × still throttled after 8.00 s: Active user limit"
-        run_through(hub, None).check(record_property, ("active_server_limit 3", "starting"), {1}, why)
+        why = "5 × still throttled after 3.00 s: Active user limit"
+        ran = run_through(hub, None, "--server-timeout", "3s")
+        ran.check(record_property, ("active_server_limit 3", "starting"), {1}, why)
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "4.1.6"])
