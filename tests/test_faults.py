@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 
 COUNT = 8
 BATCH = 4
-WORDS = ["stress-test", "-c", str(COUNT), "-b", str(BATCH), "--hold", "2s", "--server-timeout", "20s"]
+WORDS = ["stress-test", "-c", str(COUNT), "-b", str(BATCH), "--hold", "2s"]
 SEED = 20261121  # of the moments at which signals are sent
 HTML = {"Content-Type": "text/html"}
 BAD_GATEWAY = Answer(502, b"<html><h1>502 Bad Gateway</h1></html>", HTML)

@@ -250,7 +250,7 @@ PHASES: dict[str, Match] = {
     "stopping": lambda request: request.method == "DELETE" and not request.body,
     "deleting": lambda request: request.method == "DELETE" and b"remove" in request.body,
 }
-FEW = ["stress-test", "--own-servers", "--count", "6", "--batch-size", "3", "--server-timeout", "20s"]
+FEW = ["stress-test", "--own-servers", "--count", "6", "--batch-size", "3"]
 
 
 def check_run(carol: Carol, ran: Ran, codes: set[int], why: str, record: Record, row: tuple[str, str]) -> None:
