@@ -1773,9 +1773,9 @@ class HubSession(requests.Session):
         if call.once or call.tries > RETRIES or began_s >= until_s:
             return False
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
+        was_stopped = not self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
         call.backoff_s += self.clock() - began_s
-        if not going_on:
+        if was_stopped:
             raise Stopped("the run was stopped")
         return True
 
@@ -1894,7 +1894,7 @@ def without_proxy(url: str) -> str:
 
 
 def in_front(response: requests.Response) -> str:
-    """That something in front of the hub gave an answer, and what it calls itself."""
+    """A sentence that names what answered in place of the hub."""
     name = response.headers.get("Server", "")[:40]
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
@@ -2572,7 +2572,7 @@ TO_LIST = "list its "
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user with our prefix in the name, and (from hubs that do not filter) others.
+    """Every user with our prefix in the name; hubs that do not filter list others too.
 
     Raises `HubRefused` or `Stopped`. `next.offset` leads to the next page, since `next.url` may be wrong
     behind a proxy. A page may be short.
@@ -2591,7 +2591,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
-    """Of these users, those that this tool's naming made (of one run, if named), but admins."""
+    """The listed users that this tool's naming made (of one run, if named), except admins."""
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
@@ -3790,7 +3790,7 @@ def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
 
 
 def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
-    """What was found in place of a hub, and what to do."""
+    """What answers in place of a hub, and what to do."""
     proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
     remedy = next(remedy for symptom, remedy in _remedies(endpoint, reply, session) if symptom)
@@ -3890,8 +3890,9 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     if not plan.opens or hub.version.startswith("1."):
         return
     variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
-    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
-    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    with hub.session.clone(token=plan.visit_token) as session:
+        visiting = dataclasses.replace(hub, session=session)
+        owner = _owner_of_token(visiting, "the token that opens servers", variable)
     if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
         lacks = (
             f"The token{f' in {variable}' * bool(plan.visit_token)} lacks what visits need: access:servers"
@@ -3935,7 +3936,7 @@ class CleanUp:
 
 
 def remove_users(
-    thought: Mapping[str, ServerState],
+    states: Mapping[str, ServerState],
     ours: Callable[[str], bool],
     hub: Hub,
     record: Recorder,
@@ -3945,12 +3946,12 @@ def remove_users(
 ) -> CleanUp:
     """Remove users until the hub lists none that are `ours`, or nothing has moved for `timeout_s` seconds.
 
-    `thought` is what is thought of each user; after every round the hub's own list corrects that. Users
-    thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
-    to an admin. `removal` is kept up to date while this goes on.
+    `states` are what this program knows of each user; after every round the hub's own list replaces them.
+    `UNKNOWN` users are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an
+    admin. `removal` is kept up to date meanwhile.
     """
     session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
-    left = {name: state for name, state in thought.items() if ours(name)}
+    left = {name: state for name, state in states.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
@@ -3968,11 +3969,9 @@ def remove_users(
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
                 # names that the hub has rewritten may lack the prefix by which it lists users
-                unlisted = [
-                    name for name in thought if f"{USERNAME_PREFIX}-" not in name and name not in gone
-                ]
-                states = {name: hub.state(name) for name in unlisted if name not in left}
-                left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
+                unlisted = [name for name in states if f"{USERNAME_PREFIX}-" not in name and name not in gone]
+                found = {name: hub.state(name) for name in unlisted if name not in left}
+                left |= {name: state for name, state in found.items() if state is not ServerState.GONE}
                 site.states, refusals, refused, done = dict(left), 0, "", not left
                 existing |= left.keys()
                 site.removal.look(left, session.clock())
@@ -3984,8 +3983,9 @@ def remove_users(
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = refused or site.removal.in_the_way(left, session.clock())
-                return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
+                reason = refused or site.removal.in_the_way(left, session.clock())
+                deleted, named = len(existing - left.keys()), tuple(sorted(left, key=natural))
+                return CleanUp(deleted, named, in_the_way=reason)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
@@ -4648,16 +4648,15 @@ def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, 
 
 def remove_made(site: Site, record: Recorder) -> CleanUp:
     """Remove all users that were made on a site, also after its session was stopped."""
-    plan, claims, session = site.plan, site.claims, site.hub.session.clone(own_stop=True)
+    plan, claims = site.plan, site.claims
     ours, unsure = claims.ours, claims.unconfirmed.copy()
     states = {name: site.states.get(name, ServerState.STOPPED) for name in ours}
     states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
-    session.pause(LATE_ACT_S if unsure else 0)
-    hub, limits = (
-        dataclasses.replace(site.hub, session=session),
-        (plan.removed_at_once, plan.cleanup_timeout_s),
-    )
-    return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
+    limits = (plan.removed_at_once, plan.cleanup_timeout_s)
+    with site.hub.session.clone(own_stop=True) as session:  # urllib3 before 2 closes nothing by itself
+        session.pause(LATE_ACT_S if unsure else 0)
+        hub = dataclasses.replace(site.hub, session=session)
+        return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
 
 
 class Run:
