@@ -4394,7 +4394,7 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    plan, schedule, clock = load.plan, load.schedule, session.clock
+    plan, schedule, planned, clock = load.plan, load.schedule, load.planned, session.clock
     numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
     until_s = started_s + (plan.duration_s or math.inf)
     last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
@@ -4405,7 +4405,7 @@ def send_load(
 
     def send_when_due(schedule: Schedule) -> None:
         """Take the next number, and send that request when it is due (open model)."""
-        while (n := next(numbers)) < load.planned and clock() < last_s:
+        while (n := next(numbers)) < planned and clock() < last_s:
             due_s = started_s + schedule.due_s(n)
             if not session.pause(due_s - clock()):
                 return
@@ -4518,12 +4518,11 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
         return session.exchange("GET", user_url(endpoint, user), once(observer=True))
 
     def ping(due_s: float) -> None:
-        if not session.stopping.is_set():
-            reason = perform(
-                "ping", read, user, endpoint, session, record, due_s, fine={404}
-            )  # the user has left
-            if reason:
-                session.say_if_silent(reason.text)
+        if session.stopping.is_set():
+            return
+        gone = {404}  # the user has left: that is an answer, too
+        if reason := perform("ping", read, user, endpoint, session, record, due_s, gone):
+            session.say_if_silent(reason.text)
 
     return Regularly("ping", 1 / PING_RATE_PER_S, ping, PINGS_AT_MOST, functools.partial(record.skip, "ping"))
 
@@ -4930,10 +4929,8 @@ def remove_made(site: Site, record: Recorder) -> CleanUp:
     states = {name: site.states.get(name, ServerState.STOPPED) for name in ours}
     states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
     session.pause(LATE_ACT_S if unsure else 0)
-    hub, limits = (
-        dataclasses.replace(site.hub, session=session),
-        (plan.removed_at_once, plan.cleanup_timeout_s),
-    )
+    hub = dataclasses.replace(site.hub, session=session)
+    limits = plan.removed_at_once, plan.cleanup_timeout_s
     return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
 
 
@@ -4978,8 +4975,7 @@ class Run:
         self.session.stop()
 
     def _leave(self, number: int) -> None:
-        remain = len(set(self.claims.ours) - self.site.removal.gone)
-        leave_at_once(number, remain, self.plan)
+        leave_at_once(number, len(set(self.claims.ours) - self.site.removal.gone), self.plan)
 
     def look(self) -> None:
         """Have all monitors look once more."""
@@ -5088,9 +5084,8 @@ class Run:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
         if self.session.hub_is_gone:
-            self.troubles.append(
-                f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent"
-            )
+            silence = duration_text(HUB_GONE_S)
+            self.troubles.append(f"the hub did not answer for {silence}: no more load was sent")
         if self.session.stopping.is_set():
             self.warnings += still_waiting(self.site.starting.copy())
         if self.plan.command != PURGE:
@@ -7660,7 +7655,7 @@ def _results_as_json(plan: Plan) -> Json:
 # ==== Locust users: the same load from many machines ========================================================
 #
 # Locust gives every process a greenlet for each user, and patches sockets, sleeps and locks so that they wait
-# for each other. What is above works there as it is; here is only what stands between it and Locust.
+# for each other. The code above works there as it is; below is only what stands between it and Locust.
 
 
 def locust_is_loading() -> bool:
@@ -7696,35 +7691,13 @@ def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int
 
 if locust_is_loading():
     import gevent  # type: ignore[import-untyped, unused-ignore]
-    from locust import FastHttpUser, constant, events, task
+    from locust import User, constant, events, task
     from locust.exception import StopUser
     from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
     LOG.setLevel(logging.WARNING)  # and no progress: Locust shows its own
     SAY = LOG.getChild("locust")
     SAY.setLevel(logging.INFO)
-
-    class FastSession:
-        """What operations need of a session, over Locust's client, which reports each as `operation`."""
-
-        def __init__(self, client: Any, plan: Plan) -> None:
-            self.operation: str | None = None
-            self._client = client
-            self._headers = {"Authorization": f"token {plan.token}", "Accept-Encoding": "identity"}
-            self._headers |= dict(plan.headers)
-
-        def request(
-            self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any
-        ) -> Any:
-            """Locust's own, with the token and without redirects."""
-            kwargs = {"name": self.operation, "allow_redirects": False} | kwargs
-            return self._client.request(method, url, headers=self._headers | dict(headers or {}), **kwargs)
-
-        get = functools.partialmethod(request, "GET")
-        post = functools.partialmethod(request, "POST")
-        put = functools.partialmethod(request, "PUT")
-        patch = functools.partialmethod(request, "PATCH")
-        delete = functools.partialmethod(request, "DELETE")
 
     class LocustSite:
         """What the users of one process share in a test: the hub, the names, and who has to be deleted."""
@@ -7809,22 +7782,15 @@ if locust_is_loading():
             raise UsageError(re.sub("--(?=[a-z])", "--hub-", str(error))) from None
         return dataclasses.replace(plan, count=0)  # which Locust knows
 
-    class HubUser(FastHttpUser):
+    class HubUser(User):
         """A Locust user with a user of their own on the hub."""
 
         abstract = True
         batch = 1  # users made by one request
         host = ""
-        insecure = False  # certificates are verified
-        network_timeout = connection_timeout = float(DEFAULT_TIMEOUT)
-
-        @staticmethod
-        def ssl_context_factory() -> ssl.SSLContext:
-            """What requests would trust, which goes by REQUESTS_CA_BUNDLE."""
-            return tls_context(trusted(requests.Session(), "https://x"))
 
         def on_start(self) -> None:
-            shared: LocustSite | None = getattr(self.environment, "hub_site", None)
+            shared: LocustSite | None = self.environment.hub_site
             if shared is None:  # its check has failed, and said why
                 raise StopUser
             self.shared, self.site, self.plan = shared, shared.site, shared.site.plan
@@ -7844,7 +7810,7 @@ if locust_is_loading():
 
         def on_start(self) -> None:
             super().on_start()
-            self.username, self.session = self.new_user(), FastSession(self.client, self.plan)
+            self.username = self.new_user()
             self._interval_s: float = SERVER_REPORTS_EVERY_S / self.plan.scale
             self._number = random.randrange(1000)  # where in the mix this one begins
             self._due_s: float = time.monotonic() + random.random() * self._interval_s
@@ -7858,31 +7824,22 @@ if locust_is_loading():
         @task
         def send(self) -> None:
             self._number += 1
-            name = self.session.operation = choose(self.plan.mix or DEFAULT_MIX, self._number)
-            session: Any = self.session
-            try:
-                OPERATIONS[name](self.username, self.site.hub.endpoint, session)
-            except Exception as error:
-                now_s, reason = time.monotonic(), Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
-                self.site.record.add(Event(name, self.username, now_s, now_s, now_s, reason))
+            name, hub = choose(self.plan.mix or DEFAULT_MIX, self._number), self.site.hub
+            request = (name, OPERATIONS[name], self.username, hub.endpoint, hub.session)
+            perform(*request, self.site.record, self._due_s)
 
     class Person(HubUser):
         """Logs in, waits for their server, opens it, works, stays for --hub-stay, stops it and leaves."""
 
         wait_time = constant(0)
-
-        def on_start(self) -> None:
-            super().on_start()
-            self._visits = 0
+        visits = 0
 
         @task
         def visit(self) -> None:
-            if self._visits == self.plan.visits or self.shared.cut_short:
-                gevent.sleep(
-                    3600
-                )  # has left, but stays in Locust's count, which it would otherwise fill up again
+            if self.visits == self.plan.visits or self.shared.cut_short:
+                gevent.sleep(3600)  # Locust would replace a user who ends
                 return
-            self._visits += 1
+            self.visits += 1
             try:
                 journey(Visitor(self.new_user(), time.monotonic(), self.plan, self.site))
             except Stopped:
