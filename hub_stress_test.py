@@ -7429,13 +7429,9 @@ if locust_is_loading():
         given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
         people = [issubclass(kind, Person) for kind in environment.user_classes]
         if given.get("own_servers") and not all(people):
-            sentence = (
-                "--hub-own-servers is for a Person alone: name that class at the end of the command line"
-            )
-            raise UsageError(sentence)
-        given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
-        given |= {"headers": environment.hub_headers}
-        given |= {"endpoint": environment.host and endpoint_url(environment.host)}
+            remedy = "name that class at the end of the command line"
+            raise UsageError(f"--hub-own-servers is for a Person alone: {remedy}")
+        given |= {"endpoint": environment.host and endpoint_url(environment.host)} | environment.hub_secrets
         plan = Plan(STRESS if any(people) else ACTIVITY, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
@@ -7516,9 +7512,9 @@ if locust_is_loading():
     def _begin(environment: Any, runner: Any, **_: Any) -> None:
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
-        environment.hub_token = Secret(token) if token else None
-        environment.hub_visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
-        environment.hub_headers = tuple(map(header, options.hub_header or ()))
+        visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        secrets: Json = {"token": Secret(token) if token else None, "visit_token": visit_token}
+        environment.hub_secrets = secrets | {"headers": tuple(map(header, options.hub_header or ()))}
         options.hub_token = options.hub_header = None  # Locust hands options on to workers and pages
         endpoint = from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
         environment.host = environment.host or options.hub_endpoint or endpoint
@@ -7588,13 +7584,10 @@ if locust_is_loading():
         if isinstance(runner, WorkerRunner):
             return
         runner.stop()
-        reports, own_servers = (
-            list(environment.hub_reports.values()),
-            environment.parsed_options.hub_own_servers,
-        )
+        reports, options = list(environment.hub_reports.values()), environment.parsed_options
         for report in reports:
             if report.get("left"):
-                remedy = purge_command(report["run"], own_servers)
+                remedy = purge_command(report["run"], options.hub_own_servers)
                 SAY.error("STILL THERE: %s; %s", names_text(report["left"]), remedy)
         if not environment.process_exit_code:
             environment.process_exit_code = _judge(environment, reports)
