@@ -1203,7 +1203,7 @@ OperationTimeline = Json  # a list of each number, by spans of time in seconds s
 class Fold:
     """The events of one operation, by spans of time in which they were due.
 
-    Beyond `SPANS`, two neighbours become one, so that an hour takes no more memory than minutes.
+    Beyond `SPANS`, neighbours merge, so that an hour takes no more memory than minutes.
     """
 
     SPANS = 200
@@ -2150,12 +2150,12 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
 
     On a terminal that is twice a second, in place; elsewhere every ten seconds; below INFO never.
     """
-    shown, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
+    enabled, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
     every_s, width = (STATUS_IN_PLACE_EVERY_S if in_place else STATUS_EVERY_S), None
     next_s = time.monotonic() + (0.0 if in_place else every_s)
     show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
     with contextlib.ExitStack() as closing:
-        if shown and in_place:
+        if enabled and in_place:
             width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             if tqdm := optional("tqdm"):
                 redirect = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm
@@ -2168,7 +2168,7 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
 
         def tell() -> None:
             nonlocal next_s
-            if shown and time.monotonic() >= next_s:
+            if enabled and time.monotonic() >= next_s:
                 next_s = time.monotonic() + every_s
                 show(line()[:width])
 
@@ -4492,7 +4492,7 @@ BECOMES = {"start_server": "starting", "server_ready": "ready", "at_work": "at_w
 
 
 class LivePage:
-    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` without the port."""
+    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` if the port is taken."""
 
     def __init__(self, run: Run) -> None:
         from http.server import ThreadingHTTPServer
@@ -4968,7 +4968,7 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
     load, of_people, public = Load(plan, run.hub.endpoint, users), plan.command == STRESS, run.site.public
     run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
     run.site.public.traffic = public.traffic
-    looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
+    earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
     with run.pinging(users[0]):
@@ -4981,7 +4981,7 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
     traffic.add(session.traffic.counts - before)
     step = judge_step(load, record, traffic, cpu_share)
     if step.held and of_people:
-        own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
+        own = hub_figures(monitor.snapshots[earlier:], math.inf, 0)
         limit = limit_of(step, record, own, in_front=traffic.counts[-429] > traffic.throttled)
         step = dataclasses.replace(step, limited_by=limit)
     return step, record
@@ -7352,13 +7352,35 @@ def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int
 
 if locust_is_loading():
     import gevent  # type: ignore[import-untyped, unused-ignore]
-    from locust import User, constant, events, task
+    from locust import FastHttpUser, constant, events, task
     from locust.exception import StopUser
     from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
     LOG.setLevel(logging.WARNING)  # and no progress: Locust shows its own
     SAY = LOG.getChild("locust")
     SAY.setLevel(logging.INFO)
+
+    class FastSession:
+        """What operations need of a session, over Locust's fast client, which reports each as `operation`."""
+
+        def __init__(self, client: Any, plan: Plan) -> None:
+            self.operation: str | None = None
+            self._client = client
+            self._headers = {"Authorization": f"token {plan.token}", "Accept-Encoding": "identity"}
+            self._headers |= dict(plan.headers)
+
+        def request(
+            self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any
+        ) -> Any:
+            """Locust's own, with the token and without redirects."""
+            kwargs = {"name": self.operation, "allow_redirects": False} | kwargs
+            return self._client.request(method, url, headers=self._headers | dict(headers or {}), **kwargs)
+
+        get = functools.partialmethod(request, "GET")
+        post = functools.partialmethod(request, "POST")
+        put = functools.partialmethod(request, "PUT")
+        patch = functools.partialmethod(request, "PATCH")
+        delete = functools.partialmethod(request, "DELETE")
 
     class LocustSite:
         """What the users of one process share in a test: the hub, the names, and who has to be deleted."""
@@ -7439,12 +7461,19 @@ if locust_is_loading():
             raise UsageError(re.sub("--(?=[a-z])", "--hub-", str(error))) from None
         return dataclasses.replace(plan, count=0)  # which Locust knows
 
-    class HubUser(User):
+    class HubUser(FastHttpUser):
         """A Locust user with a user of their own on the hub."""
 
         abstract = True
         batch = 1  # users made by one request
         host = ""
+        insecure = False  # certificates are verified
+        network_timeout = connection_timeout = float(DEFAULT_TIMEOUT)
+
+        @staticmethod
+        def ssl_context_factory() -> ssl.SSLContext:
+            """What requests would trust, which goes by REQUESTS_CA_BUNDLE."""
+            return tls_context(trusted(requests.Session(), "https://x"))
 
         def on_start(self) -> None:
             shared: LocustSite | None = self.environment.hub_site
@@ -7467,7 +7496,7 @@ if locust_is_loading():
 
         def on_start(self) -> None:
             super().on_start()
-            self.username = self.new_user()
+            self.username, self.session = self.new_user(), FastSession(self.client, self.plan)
             self._interval_s: float = SERVER_REPORTS_EVERY_S / self.plan.scale
             self._number = random.randrange(1000)  # where in the mix this one begins
             self._due_s: float = time.monotonic() + random.random() * self._interval_s
@@ -7481,9 +7510,13 @@ if locust_is_loading():
         @task
         def send(self) -> None:
             self._number += 1
-            name, hub = choose(self.plan.mix or DEFAULT_MIX, self._number), self.site.hub
-            request = (name, OPERATIONS[name], self.username, hub.endpoint, hub.session)
-            perform(*request, self.site.record, self._due_s)
+            name = self.session.operation = choose(self.plan.mix or DEFAULT_MIX, self._number)
+            session: Any = self.session
+            try:
+                OPERATIONS[name](self.username, self.site.hub.endpoint, session)
+            except Exception as error:
+                now_s, reason = time.monotonic(), Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
+                self.site.record.add(Event(name, self.username, now_s, now_s, now_s, reason))
 
     class Person(HubUser):
         """Logs in, waits for their server, opens it, works, stays for --hub-stay, stops it and leaves."""
