@@ -4494,7 +4494,8 @@ class LivePage:
         try:
             self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {error}") from None
+            why_not = getattr(error, "strerror", None) or error
+            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {why_not}") from None
 
     def __enter__(self) -> None:
         start_thread("metrics page", self._server.serve_forever, 0.1)
