@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import statistics
 import threading
-import tracemalloc
 from collections.abc import Iterable
 
 import pytest
@@ -175,29 +173,13 @@ def test_a_timeline_counts_every_event_once_from_when_the_run_began() -> None:
 
 
 def test_a_timeline_widens_its_spans_before_there_are_more_than_200() -> None:
+    """So that an hour takes no more memory than minutes."""
     record = recorded(event(at_s=n + 0.5, took_s=0.001 * n, reason=AWAY if n % 4 else None) for n in range(3600))
     seen = record.timeline(0.0)["activity"]
     assert len(seen["at_s"]) == math.ceil(3600 / 32) and seen["span_s"] == 32
     assert (seen["at_s"][3], seen["count"][3], seen["failed"][3], seen["max_s"][3]) == (112, 8, 24, 0.124)
     whole = folded(0.001 * n for n in range(0, 3600, 4)).summary()  # spans that were merged lose nothing
     assert vars(record.summarise()["activity"].latency_s) == pytest.approx(vars(whole))
-
-
-def memory_of(events: int, over_s: float) -> int:
-    """Bytes that a recorder holds after these events."""
-    rng = random.Random(1)
-    latencies = itertools.cycle([rng.lognormvariate(-3, 1) for _ in range(1000)])
-    tracemalloc.start()
-    try:
-        record = recorded(event(at_s=n * over_s / events, took_s=next(latencies)) for n in range(events))
-        assert record.count(["activity"]) == events
-        return tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-
-
-def test_an_hour_costs_no_more_memory_than_a_few_minutes() -> None:
-    assert memory_of(60_000, 3600) < 2 * memory_of(20_000, 200)
 
 
 def test_traffic_adds_up_over_processes() -> None:
