@@ -1203,7 +1203,7 @@ class Operation:
 class Fold:
     """The events of one operation, by spans of time in which they were due.
 
-    Beyond `SPANS`, two neighbours become one, so that an hour takes no more memory than minutes.
+    Beyond `SPANS`, neighbours merge, so that an hour takes no more memory than minutes.
     """
 
     SPANS = 200
@@ -2155,12 +2155,12 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
 
     On a terminal that is twice a second, in place; elsewhere every ten seconds; below INFO never.
     """
-    shown, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
+    enabled, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
     every_s, width = (STATUS_IN_PLACE_EVERY_S if in_place else STATUS_EVERY_S), None
     next_s = time.monotonic() + (0.0 if in_place else every_s)
     show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
     with contextlib.ExitStack() as closing:
-        if shown and in_place:
+        if enabled and in_place:
             width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             if tqdm := optional("tqdm"):
                 redirect = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm
@@ -2173,7 +2173,7 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
 
         def tell() -> None:
             nonlocal next_s
-            if shown and time.monotonic() >= next_s:
+            if enabled and time.monotonic() >= next_s:
                 next_s = time.monotonic() + every_s
                 show(line()[:width])
 
@@ -4157,7 +4157,7 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    plan, schedule, clock = load.plan, load.schedule, session.clock
+    plan, schedule, planned, clock = load.plan, load.schedule, load.planned, session.clock
     numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
     until_s = started_s + (plan.duration_s or math.inf)
     last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
@@ -4168,7 +4168,7 @@ def send_load(
 
     def send_when_due(schedule: Schedule) -> None:
         """Take the next number, and send that request when it is due (open model)."""
-        while (n := next(numbers)) < load.planned and clock() < last_s:
+        while (n := next(numbers)) < planned and clock() < last_s:
             due_s = started_s + schedule.due_s(n)
             if not session.pause(due_s - clock()):
                 return
@@ -4281,12 +4281,11 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
         return session.exchange("GET", user_url(endpoint, user), once(observer=True))
 
     def ping(due_s: float) -> None:
-        if not session.stopping.is_set():
-            reason = perform(
-                "ping", read, user, endpoint, session, record, due_s, fine={404}
-            )  # the user has left
-            if reason:
-                session.say_if_silent(reason.text)
+        if session.stopping.is_set():
+            return
+        gone = {404}  # the user has left: that is an answer, too
+        if reason := perform("ping", read, user, endpoint, session, record, due_s, gone):
+            session.say_if_silent(reason.text)
 
     return Regularly("ping", 1 / PING_RATE_PER_S, ping, PINGS_AT_MOST, functools.partial(record.skip, "ping"))
 
@@ -4499,7 +4498,7 @@ BECOMES = {"start_server": "starting", "server_ready": "ready", "at_work": "at_w
 
 
 class LivePage:
-    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` without the port."""
+    """Serves the run to Prometheus while the `with` block runs. Raises `UsageError` if the port is taken."""
 
     def __init__(self, run: Run) -> None:
         from http.server import ThreadingHTTPServer
@@ -4516,7 +4515,8 @@ class LivePage:
         try:
             self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {error}") from None
+            why_not = getattr(error, "strerror", None) or error
+            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {why_not}") from None
 
     def __enter__(self) -> None:
         start_thread("metrics page", self._server.serve_forever, 0.1)
@@ -4703,8 +4703,7 @@ class Run:
         self.session.stop()
 
     def _leave(self, number: int) -> None:
-        remain = len(set(self.claims.ours) - self.site.removal.gone)
-        leave_at_once(number, remain, self.plan)
+        leave_at_once(number, len(set(self.claims.ours) - self.site.removal.gone), self.plan)
 
     def look(self) -> None:
         """Have all monitors look once more."""
@@ -4816,9 +4815,8 @@ class Run:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
         if self.session.hub_is_gone:
-            self.troubles.append(
-                f"the hub did not answer for {duration_text(HUB_GONE_S)}: no more load was sent"
-            )
+            silence = duration_text(HUB_GONE_S)
+            self.troubles.append(f"the hub did not answer for {silence}: no more load was sent")
         if self.session.stopping.is_set():
             self.warnings += still_waiting(self.site.starting.copy())
         if self.plan.command != PURGE:
@@ -4992,7 +4990,7 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
     load, of_people, public = Load(plan, run.hub.endpoint, users), plan.command == STRESS, run.site.public
     run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
     run.site.public.traffic = public.traffic
-    looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
+    earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
     with run.pinging(users[0]):
@@ -5005,7 +5003,7 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
     traffic.add(session.traffic.counts - before)
     step = judge_step(load, record, traffic, cpu_share)
     if step.held and of_people:
-        own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
+        own = hub_figures(monitor.snapshots[earlier:], math.inf, 0)
         limit = limit_of(step, record, own, in_front=traffic.counts[-429] > traffic.throttled)
         step = dataclasses.replace(step, limited_by=limit)
     return step, record
@@ -7329,7 +7327,7 @@ def _results_as_json(plan: Plan) -> Json:
 # ==== Locust users: the same load from many machines ========================================================
 #
 # Locust gives every process a greenlet for each user, and patches sockets, sleeps and locks so that they wait
-# for each other. What is above works there as it is; here is only what stands between it and Locust.
+# for each other. The code above works there as it is; below is only what stands between it and Locust.
 
 
 def locust_is_loading() -> bool:
@@ -7374,7 +7372,7 @@ if locust_is_loading():
     SAY.setLevel(logging.INFO)
 
     class FastSession:
-        """What operations need of a session, over Locust's client, which reports each as `operation`."""
+        """What operations need of a session, over Locust's fast client, which reports each as `operation`."""
 
         def __init__(self, client: Any, plan: Plan) -> None:
             self.operation: str | None = None
@@ -7464,13 +7462,9 @@ if locust_is_loading():
         given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
         people = [issubclass(kind, Person) for kind in environment.user_classes]
         if given.get("own_servers") and not all(people):
-            sentence = (
-                "--hub-own-servers is for a Person alone: name that class at the end of the command line"
-            )
-            raise UsageError(sentence)
-        given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
-        given |= {"headers": environment.hub_headers}
-        given |= {"endpoint": environment.host and endpoint_url(environment.host)}
+            remedy = "name that class at the end of the command line"
+            raise UsageError(f"--hub-own-servers is for a Person alone: {remedy}")
+        given |= {"endpoint": environment.host and endpoint_url(environment.host)} | environment.hub_secrets
         plan = Plan(STRESS if any(people) else ACTIVITY, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
@@ -7493,7 +7487,7 @@ if locust_is_loading():
             return tls_context(trusted(requests.Session(), "https://x"))
 
         def on_start(self) -> None:
-            shared: LocustSite | None = getattr(self.environment, "hub_site", None)
+            shared: LocustSite | None = self.environment.hub_site
             if shared is None:  # its check has failed, and said why
                 raise StopUser
             self.shared, self.site, self.plan = shared, shared.site, shared.site.plan
@@ -7539,19 +7533,14 @@ if locust_is_loading():
         """Logs in, waits for their server, opens it, works, stays for --hub-stay, stops it and leaves."""
 
         wait_time = constant(0)
-
-        def on_start(self) -> None:
-            super().on_start()
-            self._visits = 0
+        visits = 0
 
         @task
         def visit(self) -> None:
-            if self._visits == self.plan.visits or self.shared.cut_short:
-                gevent.sleep(
-                    3600
-                )  # has left, but stays in Locust's count, which it would otherwise fill up again
+            if self.visits == self.plan.visits or self.shared.cut_short:
+                gevent.sleep(3600)  # Locust would replace a user who ends
                 return
-            self._visits += 1
+            self.visits += 1
             try:
                 journey(Visitor(self.new_user(), time.monotonic(), self.plan, self.site))
             except Stopped:
@@ -7567,9 +7556,9 @@ if locust_is_loading():
     def _begin(environment: Any, runner: Any, **_: Any) -> None:
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
-        environment.hub_token = Secret(token) if token else None
-        environment.hub_visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
-        environment.hub_headers = tuple(map(header, options.hub_header or ()))
+        visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        secrets: Json = {"token": Secret(token) if token else None, "visit_token": visit_token}
+        environment.hub_secrets = secrets | {"headers": tuple(map(header, options.hub_header or ()))}
         options.hub_token = options.hub_header = None  # Locust hands options on to workers and pages
         endpoint = from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
         environment.host = environment.host or options.hub_endpoint or endpoint
@@ -7639,13 +7628,10 @@ if locust_is_loading():
         if isinstance(runner, WorkerRunner):
             return
         runner.stop()
-        reports, own_servers = (
-            list(environment.hub_reports.values()),
-            environment.parsed_options.hub_own_servers,
-        )
+        reports, options = list(environment.hub_reports.values()), environment.parsed_options
         for report in reports:
             if report.get("left"):
-                remedy = purge_command(report["run"], own_servers)
+                remedy = purge_command(report["run"], options.hub_own_servers)
                 SAY.error("STILL THERE: %s; %s", names_text(report["left"]), remedy)
         if not environment.process_exit_code:
             environment.process_exit_code = _judge(environment, reports)
