@@ -112,6 +112,8 @@ def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = root.handlers[:], root.level, chatty.level
     root.handlers.clear()  # which it would close
     yield
+    for handler in root.handlers:
+        handler.close()
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     chatty.setLevel(before[2])

@@ -87,7 +87,8 @@ def test_without_kubernetes_events_there_are_no_phases() -> None:
     ],
 )
 def test_the_longest_wait_of_a_start_is_named(events: list[Any], longest: str) -> None:
-    assert hst.longest_wait(events, HERE_S, HERE_S + (36.0 if events is ON_A_NEW_NODE else 8.0)) == longest
+    ready_s = HERE_S + (36.0 if events is ON_A_NEW_NODE else 8.0)
+    assert hst.longest_wait(events, hst.phases_of(events, HERE_S, ready_s), ready_s) == longest
 
 
 def test_the_last_word_is_the_warning_that_still_holds() -> None:
@@ -184,7 +185,7 @@ def test_the_phases_of_a_start_say_where_the_time_went() -> None:
     ],
 )
 def test_what_servers_waited_for_names_the_value_to_change(results: hst.Results, settings: list[str]) -> None:
-    sentences = hst.advice(results, set())
+    sentences = [*hst.advice(results, set())]
     assert len(sentences) == len(settings)
     assert all(setting in sentence for setting, sentence in zip(settings, sentences))
 
