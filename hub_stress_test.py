@@ -82,6 +82,7 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -456,13 +457,15 @@ def value_text(value: float, metric: str) -> str:
 # the kinds of values: functions of a text that raise `UsageError`.
 
 
-def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+def matching(
+    pattern: str, expected: str, value_of: Callable[[str], T], secret: bool = False
+) -> Callable[[str], T]:
     """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
 
     def parse(text: str) -> T:
         """The value of a text."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
-            raise UsageError(f"expected {expected}, not {text!r}")
+            raise UsageError(f"expected {expected}" + f", not {text!r}" * (not secret))
         return value
 
     return parse
@@ -479,6 +482,7 @@ run_name = matching(  # hubs lower-case user names
     f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
 )
 group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
+token_text = matching("[!-~]+", "a token of printable characters without blanks", Secret, secret=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -547,13 +551,6 @@ def endpoint_url(text: str) -> str:
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
         raise UsageError(f"expected a URL like https://hub.example.org/hub/api, not {shown!r}")
     return shown.rstrip("/")
-
-
-def token_text(text: str) -> Secret:
-    """A token. A text that is refused may be a secret too, and is not shown."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise UsageError("expected a token of printable characters without blanks")
-    return Secret(text)
 
 
 def header(text: str) -> tuple[str, Secret]:
@@ -7035,12 +7032,9 @@ def setup_logging(
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
-    import tempfile
-
-    path = str(log_to_file)
-    if log_to_file is True:
-        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+    new = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+    path = new if log_to_file is True else str(log_to_file)
     try:
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
