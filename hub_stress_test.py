@@ -210,7 +210,7 @@ class HubRefused(CutShort):
 
 
 class Stopped(Exception):
-    """The run was told to stop."""
+    """A stop of the run was requested."""
 
 
 # ==== Pure rules: words and numbers =========================================================================
@@ -258,9 +258,8 @@ def utc(moment: datetime, timespec: str = "seconds") -> str:
 
 
 def without_credentials(url: str) -> str:
-    """The URL without the user and password that it may carry."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """The URL, or a text with one, without the user and password that it may carry."""
+    return re.sub("(?<=//)[^/?#]*@", "", url)
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:
@@ -465,7 +464,7 @@ def matching(
     def parse(text: str) -> T:
         """The value of a text."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
-            raise UsageError(f"expected {expected}" + f", not {text!r}" * (not secret))
+            raise UsageError(f"expected {expected}" + f", not {without_credentials(text)!r}" * (not secret))
         return value
 
     return parse
@@ -483,6 +482,11 @@ run_name = matching(  # hubs lower-case user names
 )
 group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
 token_text = matching("[!-~]+", "a token of printable characters without blanks", Secret, secret=True)
+endpoint_url = matching(
+    "(?i:https?)://([^/?#]*@)?[^/?#@:][^/?#@]*(/[^?#]*)?",
+    "a URL like https://hub.example.org/hub/api",
+    lambda text: without_credentials(text).rstrip("/"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -545,14 +549,6 @@ def rate_text(rate: float | Schedule) -> str:
     return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
-def endpoint_url(text: str) -> str:
-    """An http or https URL without the slash at its end and without credentials."""
-    url, shown = urllib.parse.urlsplit(text), without_credentials(text)
-    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise UsageError(f"expected a URL like https://hub.example.org/hub/api, not {shown!r}")
-    return shown.rstrip("/")
-
-
 def header(text: str) -> tuple[str, Secret]:
     """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
     match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
@@ -593,13 +589,11 @@ class Given(typing.Generic[T]):
     parts: tuple[T, ...]
 
 
-def watched(text: str) -> Given[str]:
-    """The name and the URL of a process to watch, from NAME=URL."""
-    name, _, url = text.partition("=")
-    shown = without_credentials(text)
-    if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise UsageError(f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub), not {shown!r}")
-    return Given(f"{name}={without_credentials(url)}", (name, url))
+watched = matching(  # the name and the URL of a process
+    r"(?!hub=)\w+=https?://[^/].*",
+    "NAME=URL, like proxy=http://proxy:8002/metrics (not hub)",
+    lambda text: Given(without_credentials(text), tuple(text.split("=", 1))),
+)
 
 
 def condition(text: str) -> Condition:
@@ -623,11 +617,7 @@ def writable_file(text: str) -> str:
     return text
 
 
-def samples_file(text: str) -> str:
-    """The path of a file of samples that can be written; its name says whether it is compressed."""
-    if not text.endswith((".csv", ".csv.gz")):
-        raise UsageError(f"expected a name that ends in .csv or .csv.gz, not {text}")
-    return writable_file(text)
+samples_file = matching(r".*\.csv(\.gz)?", "a name that ends in .csv or .csv.gz", writable_file)
 
 
 @contextlib.contextmanager
@@ -6912,7 +6902,7 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             needs = excludes = []  # in a search, --rate is that of the first step
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
-            yield name, f"{row.flag} has a meaning only with {flags}"
+            yield name, f"{row.flag} needs {flags}"
         for other in (other for other in excludes if other in given):
             yield other, row.because.format(OPTIONS[other].flag)
         package, module = row.package

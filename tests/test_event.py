@@ -117,9 +117,9 @@ WRONG = {
     GROUP + "rate = 2\n": (5, "--within and --rate both say when people come: give one of them"),
     '[[people]]\nname = "a"\ncount = 3\nrate = "1:2"\n': (3, "the stages of --rate decide the count"),
     '[[people]]\nname = "a"\nrate = "1:2x"\n': (3, "rate: expected a duration like 90, 90s, 5m or 1h, not '2x'"),
-    GROUP + "work = false\nthink = 5\n": (6, "--think has a meaning only with --work"),
+    GROUP + "work = false\nthink = 5\n": (6, "--think needs --work"),
     "keep = true\n" + GROUP + "stay = 5\n": (6, "--stay ends servers, and --keep leaves them running"),
-    "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
+    "think = 5\n" + GROUP: (None, "--think needs --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
     'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),
 }

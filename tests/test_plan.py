@@ -417,9 +417,9 @@ BAD_USAGE = {
        for words in ("--count 9", "--within 5m", "--hold 5m", "--stay 5m", "--keep")},
     "activity-stress-test --find-capacity --rate 1:2m": "without stages",
     "stress-test --find-capacity --max-servers 5": "the first step has 6 people",
-    "stress-test --max-servers 5": "a meaning only with --find-capacity",
-    "stress-test --once": "--once has a meaning only with --event",
-    "stress-test --visit-timeout 5s": "a meaning only with --visit, --page, --work or --check-proxy",
+    "stress-test --max-servers 5": "needs --find-capacity",
+    "stress-test --once": "--once needs --event",
+    "stress-test --visit-timeout 5s": "needs --visit, --page, --work or --check-proxy",
     **{f"--dry-run stress-test {words}": f"nothing that {words.partition(' ')[0]} could show"
        for words in ("--results r", "--report r", "--samples s.csv", "--metrics-port 9")},
     "stress-test --rate 1:2m,5:1m -c 9": "leave out --count",
