@@ -91,7 +91,7 @@ def packages(nodes: Iterable[ast.AST]) -> set[str]:
     return {name.split(".")[0] for name in imported} - sys.stdlib_module_names
 
 
-def test_the_module_imports_only_its_dependencies_and_under_locust_that() -> None:
+def test_the_module_imports_only_its_dependencies() -> None:
     tree = ast.parse(MODULE.read_text())
     conditional = [node for node in tree.body if isinstance(node, ast.If)]
     (locust,) = (node for node in conditional if "locust_is_loading" in ast.unparse(node.test))
@@ -192,7 +192,7 @@ def test_a_job_in_ci_purges_its_users_until_a_purge_succeeds(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("code", (0, 1))
-def test_a_job_in_ci_has_the_runs_exit_code_and_shows_its_summary(code: int, tmp_path: Path) -> None:
+def test_a_job_in_ci_keeps_exit_code_and_summary(code: int, tmp_path: Path) -> None:
     assert run_in_ci(job_in_ci()[0], tmp_path, f"echo the verdict; exit {code}").returncode == code
     (_, job) = map(yaml.safe_load, readme_blocks("yaml"))
     (show,) = (step for step in job["stress"]["steps"] if "GITHUB_STEP_SUMMARY" in step.get("run", ""))
