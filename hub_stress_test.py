@@ -1184,9 +1184,6 @@ class Operation:
         return value if self.count - self.failed >= ENOUGH.get(statistic, 1) else None
 
 
-OperationTimeline = Json  # a list of each number, by spans of time in seconds since the run began
-
-
 class Fold:
     """The events of one operation, by spans of time in which they were due.
 
@@ -1240,7 +1237,8 @@ class Fold:
             skipped=self.skipped,
         )
 
-    def timeline(self, began_s: float) -> OperationTimeline:
+    def timeline(self, began_s: float) -> Json:
+        """Columns: counts and latencies of each span of time, in seconds since the run began."""
         numbers = sorted(self.spans)
         spans = [self.spans[number] for number in numbers]
         latencies = [span.summary() for span in spans]
@@ -1316,7 +1314,7 @@ class Recorder:
         with self._lock:
             return {name: fold.summary() for name, fold in self._folds.items()}
 
-    def timeline(self, began_s: float) -> dict[str, OperationTimeline]:
+    def timeline(self, began_s: float) -> dict[str, Json]:
         with self._lock:
             return {name: fold.timeline(began_s) for name, fold in self._folds.items()}
 
@@ -2502,33 +2500,20 @@ def cpu_shares(snapshots: Sequence[Snapshot]) -> list[tuple[float, float]]:
     return shares
 
 
-@dataclasses.dataclass(frozen=True)
-class HubTimeline:
-    """A process's CPU share, memory and open files, in seconds since the run began."""
-
-    cpu_at_s: list[float | None]
-    cpu_share: list[float | None]
-    at_s: list[float | None]
-    rss_bytes: list[float]
-    running_servers: list[float]
-    open_files: list[float]
-
-
-def hub_timeline(snapshots: Sequence[Snapshot], began_s: float) -> HubTimeline | None:
-    """The process at each snapshot; None when there is none."""
+def process_timeline(snapshots: Sequence[Snapshot], began_s: float) -> Json | None:
+    """Columns: CPU share, memory and open files, in seconds since the run began; None without snapshots."""
     if not snapshots:
         return None
     shares = cpu_shares(snapshots)
-    return HubTimeline(
-        cpu_at_s=[rounded(at_s - began_s) for at_s, _ in shares],
-        cpu_share=[rounded(share) for _, share in shares],
-        at_s=[rounded(shot.at_s - began_s) for shot in snapshots],
-        rss_bytes=[shot.get(MEMORY) for shot in snapshots],
-        running_servers=[
-            max(0.0, shot.get("running_servers")) for shot in snapshots
-        ],  # hubs miscount at times
-        open_files=[shot.get(FILES) for shot in snapshots],
-    )
+    running = [max(0.0, shot.get("running_servers")) for shot in snapshots]  # hubs miscount at times
+    return {
+        "cpu_at_s": [rounded(at_s - began_s) for at_s, _ in shares],
+        "cpu_share": [rounded(share) for _, share in shares],
+        "at_s": [rounded(shot.at_s - began_s) for shot in snapshots],
+        "rss_bytes": [shot.get(MEMORY) for shot in snapshots],
+        "running_servers": running,
+        "open_files": [shot.get(FILES) for shot in snapshots],
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5015,6 +5000,10 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
+LIMITED_IN_FRONT = (
+    "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+)
+LIMITED_IN_FRONT += "cluster"
 UNKNOWN_LIMIT = "the hub's figures do not tell what the limit was"
 
 
@@ -5048,8 +5037,7 @@ def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_fr
         UNKNOWN_LIMIT: broken == "ping",
         "servers were ready, but people waited to work there: see the proxy, and the servers "
         "themselves": at_the_server or whole_s - ready_s > whole_s / 2,
-        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
-        "cluster": throttled and in_front,
+        LIMITED_IN_FRONT: throttled and in_front,
         "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to "
         "start": throttled,
         "servers took long to start, by the hub's own clock: see images, nodes and storage": (
@@ -5073,9 +5061,9 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
 
     A request that waits for the hub's one thread is not on the hub's clock.
     """
-    outside_s, waiting = whole_s - inside_s, "most of it was spent waiting for the hub"
+    outside_s, waiting = whole_s - inside_s, "most of that time was spent waiting for the hub"
     if outside_s < whole_s / 2:
-        return "most of it was spent in the hub"
+        return "most of that time was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
     if hub.busy:
@@ -5084,26 +5072,30 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
         return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
     if hub.cpu_share_max < IDLE:
-        return "most of it was spent in front of the hub: this machine, network, proxy or TLS"
+        return "most of that time was spent between this machine and the hub: network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
 
 
-def start_parts(results: Results, wait_s: float) -> dict[str, float]:
-    """What the mean wait for a server consists of, in seconds; empty where nothing tells.
+def mean_throttled_s(results: Results) -> float:
+    """How long a start waited on average because the hub throttled it."""
+    starts = results.operations.get("start_server")
+    return starts.backoff_s / starts.count if starts else 0.0
 
-    Kubernetes' events tell it best. The hub's own time of a spawn is not the spawner's if its thread was
-    full.
+
+def start_parts(results: Results, wait_s: float) -> dict[str, float]:
+    """The parts of the mean wait for a server, in seconds; empty if nothing is known of them.
+
+    Kubernetes' events tell most. While the hub's thread was busy, its time of a spawn is not the spawner's.
     """
-    own, asked = results.hub.metrics, results.operations.get("start_server")
-    phases = results.servers.phases if results.servers else None
-    throttled_s = min(asked.backoff_s / asked.count if asked else 0.0, wait_s)
-    parts = {"throttling": throttled_s}
-    if phases:
-        new = f" ({phases.new_node} of {results.servers.ready if results.servers else 0} for a new one)"
-        for name, title in PHASES.items():
-            parts[title + new * (name == "node_s" and phases.new_node > 0)] = getattr(phases, name)
+    own, servers = results.hub.metrics, results.servers
+    parts = {"throttling": min(mean_throttled_s(results), wait_s)}
+    if servers and (phases := servers.phases):
+        parts |= {title: getattr(phases, name) for name, title in PHASES.items()}
+        if phases.new_node:
+            new_nodes = f"{PHASES['node_s']} ({phases.new_node} of {servers.ready} for a new one)"
+            parts = {new_nodes if title == PHASES["node_s"] else title: s for title, s in parts.items()}
     elif own and not own.busy and (start := own.spawns.get("success")):
-        parts["the spawner"] = min(start.mean_s, wait_s - throttled_s)
+        parts["the spawner"] = min(start.mean_s, wait_s - parts["throttling"])
     else:
         return {}
     return parts | {"everything else": wait_s - sum(parts.values())}
@@ -5115,22 +5107,22 @@ def time_spent(results: Results) -> Iterator[str]:
     if own and own.busy and own.fullness not in results.but:
         yield own.fullness
     if results.people and (means := results.people.until_work_s):
-        waits = [f"{what} {duration_text(means[step])}" for step, what in WAITS.items() if step in means]
+        waits = [f"{title} {duration_text(means[step])}" for step, title in WAITS.items() if step in means]
         at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
         yield f"{at_work}: {', '.join(waits)}"
+    if results.capacity:  # operations are of one step, the hub's figures of all
+        return
     ready = operations.get("server_ready")
-    # In a search for capacity, operations are those of one step, and the hub's figures those of all steps.
-    if ready and (wait_s := ready.latency_s.mean) and not results.capacity:
-        parts = start_parts(results, wait_s)
+    if ready and (wait_s := ready.latency_s.mean):
         least_s = max(NEGLIGIBLE_S, wait_s / 100)
-        shown = [f"{duration_text(seconds)} {what}" for what, seconds in parts.items() if seconds > least_s]
-        if shown:
+        parts = start_parts(results, wait_s).items()
+        if shown := [f"{duration_text(seconds)} {title}" for title, seconds in parts if seconds > least_s]:
             yield f"of {duration_text(wait_s)} until ready, {', '.join(shown)}"
     for name, handler in HANDLERS.items():
         operation, inside = operations.get(name), own and own.requests.get(handler)
-        comparable = not results.hub.restarts and not results.capacity
         whole_s = operation.latency_s.mean if operation else None
-        if own and inside and comparable and whole_s and (name != "ping" or whole_s > SLOW_PING_S):
+        slow = whole_s and (name != "ping" or whole_s > SLOW_PING_S)
+        if own and inside and whole_s and slow and not results.hub.restarts:
             took = f" took {duration_text(inside.mean_s)} by the hub's own clock"
             took = took if inside.mean_s <= whole_s else ""  # the hub also counts other people's requests
             where = where_time_went(whole_s, inside.mean_s, own)
@@ -5139,9 +5131,10 @@ def time_spent(results: Results) -> Iterator[str]:
 
 def time_out_in_front(people: People) -> float | None:
     """How long all broken websockets had been open; None when that differs, or they broke together."""
-    ends = [end for row in people.values() for end in row.values()]
-    reasons = ((end.reason, end.ended_s) for end in ends if end.reason)
-    broken = [(reason.open_s, at_s) for reason, at_s in reasons if reason.open_s is not None]
+    ends = [end for row in people.values() for end in row.values() if end.reason]
+    broken = [
+        (end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None
+    ]
     if len(broken) < 3:
         return None
     open_s, moments_s = map(sorted, zip(*broken))
@@ -5156,125 +5149,121 @@ KUBERNETES = re.compile(
 
 
 def on_kubernetes(results: Results) -> bool:
-    """Whether the servers of a run were pods, by what was said while they started."""
+    """Whether the servers of a run were pods, as the hub's messages reveal."""
     servers = results.servers
-    said = (f"{end.reason} {end.message}" for end in servers.failures) if servers else ()
-    return bool(servers and servers.phases) or any(map(KUBERNETES.search, (*results.warnings, *said)))
+    messages = [f"{end.reason} {end.message}" for end in servers.failures] if servers else []
+    return bool(servers and servers.phases) or any(map(KUBERNETES.search, results.warnings + messages))
 
 
-def arrivals_per_s(options: Json) -> float:
-    """How many servers a second were to start at most, from a run's options; 0 in the closed model."""
+def starts_at_once(results: Results) -> int:
+    """How many servers would start at the same time, unthrottled, at this arrival rate; 0 if closed."""
     rates = [
         fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
         or group.get("count", 0) / (group.get("within") or math.inf)
-        for group in options.get("event") or [options]
+        for group in results.options.get("event") or [results.options]
     ]
-    return float(sum(rates))
+    ready = results.operations.get("server_ready")
+    start_s = (ready.latency_s.mean or 0.0) - mean_throttled_s(results) if ready else 0.0
+    return math.ceil(sum(rates) * max(0.0, start_s))
 
 
-def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> list[str]:
-    """What to do next, with the setting's name: each sentence whose rule applies.
+REFUSED_NAMES = {  # by what the hub says of a start
+    "getpwnam|does not exist on the system": "the hub's users need unix accounts: make some with these names",
+    "login again": "this hub starts servers only for people who have logged in (refresh_pre_spawn)",
+    "Invalid username": "the hub's username_pattern refuses these names: allow hub-stress-test-.* too",
+}
 
-    The settings are those of Zero to JupyterHub's values.yaml where Kubernetes shows itself, else the hub's.
+
+def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> Iterator[str]:
+    """What to do next, with the setting's name.
+
+    The settings are those of Zero to JupyterHub's values.yaml if servers are pods, else the hub's own.
     """
     servers, hub, in_front = results.servers, results.hub, results.http.in_front
-    failures, phases = (servers.failures, servers.phases) if servers else ([], None)
+    failures = servers.failures if servers else []
     reasons = {failure.reason for failure in failures}
-    words = " ".join([*results.warnings, *reasons])
-    pods = on_kubernetes(results)
+    words, pods = " ".join([*results.warnings, *reasons]), on_kubernetes(results)
 
     def setting(value: str, trait: str) -> str:
         """A setting's name in values.yaml, or in jupyterhub_config.py."""
         return value if pods else f"c.{trait}"
 
-    causes = ("getpwnam|does not exist on the system", "login again", "Invalid username")
-    cause = next((cause for cause in causes if re.search(cause, words)), "")
-    no_account, no_login, no_name = (cause == each for each in causes)
+    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
+    in_a_row = f"it exits after {exit_limit} failed starts in a row"
+    if Kind.NO_ANSWER in kinds and hub.proxy:
+        yield f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}"
+    elif Kind.NO_ANSWER in kinds and not hub.restarts:
+        yield f"some requests got no answer: does the hub run ({in_a_row})?"
+    if Kind.SERVER_LIMIT in kinds:
+        limit = setting("hub.activeServerLimit", "JupyterHub.active_server_limit")
+        yield f"the hub allows no more servers: raise {limit}"
+    elif servers and servers.throttled:
+        limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
+        if number := starts_at_once(results):
+            yield f"the hub throttled starts: {limit}: {number} lets as many start as arrive"
+        else:
+            yield f"the hub throttled starts: raise {limit}, or slow the arrivals (--rate, or a smaller -b)"
+    if servers and (phases := servers.phases):
+        many, nodes, images = max(2, servers.ready // 10), phases.new_node, phases.images_pulled
+        if nodes >= many:
+            room = (
+                f"scheduling.userPlaceholder.replicas: {nodes} (with podPriority.enabled) keeps room for them"
+            )
+            yield f"{nodes} servers waited for a new node: {room}, or add nodes before the event"
+        if images >= many and phases.image_s > 5:
+            pull = "prePuller.hook.enabled and prePuller.continuous.enabled pull it before"
+            yield f"{images} servers waited for their image: {pull}; a smaller image is faster"
     chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
     alike = servers and not servers.ready and len(failures) > len(reasons) == 1
-    cpu_share = hub.metrics.cpu_share_max if hub.metrics else 0.0
+    if cause := next((cause for cause in REFUSED_NAMES if re.search(cause, words)), ""):
+        yield f"{REFUSED_NAMES[cause]}, or test with --own-servers"
+    elif Kind.SPAWN in kinds and alike and not chosen:
+        yield "all starts failed alike: if people choose options before a start, choose them with --profile"
+    if in_time := re.search(r"did not start in (\d+) s", words):
+        more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
+        below = "keep --server-timeout below it, since such failures count towards the hub's exit"
+        yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
+    if Kind.TIMED_OUT in kinds:
+        log = "see the hub's log and the spawner's events, or raise --server-timeout"
+        yield f"some servers were still starting: {log}"
+    elif failures:
+        log = "where the spawner runs them (squeue, sacct, docker ps, journalctl)"
+        log = "the events of their pods: kubectl get events -n NAMESPACE" if pods else log
+        yield f"see the hub's log for the {thing(results.own_servers)}s named above, and {log}"
+    if NO_SUCH_HOST in words:
+        yield "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry"
+    if Kind.LOST in kinds:
+        yield "servers were lost (idle culler? memory limit? lost node?): the hub's log says who stopped them"
+    if Kind.ROUTE in kinds:
+        yield "some pages did not load: see the proxy's log and routes, and the servers' own logs"
+    if time_out_s is not None:
+        open_for = f"{time_out_s:.0f} s: something in front has a time-out of {time_out_s:.0f} s"
+        yield f"all websockets that broke had been open for {open_for}"
+    elif Kind.WEBSOCKET in kinds:
+        yield "websockets broke: what is in front of the hub has to pass upgrades and keep connections open"
+    if results.leaking:
+        yield "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0: upgrade it"
+    if Kind.KERNEL in kinds:
+        memory = setting("singleuser.memory", "Spawner.mem_limit")
+        yield f"kernels died, as under a memory limit: see the servers' logs, and {memory}"
+    if hub.metrics and (cpu_share := hub.metrics.cpu_share_max) > BUSY:
+        used = f"it used {share_text(cpu_share)} of a processor, and can use only one"
+        interval = f"JUPYTERHUB_ACTIVITY_INTERVAL in {setting('singleuser.extraEnv', 'Spawner.environment')}"
+        yield f"the hub is CPU-bound: {used}: use a faster core, or reduce its load ({interval})"
+    if hub.restarts and len(failures) > 4:
+        test = "test with --fail-fast 4, or set that to 0 for the test"
+        yield f"the hub restarted after {len(failures)} starts had failed: {in_a_row}; {test}"
+    elif hub.restarts:
+        yield "the hub restarted: find out why it ended (its memory limit? its liveness probe?)"
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    away, lasted = Kind.NO_ANSWER in kinds, f"{time_out_s or 0:.0f} s"
-    ready, asked = results.operations.get("server_ready"), results.operations.get("start_server")
-    start_s = (ready.latency_s.mean or 0.0) if ready else 0.0
-    start_s -= min(start_s, asked.backoff_s / asked.count if asked else 0.0)
-    at_once = math.ceil(arrivals_per_s(results.options) * start_s)
-    limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
-    in_time = re.search(r"did not start in (\d+) s", words)
-    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
-    memory = setting("singleuser.memory", "Spawner.mem_limit")
-    many = phases is not None and servers is not None and max(2, servers.ready // 10)
-    new_nodes, pulls = (phases.new_node, phases.images_pulled) if phases else (0, 0)
-    rules: dict[str, object] = {
-        f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}": away and hub.proxy,
-        f"some requests got no answer: does the hub run? It exits after {exit_limit} failed starts in a "
-        "row": away and not hub.proxy and not hub.restarts,
-        "the hub allows no more servers: raise "
-        f"{setting('hub.activeServerLimit', 'JupyterHub.active_server_limit')}": Kind.SERVER_LIMIT in kinds,
-        f"the hub throttled: {limit}: {at_once} lets as many start as came, or slow the arrivals": servers
-        and servers.throttled
-        and Kind.SERVER_LIMIT not in kinds
-        and at_once,
-        f"the hub throttled: raise {limit}, or slow the arrivals (--rate, or a smaller -b)": (
-            servers and servers.throttled and Kind.SERVER_LIMIT not in kinds and not at_once
-        ),
-        f"{new_nodes} servers waited for a new node: scheduling.userPlaceholder.replicas: {new_nodes} (with "
-        "podPriority.enabled) keeps room for them, or add nodes before the event": many and new_nodes >= many,
-        f"{pulls} servers waited for their image: prePuller.hook.enabled and prePuller.continuous.enabled "
-        "pull it before, a smaller image is faster": many and pulls >= many and phases and phases.image_s > 5,
-        "the hub's users need unix accounts: make some with these names, or test with "
-        "--own-servers": no_account,
-        "this hub starts servers only for people who have logged in (refresh_pre_spawn): test with "
-        "--own-servers": no_login,
-        "the hub's username_pattern refuses these names: allow hub-stress-test-.* too, or test with "
-        "--own-servers": no_name,
-        "all starts failed alike: if people choose options before a start, choose them with "
-        "--profile": Kind.SPAWN in kinds and alike and not chosen and not cause,
-        f"starts were given up after {in_time[1] if in_time else 0} s: if they only need longer, raise "
-        f"{setting('singleuser.startTimeout', 'Spawner.start_timeout')}, and keep --server-timeout below it, "
-        "since such failures count towards the hub's exit": in_time,
-        "some servers were still starting: see the hub's log and the spawner's events, or raise "
-        "--server-timeout": Kind.TIMED_OUT in kinds,
-        f"see the hub's log for the {thing(results.own_servers)}s named above, and the events of their pods: "
-        "kubectl get events -n NAMESPACE": failures and Kind.TIMED_OUT not in kinds and pods,
-        f"see the hub's log for the {thing(results.own_servers)}s named above, and where the spawner runs "
-        "them (squeue, sacct, docker ps, journalctl)": (
-            failures and Kind.TIMED_OUT not in kinds and not pods
-        ),
-        "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry": (
-            NO_SUCH_HOST in words
-        ),
-        "servers were lost: an idle culler, a memory limit, a node that went away? The hub's log says who "
-        "stopped them": Kind.LOST in kinds,
-        "some pages did not come: look at the proxy's log and its routes, and at the servers' own "
-        "logs": Kind.ROUTE in kinds,
-        f"all websockets that broke had been open for {lasted}: something in front has a time-out of "
-        f"{lasted}": time_out_s is not None,
-        "websockets broke: whatever stands in front of the hub has to pass upgrades and to keep "
-        "connections open": Kind.WEBSOCKET in kinds and time_out_s is None,
-        "the proxy loses connections when servers end: configurable-http-proxy before 5.1.0 does; "
-        "upgrade it": results.leaking,
-        f"kernels ended: that is what a memory limit does; see the servers' logs, and {memory}": (
-            Kind.KERNEL in kinds
-        ),
-        f"the hub is CPU-bound: it used {share_text(cpu_share)} of a processor, and can use only one: use a "
-        "faster core, or reduce its load (JUPYTERHUB_ACTIVITY_INTERVAL in "
-        f"{setting('singleuser.extraEnv', 'Spawner.environment')})": cpu_share > BUSY,
-        f"the hub restarted, and {len(failures)} starts had failed: it exits after {exit_limit} of them in a "
-        "row; test with --fail-fast 4, or set that to 0 for the test": hub.restarts and len(failures) > 4,
-        "the hub restarted: look at why it ended (its memory limit? its liveness probe?)": (
-            hub.restarts and len(failures) < 5
-        ),
-        "the hub denied requests (403): a hook, a quota, or a scope that the role lacks; its log says "
-        "which": denied > (hub.metrics_missing == NO_METRICS_SCOPE),
-        "something in front of the hub limits requests (429): exempt this machine, or run inside the "
-        "cluster": "429" in in_front,
-        "something in front of the hub denies requests: let this machine, and POST and DELETE, through to "
-        "the hub": in_front.keys() & {"401", "403"},
-        "errors from 500 on came from what stands in front of the hub: look at the proxy's and the "
-        "ingress's logs": any(status >= "500" for status in in_front),
-    }
-    return [sentence for sentence, applies in rules.items() if applies]
+    if denied > (hub.metrics_missing == NO_METRICS_SCOPE):
+        yield "the hub denied requests (403): a hook, a quota, or a missing scope; its log says which"
+    if "429" in in_front:
+        yield LIMITED_IN_FRONT
+    if in_front.keys() & {"401", "403"}:
+        yield "something in front of the hub denies requests: let this machine, POST and DELETE through"
+    if any(status >= "500" for status in in_front):
+        yield "something in front of the hub answered 5xx: see the logs of the proxy and the ingress"
 
 
 # ==== Results: a fold over the events =======================================================================
@@ -5294,25 +5283,15 @@ class HubSide:
 
 @dataclasses.dataclass(frozen=True)
 class Users:
-    """The users that a run made, removed and left."""
+    """The users that a run made, removed and left; with --own-servers, the servers have these numbers."""
 
-    created: int
-    deleted: int
-    kept: int
-    left_behind: list[str]
+    created: int = 0
+    deleted: int = 0
+    kept: int = 0
+    left_behind: Sequence[str] = ()
     in_the_way: str = ""  # why some cannot be removed; this and what follows also with --own-servers
     stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
     stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
-
-
-@dataclasses.dataclass(frozen=True)
-class Slow:
-    """A server that took long."""
-
-    user: str
-    ready_s: float
-    throttled: int
-    message: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5327,7 +5306,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """The outcome of the servers: of the `ready` ones, `lost` were gone while they were held.
+    """The outcome of the servers: of the `ready` ones, `lost` stopped while they were held.
 
     Of a run that ended early, `failed` also counts those that were under way or had not begun.
     """
@@ -5336,21 +5315,19 @@ class Servers:
     ready: int
     failed: int
     lost: int
-    given_up: int  # of those that failed: not ready in time
+    given_up: int  # of those that failed: they timed out
     reasons: dict[str, int]
     failures: list[Failure]
+    under_way: int
+    not_begun: int
     throttled: int
     throttling_began_s: float | None
-    slowest: list[Slow]
-    usual_message: (
-        str  # what the hub said of all servers that it said anything of; "" when it told them apart
-    )
-    removed: int = 0  # with --own-servers, like the next two; else the users say it
+    slowest: list[Json]  # each with user, ready_s, throttled, and the message that stood longest
+    usual_message: str  # the message of all servers that have one; "" when they differ
+    phases: Phases | None  # the means of those that became ready; None without Kubernetes' events
+    removed: int = 0  # with --own-servers, like the next two; else see the users
     kept: int = 0
     left_behind: Sequence[str] = ()
-    phases: Phases | None = None  # the means of those that became ready; None without Kubernetes' events
-    under_way: int = 0
-    not_begun: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5365,39 +5342,9 @@ class Rehearsed:
     failed: int
     reasons: dict[str, int]
     failures: list[Failure]
+    under_way: int
+    not_begun: int
     until_work_s: dict[str, float]  # the mean of each step, of those who got to work
-    under_way: int = 0
-    not_begun: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class ServersTimeline:
-    """The moments of each server, in seconds since the run began, in the order in which they were due."""
-
-    user: list[str]
-    due_s: list[float | None]
-    throttled_s: list[float | None]
-    asked_s: list[float | None]
-    ended_s: list[float | None]
-    ready: list[bool]
-    opened_s: list[float | None]  # of a rehearsal: the start page came
-    loaded_s: list[float | None]
-    works_s: list[float | None]
-    failed_s: list[float | None]  # after it was ready
-    lost_s: list[float | None]
-    left_s: list[float | None]
-    phases: list[dict[str, float] | None]  # of a start on Kubernetes, in their order, in seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class RunTimeline:
-    """What happened when: what the report draws."""
-
-    operations: dict[str, OperationTimeline]
-    servers: ServersTimeline | None
-    hub: HubTimeline | None
-    watched: dict[str, HubTimeline]
-    load_ended_s: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5417,17 +5364,19 @@ class Results:
     failed_rate: float | None
     servers: Servers | None
     people: Rehearsed | None  # of a rehearsal
+    groups: dict[str, Rehearsed] | None  # of an event
     operations: dict[str, Operation]
     http: Http
     capacity: Capacity | None
     aftermath: Aftermath | None  # of the hub and each process that was watched
     proxy_check: ProxyCheck | None
-    warnings: list[str]
-    advice: list[str]  # what to look at next, when the run has failed, or passed with a but
-    timeline: RunTimeline
-    groups: dict[str, Rehearsed] | None = None  # of an event
+    timeline: Json  # what the report draws: operations, servers, hub, watched, load_ended_s
+    warnings: list[str] = dataclasses.field(default_factory=list)
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     but: list[str] = dataclasses.field(default_factory=list)  # what to know of a run that passed
+    advice: list[str] = dataclasses.field(
+        default_factory=list
+    )  # what to look at next, if it failed, or a but
     exit_code: int = 0
 
     @property
@@ -5443,9 +5392,9 @@ class Results:
     @property
     def cleaned(self) -> CleanUp:
         """The outcome of cleaning up users, or with --own-servers servers."""
-        if self.own_servers and (servers := self.servers):
-            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, self.users.in_the_way)
-        users = self.users
+        users, servers = self.users, self.servers
+        if self.own_servers and servers:
+            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, users.in_the_way)
         return CleanUp(users.deleted, tuple(users.left_behind), users.kept, users.in_the_way)
 
 
@@ -5465,8 +5414,8 @@ def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
         yield from (f".{key}{rest}" for rest in numbers_in(value, (*within, kind)))
 
 
-def instead_of(metric: str, paths: bool = True) -> str:
-    """The known metric that is most like this one, a path only if `paths`; "" where this one is known."""
+def nearest_metric(metric: str, paths: bool = True) -> str:
+    """The known metric that is most like this one, a path only if `paths`; "" if this one is known."""
     known = ["failed", "failed_rate", "throttled"]
     known += (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
     if paths:
@@ -5499,31 +5448,29 @@ LONG_PINGS_S = {"p99": 1.0, "max": 3.0}  # longer ones make people doubt the hub
 MANY_THROTTLED = 0.25  # of the starts
 
 
-def but_of(results: Results) -> list[str]:
-    """What to know of a run that passed: its warnings, and each sentence whose rule applies.
+def but_of(results: Results) -> Iterator[str]:
+    """What to know of a run that passed: its warnings, and what its numbers say.
 
     A search takes the hub to where it is slow, and a purge is no load: of these, the warnings are all.
     """
+    yield from results.warnings
     if results.command == PURGE or results.capacity:
-        return list(results.warnings)
-    operations, own, servers = results.operations, results.hub.metrics, results.servers
-    ping, full = operations.get("ping"), own.fullness if own else ""
-    pings, failed, longest = (ping.count, ping.failed, ping.latency_s.max) if ping else (0, 0, None)
-    slow = ping and any((ping.enough(name) or 0.0) > limit_s for name, limit_s in LONG_PINGS_S.items())
-    throttled, requested = (servers.throttled, servers.requested) if servers else (0, 0)
-    many, starts = throttled > MANY_THROTTLED * requested, counted(requested, "start was", "starts were")
-    cause = full and f": {full.partition(':')[0]}"
-    rules: dict[str, object] = {
-        f"everybody else saw errors: {failed} of {counted(pings, 'ping')} failed": failed,
-        f"everybody else waited up to {duration_text(longest)}{cause}": slow,
-        full: full and not slow,
-        f"{throttled} of {starts} throttled: people came faster than the hub starts servers": many,
-    }
-    for metric in (condition(judged.condition).metric for judged in results.conditions):
-        number = too_few(metric, operations)
-        few = f"{metric} is only the maximum of {counted(number or 0, 'sample')}: too few for a percentile"
-        rules[few] = number is not None
-    return [*results.warnings, *(sentence for sentence, applies in rules.items() if applies)]
+        return
+    ping, servers = results.operations.get("ping"), results.servers
+    full = results.hub.metrics.fullness if results.hub.metrics else ""
+    if ping and ping.failed:
+        yield f"everybody else saw errors: {ping.failed} of {counted(ping.count, 'ping')} failed"
+    if ping and any((ping.enough(name) or 0.0) > limit_s for name, limit_s in LONG_PINGS_S.items()):
+        cause = full and f": {full.partition(':')[0]}"
+        yield f"everybody else waited up to {duration_text(ping.latency_s.max)}{cause}"
+    elif full:
+        yield full
+    if servers and servers.throttled > MANY_THROTTLED * servers.requested:
+        starts = counted(servers.requested, "start was", "starts were")
+        yield f"{servers.throttled} of {starts} throttled: people arrived faster than the hub starts servers"
+    for metric in dict.fromkeys(condition(judged.condition).metric for judged in results.conditions):
+        if (number := too_few(metric, results.operations)) is not None:
+            yield f"{metric} is only the maximum of {counted(number, 'sample')}: too few for a percentile"
 
 
 def too_few(metric: str, operations: Mapping[str, Operation]) -> int | None:
@@ -5534,22 +5481,27 @@ def too_few(metric: str, operations: Mapping[str, Operation]) -> int | None:
     return number if operation and number < ENOUGH.get(statistic, 0) else None
 
 
-def _failures_of(
-    ends: Iterable[Event | None], never: str, number: int, began_s: float
-) -> tuple[dict[str, int], list[Failure]]:
-    """Counts by reason, the most frequent first, and each failure; `number` more have the reason `never`.
+def outcome_of(
+    ends: Mapping[str, Event | None], expected: int, never: str, began_s: float, starting: Collection[str]
+) -> Json:
+    """What servers and people have in common, from how each user's way ended; None: it has not.
 
+    Those still `starting` may have no event. Those that have not ended count under the reason `never`.
     Reasons of spawns that differ in what they count, like 2/3 nodes and 1/3 nodes, are one: the first.
     """
     failures, alike = list[Failure](), dict[str, str]()
-    for end in ends:
+    for end in ends.values():
         if end and end.reason:
             text, of_spawn = end.reason.text, end.reason.kind in (Kind.SPAWN, Kind.TIMED_OUT)
             text = alike.setdefault(re.sub(r"\d+(?![\d)])", "#", text), text) if of_spawn else text
             failures.append(Failure(end.user, text, end.message, round(end.ended_s - began_s, 4)))
+    unfinished = [name for name, end in ends.items() if end is None]
+    under_way = len({*unfinished, *starting} - (ends.keys() - unfinished))
+    not_begun = max(0, expected - len(ends) + len(unfinished) - under_way)
     reasons = collections.Counter(failure.reason for failure in failures)
-    reasons[never] = number
-    return {reason: count for reason, count in reasons.most_common() if count}, failures
+    reasons[never] = under_way + not_begun
+    counts = {reason: count for reason, count in reasons.most_common() if count}
+    return {"reasons": counts, "failures": failures, "under_way": under_way, "not_begun": not_begun}
 
 
 def people_of(
@@ -5561,91 +5513,95 @@ def people_of(
     began_s: float = 0.0,
     starting: Collection[str] = (),
 ) -> Rehearsed:
-    """The outcome of all people, or a group's; those who failed after getting to work are counted as both.
-
-    Those whose servers were still `starting` at the end have left no event.
-    """
-    people = [row for row in rows.values() if not group or any(end.group == group for end in row.values())]
-    at_work = [row for row in people if "at_work" in row]
-    failed = [[row[step] for step in PERSONAL if step in row and row[step].reason] for row in people]
-    ends = [steps[0] if steps else row.get("at_work") for steps, row in zip(failed, people)]
+    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
+    ends = dict[str, Event | None]()
+    at_work = []
+    for user, row in rows.items():
+        if not group or any(end.group == group for end in row.values()):
+            failed = [row[step] for step in PERSONAL if step in row and row[step].reason]
+            ends[user] = failed[0] if failed else row.get("at_work")
+            at_work += [row] * ("at_work" in row)
     never = "cut short before getting to work" if cut_short else "never came"
-    under_way = ends.count(None) + len(set(starting) - rows.keys())
-    not_begun = max(0, expected - len(ends) + ends.count(None) - under_way)
-    reasons, failures = _failures_of(ends, never, under_way + not_begun, began_s)
-    until_work_s = {}
-    for step in ("at_work", *PERSONAL[: PERSONAL.index("at_work")]):
-        if took_s := [row[step].latency_s for row in at_work if step in row]:
-            until_work_s[step] = sum(took_s) / len(at_work)
-    total = sum(reasons.values())
-    return Rehearsed(expected, len(at_work), total, reasons, failures, until_work_s, under_way, not_begun)
+    outcome = outcome_of(ends, expected, never, began_s, starting)
+    steps = ("at_work", *PERSONAL[: PERSONAL.index("at_work")])
+    took_s = {step: sum(row[step].latency_s for row in at_work if step in row) for step in steps}
+    means = {step: total_s / len(at_work) for step, total_s in took_s.items() if total_s}
+    number = sum(outcome["reasons"].values())
+    return Rehearsed(expected, len(at_work), number, until_work_s=means, **outcome)
 
 
 def servers_of(
     people: People, requested: int, cut_short: bool, *, began_s: float = 0.0, starting: Collection[str] = ()
 ) -> Servers:
     """The outcome of the servers of so many people, some of them still `starting` at the end."""
-    ends = [row["server_ready"] for row in people.values() if "server_ready" in row]
-    ready = sorted((end for end in ends if end.reason is None), key=lambda end: -end.latency_s)
-    lost = [row["stay"] for row in people.values() if "stay" in row and row["stay"].outcome == "lost"]
+    starts = {user: row["server_ready"] for user, row in people.items() if "server_ready" in row}
+    stays = {user: row["stay"] for user, row in people.items() if "stay" in row}
+    lost = {user: end for user, end in stays.items() if end.outcome == "lost"}
     never = "never started, or cut short" if cut_short else "never started"
-    reasons, failures = _failures_of([*ends, *lost], never, requested - len(ends), began_s)
-    under_way = len(set(starting) - {end.user for end in ends})
-    throttled_s = [end.throttled_s for end in ends if end.throttled_s is not None]
-    messages = {end.message for end in ends if end.message}
+    ready = sorted((end for end in starts.values() if not end.reason), key=lambda end: -end.latency_s)
+    throttled_s = [end.throttled_s for end in starts.values() if end.throttled_s is not None]
+    messages = {end.message for end in starts.values() if end.message}
     return Servers(
         requested=requested,
         ready=len(ready),
         failed=requested - len(ready),
         lost=len(lost),
-        given_up=sum(end.reason.kind is Kind.TIMED_OUT for end in ends if end.reason),
-        reasons=reasons,
-        failures=failures,
-        throttled=sum(end.throttled > 0 for end in ends),
-        throttling_began_s=min(throttled_s) - min(end.due_s for end in ends) if throttled_s else None,
-        slowest=[Slow(end.user, end.latency_s, end.throttled, end.message) for end in ready[:5]],
+        given_up=sum(end.reason.kind is Kind.TIMED_OUT for end in starts.values() if end.reason),
+        throttled=sum(end.throttled > 0 for end in starts.values()),
+        throttling_began_s=min(throttled_s) - min(end.due_s for end in starts.values())
+        if throttled_s
+        else None,
+        slowest=[
+            {"user": end.user, "ready_s": end.latency_s, "throttled": end.throttled, "message": end.message}
+            for end in ready[:5]
+        ],
         usual_message=messages.pop() if len(messages) == 1 else "",
         phases=mean_phases([end.phases for end in ready if end.phases]),
-        under_way=under_way,
-        not_begun=max(0, requested - len(ends) - under_way),
+        **outcome_of(starts | lost, requested, never, began_s, starting),
     )
 
 
-def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> ServersTimeline:
-    """The moments of each server, in the order in which they were due."""
+STARTING = ("due_s", "throttled_s", "asked_s", "ended_s")  # moments of a start
 
-    def since(at_s: float | None) -> float | None:
-        return None if at_s is None else rounded(max(0.0, at_s - began_s))
 
-    def moments(row: Mapping[str, Event]) -> Json:
-        start, leaving = row["server_ready"], row.get("stop_server")
-        good_s = {name: end.ended_s for name, end in row.items() if end.reason is None}
-        bad = [row[name] for name in PERSONAL[1:] if name in row and row[name].reason]
-        return {
-            "user": start.user,
-            "due_s": since(start.due_s),
-            "throttled_s": since(start.throttled_s),
-            "asked_s": since(start.asked_s),
-            "ended_s": since(start.ended_s),
-            "ready": start.reason is None,
-            "opened_s": since(good_s.get("visit")),
-            "loaded_s": since(good_s.get("page")),
-            "works_s": since(good_s.get("at_work")),
-            "failed_s": since(next((end.ended_s for end in bad if end.outcome != "lost"), None)),
-            "lost_s": since(next((end.ended_s for end in bad if end.outcome == "lost"), None)),
-            "phases": start.phases and {name: rounded(getattr(start.phases, name)) for name in PHASES},
-            "left_s": since(leaving.sent_s if leaving and leaving.sent_s < load_ended_s else None),
-        }
-
+def servers_timeline(people: People, began_s: float, load_ended_s: float = math.inf) -> Json:
+    """Columns: moments of each server, in seconds since the run began, in the order of their due moments."""
     rows = [row for row in people.values() if "server_ready" in row]
-    lines = [moments(row) for row in sorted(rows, key=lambda row: row["server_ready"].due_s)]
-    names = [field.name for field in dataclasses.fields(ServersTimeline)]
-    return ServersTimeline(**{name: [line[name] for line in lines] for name in names})
+    rows.sort(key=lambda row: row["server_ready"].due_s)
+    starts = [row["server_ready"] for row in rows]
+    bad = [[row[step] for step in PERSONAL[1:] if step in row and row[step].reason] for row in rows]
+
+    def since(moments_s: Iterable[float | None]) -> list[float | None]:
+        return [None if at_s is None else rounded(max(0.0, at_s - began_s)) for at_s in moments_s]
+
+    def succeeded(step: str) -> list[float | None]:
+        return since(row[step].ended_s if step in row and not row[step].reason else None for row in rows)
+
+    def failed(lost: bool) -> list[float | None]:
+        return since(
+            next((end.ended_s for end in ends if (end.outcome == "lost") is lost), None) for ends in bad
+        )
+
+    left = (row["stop_server"].sent_s if "stop_server" in row else math.inf for row in rows)
+    phases = [as_json(start.phases) or {} for start in starts]
+    return {
+        "user": [start.user for start in starts],
+        "group": [start.group for start in starts],
+        "ready": [start.reason is None for start in starts],
+        **{name: since(getattr(start, name) for start in starts) for name in STARTING},
+        "opened_s": succeeded("visit"),
+        "loaded_s": succeeded("page"),
+        "works_s": succeeded("at_work"),
+        "failed_s": failed(lost=False),
+        "lost_s": failed(lost=True),
+        "left_s": since(sent_s if sent_s < load_ended_s else None for sent_s in left),
+        "phases": [{name: rounded(took[name]) for name in PHASES if took} or None for took in phases],
+    }
 
 
-def judgements_of(plan: Plan, found: Json) -> list[Judgement]:
-    """Each condition of a plan, judged by results; default ones only where something was measured."""
-    judged = [(each, each.judge(found, plan.baseline)) for each in plan.conditions]
+def judgements_of(plan: Plan, results: Json) -> list[Judgement]:
+    """Each condition of a plan, judged by results; default ones only if something was measured."""
+    judged = [(each, each.judge(results, plan.baseline)) for each in plan.conditions]
     return [result for each, result in judged if each in plan.fail_if or result.value is not None]
 
 
@@ -5659,18 +5615,13 @@ def _users_in(run: Run) -> Users:
     stopped = run.record.count(["stop_server"])
     failures = grown(snapshots, "server_stop_seconds_count", "failure") if stopped else 0.0
     made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left))
-    users = Users(
-        created=0 if run.plan.command == PURGE else made,
-        deleted=cleaned.deleted,
-        kept=cleaned.kept,
-        left_behind=list(cleaned.left),
+    users = Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, cleaned.left)
+    return dataclasses.replace(
+        Users() if run.plan.own_servers else users,
         in_the_way=cleaned.in_the_way,
         stopped_while_starting=len(run.site.removal.interrupted),
         stops_failed=int(failures) if len(snapshots) > 1 else None,
     )
-    if run.plan.own_servers:
-        return dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=[])
-    return users
 
 
 def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
@@ -5687,7 +5638,7 @@ def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> t
 
 
 def results_of(run: Run) -> Results:
-    """What a run found; the conditions are judged by all the rest."""
+    """The results of a run; its conditions are judged by all the rest."""
     plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
@@ -5712,9 +5663,16 @@ def results_of(run: Run) -> Results:
         )
     if restarts:
         warnings.append(f"the hub restarted during the run{f', {restarts} times' if restarts > 1 else ''}")
-    looks = {name: monitor.snapshots for name, monitor in run.monitors.items()}
-    lines = {name: hub_timeline(each, run.began_s) for name, each in looks.items()}
-    on_the_way = run.site.public.traffic.summarise() if plan.opens else None
+    shots = {name: monitor.snapshots for name, monitor in run.monitors.items()}
+    tables = {name: process_timeline(each, run.began_s) for name, each in shots.items()}
+    timeline = {
+        "operations": run.record.timeline(run.began_s),
+        "servers": servers_timeline(rows, run.began_s, run.load_ended_s) if servers else None,
+        "hub": tables.pop("hub"),
+        "watched": {name: table for name, table in tables.items() if table},
+        "load_ended_s": rounded(run.load_ended_s - run.began_s),
+    }
+    to_servers = run.site.public.traffic.summarise() if plan.opens else None
     results = Results(
         schema=1,
         tool={"name": "hub-stress-test", "version": __version__},
@@ -5736,21 +5694,14 @@ def results_of(run: Run) -> Results:
         failed_rate=failed / tried if tried else None,
         servers=servers,
         people=people,
-        operations=run.record.summarise(),
-        http=dataclasses.replace(run.session.traffic.summarise(), servers=on_the_way),
-        capacity=run.capacity,
-        aftermath=aftermath_of(looks, bool(cleaned.kept)),
-        proxy_check=run.proxy_check,
-        warnings=warnings,
-        advice=[],
-        timeline=RunTimeline(
-            operations=run.record.timeline(run.began_s),
-            servers=servers_timeline(rows, run.began_s, run.load_ended_s) if servers else None,
-            hub=lines.pop("hub"),
-            watched={name: line for name, line in lines.items() if line},
-            load_ended_s=rounded(run.load_ended_s - run.began_s),
-        ),
         groups=groups or None,
+        operations=run.record.summarise(),
+        http=dataclasses.replace(run.session.traffic.summarise(), servers=to_servers),
+        capacity=run.capacity,
+        aftermath=aftermath_of(shots, bool(cleaned.kept)),
+        proxy_check=run.proxy_check,
+        timeline=timeline,
+        warnings=warnings,
     )
     return _judged(results, run)
 
@@ -5764,11 +5715,10 @@ def _judged(results: Results, run: Run) -> Results:
     left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
     results = dataclasses.replace(results, conditions=conditions, exit_code=int(code))
-    but = but_of(results) if code is ExitCode.OK else []
-    next_steps: list[str] = []
-    if but or code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND):
-        next_steps += advice(results, run.record.kinds(), time_out_in_front(run.record.people))
-    return dataclasses.replace(results, but=but, advice=next_steps)
+    but = list(but_of(results)) if code is ExitCode.OK else []
+    act = but or code in (ExitCode.FAILED, ExitCode.LEFT_BEHIND)
+    sentences = advice(results, run.record.kinds(), time_out_in_front(run.record.people)) if act else ()
+    return dataclasses.replace(results, but=but, advice=list(sentences))
 
 
 # ==== Sections, and the summary as text =====================================================================
@@ -5803,38 +5753,36 @@ def verdict_of(results: Results) -> tuple[str, str]:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
         return word, _capacity_sentence(results.capacity, results.options)
-    outcome = people or servers
-    missing = people.expected - people.at_work if people else servers.failed if servers else 0
-    early = unfinished_text(outcome, missing) if outcome and (outcome.under_way or outcome.not_begun) else ""
+    outcome: Servers | Rehearsed
+    if people:
+        outcome, missing = people, people.expected - people.at_work
+        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
+        later = f"; {people.failed - missing} failed afterwards" * (people.failed > missing)
+    elif servers:
+        outcome, missing = servers, servers.failed
+        sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
+        later = f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
+    else:
+        load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
+        count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
+        requests_text = counted(count, "activity report" if load in ([], ["activity"]) else "request")
+        return word, f"{count - failed:,} of {requests_text} {'was' if count == 1 else 'were'} accepted"
+    early = unfinished_text(outcome, missing) if outcome.under_way or outcome.not_begun else ""
     if early and word == "FAILED" and results.options.get("fail_fast") and not results.warnings:
         early += " (--fail-fast)"
-    if people:
-        later = people.failed + people.at_work - people.expected
-        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
-        sentence += (
-            early + f"; {later} failed afterwards" * bool(later) + waits_text(operations.get("at_work"))
-        )
-        return word, sentence + "; the proxy lost connections afterwards" * results.leaking
-    if servers:
-        sentence = f"{servers.ready:,} of {counted(servers.requested, 'server')} became ready"
-        sentence += early + f"; {counted(servers.lost, 'was', 'were')} lost while held" * bool(servers.lost)
-        return word, sentence + waits_text(operations.get("server_ready"))
-    load = [name for name in operations if name in (results.options.get("mix") or DEFAULT_MIX)]
-    count, failed = (sum(getattr(operations[name], key) for name in load) for key in ("count", "failed"))
-    requests_text = counted(count, "activity report" if load in ([], ["activity"]) else "request")
-    return word, f"{count - failed:,} of {requests_text} {'was' if count == 1 else 'were'} accepted"
+    sentence += early + later + waits_text(operations.get("at_work" if people else "server_ready"))
+    return word, sentence + "; the proxy lost connections afterwards" * results.leaking
 
 
 def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:
-    """Of a run that ended early: how many of the missing ones failed, and where the others were."""
+    """How many of the missing ones failed, and of a run that ended early, where the others were."""
     numbers = {"under way": outcome.under_way, "not begun": outcome.not_begun}
-    others = "".join(f", {number:,} {what}" for what, number in numbers.items() if number)
-    failed = missing - sum(numbers.values())
-    return f", {failed:,} failed{others}"
+    others = "".join(f", {number:,} {place}" for place, number in numbers.items() if number)
+    return f", {missing - sum(numbers.values()):,} failed{others}"
 
 
 def waits_text(operation: Operation | None) -> str:
-    """How long half, nearly all, and the slowest of those that succeeded waited; empty when none did."""
+    """How long half, nearly all, and the slowest of those that succeeded waited; empty if none did."""
     if not operation or operation.latency_s.max is None:
         return ""
     p95_s = operation.enough("p95")
@@ -5844,34 +5792,31 @@ def waits_text(operation: Operation | None) -> str:
 
 
 def _capacity_sentence(capacity: Capacity, options: Json) -> str:
-    """What a search found; of people, in which step, and whether as many as were asked about fit."""
+    """The result of a search; of people, in which step, and whether as many as were asked about fit."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
         return f"the capacity was not found: {cause if capacity.finished else 'the search did not finish'}"
     at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
-    if people := capacity.people_per_minute:
-        within_s, for_s = options.get("within"), options.get("duration") or FIRST_STEPS[STRESS][1]
-        count, found_with = options["count"] if within_s else 300, round(capacity.rate_per_s * for_s)
-        takes = f"this hub takes {at_least}{counted(people, 'person', 'people')} a minute"
-        if found_with == options.get("max_servers"):
-            takes += f" with at most {counted(found_with, 'server')} at a time"
-        found = f"(found with {counted(found_with, 'person', 'people')} in {duration_text(for_s)})"
-        sentence = f"{takes} {found}: a class of {count} in {duration_text(60 * count / people)}"
-        return sentence + (_fit_text(count, within_s, people, at_least) if within_s else "")
-    sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
-    if not (servers := capacity.servers_reporting_every_300_s):
-        return sustained
-    return f"{sustained}: the activity reports of {servers:,} running servers, one every 300 s each"
-
-
-def _fit_text(count: int, within_s: float, people_per_minute: float, at_least: str) -> str:
-    """Whether a hub takes so many people in this time, and how many times as many, rounded down."""
+    people, servers = capacity.people_per_minute, capacity.servers_reporting_every_300_s
+    if not people:
+        sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
+        reports = f": the activity reports of {servers or 0:,} running servers, one every 300 s each"
+        return sustained + reports * bool(servers)
+    within_s, for_s = options.get("within"), options.get("duration") or FIRST_STEPS[STRESS][1]
+    count, found_with = options["count"] if within_s else 300, round(capacity.rate_per_s * for_s)
+    sentence = f"this hub takes {at_least}{counted(people, 'person', 'people')} a minute"
+    if found_with == options.get("max_servers"):
+        sentence += f" with at most {counted(found_with, 'server')} at a time"
+    sentence += f" (found with {counted(found_with, 'person', 'people')} in {duration_text(for_s)})"
+    sentence += f": a class of {count} in {duration_text(60 * count / people)}"
+    if not within_s:
+        return sentence
     needed = 60 * count / within_s
-    times = math.floor(10 * people_per_minute / needed + 1e-6) / 10
+    times = math.floor(10 * people / needed + 1e-6) / 10  # rounded down
     fits = "fits," if times >= 1 else "not known:" if at_least else "does not fit:"
     in_time = f"{count} in {duration_text(within_s)} are {needed:.4g} a minute"
-    return f"; {in_time}: {fits} {at_least}{times:g} times"
+    return f"{sentence}; {in_time}: {fits} {at_least}{times:g} times"
 
 
 def differences_to(baseline: Json | None, results: Results) -> list[str]:
@@ -5883,11 +5828,10 @@ def differences_to(baseline: Json | None, results: Results) -> list[str]:
     pairs: dict[str, Iterable[Any]] = {"the command": (baseline.get("command"), results.command)}
     pairs |= {f"the hub's {key}": [hub.get(key) for hub in hubs] for key in ("endpoint", "version")}
     if baseline.get("command") == results.command:
-        keys = [row.key for row in OPTIONS.values() if row.compared and row.key in results.options]
-        pairs |= {
-            f"--{key.replace('_', '-')}": [_option_text(key, one.get(key)) for one in options] for key in keys
-        }
-    return [f"{what} was {old}, and is {new} now" for what, (old, new) in pairs.items() if old != new]
+        for row in OPTIONS.values():
+            if row.compared and row.key in results.options:
+                pairs[row.flag] = [_option_text(row.key, given.get(row.key)) for given in options]
+    return [f"{name} was {old}, and is {new} now" for name, (old, new) in pairs.items() if old != new]
 
 
 DURATIONS = tuple(row.key for row in OPTIONS.values() if row.kind is duration)
@@ -5898,10 +5842,8 @@ def _option_text(key: str, value: Any) -> str:
     if not value or value is True:
         return "given" if value else "not given"
     if key == "event":
-        groups = (
-            [f"{name} {_option_text(name, one)}" for name, one in group.items() if one] for group in value
-        )
-        return "; ".join(map(", ".join, groups))
+        given = ([f"{key} {_option_text(key, one)}" for key, one in group.items() if one] for group in value)
+        return "; ".join(map(", ".join, given))
     return f"{value:g}s" if key in DURATIONS else str(value)
 
 
@@ -5910,18 +5852,17 @@ def facts(results: Results, baseline: Json | None = None) -> Section:
     hub = results.hub
     through = f", through {hub.proxy}" if hub.proxy else ""
     by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
-    goals = [one for one in results.conditions if not (by_default and one.condition == FAILED.text)]
+    goals = [each for each in results.conditions if not (by_default and each.condition == FAILED.text)]
     why = "because" if results.exit_code < ExitCode.SIGINT else "note"
     rows = [
         *(("but", sentence) for sentence in results.but),
         *_tested_rows(results),
         *((why, reason) for reason in results.warnings if reason not in results.but),
-        *(("goals", goal_text(one, results.operations)) for one in goals),
+        *(("goals", goal_text(goal, results.operations)) for goal in goals),
         *(("baseline", difference) for difference in differences_to(baseline, results)),
         ("hub", f"{hub.version} at {hub.endpoint}{through}"),
         *_server_rows(results),
         *_failed_rows(results),
-        *(_slowest_rows(results.servers) if results.servers else ()),
         *_request_rows(results),
         ("duration", duration_text(results.duration_s)),
         *_hub_rows(results),
@@ -5938,11 +5879,11 @@ def _tested_rows(results: Results) -> Iterator[Row]:
     capacity = results.capacity
     if not capacity:
         return
+    lasts = duration_text(results.options["duration"] or FIRST_STEPS[STRESS][1])
     mix = ", ".join(f"{title_of(name)}s" for name in results.options.get("mix") or DEFAULT_MIX)
     tested = f"{mix} only: starting servers, memory and nodes were not"
     if results.command == STRESS:
-        lasts = duration_text(results.options["duration"] or FIRST_STEPS[STRESS][1])
-        tested = f"people who come at a fixed rate for {lasts}, new ones in each step"
+        tested = f"people who arrive at a fixed rate for {lasts}, new ones in each step"
     below = "rate sustained" if capacity.rate_per_s else "last rate tried"
     yield "tested", f"{tested}. The latencies below are of the {below}"
     if servers := capacity.servers_reporting_every_300_s:
@@ -5958,24 +5899,23 @@ BOUNDS = {">": "above {}", ">=": "at {} or more", "<": "below {}", "<=": "at {} 
 
 
 def goal_text(judged: Judgement, operations: Mapping[str, Operation] | None = None) -> str:
-    """A condition as a goal, reached when it was not met: ✓ server_ready.p95 4.60 s (fails above 60 s)."""
+    """A condition as a goal, reached if it was not met: ✓ server_ready.p95 4.60 s (fails above 60 s)."""
     asked = condition(judged.condition)
-    number = too_few(asked.metric, operations or {})
+    number, relative = too_few(asked.metric, operations or {}), asked.unit == "x"
     value = "not measured" if judged.value is None else value_text(judged.value, asked.metric)
     value += f", of {counted(number, 'sample')}" if number is not None else ""
-    relative = asked.unit == "x"
-    limit = judged.limit if relative else asked.limit
-    limits = [] if limit is None else [re.sub(r"\.0+ ", " ", value_text(limit, asked.metric))]
-    limits += [f"{asked.limit:g}x the baseline"] * relative
     if judged.value and judged.baseline:
         before = value_text(judged.baseline, asked.metric)
         value += f", {judged.value / judged.baseline:.3g}x the baseline's {before}"
+    limit = judged.limit if relative else asked.limit
+    limits = [] if limit is None else [re.sub(r"\.0+ ", " ", value_text(limit, asked.metric))]
+    limits += [f"{asked.limit:g}x the baseline"] * relative
     mark = "✗" if judged.held else "✓"
     return f"{mark} {asked.metric} {value} (fails {BOUNDS[asked.comparison].format(', '.join(limits))})"
 
 
 def _server_rows(results: Results) -> Iterator[Row]:
-    """What became of servers and people."""
+    """The outcome of servers and people."""
     servers, people, options = results.servers, results.people, results.options
     if not servers or not servers.requested:  # of a purge, or a search
         return
@@ -5999,45 +5939,43 @@ def _server_rows(results: Results) -> Iterator[Row]:
     if people:
         failed = unfinished_text(people, people.failed)
         yield "people", f"{people.expected} expected; {people.at_work} at work{failed}"
-    for group, came in zip(options.get("event") or (), (results.groups or {}).values()):
-        waits = waits_text(results.operations.get(f"at_work[{group['name']}]"))
-        pace = f"{came.expected} expected, {pace_text(options | group | {'event': None})}"
-        failed = unfinished_text(came, came.failed)
-        yield "people", f"{group['name']}: {pace}; {came.at_work} at work{failed}{waits}"
+    for given, group in zip(options.get("event") or (), (results.groups or {}).values()):
+        waits = waits_text(results.operations.get(f"at_work[{given['name']}]"))
+        pace = f"{group.expected} expected, {pace_text(options | given | {'event': None})}"
+        failed = unfinished_text(group, group.failed)
+        yield "people", f"{given['name']}: {pace}; {group.at_work} at work{failed}{waits}"
 
 
 def _failed_rows(results: Results) -> Iterator[Row]:
-    """Why people or servers failed, the commonest reasons first, each with some names and when it was."""
-    failing = results.people or results.servers
-    if not failing or not failing.failures:
-        return
-    ends = collections.defaultdict[str, list[Failure]](list)
-    for end in failing.failures:
-        ends[end.reason].append(end)
-    reasons = sorted(ends, key=lambda reason: -len(ends[reason]))
-    for reason in reasons[:REASONS_SHOWN]:
-        users = sorted((end.user for end in ends[reason]), key=natural)
+    """Why people or servers failed, the commonest reasons first, and what slowed the slowest servers down."""
+    outcome = results.people or results.servers
+    failures = collections.defaultdict[str, list[Failure]](list)
+    for failure in outcome.failures if outcome else ():
+        failures[failure.reason].append(failure)
+    by_number = sorted(failures.items(), key=lambda item: -len(item[1]))
+    for reason, alike in by_number[:REASONS_SHOWN]:
+        users = sorted((failure.user for failure in alike), key=natural)
         shown = users[: NAMES_SHOWN if len(users) > NAMES_SHOWN + 1 else None]
         more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
-        moments = [end.failed_s for end in ends[reason]]
-        first, last = duration_text(min(moments)), duration_text(max(moments))
+        moments_s = [failure.failed_s for failure in alike]
+        first, last = duration_text(min(moments_s)), duration_text(max(moments_s))
         when = f"first after {first}, last after {last}" if first != last else f"after {first}"
         yield "failed", f"{len(users)} × {reason} ({', '.join(shown)}{more}), {when}"
-    if others := sum(len(ends[reason]) for reason in reasons[REASONS_SHOWN:]):
+    if others := sum(len(alike) for _, alike in by_number[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
-    name = min((end.user for end in ends[reasons[0]]), key=natural)
-    pods = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
-    yield "hub's log", pods if on_kubernetes(results) else f"grep -w {name} LOG, from {results.started} on"
-
-
-def _slowest_rows(servers: Servers) -> Iterator[Row]:
-    """Of the slowest servers: how often each was throttled, and what took longest if not for all."""
+    if by_number:
+        name = min((failure.user for failure in by_number[0][1]), key=natural)
+        pods = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
+        file = f"grep -w {name} LOG, from {results.started} on"
+        yield "hub's log", pods if on_kubernetes(results) else file
     slowest = []
-    for server in servers.slowest[:NAMES_SHOWN]:
-        causes = [f"throttled {server.throttled} ×"] if server.throttled else []
-        if server.message not in ("", servers.usual_message):
-            causes.append(f"longest at: {server.message}")
-        slowest += [f"{duration_text(server.ready_s)}, {server.user}: {', '.join(causes)}"] * bool(causes)
+    for server in results.servers.slowest[:NAMES_SHOWN] if results.servers else ():
+        causes = [f"throttled {server['throttled']} ×"] * bool(server["throttled"])
+        if server["message"] not in ("", results.servers and results.servers.usual_message):
+            causes.append(f"longest at: {server['message']}")
+        slowest += [f"{duration_text(server['ready_s'])}, {server['user']}: {', '.join(causes)}"] * bool(
+            causes
+        )
     if slowest:
         yield "slowest", "; ".join(slowest)
 
@@ -6050,8 +5988,8 @@ def _request_rows(results: Results) -> Iterator[Row]:
             for reason, number in list(operations[name].errors.items())[:REASONS_SHOWN]:
                 yield "errors", f"{title_of(name, results.own_servers)}: {number} × {reason}"
     monitoring = f"{share_text(http.observer_share or 0)} monitoring"
-    retries = counted(http.retries, "retry", "retries")
     to_hub = " to the hub" if http.servers else ""
+    retries = counted(http.retries, "retry", "retries")
     yield "requests", f"{http.requests:,}{to_hub}, of which {monitoring}, {retries}"
     if servers := http.servers:
         answers = ", ".join(f"{number:,} × {status}" for status, number in servers.statuses.items())
@@ -6074,37 +6012,40 @@ def _hub_rows(results: Results) -> Iterator[Row]:
     if results.servers and results.servers.ready >= ENOUGH_SERVERS and own.rss_per_server_bytes is not None:
         memory += f", {bytes_text(own.rss_per_server_bytes)} a server"
     lags = {"p95": own.event_loop_lag_p95_s, "max": own.event_loop_lag_max_s}
-    late = []
-    for name, lag_s in lags.items():
-        if lag_s is not None and own.event_loop_samples >= ENOUGH.get(name, 0):
-            late.append(f"{'≤ ' * (lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})")
+    late = [
+        f"{'≤ ' * (lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})"
+        for name, lag_s in lags.items()
+        if lag_s is not None and own.event_loop_samples >= ENOUGH.get(name, 0)
+    ]
     yield "hub's own", f"{cpu}; {memory}" + f"; event loop late by {', '.join(late)}" * bool(late)
 
 
 def _cleanup_rows(results: Results) -> Iterator[Row]:
     """What was removed, what is still there, and what may be left where the hub does not look."""
     cleaned, users, run = results.cleaned, results.users, results.options["run"]
-    remedy, what = purge_command(run, results.own_servers), thing(results.own_servers)
-    done = f"{counted(cleaned.deleted, what)} {'removed' if results.own_servers else 'deleted'}"
+    remedy, noun = purge_command(run, results.own_servers), thing(results.own_servers)
+    find = pods_command(run, results.own_servers)
+    done = f"{counted(cleaned.deleted, noun)} {'removed' if results.own_servers else 'deleted'}"
     traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
     if failed := users.stops_failed:
         they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
         traces.append(
             f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
-            f"stopped: {their} and volumes may still be there. "
-            f"Look with: {pods_command(run, results.own_servers)}"
+            f"stopped: {their} and volumes may still be there. Look with: {find}"
         )
-    sentences = [f"{done}, none left{' on the hub' * bool(traces)}"]
     if cleaned.kept:
-        sentences = [f"{counted(cleaned.kept, what)} kept, as asked; remove them with: {remedy}"]
+        yield "cleanup", f"{counted(cleaned.kept, noun)} kept, as asked; remove them with: {remedy}"
     elif cleaned.left:
-        number = counted(len(cleaned.left), "IS", "ARE")
-        sentences = [f"{done}; {number} STILL THERE:", names_text(cleaned.left), cleaned.in_the_way]
-        sentences += [f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"]
+        yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
+        yield "cleanup", names_text(cleaned.left)
+        if cleaned.in_the_way:
+            yield "cleanup", cleaned.in_the_way
+        yield "cleanup", f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"
+    else:
+        yield "cleanup", f"{done}, none left{' on the hub' * bool(traces)}"
     if results.servers and results.servers.phases and not cleaned.kept and not failed:
-        look = pods_command(run, results.own_servers)
-        traces.append(f"volumes stay where delete_pvc is off or their class retains them: {look}")
-    yield from (("cleanup", sentence) for sentence in (*sentences, *traces) if sentence)
+        traces.append(f"volumes stay where delete_pvc is off or their class retains them: {find}")
+    yield from (("cleanup", trace) for trace in traces)
 
 
 PROJECTION = (  # Linux has 28,232 ports for outgoing connections: 28,232 / (300 * 2 per minute) = 47 minutes
@@ -6115,7 +6056,7 @@ PROJECTION = (  # Linux has 28,232 ports for outgoing connections: 28,232 / (300
 
 
 def _proxy_rows(results: Results) -> Iterator[Row]:
-    """What the check of the proxy has shown; connections that it keeps to the hub, as error pages prove."""
+    """The result of the check of the proxy; connections that it keeps to the hub, as error pages prove."""
     check, changes = results.proxy_check, (results.aftermath or {}).get("hub", {})
     if check and check.verdict != UNDECIDED:  # which is a warning
         yield "proxy", f"{check.verdict}: {check.reason}" + (f". {PROJECTION}" if check.leaking else "")
@@ -6137,9 +6078,9 @@ def latency_section(operations: Mapping[str, Operation], own_servers: bool = Fal
     """A row for each operation, with a dash where too few succeeded for a statistic."""
     columns, rows = ("mean", "p50", "p95", "p99", "max"), []
     for name in sorted_operations(operations):
-        one = operations[name]
-        cells = (duration_text(one.enough(column)) for column in columns)
-        rows.append((title_of(name, own_servers), str(one.count), str(one.failed), *cells))
+        operation = operations[name]
+        cells = (duration_text(operation.enough(column)) for column in columns)
+        rows.append((title_of(name, own_servers), str(operation.count), str(operation.failed), *cells))
     return Section("Latency", rows, ("operation", "count", "failed", *columns))
 
 
@@ -6147,7 +6088,7 @@ def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
     """A row for each rate that was tried."""
     header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
     if of_people:
-        header, unit = ("tried a minute", "came a minute", "server ready p95"), 60
+        header, unit = ("tried a minute", "arrived a minute", "server ready p95"), 60
     for step in capacity.steps:
         rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
         rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
@@ -6157,9 +6098,7 @@ def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
 def comparison_section(baseline: Json, results: Results) -> Section:
     """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
     columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
-    for name in sorted_operations(results.operations):
-        if name not in baseline.get("operations", {}):
-            continue
+    for name in sorted_operations(now.keys() & baseline.get("operations", {}).keys()):
         both, cells = (baseline["operations"][name], now[name]), []
         for column in columns:
             enough = (run["count"] - run["failed"] >= ENOUGH.get(column, 1) for run in both)
@@ -6181,18 +6120,26 @@ HOUSEKEEPING = ("create_users", "list_users", "delete_user")  # of interest only
 def tables_of(results: Results, baseline: Json | None) -> list[Section]:
     """The tables below the facts, in the summary and in the report."""
     quiet = HOUSEKEEPING if results.exit_code == ExitCode.OK and results.command != PURGE else ()
-    all_of_them = results.operations.items()
-    shown = {name: one for name, one in all_of_them if one.failed or name.partition("[")[0] not in quiet}
-    results = dataclasses.replace(results, operations=shown)
+    operations = {
+        name: each
+        for name, each in results.operations.items()
+        if each.failed or name.partition("[")[0] not in quiet
+    }
     tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
-    tables += [latency_section(results.operations, results.own_servers)] if results.operations else []
-    return tables + ([comparison_section(baseline, results)] if baseline else [])
+    tables += [latency_section(operations, results.own_servers)] if operations else []
+    compared = dataclasses.replace(results, operations=operations)
+    return tables + ([comparison_section(baseline, compared)] if baseline else [])
 
 
 def render_summary(results: Results, baseline: Json | None = None, **look: Any) -> str:
     """The page that an operator reads: the verdict, then facts and tables; `look` as of `render_page`."""
     sections = [facts(results, baseline), *tables_of(results, baseline)]
     return render_page(": ".join(verdict_of(results)), sections, **look)
+
+
+SPELLED = {"✓": "ok", "✗": "FAIL", "×": "x", "–": "-", "→": "->", "≤": "<="}
+_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
+_COLOURS |= {"but": 33, "because": 33, "failed": 31, "next": 36}
 
 
 def render_page(
@@ -6203,7 +6150,7 @@ def render_page(
     width: int = 100,
     encoding: str = "utf-8",
 ) -> str:
-    """A sentence, and sections below it, with characters that the encoding has."""
+    """A sentence, and sections below it, with characters that the encoding has; some first words coloured."""
     wrap = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     page = wrap(spelled(headline, encoding), subsequent_indent="  ")
     for number, section in enumerate(sections):
@@ -6215,10 +6162,13 @@ def render_page(
         indent = max(len(row[0]) for row in rows) + 2
         for label, sentence in labelled_once(rows):
             page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
-    return "\n".join(map(_coloured, page) if colour else page)
-
-
-SPELLED = {"✓": "ok", "✗": "FAIL", "×": "x", "–": "-", "→": "->", "≤": "<="}
+    if colour:
+        words = "|".join(_COLOURS)
+        page = [
+            re.sub(rf"^({words})\b", lambda word: f"\033[1;{_COLOURS[word[0]]}m{word[0]}\033[0m", line)
+            for line in page
+        ]
+    return "\n".join(page)
 
 
 def spelled(text: str, encoding: str) -> str:
@@ -6226,16 +6176,6 @@ def spelled(text: str, encoding: str) -> str:
     for sign, letters in SPELLED.items():
         text = text if sign.encode(encoding, "ignore") else text.replace(sign, letters)
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-_COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
-_COLOURS |= {"but": 33, "because": 33, "failed": 31, "next": 36}
-
-
-def _coloured(line: str) -> str:
-    """The line, its first word in the colour that the word has."""
-    word = line.partition(" ")[0].rstrip(":")
-    return f"\033[1;{_COLOURS[word]}m{word}\033[0m{line[len(word) :]}" if word in _COLOURS else line
 
 
 def labelled_once(rows: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
@@ -6381,10 +6321,39 @@ tr { border-bottom: 1px solid #8884 }
 .words td + td { white-space: normal; overflow-wrap: anywhere }
 """
 BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
-Trace = dict[str, Any]  # of plotly
-Moments = Sequence["float | None"]
-Span = tuple[int, float, float]  # which server was in a state, from when to when
 PHASE_COLOURS = ("#64748b", "#eab308", "#a8763e", "#0ea5e9", "#6366f1", "#84cc16")  # in the order of PHASES
+STATES = {  # of a server, by colour; a later one is drawn on top
+    "asked": "#94a3b8",
+    "throttled": AMBER,
+    "starting": BLUE,
+    **dict(zip(PHASES.values(), PHASE_COLOURS)),
+    "failed": RED,
+    "ready": "rgba(34,163,85,.3)",
+    "opening": "#06b6d4",
+    "loading the page": TEAL,
+    "starting a kernel": VIOLET,
+    "at work": "#22a355",
+    "failed after it was ready": RED,
+    "lost": "#a21caf",
+}
+GROUP_COLOURS = ("#d97706", "#2563eb", "#65a30d", "#db2777", "#0891b2", "#7c3aed")
+Trace = dict[str, Any]  # of plotly
+Span = tuple[int, float, float]  # which server was in a state, from when to when
+DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
+WORDS = {  # in tables and plots
+    "throttled": "the hub refused the start for the moment (429), and it was tried again",
+    "lost": "the server had become ready, and stopped while it was held",
+    "server ready": "from the moment a start was due until the hub said that the server was ready",
+    "start request": "from requesting a server until the hub accepted the start, without throttling",
+    "visit": "from ready until the server's start page was loaded",
+    "kernel ready": "from requesting a kernel until the first cell had its result",
+    "cell": "from sending a later cell until its result",
+    "at work": "from the moment a person was due until they could work",
+    "stay": "how long the server was held",
+    "activity report": "what a running server sends the hub, one every 300 s",
+    "ping": "reading one user, five times a second: what everybody else on the hub feels",
+    "p95": "95 % of those that succeeded took no longer; a dash: too few samples to say",
+}
 
 
 def render_report(results: Results, baseline: Json | None = None) -> str:
@@ -6421,40 +6390,23 @@ def element(tag: str, text: str, kind: str = "") -> str:
     return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
 
 
-DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
-WORDS = {  # in tables and plots
-    "throttled": "the hub refused the start for the moment (429), and it was tried again",
-    "lost": "the server had become ready, and was gone while it was held",
-    "server ready": "from the moment a start was due until the hub said that the server was ready",
-    "start request": "from asking for a server until the hub accepted the start, without throttling",
-    "visit": "from ready until the server's start page came",
-    "kernel ready": "from asking for a kernel until the first cell had its result",
-    "cell": "from sending a later cell until its result came",
-    "at work": "from the moment a person was due until they could work",
-    "stay": "how long the server was held",
-    "activity report": "what a running server sends the hub, one every 300 s",
-    "ping": "reading one user, five times a second: what everybody else on the hub feels",
-    "p95": "95 % of those that succeeded took no longer; a dash: too few samples to say",
-}
-
-
 def tested_text(results: Results) -> str:
     """What was tested, on which hub, and when, in a sentence."""
     options, hub = results.options, results.hub
     acts = {"visit": "opened its page", "kernel_ready": "started a kernel", "cell": "ran cells"}
     acts["stay"] = "stayed"
-    did = ["started a server", *(words for name, words in acts.items() if name in results.operations)]
+    did = ["started a server", *(act for name, act in acts.items() if name in results.operations)]
     mix = ", ".join(f"{title_of(name)}s" for name in options.get("mix") or DEFAULT_MIX)
-    what = f"{mix} for {counted(options.get('count') or 0, 'user')} without servers"
+    load = f"{mix} for {counted(options.get('count') or 0, 'user')} without servers"
     if results.command == PURGE:
-        what = "removing what earlier runs had left"
+        load = "removing the users of earlier runs"
     elif results.command == STRESS:
-        came = f"{counted(options['count'], 'person', 'people')} ({pace_text(options)})"
+        people = f"{counted(options['count'], 'person', 'people')} ({pace_text(options)})"
         did[-2:] = [" and ".join(did[-2:])]
-        what = f"{'people' if results.capacity else came} who {', '.join(did)}"
-    searched = "the search for what this hub takes: " * bool(results.capacity)
+        load = f"{'people' if results.capacity else people} who {', '.join(did)}"
+    search = "the search for what this hub takes: " * bool(results.capacity)
     when = f"{results.started} to {results.finished}, with {results.tool['name']} {results.tool['version']}"
-    return f"Tested: {searched}{what}, on JupyterHub {hub.version} at {hub.endpoint}, {when}"
+    return f"Tested: {search}{load}, on JupyterHub {hub.version} at {hub.endpoint}, {when}"
 
 
 def section_html(section: Section, folded: bool = False) -> str:
@@ -6468,6 +6420,18 @@ def section_html(section: Section, folded: bool = False) -> str:
     table = f'<div class="scroll"><table class="{kind}">{rows}</table></div>'
     heading = element("h2", section.title)
     return f"<details><summary>{heading}</summary>{table}</details>" if folded else heading + table
+
+
+def _appendix(results: Results) -> Iterator[Section]:
+    if own := results.hub.metrics:
+        durations = {f"spawn: {name}": took for name, took in own.spawns.items()} | own.requests
+        rows = [(name, f"{took.count:.0f}", duration_text(took.mean_s)) for name, took in durations.items()]
+        yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
+    given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
+    given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
+    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
+    rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
+    yield Section("Options and versions", rows_of_options)
 
 
 def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
@@ -6496,128 +6460,118 @@ def trace(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: An
     return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": colour, "width": 1.5} | more}
 
 
-def _appendix(results: Results) -> Iterator[Section]:
-    if own := results.hub.metrics:
-        durations = {f"spawn: {name}": one for name, one in own.spawns.items()} | own.requests
-        rows = [(name, f"{one.count:.0f}", duration_text(one.mean_s)) for name, one in durations.items()]
-        yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
-    given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
-    given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
-    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
-    rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
-    yield Section("Options and versions", rows_of_options)
+def spans_of(server: Json) -> Iterator[tuple[str, float | None, float | None]]:
+    """The states of a server, and from when to when it was in each; None: never, infinite: to the end."""
+    asked_s = server["due_s"] if server["asked_s"] is None else server["asked_s"]
+    yield "asked", server["due_s"], asked_s if server["throttled_s"] is None else server["throttled_s"]
+    yield "throttled", server["throttled_s"], asked_s
+    yield "starting", asked_s, server["ended_s"]
+    begin_s = asked_s
+    for name, took_s in (server["phases"] or {}).items():
+        yield PHASES[name], begin_s, begin_s + took_s if took_s else None
+        begin_s += took_s
+    if not server["ready"]:
+        yield "failed", server["ended_s"], math.inf
+        return
+    over_s = min(math.inf if server[end] is None else server[end] for end in ("lost_s", "left_s"))
+    loaded_s = server["opened_s"] if server["loaded_s"] is None else server["loaded_s"]
+    yield "ready", server["ended_s"], over_s
+    yield "opening", server["ended_s"], server["opened_s"]
+    yield "loading the page", server["opened_s"], loaded_s
+    yield "starting a kernel", loaded_s, server["works_s"]
+    yield "at work", server["works_s"], over_s
+    yield "failed after it was ready", server["failed_s"], over_s
+    yield "lost", server["lost_s"], math.inf
 
 
-def states_of(servers: ServersTimeline) -> dict[str, tuple[str, list[Span]]]:
-    """Each state with its colour, and which server was in it from when to when; infinite without an end."""
-    good, ended, opened, works = servers.ready, servers.ended_s, servers.opened_s, servers.works_s
-    never = [math.inf] * len(good)
-    ready, bad = ([at if ok is wanted else None for ok, at in zip(good, ended)] for wanted in (True, False))
-    asked = [due if at is None else at for due, at in zip(servers.due_s, servers.asked_s)]
-    sent = [at if first is None else first for first, at in zip(servers.throttled_s, asked)]
-    loaded = [start if at is None else at for start, at in zip(opened, servers.loaded_s)]
-    lost_or_left = zip(servers.lost_s, servers.left_s, never)
-    over = [min(at for at in moments if at is not None) for moments in lost_or_left]
-    rows: dict[str, tuple[str, Moments, Moments]] = {  # a later state is drawn on top
-        "asked": ("#94a3b8", servers.due_s, sent),
-        "throttled": (AMBER, servers.throttled_s, asked),
-        "starting": (BLUE, asked, ended),
-        **dict(_phase_rows(servers)),
-        "failed": (RED, bad, never),
-        "ready": ("rgba(34,163,85,.3)", ready, over),
-        "opening": ("#06b6d4", ready, opened),
-        "loading the page": (TEAL, opened, loaded),
-        "starting a kernel": (VIOLET, loaded, works),
-        "at work": ("#22a355", works, over),
-        "failed after it was ready": (RED, servers.failed_s, over),
-        "lost": ("#a21caf", servers.lost_s, never),
-    }
-    states = {}
-    for state, (colour, begins, ends) in rows.items():
-        spans = [(n, a, b) for n, (a, b) in enumerate(zip(begins, ends)) if a is not None and b is not None]
-        states[state] = colour, [span for span in spans if span[1] <= span[2]]
+def states_of(servers: Json) -> dict[str, list[Span]]:
+    """Which server was in which state, from when to when."""
+    states: dict[str, list[Span]] = {state: [] for state in STATES}
+    for n, cells in enumerate(zip(*servers.values())):
+        for state, begin_s, end_s in spans_of(dict(zip(servers, cells))):
+            if begin_s is not None and end_s is not None and begin_s <= end_s:
+                states[state].append((n, begin_s, end_s))
     return states
 
 
-def _phase_rows(servers: ServersTimeline) -> Iterator[tuple[str, tuple[str, Moments, Moments]]]:
-    """The phases of starts on Kubernetes, one behind the other from when each start was asked for."""
-    begins = servers.asked_s
-    for (name, title), colour in zip(PHASES.items(), PHASE_COLOURS):
-        took_s = [phases[name] if phases else None for phases in servers.phases]
-        ends = [None if at is None or s is None else at + s for at, s in zip(begins, took_s)]
-        yield title, (colour, [at if s else None for at, s in zip(begins, took_s)], ends)
-        begins = ends
-
-
-def server_curves(servers: ServersTimeline, until_s: float, points: int = 300) -> dict[str, list[float]]:
+def server_curves(servers: Json, until_s: float, points: int = 300) -> dict[str, list[float]]:
     """How many servers were waiting, starting, ready, at work, failed and lost at so many moments."""
     moments = [until_s * n / points for n in range(points + 1)]
     curves: dict[str, list[float]] = {}
-    for state, (_, spans) in states_of(servers).items():
+    for state, spans in states_of(servers).items():
         begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
         began, ended = ([bisect.bisect_right(row, at_s) for at_s in moments] for row in (begins, ends))
         curves[state] = list(map(operator.sub, began, ended))
     curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
     curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
     curves["at_s"] = [round(at_s, 3) for at_s in moments]
-    shown = ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
-    return {name: curves[name] for name in shown}
+    return {
+        name: curves[name] for name in ("at_s", "failed", "lost", "at work", "ready", "starting", "waiting")
+    }
 
 
-def _server_plots(timeline: RunTimeline) -> Iterator[str]:
+def _server_plots(timeline: Json) -> Iterator[str]:
     """How many servers were in each state, and how long each was, in the order in which they were due."""
-    servers, until_s = timeline.servers, timeline.load_ended_s or 0.0
-    if not servers or not servers.user:
+    servers, until_s = timeline["servers"], timeline["load_ended_s"] or 0.0
+    if not servers or not servers["user"]:
         return
-    states, curves = states_of(servers), server_curves(servers, until_s)
-    areas: list[Trace] = []
+    curves, areas = server_curves(servers, until_s), list[Trace]()
     stack: Trace = {"x": curves.pop("at_s"), "stackgroup": "one", "mode": "none"}
     for state, numbers in curves.items():
-        colour = AMBER if state == "waiting" else states[state][0]
+        colour = STATES.get(state, AMBER)
         areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
-    bars, width = [], max(1.0, min(9.0, 380 / len(servers.user)))
-    for state, (colour, spans) in states.items():
-        bar = trace(state, [], [], colour, width=width) | {"text": [], "hoverinfo": "text"}
+    bars, width = [], max(1.0, min(9.0, 380 / len(servers["user"])))
+    for state, spans in states_of(servers).items():
+        bar = trace(state, [], [], STATES[state], width=width) | {"text": [], "hoverinfo": "text"}
         for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
             end_s = max(began_s, min(end_s, until_s))
             bar["x"] += (began_s, end_s, None)
             bar["y"] += (n + 1, n + 1, None)
-            bar["text"] += (*[f"{servers.user[n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
+            bar["text"] += (*[f"{servers['user'][n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
         bars += [bar] * bool(spans)
+    groups = dict.fromkeys(filter(None, servers["group"]))
+    for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS)):  # a strip before the first moment
+        rows = [n + 1 for n, name in enumerate(servers["group"]) if name == group]
+        x, y = (
+            [-0.02 * until_s, -0.005 * until_s, None] * len(rows),
+            [each for n in rows for each in (n, n, None)],
+        )
+        bars.append(
+            trace(f"[{group}]", x, y, colour, width=width) | {"text": [group] * len(x), "hoverinfo": "text"}
+        )
     yield element("h2", "Servers") + plot(areas, 200, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
     downwards = {"autorange": "reversed", "rangemode": "normal"}
     yield plot(bars, 360, "server", hovermode="closest", yaxis=downwards)
 
 
-def _latency_lines(title: str, seen: OperationTimeline, colour: str, high: str) -> Iterator[Trace]:
+def _latency_lines(title: str, operation: Json, colour: str, high: str) -> Iterator[Trace]:
     """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
     for statistic, opacity in (("p50", 0.5), (high, 1.0)):
-        values = [None if one is None else round(one * 1000, 1) for one in seen[f"{statistic}_s"]]
+        values = [None if s is None else round(s * 1000, 1) for s in operation[f"{statistic}_s"]]
         more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
-        yield trace(f"{title} {statistic}", seen["at_s"], values, colour) | more
-    failed = {at_s: f"{number} failed" for at_s, number in zip(seen["at_s"], seen["failed"]) if number}
+        yield trace(f"{title} {statistic}", operation["at_s"], values, colour) | more
+    failed = {at_s: f"{n} failed" for at_s, n in zip(operation["at_s"], operation["failed"]) if n}
     if failed:
         marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
         yield marks | {"mode": "markers", "cliponaxis": False, "text": list(failed.values())}
 
 
-def _ping_plot(timeline: RunTimeline) -> Iterator[str]:
+def _ping_plot(timeline: Json) -> Iterator[str]:
     """What everybody else felt, beside how busy the hub and other processes were."""
-    ping, hub = timeline.operations.get("ping"), timeline.hub
-    if not ping:
+    if not (ping := timeline["operations"].get("ping")):
         return
-    busy, watched = [], {"hub": hub} | timeline.watched if hub else {}
-    for (name, process), colour in zip(watched.items(), itertools.cycle((RED, VIOLET, TEAL, "#a8763e"))):
-        share = [round(100 * (one or 0.0)) for one in process.cpu_share]
-        moments = [process.at_s[0], *process.cpu_at_s]
-        title = "hub's CPU" if name == "hub" else f"CPU of {name}"
-        busy.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
-    most = max([105, *(share for one in busy for share in one["y"])])
+    hub, traces = timeline["hub"], [*_latency_lines("ping", ping, BLUE, "max")]
+    most, processes = 105, {"hub's CPU": hub} if hub else {}
+    processes |= {f"CPU of {name}": process for name, process in timeline["watched"].items()}
+    for (title, process), colour in zip(processes.items(), itertools.cycle((RED, VIOLET, TEAL, "#a8763e"))):
+        share = [round(100 * (share or 0.0)) for share in process["cpu_share"]]
+        moments, most = [process["at_s"][0], *process["cpu_at_s"]], max(most, *share)
+        traces.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
     right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
     right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
     yield element("h2", "What everybody else felt, and how busy the hub was")
-    yield plot([*_latency_lines("ping", ping, BLUE, "max"), *busy], 220, "ping, ms", yaxis2=right)
+    yield plot(traces, 220, "ping, ms", yaxis2=right)
 
 
 def _latency_plot(results: Results) -> Iterator[str]:
@@ -6625,8 +6579,8 @@ def _latency_plot(results: Results) -> Iterator[str]:
     felt, traces = results.options.get("mix") or DEFAULT_MIX, list[Trace]()
     felt = ("server_ready", "at_work") if results.command == STRESS else felt
     for name, colour in zip(felt, itertools.cycle((BLUE, AMBER, VIOLET, TEAL))):
-        if seen := results.timeline.operations.get(name):
-            traces += _latency_lines(title_of(name, results.own_servers), seen, colour, "p95")
+        if operation := results.timeline["operations"].get(name):
+            traces += _latency_lines(title_of(name, results.own_servers), operation, colour, "p95")
     if traces:
         yield element("h3", "Over time, by when each was due") + plot(traces, 200, "ms")
 
@@ -6965,7 +6919,7 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
 
 def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     """Why a run cannot judge a condition; "" when it can."""
-    if nearest := instead_of(limit.metric, paths):
+    if nearest := nearest_metric(limit.metric, paths):
         known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
         return f"no {limit.metric!r} {known}; nearest is {nearest}"
     groups = {group.group for group in plan.event}

@@ -383,10 +383,10 @@ def test_a_server_that_somebody_stops_while_it_is_held_was_ready_and_is_lost(new
     operations = found["operations"]
     assert (operations["stay"]["count"], operations["stay"]["failed"]) == (4, 1)
     assert (operations["server_ready"]["count"], operations["server_ready"]["failed"]) == (4, 0)
-    line = hst.ServersTimeline(**found["timeline"]["servers"])
-    assert [user for user, at in zip(line.user, line.lost_s) if at is not None] == [unlucky]
-    assert all(line.ready)
-    lost_s, ready_s = line.lost_s[line.user.index(unlucky)], max(filter(None, line.ended_s))
+    line = found["timeline"]["servers"]
+    assert [user for user, at in zip(line["user"], line["lost_s"]) if at is not None] == [unlucky]
+    assert all(line["ready"])
+    lost_s, ready_s = line["lost_s"][line["user"].index(unlucky)], max(filter(None, line["ended_s"]))
     assert lost_s is not None and lost_s > ready_s
     curves = hst.server_curves(line, lost_s + 1, points=1000)
     held = [n for n, at_s in enumerate(curves["at_s"]) if ready_s + 0.01 < at_s < lost_s - 0.01]

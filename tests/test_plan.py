@@ -578,7 +578,7 @@ def test_a_run_does_what_its_plan_says(new_hub: LocalHub, proxy: FaultProxy, tmp
     ruled_out = {"schema", "exit_code", *numbers(found["options"], "options")}
     paths = set(numbers(found)) - ruled_out
     assert {"hub.metrics.cpu_share", "servers.failed", "http.statuses.200", "aftermath.hub.rss_bytes.peak"} <= paths
-    assert {path: hst.instead_of(path) for path in paths} == dict.fromkeys(paths, "")
+    assert {path: hst.nearest_metric(path) for path in paths} == dict.fromkeys(paths, "")
     assert all(hst.metric_value(found, path) is not None for path in paths)
-    assert all(hst.instead_of(path) for path in ruled_out)
-    assert {path for path in paths if not hst.instead_of(path, paths=False)} == {"failed", "failed_rate"}
+    assert all(hst.nearest_metric(path) for path in ruled_out)
+    assert {path for path in paths if not hst.nearest_metric(path, paths=False)} == {"failed", "failed_rate"}

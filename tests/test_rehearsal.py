@@ -803,7 +803,7 @@ def test_what_to_look_at_next_is_told_by_the_kind_of_failure(kind: Kind, words: 
 # ==== The way of each person, for the report =========================================================================
 
 
-def timeline(*who: str, more: list[Event] | None = None) -> hst.ServersTimeline:
+def timeline(*who: str, more: list[Event] | None = None) -> hst.Json:
     record = hst.new_recorder()
     for event in [*(event for each in who for event in PEOPLE[each]), *(more or [])]:
         record.add(event)
@@ -833,13 +833,13 @@ def test_websockets_that_break_equally_old_reveal_a_time_out(
 def test_the_timeline_has_the_moments_of_each_person() -> None:
     page = [did("page", 1, 3.0), leaves(1, 11.0)]
     line = timeline("works", "no page", "a cell fails", "lost", "never ready", more=page)
-    assert line.user == [hst.username(n) for n in (1, 4, 5, 6, 3)]
-    assert line.opened_s == [2.0, None, 2.0, 2.0, None]
-    assert line.loaded_s == [3.0, None, None, None, None]
-    assert line.works_s == [4.0, None, 4.0, 4.0, None]
-    assert line.failed_s == [None, 31.0, 10.0, None, None]  # after they were ready
-    assert line.lost_s == [None, None, None, 20.0, None]
-    assert line.left_s == [11.0, None, None, None, None]
+    assert line["user"] == [hst.username(n) for n in (1, 4, 5, 6, 3)]
+    assert line["opened_s"] == [2.0, None, 2.0, 2.0, None]
+    assert line["loaded_s"] == [3.0, None, None, None, None]
+    assert line["works_s"] == [4.0, None, 4.0, 4.0, None]
+    assert line["failed_s"] == [None, 31.0, 10.0, None, None]  # after they were ready
+    assert line["lost_s"] == [None, None, None, 20.0, None]
+    assert line["left_s"] == [11.0, None, None, None, None]
 
 
 LEFT = [leaves(n, 15.0) for n in (1, 3)]  # with --stay all do, those who failed too

@@ -74,6 +74,7 @@ def results(record: Recorder, load_ended_s: float, **more: Any) -> hst.Results:
             "failed_rate": 0.0,
             "servers": servers,
             "people": None,
+            "groups": None,
             "operations": record.summarise(),
             "http": hst.Traffic().summarise(),
             "capacity": None,
@@ -81,9 +82,13 @@ def results(record: Recorder, load_ended_s: float, **more: Any) -> hst.Results:
             "proxy_check": None,
             "warnings": [],
             "advice": [],
-            "timeline": hst.RunTimeline(
-                record.timeline(0.0), hst.servers_timeline(record.people, 0.0), None, {}, load_ended_s
-            ),
+            "timeline": {
+                "operations": record.timeline(0.0),
+                "servers": hst.servers_timeline(record.people, 0.0),
+                "hub": None,
+                "watched": {},
+                "load_ended_s": load_ended_s,
+            },
         }
         | more
     )

@@ -185,7 +185,7 @@ def test_the_phases_of_a_start_say_where_the_time_went() -> None:
     ],
 )
 def test_what_servers_waited_for_names_the_value_to_change(results: hst.Results, settings: list[str]) -> None:
-    sentences = hst.advice(results, set())
+    sentences = [*hst.advice(results, set())]
     assert len(sentences) == len(settings)
     assert all(setting in sentence for setting, sentence in zip(settings, sentences))
 

@@ -54,6 +54,7 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
         failed_rate=bad / servers.requested if servers.requested else None,
         servers=servers,
         people=None,
+        groups=None,
         operations=record.summarise(),
         http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
         capacity=None,
@@ -61,7 +62,7 @@ def results_of(events: Iterable[Event], requested: int = 0, **more: Any) -> hst.
         proxy_check=None,
         warnings=[],
         advice=[],
-        timeline=hst.RunTimeline({}, None, None, {}, 30.0),
+        timeline={"operations": {}, "servers": None, "hub": None, "watched": {}, "load_ended_s": 30.0},
         exit_code=ExitCode.FAILED if bad else ExitCode.OK,
     )
     return dataclasses.replace(found, **more)
@@ -382,7 +383,7 @@ def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_look_at_next
     assert [one["message"] for one in slow] == ["Pulling the image"] * 5 and slow[0]["throttled"]
     first = f"{hst.duration_text(slow[0]['ready_s'])}, {slow[0]['user']}: throttled {slow[0]['throttled']} ×"
     assert re.search(rf"^slowest +{first}", done.summary, re.M) and "longest at" not in done.summary
-    assert re.search("^next +the hub throttled: raise c.JupyterHub.concurrent_spawn_limit", done.summary, re.M)
+    assert re.search("^next +the hub throttled starts: raise c.JupyterHub.concurrent_spawn_limit", done.summary, re.M)
     assert re.search("until ready, .* throttling, ", done.summary)
     assert not tool_users(hub)
 
@@ -456,17 +457,12 @@ def test_the_requests_line_says_how_much_was_monitoring_and_retried() -> None:
             {Kind.LOST},
             [ready(1), held(1, lost=True)],
             {},
-            ["see the hub's log for the users", "servers were lost: an idle culler"],
+            ["see the hub's log for the users", "servers were lost (idle culler?"],
         ),
         (set(), [ready(1, throttled=1, throttled_s=0.5)], {}, ["raise c.JupyterHub.concurrent_spawn_limit"]),
         (set(), [ready(1)], {"hub": own(cpu_share_max=0.93)}, ["the hub is CPU-bound: it used 93 % of a processor"]),
-        (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: look at why it ended"]),
-        (
-            set(),
-            [ready(1)],
-            {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0, None, {"502": 1})},
-            ["errors from 500 on came from"],
-        ),
+        (set(), [ready(1)], {"hub": hst.HubSide("", "", 1, None, None)}, ["the hub restarted: find out why it ended"]),
+        (set(), [ready(1)], {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0, None, {"502": 1})}, ["answered 5xx"]),
         (set(), [ready(1)], {}, []),
     ],
 )
@@ -521,7 +517,7 @@ P95 = hst.Judgement("server_ready.p95 > 60s", 1.0, False)
     ],
 )
 def test_what_makes_a_but(events: list[Event], more: dict[str, Any], parts: list[str]) -> None:
-    found = hst.but_of(results_of(events, **more))
+    found = [*hst.but_of(results_of(events, **more))]
     assert len(found) == len(parts)
     for sentence, part in zip(found, parts):
         assert part in sentence

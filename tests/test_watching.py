@@ -553,10 +553,10 @@ def test_the_results_show_what_happened_when(new_hub: LocalHub, tmp_path: Path) 
     words = ("stress-test", "-c", "6", "-b", "2", "--profile", '{"spawn_s": 1.1}')
     _, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
     line = found["timeline"]
-    servers, ready = hst.ServersTimeline(**line["servers"]), line["operations"]["server_ready"]
-    assert len(set(servers.user)) == 6 and all(servers.ready) and servers.lost_s == [None] * 6
+    servers, ready = line["servers"], line["operations"]["server_ready"]
+    assert len(set(servers["user"])) == 6 and all(servers["ready"]) and servers["lost_s"] == [None] * 6
     assert sum(ready["count"]) == 6 and sum(ready["failed"]) == 0
-    for due_s, asked_s, ended_s in zip(servers.due_s, servers.asked_s, servers.ended_s):
+    for due_s, asked_s, ended_s in zip(servers["due_s"], servers["asked_s"], servers["ended_s"]):
         assert due_s is not None and asked_s is not None and ended_s is not None
         assert due_s <= asked_s and ended_s - asked_s >= 1.1 and ended_s <= line["load_ended_s"]
     assert line["hub"]["at_s"] == sorted(line["hub"]["at_s"]) and len(line["hub"]["at_s"]) >= 3
