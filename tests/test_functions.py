@@ -118,32 +118,26 @@ def test_timeit_logs_how_long_even_when_the_function_raises(caplog: pytest.LogCa
 # ==== A whole run ====================================================================================================
 
 
-def test_a_run_without_a_command_line_returns_the_results_as_plain_json(hub: LocalHub) -> None:
-    stress = hst.run_stress_test(2, 2, hub.token, hub.endpoint, keep=True)
-    assert (stress["servers"]["ready"], stress["users"]["kept"], stress["exit_code"]) == (2, 2, 0)
-    activity = hst.notebook_activity_test(3, hub.token, hub.endpoint, 3)
-    assert activity["operations"]["activity"]["count"] == 3 and activity["users"]["deleted"] == 1
-    purge = hst.purge_users(hub.token, hub.endpoint)
-    assert purge["users"]["deleted"] == 2
-    for found in (stress, activity, purge):
-        jsonschema.validate(found, SCHEMA)
-        assert hub.token not in str(found)
-    assert not tool_users(hub)
-
-
-def test_a_run_takes_the_fields_of_a_plan_and_writes_files(new_hub: LocalHub, tmp_path: Path) -> None:
+def test_runs_return_the_results_as_json_and_write_files(new_hub: LocalHub, tmp_path: Path) -> None:
+    where = (new_hub.token, new_hub.endpoint)
     more: dict[str, Any] = {"run": RUN, "hold_s": 1.0, "profile": "small", "keep": True}
     files = {name: str(tmp_path / name) for name in ("results", "report")}
-    found = hst.run_stress_test(2, 2, new_hub.token, new_hub.endpoint, **more, **files)
-    assert found["operations"]["stay"]["count"] == 2 and found["servers"]["lost"] == 0
-    assert [found["options"][name] for name in ("run", "hold", "profile", "keep")] == [RUN, 1.0, "small", True]
-    assert json.loads(Path(files["results"]).read_text()) == found
+    stress = hst.run_stress_test(2, 2, *where, **more, **files)
+    assert (stress["servers"]["ready"], stress["servers"]["lost"], stress["users"]["kept"]) == (2, 0, 2)
+    assert stress["operations"]["stay"]["count"] == 2 and stress["exit_code"] == 0
+    assert [stress["options"][name] for name in ("run", "hold", "profile", "keep")] == [RUN, 1.0, "small", True]
+    assert json.loads(Path(files["results"]).read_text()) == stress
     assert "<title>hub-stress-test: PASSED" in Path(files["report"]).read_text()
     options = [new_hub.users()[name]["servers"][""]["user_options"] for name in tool_users(new_hub)]
     assert options == [{"profile": "small"}] * 2
-    assert hst.purge_users(new_hub.token, new_hub.endpoint, run="another")["users"]["deleted"] == 0
-    assert hst.purge_users(new_hub.token, new_hub.endpoint, run=RUN)["users"]["deleted"] == 2
-    assert not tool_users(new_hub)
+    activity = hst.notebook_activity_test(3, *where, 3, run=RUN)
+    assert activity["operations"]["activity"]["count"] == 3 and activity["users"]["deleted"] == 1
+    assert hst.purge_users(*where, run="another")["users"]["deleted"] == 0
+    purge = hst.purge_users(*where, run=RUN)
+    assert purge["users"]["deleted"] == 2 and not tool_users(new_hub)
+    for found in (stress, activity, purge):
+        jsonschema.validate(found, SCHEMA)
+        assert new_hub.token not in str(found)
 
 
 @pytest.mark.parametrize(
