@@ -1013,10 +1013,7 @@ class Plan:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What decides whether the run has failed. A leak that was proven always does.
-
-        A search for capacity also limits how long requests take.
-        """
+        """What fails the run: a proven leak always does; in a search, by default, also slow requests."""
         slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
         limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
@@ -6714,10 +6711,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(command: str = "") -> argparse.ArgumentParser:
-    """The parser of all options, which sets only what is given. Its help has the options of this command.
-
-    Without a command these are the options of all commands.
-    """
+    """The parser of all options; its help shows those of a command, else those that all commands have."""
     parser = _Parser(
         prog="hub-stress-test",
         usage=f"hub-stress-test [OPTIONS] {command or 'COMMAND'} [OPTIONS]",
@@ -6800,10 +6794,7 @@ def from_environment(kind: Callable[[str], T], *variables: str) -> T | None:
 
 
 def read_table(file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table of an event's file sets. Raises `UsageError`.
-
-    Table 0 is what stands above the groups, table n the n-th group.
-    """
+    """The fields that the n-th group of an event sets, or (0) the table above. Raises `UsageError`."""
     fields, place = Json(), GROUP if n else EVENT
     names = {row.name: name for name, row in OPTIONS.items() if place in row.on}
     for key, value in file.tables[n].items():
@@ -6886,10 +6877,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
-    """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence.
-
-    With `paths`, conditions can be on any number of the results.
-    """
+    """Raise `UsageError` unless all goes together. With `paths`, any number of results is a metric."""
     plan = plan_of(args)
     differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
     for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
@@ -7176,7 +7164,7 @@ def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -
 
 @timeit
 def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
-    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
+    """Update `stopped`, whether each server is stopping, to whether it has stopped."""
     asked = [name for name, was_asked in stopped.items() if was_asked]
     stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), [asked], 10))
 
