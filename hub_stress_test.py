@@ -771,8 +771,7 @@ class Option:
     about: str = RARE  # its group in --help
     hidden_on: Collection[str] = ()  # commands that take it and have no use for it
     needs: str = ""  # fields: without any of them it has no meaning
-    excludes: str = ""  # fields that cannot be given beside it,
-    because: str = ""  # and the sentence that says why not, with {} for their flag
+    excludes: str = ""  # fields that cannot be given beside it
     rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
     package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
@@ -863,8 +862,7 @@ class Plan:
         "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
         repeatable=True, reported=False, locust=True, about=CONNECTION)
     dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
-        excludes="results report samples metrics_port",
-        because="--dry-run measures nothing that {} could show: give one of them", about=OUTPUT)
+        excludes="results report samples metrics_port", about=OUTPUT)
     log_to_file: bool | str = option("--log-to-file FILE",
         "log to FILE, or to a new file in the temporary directory", str, const=True, about=OUTPUT)
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time",
@@ -885,8 +883,7 @@ class Plan:
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
         whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=ARRIVALS)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
-        excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them", about=ACTIONS)
+        excludes="stay_s check_proxy", about=ACTIONS)
     profile: str | Json | None = for_groups("-p --profile P",
         "a profile's slug, or a JSON object of user options", profile_value, about=ACTIONS)
     own_servers: bool = option("--own-servers",
@@ -901,16 +898,13 @@ class Plan:
         on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     hold_s: float = for_people("--hold DURATION",
         "keep the servers this long, then check that all are still there", duration, 0.0, compared=True,
-        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
-        about=ACTIONS)
+        excludes="stay_s", about=ACTIONS)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
-        compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them", about=ARRIVALS)
+        compared=True, excludes="rate_per_s", about=ARRIVALS)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
-        compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}", about=ARRIVALS)
+        compared=True, excludes="count within_s rate_per_s", about=ARRIVALS)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
         on=(STRESS,), compared=True, needs="event", about=ARRIVALS)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
@@ -957,8 +951,7 @@ class Plan:
     find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
         "Do --count N fit --within DURATION?",
-        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy",
-        because="--find-capacity says who comes, and when they leave: leave out {}", about=CAPACITY)
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy", about=CAPACITY)
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
@@ -6849,7 +6842,7 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} needs {flags}"
         for other in (other for other in excludes if other in given):
-            yield other, row.because.format(OPTIONS[other].flag)
+            yield other, f"{row.flag} and {OPTIONS[other].flag} exclude each other: give one of them"
         package, module = row.package
         if package and not optional(module):
             yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"

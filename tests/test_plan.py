@@ -300,7 +300,6 @@ def test_the_table_of_options_is_whole() -> None:
     assert len(hst.OPTIONS) <= 49
     for row in hst.OPTIONS.values():
         assert {*row.needs.split(), *row.excludes.split()} <= hst.OPTIONS.keys()
-        assert ("{}" in row.because) == bool(row.excludes)
 
 
 @pytest.mark.parametrize("command", hst.COMMANDS)
@@ -391,14 +390,16 @@ BAD_USAGE = {
     "purge --fail-if 'capacity.steps > 2'": "no 'capacity.steps' in the",
     "activity-stress-test --find-capacity --fail-if 'hub.metrics.cpu_share > 90%'": "throttled and OPERATION.STAT",
     # options beside each other
-    **{f"stress-test --find-capacity {words}": f"leave out {words.partition(' ')[0]}"
-       for words in ("--count 9", "--within 5m", "--hold 5m", "--stay 5m", "--keep")},
+    "stress-test --find-capacity --count 9": "leave out --count, or give --within too",
+    "stress-test --find-capacity --within 5m": "leave out --within, or give --count too",
+    **{f"stress-test --find-capacity {words}": f"--find-capacity and {words.partition(' ')[0]} exclude each other"
+       for words in ("--hold 5m", "--stay 5m", "--keep", "--check-proxy")},
     "activity-stress-test --find-capacity --rate 1:2m": "without stages",
     "stress-test --find-capacity --max-servers 5": "the first step has 6 people",
     "stress-test --max-servers 5": "needs --find-capacity",
     "stress-test --once": "--once needs --event",
     "stress-test --visit-timeout 5s": "needs --visit, --page, --work or --check-proxy",
-    **{f"--dry-run stress-test {words}": f"nothing that {words.partition(' ')[0]} could show"
+    **{f"--dry-run stress-test {words}": f"--dry-run and {words.partition(' ')[0]} exclude each other"
        for words in ("--results r", "--report r", "--samples s.csv", "--metrics-port 9")},
     "stress-test --rate 1:2m,5:1m -c 9": "leave out --count",
     "activity-stress-test --rate 1:2m,5:1m --duration 9s": "leave out --duration",

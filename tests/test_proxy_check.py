@@ -109,5 +109,5 @@ def test_a_leak_is_projected_to_300_people_and_the_upgrade_is_advised() -> None:
 
 
 def test_a_check_that_ends_a_server_does_not_keep_all(capsys: pytest.CaptureFixture[str]) -> None:
-    said = "--check-proxy ends servers, and --keep leaves them running: give one of them"
+    said = "--keep and --check-proxy exclude each other: give one of them"
     assert said in refused_usage(["stress-test", "--check-proxy", "--keep"], NOWHERE, capsys)

@@ -948,13 +948,13 @@ def test_the_options_in_the_results_name_the_files_and_hold_no_token(files: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--stay", "1m", "--hold", "1m"], "--stay says when each leaves, and --hold when all do: give one of them"),
-        (["--stay", "1m", "--keep"], "--stay ends servers, and --keep leaves them running: give one of them"),
-        (["--within", "1m", "--rate", "2"], "--within and --rate both say when people come: give one of them"),
+        (["--stay", "1m", "--hold", "1m"], "--hold and --stay exclude each other"),
+        (["--stay", "1m", "--keep"], "--keep and --stay exclude each other"),
+        (["--within", "1m", "--rate", "2"], "--within and --rate exclude each other"),
         (["--seed", "7"], "--seed needs --within"),
         (["--notebook", "class.py"], "--notebook needs --work"),
         (["--think", "10s"], "--think needs --work"),
-        (["--public-url", "http://x"], "only with --visit, --page, --work or --check-proxy"),
+        (["--public-url", "http://x"], "needs --visit, --page, --work or --check-proxy"),
         (["--work", "--notebook", "text.ipynb"], "argument --notebook: text.ipynb has no code cells"),
         (["--work", "--notebook", "none.ipynb"], "argument --notebook: none.ipynb cannot be read as a notebook"),
         (["--page", "other.har"], "argument --page: other.har holds no GET below /user/NAME/"),
