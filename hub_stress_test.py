@@ -82,6 +82,7 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -209,7 +210,7 @@ class HubRefused(CutShort):
 
 
 class Stopped(Exception):
-    """The run was told to stop."""
+    """A stop of the run was requested."""
 
 
 # ==== Pure rules: words and numbers =========================================================================
@@ -257,9 +258,8 @@ def utc(moment: datetime, timespec: str = "seconds") -> str:
 
 
 def without_credentials(url: str) -> str:
-    """The URL without the user and password that it may carry."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """The URL, or a text with one, without the user and password that it may carry."""
+    return re.sub("(?<=//)[^/?#]*@", "", url)
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:
@@ -456,13 +456,15 @@ def value_text(value: float, metric: str) -> str:
 # the kinds of values: functions of a text that raise `UsageError`.
 
 
-def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+def matching(
+    pattern: str, expected: str, value_of: Callable[[str], T], secret: bool = False
+) -> Callable[[str], T]:
     """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
 
     def parse(text: str) -> T:
         """The value of a text."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
-            raise UsageError(f"expected {expected}, not {text!r}")
+            raise UsageError(f"expected {expected}" + f", not {without_credentials(text)!r}" * (not secret))
         return value
 
     return parse
@@ -479,6 +481,12 @@ run_name = matching(  # hubs lower-case user names
     f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
 )
 group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
+token_text = matching("[!-~]+", "a token of printable characters without blanks", Secret, secret=True)
+endpoint_url = matching(
+    "(?i:https?)://([^/?#]*@)?[^/?#@:][^/?#@]*(/[^?#]*)?",
+    "a URL like https://hub.example.org/hub/api",
+    lambda text: without_credentials(text).rstrip("/"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -541,21 +549,6 @@ def rate_text(rate: float | Schedule) -> str:
     return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
-def endpoint_url(text: str) -> str:
-    """An http or https URL without the slash at its end and without credentials."""
-    url, shown = urllib.parse.urlsplit(text), without_credentials(text)
-    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise UsageError(f"expected a URL like https://hub.example.org/hub/api, not {shown!r}")
-    return shown.rstrip("/")
-
-
-def token_text(text: str) -> Secret:
-    """A token. A text that is refused may be a secret too, and is not shown."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise UsageError("expected a token of printable characters without blanks")
-    return Secret(text)
-
-
 def header(text: str) -> tuple[str, Secret]:
     """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
     match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
@@ -596,13 +589,11 @@ class Given(typing.Generic[T]):
     parts: tuple[T, ...]
 
 
-def watched(text: str) -> Given[str]:
-    """The name and the URL of a process to watch, from NAME=URL."""
-    name, _, url = text.partition("=")
-    shown = without_credentials(text)
-    if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise UsageError(f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub), not {shown!r}")
-    return Given(f"{name}={without_credentials(url)}", (name, url))
+watched = matching(  # the name and the URL of a process
+    r"(?!hub=)\w+=https?://[^/].*",
+    "NAME=URL, like proxy=http://proxy:8002/metrics (not hub)",
+    lambda text: Given(without_credentials(text), tuple(text.split("=", 1))),
+)
 
 
 def condition(text: str) -> Condition:
@@ -629,11 +620,7 @@ def writable_file(text: str) -> str:
     return text
 
 
-def samples_file(text: str) -> str:
-    """The path of a file of samples that can be written; its name says whether it is compressed."""
-    if not text.endswith((".csv", ".csv.gz")):
-        raise UsageError(f"expected a name that ends in .csv or .csv.gz, not {text}")
-    return writable_file(text)
+samples_file = matching(r".*\.csv(\.gz)?", "a name that ends in .csv or .csv.gz", writable_file)
 
 
 @contextlib.contextmanager
@@ -787,8 +774,7 @@ class Option:
     about: str = RARE  # its group in --help
     hidden_on: Collection[str] = ()  # commands that take it and have no use for it
     needs: str = ""  # fields: without any of them it has no meaning
-    excludes: str = ""  # fields that cannot be given beside it,
-    because: str = ""  # and the sentence that says why not, with {} for their flag
+    excludes: str = ""  # fields that cannot be given beside it
     rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
     package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
@@ -879,8 +865,7 @@ class Plan:
         "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
         repeatable=True, reported=False, locust=True, about=CONNECTION)
     dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
-        excludes="results report samples metrics_port",
-        because="--dry-run measures nothing that {} could show: give one of them", about=OUTPUT)
+        excludes="results report samples metrics_port", about=OUTPUT)
     log_to_file: bool | str = option("--log-to-file FILE",
         "log to FILE, or to a new file in the temporary directory", str, const=True, about=OUTPUT)
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time",
@@ -901,8 +886,7 @@ class Plan:
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
         whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=ARRIVALS)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
-        excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them", about=ACTIONS)
+        excludes="stay_s check_proxy", about=ACTIONS)
     profile: str | Json | None = for_groups("-p --profile P",
         "a profile's slug, or a JSON object of user options", profile_value, about=ACTIONS)
     own_servers: bool = option("--own-servers",
@@ -917,16 +901,13 @@ class Plan:
         on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     hold_s: float = for_people("--hold DURATION",
         "keep the servers this long, then check that all are still there", duration, 0.0, compared=True,
-        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
-        about=ACTIONS)
+        excludes="stay_s", about=ACTIONS)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
-        compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them", about=ARRIVALS)
+        compared=True, excludes="rate_per_s", about=ARRIVALS)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
-        compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}", about=ARRIVALS)
+        compared=True, excludes="count within_s rate_per_s", about=ARRIVALS)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
         on=(STRESS,), compared=True, needs="event", about=ARRIVALS)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
@@ -973,8 +954,7 @@ class Plan:
     find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
         "Do --count N fit --within DURATION?",
-        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy",
-        because="--find-capacity says who comes, and when they leave: leave out {}", about=CAPACITY)
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy", about=CAPACITY)
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
@@ -1029,10 +1009,7 @@ class Plan:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What decides whether the run has failed. A leak that was proven always does.
-
-        A search for capacity also limits how long requests take.
-        """
+        """What fails the run: a proven leak always does; in a search, by default, also slow requests."""
         slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
         limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
@@ -6779,10 +6756,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(command: str = "") -> argparse.ArgumentParser:
-    """The parser of all options, which sets only what is given. Its help has the options of this command.
-
-    Without a command these are the options of all commands.
-    """
+    """The parser of all options; its help shows those of a command, else those that all commands have."""
     parser = _Parser(
         prog="hub-stress-test",
         usage=f"hub-stress-test [OPTIONS] {command or 'COMMAND'} [OPTIONS]",
@@ -6865,10 +6839,7 @@ def from_environment(kind: Callable[[str], T], *variables: str) -> T | None:
 
 
 def read_table(file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table of an event's file sets. Raises `UsageError`.
-
-    Table 0 is what stands above the groups, table n the n-th group.
-    """
+    """The fields that the n-th group of an event sets, or (0) the table above. Raises `UsageError`."""
     fields, place = Json(), GROUP if n else EVENT
     names = {row.name: name for name, row in OPTIONS.items() if place in row.on}
     for key, value in file.tables[n].items():
@@ -6921,9 +6892,9 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             needs = excludes = []  # in a search, --rate is that of the first step
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
-            yield name, f"{row.flag} has a meaning only with {flags}"
+            yield name, f"{row.flag} needs {flags}"
         for other in (other for other in excludes if other in given):
-            yield other, row.because.format(OPTIONS[other].flag)
+            yield other, f"{row.flag} and {OPTIONS[other].flag} exclude each other: give one of them"
         package, module = row.package
         if package and not optional(module):
             yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"
@@ -6951,10 +6922,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
-    """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence.
-
-    With `paths`, conditions can be on any number of the results.
-    """
+    """Raise `UsageError` unless all goes together. With `paths`, any number of results is a metric."""
     plan = plan_of(args)
     differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
     for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
@@ -7041,12 +7009,9 @@ def setup_logging(
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
-    import tempfile
-
-    path = str(log_to_file)
-    if log_to_file is True:
-        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+    new = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+    path = new if log_to_file is True else str(log_to_file)
     try:
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
@@ -7244,7 +7209,7 @@ def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -
 
 @timeit
 def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
-    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
+    """Update `stopped`, whether each server is stopping, to whether it has stopped."""
     asked = [name for name, was_asked in stopped.items() if was_asked]
     stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), [asked], 10))
 
