@@ -5593,7 +5593,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
     if in_time := re.search(r"did not start in (\d+) s", words):
         more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
-        below = "keep --server-timeout below it, since such failures count towards the hub's exit"
+        below = "keep --server-timeout below it: such failures count towards the hub's exit"
         yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
     if Kind.TIMED_OUT in kinds:
         log = "see the hub's log and the spawner's events, or raise --server-timeout"
@@ -5623,7 +5623,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         interval = f"JUPYTERHUB_ACTIVITY_INTERVAL in {setting('singleuser.extraEnv', 'Spawner.environment')}"
         yield f"the hub is CPU-bound: {used}: use a faster core, or reduce its load ({interval})"
     if hub.restarts and len(failures) > 4:
-        test = "test with --fail-fast 4, or set that to 0 for the test"
+        test = "test with --fail-fast 4, or set that limit to 0 for the test"
         yield f"the hub restarted after {len(failures)} starts had failed: {in_a_row}; {test}"
     elif hub.restarts:
         yield "the hub restarted: find out why it ended (its memory limit? its liveness probe?)"
@@ -6295,7 +6295,7 @@ def _server_rows(results: Results) -> Iterator[Row]:
     counts += f", {servers.lost} lost" * bool(servers.lost)
     if servers.throttled:
         began = duration_text(servers.throttling_began_s)
-        counts += f"; {servers.throttled} throttled, from {began} after the first start on"
+        counts += f"; {servers.throttled} throttled, from {began} after the first start"
     yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}"
     own = results.hub.metrics
     if not servers.ready and servers.given_up and own and (started := own.spawns.get("success")):
@@ -6304,10 +6304,10 @@ def _server_rows(results: Results) -> Iterator[Row]:
         if started.count > servers.given_up:  # others start servers too
             by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
         after = duration_text(options["server_timeout"])
-        yield "given up", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
+        yield "timed out", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
     if options["hold"] and "stay" in results.operations and not people:
         hold = duration_text(options["hold"])
-        yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
+        yield "hold", f"{hold}; the hub says which servers stayed, --visit asks the servers too"
     if people:
         failed = unfinished_text(people, people.failed)
         yield "people", f"{people.expected} expected; {people.at_work} at work{failed}"
@@ -6362,11 +6362,11 @@ def _request_rows(results: Results) -> Iterator[Row]:
     monitoring = f"{share_text(http.observer_share or 0)} monitoring"
     to_hub = " to the hub" if http.servers else ""
     retries = counted(http.retries, "retry", "retries")
-    yield "requests", f"{http.requests:,}{to_hub}, of which {monitoring}, {retries}"
+    yield "requests", f"{http.requests:,}{to_hub} ({monitoring}, {retries})"
     if servers := http.servers:
         answers = ", ".join(f"{number:,} × {status}" for status, number in servers.statuses.items())
         retries = counted(servers.retries, "retry", "retries")
-        yield "requests", f"{servers.requests:,} to servers, of which {retries}: {answers}"
+        yield "requests", f"{servers.requests:,} to servers ({retries}): {answers}"
 
 
 def _hub_rows(results: Results) -> Iterator[Row]:

@@ -23,7 +23,8 @@ import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, TimeTraveller
-from test_summary import results_of, told
+from made_up_results import results_of
+from made_up_results import sentences as told
 from tool import (
     MODULE,
     NOWHERE,
@@ -778,8 +779,8 @@ def test_the_summary_of_a_rehearsal_tells_of_people_each_failure_once_and_of_req
     assert f"1 × {UNREADY.text} (hub-stress-test-3), after 3.00 s" in failures
     assert len(failures) == 4 and not told(results, "errors")
     to_hub, to_servers = told(results, "requests")
-    assert to_hub.startswith("100 to the hub, of which ")
-    assert to_servers == "1,234 to servers, of which 5 retries: 3 × 101, 1,226 × 200, 5 × 503"
+    assert to_hub.startswith("100 to the hub (")
+    assert to_servers == "1,234 to servers (5 retries): 3 × 101, 1,226 × 200, 5 × 503"
 
 
 def test_where_the_time_until_work_went_is_told_step_by_step() -> None:
