@@ -20,38 +20,36 @@ Three commands answer, from a shell or a CI job:
   What did earlier runs leave?                  purge                                           seconds
   What can I find out without being an admin?   stress-test --count 5 --own-servers             a start
 
-stress-test starts a server for each fake user, which costs what servers cost; --visit, --page and --work
-follow each person through the proxy to the results of their cells; --own-servers needs no admin rights, and
-starts named servers of the token's owner. activity-stress-test makes users alone, and sends the activity
+stress-test starts a server for each fake user; --visit, --page and --work follow each person through the
+proxy to the results of their cells. activity-stress-test makes users without servers, and sends the activity
 reports that running servers send. purge removes what earlier runs left behind. Where one machine is not
 enough, Locust runs this same file: locust -f hub_stress_test.py.
 
 What it does to a hub. It makes users called hub-stress-test-<n> (with --run NAME: hub-stress-test-NAME-<n>),
-starts and stops their servers, and deletes them. It writes to users that it made; purge and
-activity-stress-test also to those of earlier runs, whose whole name follows that pattern, and never to an
-admin. Unless --keep is given, every user it made is deleted before it ends, whatever happened, and the hub is
-listed once more to be sure; what could not be removed is named, with exit code 4. What a hub keeps of users
-that it deletes (unix accounts, home directories, volumes) stays. With --check-proxy, a proxy that loses
-connections keeps those for an hour, which no cleanup can undo: that is reported, and fails the run. With
---own-servers all this is true of named servers of the token's owner, whose other servers are left alone.
+starts and stops their servers, and deletes them. It writes only to users that it made; purge and
+activity-stress-test also to those of earlier runs, whose whole name follows that pattern; never to an admin.
+Unless --keep is given, it deletes every user that it made, however the run ends, then lists the hub's users
+again; it names those that remain, with exit code 4. A hub may keep unix accounts, home directories and
+volumes of deleted users. With --check-proxy, a proxy that loses connections keeps them for an hour, which no
+cleanup can undo: this is reported, and fails the run. With --own-servers all of this is true of named servers
+of the token's owner; the owner's other servers are not touched, and no admin rights are needed.
 
 What the numbers mean. "Server ready" is what a person waits: from when a start was due until the hub says
 that the server is ready, throttling included. "Visit" runs from ready to the page. "At work" runs from when a
-person was due to the page of their server, or to the result of their first cell. "Stay" fails if the server
-was lost, by the hub's word or, with --visit, because it no longer answers. "Ping" reads one user five times a
+person was due to the page of their server, or to the result of their first cell. "Stay" fails if the hub says
+that the server is gone or, with --visit, if the server no longer answers. "Ping" reads one user five times a
 second, from when each ping was due: it is what everybody else on the hub feels. Every other latency runs from
-sending a request (with --rate, from when it was due) to its final answer, without the time that the tool
-slept because the hub asked it to wait. "Hub's own" comes from the hub's metrics page. Latencies are of what
-succeeded; failures are counted beside them, never averaged in. Percentiles are within 1 %.
+sending a request (with --rate, from when it was due) to its final answer, without the pauses for which the
+hub asked. "Hub's own" comes from the hub's metrics page. Latencies are those of successes; failures are
+counted beside them, never averaged in. Percentiles are within 1 %.
 
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
-the run could not do what it set out to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
+the run could not do what it was asked to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
 was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
 143 interrupted by SIGINT and SIGTERM, cleaned up.
 
-What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, so what a
-proxy, a page or a kernel costs is not measured. Two runs at the same time on one hub need different --run
-names.
+What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, and does
+not measure a proxy, a page or a kernel. Two runs at the same time on one hub need different --run names.
 """
 
 from __future__ import annotations
@@ -121,19 +119,19 @@ LOG = logging.getLogger("hub-stress-test")
 USERNAME_PREFIX = "hub-stress-test"
 DEFAULT_TIMEOUT = 30  # seconds that one request may take
 SERVER_LIFECYCLE_TIMEOUT = 60  # seconds that a server may take to start, or to stop
-CLEANUP_TIMEOUT_S = 300.0  # cleanup gives up after so long without progress
+CLEANUP_TIMEOUT_S = 300.0  # cleanup times out after this long without progress
 RETRIES = 5  # after 0, 1, 2, 4 and 8 seconds
-RETRY_WINDOW_S = 60.0  # no retry so long after the first try
+RETRY_WINDOW_S = 60.0  # no retry later than this after the first try
 RETRY_AFTER_MAX_S = 120.0
-HUB_GONE_S = 120.0  # the load ends when the hub has not answered for so long
-TOKEN_CHECK_EVERY_S = 30.0  # at most so often is the hub asked whether it still accepts the token
+HUB_GONE_S = 120.0  # the load ends after this much silence from the hub
+TOKEN_CHECK_EVERY_S = 30.0  # the least time between two checks that the hub still accepts the token
 LATE_ACT_S = 2.0  # how long a hub may take to act on a request whose answer was lost
 THROTTLE_PAUSE_S = 5.0  # before a throttled start is retried, when the hub names no time
 HEAD_START_S = 0.02  # of throttled starts before new ones
-FIRST_STARTS = 3  # at most so many fail before any server is ready: a hub may exit after five in a row
+FIRST_STARTS = 3  # starts before any server is ready: a hub may exit after five failures in a row
 STREAM_TIMEOUT_S = 20.0  # the hub sends a keep-alive every 8 seconds
-LATE_SEND_S = 0.1  # a request sent so long after it was due shows that the generator was too slow
-OPEN_GRACE_S = 5.0  # an open load may still send so long after its end what was due before
+LATE_SEND_S = 0.1  # the generator was too slow if it sent a request later than this after it was due
+OPEN_GRACE_S = 5.0  # after the end of an open load, for requests that were due before
 BUSY = 0.85  # of a processor: a process that used more could hardly do more
 IDLE = 0.3  # of a processor: a hub that never used more made nobody wait, whatever its machine did
 LATE_LOOP_S = 0.2
@@ -141,12 +139,12 @@ DRAIN_S = 20.0  # at most, between two steps
 SERVER_REPORTS_EVERY_S = 300  # JupyterHub's default for how often a running server reports its activity
 REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
 MANY_SERVERS = 3000
-SILENT_S = 3.0  # before it is said that the hub does not answer
+SILENT_S = 3.0  # before a warning that the hub does not answer
 PING_RATE_PER_S = 5.0
 PINGS_AT_MOST = 20  # under way at the same time
 STATUS_EVERY_S, STATUS_IN_PLACE_EVERY_S = 10.0, 0.5
 METRICS_EVERY_S = 5.0
-SAMPLES_EVERY_S = 1.0  # so many seconds of events may be lost when the program is killed
+SAMPLES_EVERY_S = 1.0  # between two writes: what a killed program may lose
 FIRST_VISIT_S = 10.0  # the first visit comes through within this time, or the public side is somewhere else
 CONNECTIONS_OF_A_BROWSER = 6
 REDIRECTS_MAX = 5
@@ -180,13 +178,13 @@ class ExitCode(enum.IntEnum):
 
 
 class HubStressError(Exception):
-    """Something the user can be told in a sentence."""
+    """A problem that one sentence explains to the user."""
 
     exit_code = ExitCode.FAILED
 
 
-class UsageError(HubStressError):
-    """The command line is wrong: nothing was sent."""
+class UsageError(HubStressError, argparse.ArgumentTypeError):
+    """The command line, or a value in it, is wrong: nothing was sent."""
 
     exit_code = ExitCode.USAGE
 
@@ -355,20 +353,9 @@ def names_text(names: Iterable[str]) -> str:
     return " ".join(texts)
 
 
-def with_few_names(text: str) -> str:
-    """A hub's message whose lists of test users are shortened as by `names_text`."""
-    name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"
-    return re.sub(rf"{name}(?:, {name})+", lambda match: names_text(match[0].split(", ")), text)
-
-
 def thing(own_servers: bool) -> str:
-    """What a run makes and removes."""
+    """What a run makes and removes, in the singular."""
     return "server" if own_servers else "user"
-
-
-def things(own_servers: bool) -> str:
-    """The plural of `thing`."""
-    return f"{thing(own_servers)}s"
 
 
 def purge_command(run: str | None, own_servers: bool = False) -> str:
@@ -387,11 +374,8 @@ def pods_command(run: str | None, own_servers: bool = False) -> str:
 
 def still_starting(number: int) -> str:
     """What may remain of this many servers that were stopped while they were starting."""
-    they, their = ("it was", "its") if number == 1 else ("they were", "their")
-    return (
-        f"{counted(number, 'server was', 'servers were')} still starting when {they} stopped: {their} "
-        "spawner may have left jobs, pods or containers (squeue, kubectl, docker ps)"
-    )
+    stopped = counted(number, "server was stopped while it was", "servers were stopped while they were")
+    return f"{stopped} still starting: see squeue, kubectl or docker ps for jobs, pods or containers"
 
 
 # ==== Pure rules: conditions ================================================================================
@@ -467,23 +451,18 @@ def value_text(value: float, metric: str) -> str:
 
 # ==== The plan, made from one table of options ==============================================================
 #
-# A field of Plan is a row of the table: how its option is written, where it can stand, and the rules that it
-# brings with it. The command line, an event's file, the results' `options` and Locust's options are made from
-# these rows. First, what a value may be.
-
-
-def bad_value(expected: str, text: str) -> argparse.ArgumentTypeError:
-    """What to raise for a text that is not what was expected."""
-    return argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+# A field of Plan is a row of the table: how its option is written, where it can stand, and its rules. The
+# command line, an event's file, the results' `options` and Locust's options are made from these rows. First,
+# the kinds of values: functions of a text that raise `UsageError`.
 
 
 def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
     """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
 
     def parse(text: str) -> T:
-        """The value of a text; raises `argparse.ArgumentTypeError`."""
+        """The value of a text."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
-            raise bad_value(expected, text)
+            raise UsageError(f"expected {expected}, not {text!r}")
         return value
 
     return parse
@@ -516,7 +495,8 @@ class Schedule:
         """A rate as a schedule; stages as they are; None without a rate."""
         return rate if isinstance(rate, Schedule) else cls(((rate, for_s),)) if rate else None
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
         return ",".join(f"{rate_per_s:g}:{for_s:g}s" for rate_per_s, for_s in self.stages)
 
     @property
@@ -563,16 +543,16 @@ def rate_text(rate: float | Schedule) -> str:
 
 def endpoint_url(text: str) -> str:
     """An http or https URL without the slash at its end and without credentials."""
-    url = urllib.parse.urlsplit(text)
+    url, shown = urllib.parse.urlsplit(text), without_credentials(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise bad_value("a URL like https://hub.example.org/hub/api", without_credentials(text))
-    return without_credentials(text).rstrip("/")
+        raise UsageError(f"expected a URL like https://hub.example.org/hub/api, not {shown!r}")
+    return shown.rstrip("/")
 
 
 def token_text(text: str) -> Secret:
     """A token. A text that is refused may be a secret too, and is not shown."""
     if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("expected a token of printable characters without blanks")
+        raise UsageError("expected a token of printable characters without blanks")
     return Secret(text)
 
 
@@ -580,14 +560,10 @@ def header(text: str) -> tuple[str, Secret]:
     """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
     match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
     if not match:
-        raise argparse.ArgumentTypeError("expected a header like 'Name: value', of printable characters")
-    name, value = match.groups()
-    if name.lower() in ("authorization", "content-length", "host"):
-        why_not = (
-            "the hub's token is sent in it" if name.lower() == "authorization" else "each request has its own"
-        )
-        raise argparse.ArgumentTypeError(f"the header {name} cannot be set: {why_not}")
-    return name, Secret(value)
+        raise UsageError("expected a header like 'Name: value', of printable characters")
+    if match[1].lower() in ("authorization", "content-length", "host"):
+        raise UsageError(f"the header {match[1]} cannot be set: each request has its own")
+    return match[1], Secret(match[2])
 
 
 def mix_of(text: str) -> dict[str, float]:
@@ -595,7 +571,7 @@ def mix_of(text: str) -> dict[str, float]:
     parts = [re.fullmatch(r"([\w-]+)=([0-9]*\.?[0-9]+)", part.strip()) for part in text.split(",")]
     mix = {part[1]: float(part[2]) for part in parts if part}
     if len(mix) != len(parts) or not all(mix.values()):
-        raise bad_value("NAME=WEIGHT,… like activity=8,read=2", text)
+        raise UsageError(f"expected NAME=WEIGHT,… like activity=8,read=2, not {text!r}")
     return mix
 
 
@@ -606,37 +582,35 @@ def profile_value(text: str) -> str | Json:
     try:
         options = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"this is not valid JSON ({error}): {text}") from None
+        raise UsageError(f"this is not valid JSON ({error}): {text}") from None
     if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f"expected a profile's slug or a JSON object, not {text}")
+        raise UsageError(f"expected a profile's slug or a JSON object, not {text}")
     return options
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched:
-    """Another process of the deployment, and the URL of its figures."""
+class Given(typing.Generic[T]):
+    """What an option's text stands for."""
 
-    name: str
-    url: str
-
-    def __str__(self) -> str:
-        return f"{self.name}={without_credentials(self.url)}"
+    text: str  # as results show it; of a file, its path
+    parts: tuple[T, ...]
 
 
-def watched(text: str) -> Watched:
-    """A process to watch, from NAME=URL."""
+def watched(text: str) -> Given[str]:
+    """The name and the URL of a process to watch, from NAME=URL."""
     name, _, url = text.partition("=")
+    shown = without_credentials(text)
     if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise bad_value("NAME=URL, like proxy=http://proxy:8002/metrics (not hub)", without_credentials(text))
-    return Watched(name, url)
+        raise UsageError(f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub), not {shown!r}")
+    return Given(f"{name}={without_credentials(url)}", (name, url))
 
 
 def condition(text: str) -> Condition:
-    """The condition METRIC OP VALUE; raises `argparse.ArgumentTypeError`."""
+    """The condition METRIC OP VALUE."""
     number = rf"([0-9]*\.?[0-9]+)\s*({'|'.join(UNITS)})"
     match = re.fullmatch(rf"\s*([^<>]*[^<>\s])\s*(>=|<=|>|<)\s*{number}\s*", text)
     if not match:
-        raise bad_value("METRIC OP VALUE, like 'server_ready.p95 > 30s'", text)
+        raise UsageError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
     metric, comparison, limit, unit = match.groups()
     return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
@@ -648,14 +622,14 @@ def writable_file(text: str) -> str:
     """The path of a file that can be written; nothing is written yet."""
     folder = os.path.dirname(os.path.realpath(text))
     if os.path.isdir(text) or not os.access(text if os.path.exists(text) else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written")
+        raise UsageError(f"{text} cannot be written")
     return text
 
 
 def samples_file(text: str) -> str:
     """The path of a file of samples that can be written; its name says whether it is compressed."""
     if not text.endswith((".csv", ".csv.gz")):
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .csv or .csv.gz, not {text}")
+        raise UsageError(f"expected a name that ends in .csv or .csv.gz, not {text}")
     return writable_file(text)
 
 
@@ -666,11 +640,8 @@ def reading(path: str, kind: str) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             yield file.read()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be read as {kind} ({_in_words(error)})") from None
-
-
-def _in_words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)  # without the file's name
+        why = getattr(error, "strerror", None) or error  # without the file's name
+        raise UsageError(f"{path} cannot be read as {kind} ({why})") from None
 
 
 def results_file(text: str) -> Json:
@@ -678,20 +649,13 @@ def results_file(text: str) -> Json:
     with reading(text, "results") as content:
         results = json.loads(content)
     if not isinstance(results, dict) or results.get("schema") != 1:
-        raise argparse.ArgumentTypeError(f"{text} does not hold results of this tool")
+        raise UsageError(f"{text} does not hold results of this tool")
     return results
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What a browser fetched when it opened a page: paths below the server's own, and the statuses it got."""
-
-    file: str
-    requests: tuple[tuple[str, int], ...]
 
 
 SECRET = re.compile("token|code|state|auth|key|xsrf|secret", re.IGNORECASE)  # query parameters to leave out
 BELOW_A_SERVER = re.compile("(?<!/hub)/user/([^/]+)/(.*)")  # /hub/user/NAME/ is the hub's own page about it
+Recording = Given[tuple[str, int]]  # a browser's requests: the path below the server, and the status
 
 
 def recording(text: str) -> Recording:
@@ -702,21 +666,16 @@ def recording(text: str) -> Recording:
             method, url = entry["request"]["method"], urllib.parse.urlsplit(entry["request"]["url"])
             status, below = entry["response"]["status"], BELOW_A_SERVER.search(url.path)
             if method == "GET" and status >= 200 and below and url.scheme in ("http", "https"):
-                path = below[2] + _without_secrets(url.query)
+                pairs = urllib.parse.parse_qsl(url.query, keep_blank_values=True)
+                query = urllib.parse.urlencode([pair for pair in pairs if not SECRET.search(pair[0])])
+                path = f"{below[2]}?{query}" if query else below[2]
                 requests_below[url.netloc, below[1]].append((path, status))
     most = max(requests_below.values(), key=len, default=[])
     ends = {"..", "oauth_callback", "logout"}
     requests = [(path, status) for path, status in most if not ends & set(path.partition("?")[0].split("/"))]
     if not requests:
-        sentence = f"{text} holds no GET below /user/NAME/: record the page of a person's server"
-        raise argparse.ArgumentTypeError(sentence)
-    return Recording(text, tuple(requests))
-
-
-def _without_secrets(query: str) -> str:
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    rest = urllib.parse.urlencode([(name, value) for name, value in pairs if not SECRET.search(name)])
-    return f"?{rest}" if rest else ""
+        raise UsageError(f"{text} holds no GET below /user/NAME/: record the page of a person's server")
+    return Given(text, tuple(requests))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -727,15 +686,9 @@ class Code:
     may_raise: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Notebook:
-    """The code cells of a file."""
-
-    file: str
-    cells: tuple[Code, ...]
-
-
 SIX_TIMES_SEVEN = Code("6*7")
+NO_CODE = re.compile(r"\[(markdown|md|raw)\]")  # in the title of a cell of a # %% file
+Notebook = Given[Code]
 
 
 def notebook(text: str) -> Notebook:
@@ -744,25 +697,16 @@ def notebook(text: str) -> Notebook:
         if text.endswith(".ipynb"):
             code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
             tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
-            cells = [
-                Code("".join(cell["source"]), "raises-exception" in tag) for cell, tag in zip(code, tags)
-            ]
-        else:
-            cells = list(_cells_of_script(content))
-    cells = [cell for cell in cells if cell.source.strip()]
+            pairs = [("".join(cell["source"]), tag) for cell, tag in zip(code, tags)]
+        else:  # a title stands behind # %%; what stands before the first one may be only comments
+            beginning, *parts = re.split(r"^# ?%%", content, flags=re.MULTILINE)
+            before = [f"\n{beginning}"] if parts and re.search(r"^[^#\s]", beginning, re.MULTILINE) else []
+            titled = [part.partition("\n") for part in before + parts]
+            pairs = [(source, title) for title, _, source in titled if not NO_CODE.search(title)]
+        cells = tuple(Code(source, "raises-exception" in tags) for source, tags in pairs if source.strip())
     if not cells:
-        raise argparse.ArgumentTypeError(f"{text} has no code cells (in a Python file, # %% begins one)")
-    return Notebook(text, tuple(cells))
-
-
-def _cells_of_script(content: str) -> Iterator[Code]:
-    beginning, *parts = re.split(r"^# ?%%", content, flags=re.MULTILINE)
-    if parts and re.search(r"^[^#\s]", beginning, re.MULTILINE):  # more than comments
-        yield Code(beginning)
-    for part in parts:
-        title, _, source = part.partition("\n")
-        if not re.search(r"\[(markdown|md|raw)\]", title):
-            yield Code(source, "raises-exception" in title)
+        raise UsageError(f"{text} has no code cells (in a Python file, # %% begins one)")
+    return Given(text, cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -788,12 +732,12 @@ def event_file(text: str) -> EventFile:
     """An event's file, whose keys nobody has looked at yet."""
     toml = optional("tomllib") or optional("tomli")  # the first from Python 3.11 on
     if not toml:
-        raise argparse.ArgumentTypeError("this needs tomli, which is not installed: pip install tomli")
+        raise UsageError("this needs tomli, which is not installed: pip install tomli")
     with reading(text, "TOML") as content:
         above = toml.loads(content)
         people = above.pop("people", None)
     if not isinstance(people, list) or not people or not all(isinstance(group, dict) for group in people):
-        raise argparse.ArgumentTypeError(f"{text}: expected groups of people, each below a line [[people]]")
+        raise UsageError(f"{text}: expected groups of people, each below a line [[people]]")
     return EventFile(text, content, [above, *people])
 
 
@@ -801,16 +745,26 @@ def event_file(text: str) -> EventFile:
 
 FAILED, PROXY_LEAKING = map(condition, ("failed > 0", "proxy_check.leaking > 0"))
 COMMANDS = {
-    "stress-test": "make users, start their servers, measure, remove them",
-    "activity-stress-test": "send the activity reports of running servers, measure",
-    "purge": "remove the users that earlier runs left behind",
+    "stress-test": """\
+Starts a server for each fake user, and with --visit, --page or --work follows
+each person to their page, and to the results of their cells.
+
+example: hub-stress-test stress-test --count 300 --within 5m --work""",
+    "activity-stress-test": """\
+Makes users without servers, and sends the reports that running servers send.
+
+example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
+    "purge": """\
+Removes the users, and their servers, that earlier runs left on the hub.
+
+example: hub-stress-test purge --run night""",
 }
 STRESS, ACTIVITY, PURGE = COMMANDS
 LOADS = (STRESS, ACTIVITY)
-WHO, WHAT, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
+EVENT, GROUP = "the table above the groups", "a group"  # of an event's file, where options can stand too
+ARRIVALS, ACTIONS, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
 CAPACITY, CONNECTION, RARE = "capacity", "connection", "rare"
-HELP_GROUPS = (WHO, WHAT, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
-EVENT, GROUP = "event", "group"  # where else an option can stand: in an event's file above the groups, in one
+HELP_GROUPS = (ARRIVALS, ACTIONS, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
 
@@ -841,7 +795,7 @@ class Option:
     locust: bool | str = False  # whether Locust has it; text: with another default
     locust_flag: str = ""
 
-    def add_to(self, parser: argparse._ActionsContainer, dest: str, shown: bool = True) -> None:
+    def add_to(self, parser: argparse._ActionsContainer, dest: str, shown: bool) -> None:
         settings: Json = {"help": self.help if shown else argparse.SUPPRESS, "dest": dest}
         if self.kind:
             settings |= {"type": self.kind, "metavar": self.metavar}
@@ -865,6 +819,18 @@ class Option:
         if self.repeatable or self.flag in ("--endpoint", "--token"):  # which a page is not to change
             settings["include_in_web_ui"] = False
         parser.add_argument(self.locust_flag, help=self.help, metavar=self.metavar, type=check, **settings)
+
+    def from_toml(self, value: Any, folder: str) -> Any:
+        """The value of a key of an event's file; paths begin in its folder. Raises `UsageError`."""
+        if isinstance(value, bool) and (self.const or not self.kind):
+            return value and (self.const or True)
+        if isinstance(value, bool) or not self.kind:
+            raise UsageError(f"expected {self.metavar or 'true or false'}, not {value!r}")
+        values = value if self.repeatable and isinstance(value, list) else [value]
+        texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
+        if self.metavar.startswith("FILE"):
+            texts = [os.path.join(folder, text) for text in texts]
+        return tuple(map(self.kind, texts)) if self.repeatable else self.kind(texts[0])
 
 
 def option(
@@ -918,7 +884,7 @@ class Plan:
         about=OUTPUT)
     run: str | None = option("--run NAME",
         "call the users hub-stress-test-NAME-<n>, so that two jobs never meet", run_name, locust="locust",
-        about=WHO)
+        about=ARRIVALS)
     results: str | None = option("--results FILE", "write the results as JSON", writable_file, about=OUTPUT)
     report: str | None = option("--report FILE", "write a report as one HTML page", writable_file,
         package=("plotly", "plotly"), about=OUTPUT, hidden_on=(PURGE,))
@@ -928,77 +894,77 @@ class Plan:
     baseline: Json | None = option("--baseline FILE", "results of an earlier run: print old, new and ratio",
         results_file, reported=False, about=FAILS, hidden_on=(PURGE,))
     count: int = option("-c --count N", "users, in stress-test each with a server", whole_number, "100",
-        on=(*LOADS, GROUP), compared=True, about=WHO)
+        on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
-        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=WHO)
+        whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=ARRIVALS)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
         excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them", about=WHAT)
+        because="{} ends servers, and --keep leaves them running: give one of them", about=ACTIONS)
     profile: str | Json | None = for_groups("-p --profile P",
-        "a profile's slug, or a JSON object of user options", profile_value, about=WHAT)
+        "a profile's slug, or a JSON object of user options", profile_value, about=ACTIONS)
     own_servers: bool = option("--own-servers",
         "no admin rights needed: start named servers of your own, instead of making users",
-        on=(STRESS, PURGE, EVENT), compared=True, locust=True, about=WHO)
+        on=(STRESS, PURGE, EVENT), compared=True, locust=True, about=ARRIVALS)
     server_timeout_s: float = for_groups("--server-timeout DURATION", "how long a person waits for a server",
         duration, "60s", about=FAILS)
     fail_fast: int = for_people("--fail-fast N", "start no more servers after N failures in a row (1)",
         whole_number, 0, const=1, about=FAILS)
     rate_per_s: float | Schedule | None = option("--rate R",
         "start R servers, or send R requests, per second, however slow the hub; or R:DURATION,…", rate_of,
-        on=(*LOADS, GROUP), compared=True, about=WHO)
+        on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     hold_s: float = for_people("--hold DURATION",
-        "keep the servers for so long, then check that all are still there", duration, 0.0, compared=True,
+        "keep the servers this long, then check that all are still there", duration, 0.0, compared=True,
         excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
-        about=WHAT)
+        about=ACTIONS)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
         compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them", about=WHO)
+        because="--within and {} both say when people come: give one of them", about=ARRIVALS)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
         compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}", about=WHO)
+        because="the groups of --event say who comes and when: leave out {}", about=ARRIVALS)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
-        on=(STRESS,), compared=True, needs="event", about=WHO)
+        on=(STRESS,), compared=True, needs="event", about=ARRIVALS)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
-    after_s: float = option("--after DURATION", "a group begins to come so long after the run", duration, 0.0,
+    after_s: float = option("--after DURATION", "how long after the run a group begins", duration, 0.0,
         on=(GROUP,))
     seed: int | None = for_people("--seed N", "draw the moments of --within as this seed did", whole_number,
         needs="within_s")
     visit: bool = for_groups("--visit", "each person opens the start page of their server",
-        locust_flag="--hub-open", about=WHAT)
+        locust_flag="--hub-open", about=ACTIONS)
     visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
         duration, "30s", needs="visit page work check_proxy", locust=True, about=FAILS)
     page: Recording | None = for_groups("--page FILE.har",
-        "each person fetches what a browser did that this HAR file recorded", recording, about=WHAT)
+        "each person fetches what a browser did that this HAR file recorded", recording, about=ACTIONS)
     work: bool = for_groups("--work", "each person starts a kernel and runs cells",
-        package=("websocket-client", "websocket"), about=WHAT)
+        package=("websocket-client", "websocket"), about=ACTIONS)
     notebook: Notebook | None = for_groups("--notebook FILE",
         "with --work: the code cells of this .ipynb or # %%%% file, once; without it 6*7, again and again",
-        notebook, needs="work", about=WHAT)
+        notebook, needs="work", about=ACTIONS)
     think_s: float = for_groups("--think DURATION", "between the result of a cell and the next cell",
-        duration, "10s", needs="work", about=WHAT)
+        duration, "10s", needs="work", about=ACTIONS)
     cell_timeout_s: float = for_people("--cell-timeout DURATION",
         "how long a person waits for a kernel or a cell", duration, "60s", needs="work", locust=True,
         about=FAILS)
     stay_s: float | None = for_groups("--stay DURATION",
-        "each person leaves so long after starting to work; without it all stay until the last has come",
-        duration, locust="60s", about=WHAT)
+        "each person leaves this long after starting to work; without it all stay until the last has come",
+        duration, locust="60s", about=ACTIONS)
     check_proxy: bool = for_people("--check-proxy",
         "after the load: does the proxy lose connections when servers end? Takes some three minutes",
-        about=WHAT)
+        about=ACTIONS)
     public_url: str | None = for_people("--public-url URL",
         "where people reach the hub, if not at the endpoint", endpoint_url,
         needs="visit page work check_proxy", locust=True, about=CONNECTION)
     workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
         whole_number, "100")
     duration_s: float | None = option("--duration DURATION",
-        "send for so long, without it once for each user; of a search, a step (10s, people 60s)", duration,
-        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=WHAT)
+        "send this long, without it once for each user; of a search, a step (10s, people 60s)", duration,
+        on=LOADS, compared=True, needs="find_capacity", rules_on=(STRESS,), about=ACTIONS)
     processes: int = for_requests("--processes N", "spread the threads over N processes", whole_number, "1")
     mix: Mapping[str, float] | None = for_requests("--mix NAME=WEIGHT,…",
         "operations by weight (activity=1); read and list are there too", mix_of, compared=True,
-        locust="activity=1", about=WHAT)
+        locust="activity=1", about=ACTIONS)
     operations: str | None = for_requests("--operations FILE", "a file that registers operations of your own",
         str, locust=True)
     find_capacity: bool = option("--find-capacity",
@@ -1010,8 +976,8 @@ class Plan:
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
     cleanup_timeout_s: float = option("--cleanup-timeout DURATION",
-        "cleanup gives up after so long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
-    watch: Sequence[Watched] = for_loads("--watch NAME=URL",
+        "cleanup times out after this long without progress (5m)", duration, CLEANUP_TIMEOUT_S, about=FAILS)
+    watch: tuple[Given[str], ...] = for_loads("--watch NAME=URL",
         "read this Prometheus page of another process too, without the token; repeatable", watched, (),
         repeatable=True)
     samples: str | None = for_loads("--samples FILE",
@@ -1036,19 +1002,14 @@ class Plan:
         return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
 
     @property
-    def works(self) -> bool:
-        """Whether some people run cells."""
-        return any(group.work for group in self.groups)
+    def rehearses(self) -> bool:
+        """Whether people are followed until they can work, those of an event if only to a ready server."""
+        return self.opens or bool(self.event or self.group)
 
     @property
     def goal(self) -> str:
         """The step with which a person has what they came for."""
         return "at_work" if self.rehearses else "server_ready"
-
-    @property
-    def rehearses(self) -> bool:
-        """Whether people are followed until they can work, those of an event if only to a ready server."""
-        return self.opens or bool(self.event or self.group)
 
     @property
     def is_open(self) -> bool:
@@ -1060,16 +1021,14 @@ class Plan:
         """How many users are removed at the same time: as fast as they came, if each takes two seconds."""
         if self.command != STRESS:
             return self.batch_size
-        paces = (
-            fastest(group.rate_per_s) or group.count / (group.within_s or math.inf) for group in self.groups
-        )
+        paces = (fastest(each.rate_per_s) or each.count / (each.within_s or math.inf) for each in self.groups)
         return max(self.batch_size, min(100, math.ceil(2 * sum(paces))))
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What decides whether the run has failed: what was asked for, and always a leak that was proven.
+        """What decides whether the run has failed. A leak that was proven always does.
 
-        A search for capacity also minds how long requests take.
+        A search for capacity also limits how long requests take.
         """
         slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
@@ -1085,16 +1044,10 @@ class Plan:
 
 
 def _reported(value: Any) -> Any:
-    """An option's value as JSON has it: a file by its name, a group by its options."""
+    """An option's value as JSON has it: a group by its options, what was read from a text by that text."""
     if isinstance(value, tuple):
         return [_reported(each) for each in value]
-    if isinstance(value, Plan):
-        return value.options()
-    if isinstance(value, (Recording, Notebook)):
-        return value.file
-    if isinstance(value, Condition):
-        return value.text
-    return str(value) if isinstance(value, (Schedule, Watched)) else value
+    return value.options() if isinstance(value, Plan) else getattr(value, "text", value)
 
 
 OPTIONS: dict[str, Option] = {
@@ -1134,7 +1087,7 @@ class Reason:
     open_s: float | None = dataclasses.field(default=None, compare=False)  # how long a websocket was open
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Event:
     """One step for one person, and its outcome. Moments are seconds of a monotonic clock."""
 
@@ -1142,7 +1095,7 @@ class Event:
     user: str
     due_s: float
     sent_s: float
-    ended_s: float
+    ended_s: float = 0.0  # 0 while it is under way
     reason: Reason | None = None  # None when it succeeded
     tries: int = 1
     backoff_s: float = 0.0  # slept because the hub said 429 or 503: not latency
@@ -1256,7 +1209,7 @@ class Fold:
         self.span_s, self.spans = 1.0, collections.defaultdict[int, Distribution](Distribution)
         self.count = self.failed = self.late = self.skipped = 0
         self.lateness, self.backoff_s = Distribution(), 0.0
-        self.errors, self.kinds = collections.Counter[str](), set[Kind]()
+        self.reasons = collections.Counter[Reason]()  # of the failures
         self.first_due_s, self.last_ended_s = math.inf, -math.inf
 
     def add(self, event: Event) -> None:
@@ -1267,8 +1220,7 @@ class Fold:
         else:
             span.failed += 1
             self.failed += 1
-            self.errors[event.reason.text] += 1
-            self.kinds.add(event.reason.kind)
+            self.reasons[event.reason] += 1
         self.late += event.lateness_s > LATE_SEND_S
         self.lateness.add(event.lateness_s)
         self.backoff_s += event.backoff_s
@@ -1284,6 +1236,9 @@ class Fold:
         latency, took_s = Distribution(), self.last_ended_s - self.first_due_s
         for span in self.spans.values():
             latency.merge(span)
+        errors = collections.Counter[str]()
+        for reason, number in self.reasons.items():
+            errors[reason.text] += number
         return Operation(
             count=self.count,
             failed=self.failed,
@@ -1291,7 +1246,7 @@ class Fold:
             latency_s=latency.summary(),
             lateness_s=self.lateness.summary(),
             backoff_s=self.backoff_s,
-            errors=dict(self.errors),
+            errors=dict(errors),
             skipped=self.skipped,
         )
 
@@ -1333,17 +1288,13 @@ class Recorder:
         for listener in self.listeners:
             listener(event)
 
-    def listen(self, listener: Callable[[Event], None]) -> None:
-        """Hand every event from now on to this listener too."""
-        self.listeners.append(listener)
-
     def skip(self, step: str) -> None:
         """Note that a step was due and was not tried."""
         with self._lock:
             self._folds[step].skipped += 1
 
-    def take_over(self, other: Recorder) -> None:
-        """Import the operations of another recorder that this one does not have."""
+    def include(self, other: Recorder) -> None:
+        """Add the operations of another recorder that this one does not have."""
         with self._lock:
             self._folds = other._folds | self._folds
 
@@ -1370,7 +1321,7 @@ class Recorder:
     def kinds(self) -> set[Kind]:
         """All kinds of failure that there were."""
         with self._lock:
-            return set[Kind]().union(*(fold.kinds for fold in self._folds.values()))
+            return {reason.kind for fold in self._folds.values() for reason in fold.reasons}
 
     def summarise(self) -> dict[str, Operation]:
         with self._lock:
@@ -1450,6 +1401,12 @@ class ServerState(enum.Enum):
     UNKNOWN = "not known"
 
 
+# The states after these answers to `DELETE server` and `DELETE user`. After any other, read the user again:
+# a hub answers 400 or 500 while a server starts or stops.
+AFTER_STOP = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
+AFTER_DELETE = {204: ServerState.GONE, 404: ServerState.GONE}
+
+
 def server_state(model: Json) -> ServerState:
     """What a user model means. One without `servers` comes from a token that may not read servers: not known.
 
@@ -1464,17 +1421,6 @@ def server_state(model: Json) -> ServerState:
         pending = {"spawn": ServerState.STARTING, "stop": ServerState.STOPPING}
         return pending.get(server["pending"], ServerState.UNKNOWN)
     return ServerState.READY if server.get("ready") else ServerState.STOPPED
-
-
-def state_after_stop(status: int) -> ServerState:
-    """What `DELETE server` answered. 400 (starting, on hubs before 5.1) and 500 mean: read the user again."""
-    known = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
-    return known.get(status, ServerState.UNKNOWN)
-
-
-def state_after_delete(status: int) -> ServerState:
-    """What `DELETE user` answered. 400 (stopping) and 500 (starting) mean: read the user again."""
-    return ServerState.GONE if status in (204, 404) else ServerState.UNKNOWN
 
 
 VERSION_HEADER = "X-JupyterHub-Version"  # every answer of a hub and of a server has it
@@ -1494,10 +1440,9 @@ def missing_scopes(granted: Iterable[str], needed: Iterable[str], user: str = ""
 
 def named_server_limit(reply: Reply) -> int | None:
     """How many named servers a user may have (0: none are allowed), if the hub refused a start for that."""
-    if reply.status == 400 and reply.message.startswith("Named servers are not enabled"):
-        return 0
-    match = re.search(r"already has the maximum of (\d+) named servers", reply.message)
-    return int(match[1]) if reply.status == 400 and match else None
+    refusal = r"Named servers are not enabled|.*already has the maximum of (\d+) named servers"
+    match = re.match(refusal, reply.message) if reply.status == 400 else None
+    return int(match[1] or 0) if match else None
 
 
 ROLE_TO_PASTE = """\
@@ -1510,13 +1455,6 @@ VISIT_ROLE_TO_PASTE = """\
 c.JupyterHub.load_roles.append({
     "name": "hub-stress-test-visits", "services": ["hub-stress-test-visits"], "scopes": ["access:servers"],
 })"""
-
-
-def likely_endpoint(endpoint: str, location: str | None) -> str:
-    """The URL that was probably meant: where a redirect to https leads, or with `/hub/api` at its end."""
-    if location and endpoint.startswith("http:") and location.startswith("https:"):
-        endpoint = "https:" + endpoint.removeprefix("http:")
-    return endpoint.removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
 
 # ==== Pure rules: what is said while a server starts ========================================================
@@ -1538,15 +1476,6 @@ class Phases:
     images_pulled: int
 
 
-def mean_phases(starts: Sequence[Phases]) -> Phases | None:
-    """The mean of each phase, and how many waited for a new node or an image; None without starts."""
-    totals = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
-    means = {
-        name: total / len(starts) if name in PHASES else total for name, total in totals.items() if starts
-    }
-    return Phases(**means) if means else None
-
-
 PHASES = {
     "silent_s": "before Kubernetes said anything",
     "node_s": "waiting for a node",
@@ -1557,51 +1486,53 @@ PHASES = {
 }
 
 
-def kube_events(said: Said) -> list[tuple[float, Json]]:
-    """The Kubernetes events among what was said, by the cluster's own clock in seconds, in its order.
+def mean_phases(starts: Sequence[Phases]) -> Phases | None:
+    """The mean of each phase, and how many waited for a new node or an image; None without starts."""
+    totals: Json = {name: sum(getattr(start, name) for start in starts) for name in Phases.__annotations__}
+    return Phases(**totals | {name: totals[name] / len(starts) for name in PHASES}) if starts else None
+
+
+def kube_events(said: Said) -> list[tuple[float, float, Json]]:
+    """Events of Kubernetes in a progress stream, in order: the cluster's time, when it arrived, the event.
 
     KubeSpawner hands them over late, some twice, and out of order; some it loses.
     """
     events = []
-    for _, message in said:
+    for arrived_s, message in said:
         if raw := message.get("raw_event"):
             moment = raw.get("lastTimestamp") or raw.get("eventTime") or raw.get("firstTimestamp")
-            with contextlib.suppress(ValueError, AttributeError):  # one without a time tells no phase
-                events.append((datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp(), raw))
+            with contextlib.suppress(ValueError, AttributeError):  # an event without a time shows no phase
+                cluster_s = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
+                events.append((cluster_s, arrived_s, raw))
     return sorted(events, key=lambda event: event[0])
 
 
 def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
     """Where a start spent the time between these two moments; None without events of Kubernetes.
 
-    The cluster's clock is set by the event that arrived soonest. A phase whose end was not said ends with the
-    last event that was.
+    The event that arrived soonest sets the cluster's clock. A phase without its last event ends with the last
+    event of all.
     """
     events = kube_events(said)
     if not events:
         return None
-    arrived = [(at_s, kube_events([(at_s, message)])) for at_s, message in said]
-    behind_s = min(at_s - event[0][0] for at_s, event in arrived if event)
-    moments = [(min(max(at_s + behind_s, asked_s), ready_s), raw) for at_s, raw in events]
-    pulling, image_s, pulled = dict[str, float](), 0.0, 0
-    begin_s = scheduled_s = moments[0][0]
-    containers_s: float | None = None
-    started_s = moments[-1][0]
-    for at_s, raw in moments:
-        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), raw.get("reason")
-        if reason == "Scheduled":
-            scheduled_s = at_s
-        elif reason in ("Pulling", "Pulled", "Created", "Started"):
-            containers_s = at_s if containers_s is None else containers_s
+    behind_s = min(arrived_s - cluster_s for cluster_s, arrived_s, _ in events)
+    first_s, pulling, image_s, pulled = dict[str, float](), dict[str, float](), 0.0, 0
+    for cluster_s, _, raw in events:
+        at_s = min(max(cluster_s + behind_s, asked_s), ready_s)
+        path, reason = str(raw.get("involvedObject", {}).get("fieldPath")), str(raw.get("reason"))
+        first_s.setdefault(reason, at_s)
         if reason == "Pulling":
             pulling[path] = at_s
         elif reason == "Pulled" and path in pulling:
             image_s, pulled = image_s + at_s - pulling.pop(path), 1
         elif reason == "Started" and path.startswith("spec.containers"):
-            started_s = at_s
             break
-    containers_s = max(scheduled_s, started_s if containers_s is None else containers_s)
-    started_s = max(started_s, containers_s + image_s)
+    begin_s = min(first_s.values())
+    scheduled_s = first_s.get("Scheduled", begin_s)
+    of_containers = [first_s[name] for name in ("Pulling", "Pulled", "Created", "Started") if name in first_s]
+    containers_s = max(scheduled_s, min(of_containers, default=at_s))
+    started_s = max(at_s, containers_s + image_s)
     return Phases(
         silent_s=begin_s - asked_s,
         node_s=scheduled_s - begin_s,
@@ -1609,14 +1540,14 @@ def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
         image_s=image_s,
         container_s=started_s - containers_s - image_s,
         server_s=ready_s - started_s,
-        new_node=int(any(raw.get("reason") == "TriggeredScaleUp" for _, raw in events)),
+        new_node=int("TriggeredScaleUp" in first_s),
         images_pulled=pulled,
     )
 
 
-def longest_wait(said: Said, asked_s: float, ready_s: float) -> str:
+def longest_wait(said: Said, phases: Phases | None, ready_s: float) -> str:
     """What took most of a start: its longest phase, or the message that stood longest; "" if none."""
-    if phases := phases_of(said, asked_s, ready_s):
+    if phases:
         name = max(PHASES, key=lambda name: getattr(phases, name))
         return f"{PHASES[name]}, {duration_text(getattr(phases, name))}"
     ends = [at_s for at_s, _ in said[1:]] + [ready_s]
@@ -1629,13 +1560,11 @@ def last_word(said: Said) -> str:
 
     What follows a failure is the hub's own clean-up; a node that was found ends the warnings about nodes.
     """
-    events = [raw for _, raw in kube_events(said) if raw.get("reason") != "Killing"]
-    scheduled = any(raw.get("reason") == "Scheduled" for raw in events)
-    warnings = [raw for raw in events if raw.get("type") == "Warning"]
-    warnings = [raw for raw in warnings if not (scheduled and raw.get("reason") == "FailedScheduling")]
-    if events:
-        return str((warnings or events)[-1].get("message"))
-    return str(said[-1][1]["message"]) if said else ""
+    events = [raw for _, _, raw in kube_events(said) if raw.get("reason") != "Killing"]
+    over = {"FailedScheduling"} if any(raw.get("reason") == "Scheduled" for raw in events) else ()
+    warnings = [raw for raw in events if raw.get("type") == "Warning" and raw.get("reason") not in over]
+    last = (warnings or events or [message for _, message in said] or [{"message": ""}])[-1]
+    return str(last.get("message"))
 
 
 API_ERROR = re.compile(r"\((\d{3})\)\s*Reason: .*HTTP response body: (\{.*\})", re.DOTALL)
@@ -1649,9 +1578,9 @@ PASSING = (  # what differs from server to server
 
 
 def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
-    """Why a start failed after so long: what the hub says of it, and what it was waiting for.
+    """Why a start failed after this time: the hub's reason, and what the start was waiting for.
 
-    The hub's own time-out comes without words, that of KubeSpawner with some: they are one.
+    The hub's own time-out comes without words, that of KubeSpawner with some: both read the same here.
     """
     text = message.removeprefix("Spawn failed:").strip()
     if error := API_ERROR.search(text):
@@ -1670,8 +1599,8 @@ def spawn_failure(message: str, said: Said, lasted_s: float) -> str:
 def without_name(text: str, user: str) -> str:
     """A reason without the user's or their pod's name, and all else that differs from server to server."""
     plain = text.replace(user, "<user>").replace(user.replace("-", "-2d"), "<user>")
-    for pattern, instead in PASSING:
-        plain = re.sub(pattern, instead, plain)
+    for pattern, replacement in PASSING:
+        plain = re.sub(pattern, replacement, plain)
     return plain
 
 
@@ -1679,7 +1608,7 @@ def without_name(text: str, user: str) -> str:
 
 RETRIED = frozenset({429, 503, 504})
 BROKEN = (requests.ConnectionError, requests.Timeout, ChunkedEncodingError, ContentDecodingError)
-# After these the hub has not acted.
+# After these errors the hub has not acted.
 NEVER_SENT = (NewConnectionError, ConnectTimeoutError, ssl.SSLCertVerificationError)
 TIMED_OUT = "no answer in time"
 NO_SUCH_HOST = "host name not found"
@@ -1696,42 +1625,36 @@ WHY: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ..
 
 @dataclasses.dataclass
 class Call:
-    """How one request is to be sent, and what happened to it on the way."""
+    """How to send one request, and what happened to it on the way."""
 
-    observer: bool = False  # made only to watch
-    seen: frozenset[int] = frozenset()  # statuses that the caller wants to see itself: not retried
-    retry_until_s: float | None = None  # no retry after this moment; None: within the session's window
+    observer: bool = False  # sent only to watch
+    handled: frozenset[int] = frozenset()  # statuses that the caller handles: not retried
+    until_s: float | None = None  # to be answered by then; None: retries within the session's window
+    once: bool = False  # no retries
     tries: int = 0
     backoff_s: float = 0.0
-    lost: bool = False  # an answer was lost: the hub may have acted on the request
+    lost: bool = False  # an answer was lost: the hub may have acted without our knowing
 
 
 def once(observer: bool = False, again: bool = False) -> Call:
     """A call without retries; `again` when it is itself a retry."""
-    return Call(observer, retry_until_s=0.0, tries=int(again))
+    return Call(observer, once=True, tries=int(again))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """The final answer to a request, or why there was none."""
 
-    status: int  # 0 when no answer came, or none of the hub's
+    status: int  # 0 when no answer came, or only one from something in front of the hub
     sent_s: float
     answered_s: float
     data: Any = None  # the body, where it is JSON
     message: str = ""  # why no answer came, or the hub's own message
-    lost: bool = False  # an answer to this request was lost: the hub may have acted on it without our knowing
-    tries: int = 1
-    backoff_s: float = 0.0
+    call: Call = dataclasses.field(default_factory=Call)
     retry_after_s: float | None = None
     location: str | None = None  # where a redirect, which is not followed, points
     front: int = 0  # the status that something in front of the hub answered with
     version: str = ""  # of the JupyterHub that answered, be it the hub or a server; "" of anything else
-
-    @property
-    def hub_status(self) -> int:
-        """The status, but 0 for a 404 without JSON: a proxy says so when the hub is away."""
-        return 0 if self.status == 404 and not isinstance(self.data, dict) else self.status
 
     @property
     def seen_status(self) -> int:
@@ -1739,16 +1662,18 @@ class Reply:
         return self.status or self.front
 
     def __str__(self) -> str:
-        if not self.status:
-            return self.message
-        return f"{self.status} ({with_few_names(self.message)})" if self.message else str(self.status)
+        if not self.status or not self.message:
+            return self.message or str(self.status)
+        name = rf"{USERNAME_PREFIX}-[a-z0-9-]*[0-9]"  # the hub may list hundreds of them
+        names = re.compile(rf"{name}(?:, {name})+")
+        return f"{self.status} ({names.sub(lambda match: names_text(match[0].split(', ')), self.message)})"
 
     def event(self, step: str, user: str = "", ok: Collection[int] = (200, 201, 202, 204)) -> Event:
-        """What is recorded of a request; `ok` are the statuses with which it succeeded."""
+        """The event of a request, which succeeded if its status is among `ok`."""
         kind = Kind.REFUSED if self.status else Kind.IN_FRONT if self.front else Kind.NO_ANSWER
         failure = None if self.status in ok else Reason(kind, str(self.status or self.message))
         times = (self.sent_s, self.sent_s, self.answered_s)
-        return Event(step, user, *times, failure, self.tries, self.backoff_s)
+        return Event(step, user, *times, failure, self.call.tries, self.call.backoff_s)
 
 
 class HubSession(requests.Session):
@@ -1765,11 +1690,10 @@ class HubSession(requests.Session):
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.clock = time.monotonic
         self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
-        self.answered_s = self.clock()
-        self.marked: bool | None = None  # whether the hub's answers have `VERSION_HEADER`; None: unknown
+        self.answered_s, self._silence_reported = self.clock(), False
+        self.marked = False  # whether the hub's answers have `VERSION_HEADER`
         self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
         self._token_checked_s, self._token_refused = -math.inf, False
-        self._silent = False  # whether a warning said that the hub does not answer
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
@@ -1779,12 +1703,7 @@ class HubSession(requests.Session):
             self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
 
     def clone(
-        self,
-        *,
-        token: str | None = None,
-        wire: BaseAdapter | None = None,
-        traffic: Traffic | None = None,
-        own_stop: bool = False,
+        self, *, token: str | None = None, wire: BaseAdapter | None = None, own_stop: bool = False
     ) -> HubSession:
         """A session on the same hub with the same settings, headers, counts and stop, but for what is given.
 
@@ -1793,9 +1712,8 @@ class HubSession(requests.Session):
         """
         other = HubSession(token or self.token, self._wire or wire, self._pool_maxsize)
         other.headers.update(self.headers, Authorization=Secret(f"token {other.token}"))
-        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked"):
+        for setting in ("verify", "cert", "proxies", "hooks", "trust_env", "marked", "traffic"):
             setattr(other, setting, getattr(self, setting))
-        other.traffic = traffic or self.traffic
         if own_stop:
             other.retry_window_s, other.gone_after_s = 0.0, 20.0
         else:
@@ -1814,8 +1732,7 @@ class HubSession(requests.Session):
         second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
         """
         call = call or Call()
-        until_s = call.retry_until_s
-        until_s = self.clock() + self.retry_window_s if until_s is None else until_s
+        until_s = self.clock() + self.retry_window_s if call.until_s is None else call.until_s
         self._of_thread.sent = request, call
         settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
         if self.stopping.is_set():
@@ -1832,13 +1749,13 @@ class HubSession(requests.Session):
                 continue
             hubs = self.is_hubs(response)
             self.traffic.answered(response.status_code, in_front=not hubs)
+            call.lost |= not hubs
             if hubs:
                 self.answered_s = self.clock()
-            if hubs and self._silent:
-                self._silent = False
-                LOG.warning("The hub answers again")
-            call.lost |= not hubs
-            retried = response.status_code in (RETRIED - call.seen if hubs else RETRIED)
+                if self._silence_reported:
+                    LOG.warning("The hub answers again")
+                self._silence_reported = False
+            retried = response.status_code in (RETRIED - call.handled if hubs else RETRIED)
             if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
                 return response
             response.close()
@@ -1846,7 +1763,7 @@ class HubSession(requests.Session):
     def _back_off(self, call: Call, until_s: float, asked_s: float | None = None) -> bool:
         """Wait for the next try, as long as the hub asks or for 0, 1, 2, 4, 8 s; False if there is none."""
         began_s = self.clock()
-        if call.tries > RETRIES or began_s >= until_s:
+        if call.once or call.tries > RETRIES or began_s >= until_s:
             return False
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
         going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
@@ -1861,9 +1778,11 @@ class HubSession(requests.Session):
         return call if call and sent is request else Call(tries=1)
 
     def exchange(
-        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0, **parts: Any
+        self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0.0, **parts: Any
     ) -> requests.Response:
         """The response to one call; `parts` are those of a `requests.Request`. Raises as `send` does."""
+        if call.until_s is not None:
+            timeout = max(0.05, min(timeout or DEFAULT_TIMEOUT, call.until_s - self.clock()))
         request = self.prepare_request(requests.Request(method, url, **parts))
         settings = self.merge_environment_settings(request.url, {}, stream, None, None)
         return self.send(request, call=call, timeout=timeout, **settings)
@@ -1874,19 +1793,15 @@ class HubSession(requests.Session):
         try:
             response = self.exchange(method, url, call, **parts)
             content = _content_of(response, self.is_hubs(response))
-        except Stopped as stop:
-            content = {"status": 0, "message": str(stop)}
-        except OSError as error:
-            content = {"status": 0, "message": why(error)}
-        outcome: Json = {"lost": call.lost, "tries": call.tries, "backoff_s": call.backoff_s}
-        return Reply(sent_s=sent_s, answered_s=self.clock(), **content, **outcome)
+        except (Stopped, OSError) as error:
+            content = {"status": 0, "message": str(error) if isinstance(error, Stopped) else why(error)}
+        return Reply(sent_s=sent_s, answered_s=self.clock(), call=call, **content)
 
     def events(self, url: str, until_s: float) -> Iterator[Json]:
         """Events of a progress stream as they arrive, until it ends, breaks or is cut at `until_s`."""
-        call = Call(observer=True, retry_until_s=until_s)
-        timeout_s = max(0.05, min(STREAM_TIMEOUT_S, until_s - self.clock()))
+        call = Call(observer=True, until_s=until_s)
         try:
-            with self.exchange("GET", url, call, stream=True, timeout=timeout_s) as response:
+            with self.exchange("GET", url, call, stream=True, timeout=STREAM_TIMEOUT_S) as response:
                 if response.status_code != 200 or not self.is_hubs(response):
                     return
                 self._streams[response] = until_s
@@ -1901,7 +1816,7 @@ class HubSession(requests.Session):
             LOG.debug("Progress stream of %s broke: %s", url, why(error))
 
     def cut_streams(self) -> None:
-        """End the streams whose time has come, or all when stopping; whoever reads them goes on at once."""
+        """End the streams whose time has come, or all when stopping; their readers go on at once."""
         for response, until_s in list(self._streams.items()):
             if self.stopping.is_set() or self.clock() >= until_s:
                 raw: Any = response.raw
@@ -1914,12 +1829,15 @@ class HubSession(requests.Session):
     def is_hubs(self, response: requests.Response) -> bool:
         """Whether the hub, or one of its servers, gave this answer, and not something in front of it.
 
-        Where something strips the header that tells, only 502, 503 and 504 count as a proxy's own answers.
+        Where something strips the header that tells, only 502, 503, 504 and a 404 without JSON count as a
+        proxy's own answers.
         """
         if VERSION_HEADER in response.headers:
-            self.marked = True if self.marked is None else self.marked
+            self.marked = True
             return True
-        return self.of_servers or (not self.marked and response.status_code not in (502, 503, 504))
+        is_json = "json" in response.headers.get("Content-Type", "")
+        of_proxy = response.status_code in (502, 503, 504) or (response.status_code == 404 and not is_json)
+        return self.of_servers or not (self.marked or of_proxy)
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
@@ -1929,10 +1847,10 @@ class HubSession(requests.Session):
         return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
-        """Say it, once, when the hub has not answered for some seconds."""
+        """Warn, once, when the hub has not answered for some seconds."""
         silent_s = self.clock() - self.answered_s
-        if silent_s > SILENT_S and not self._silent:
-            self._silent = True
+        if silent_s > SILENT_S and not self._silence_reported:
+            self._silence_reported = True
             since = datetime.now().astimezone() - timedelta(seconds=silent_s)
             LOG.warning("The hub has not answered since %s (%s)", since.strftime("%H:%M:%S"), reason)
 
@@ -1956,8 +1874,8 @@ class HubSession(requests.Session):
         proxy = requests.utils.select_proxy(url, proxies)
         if not proxy:
             return ""
-        kinds = (urllib.parse.urlsplit(url).scheme, "all")
-        variables = [name for kind in kinds for name in (f"{kind}_proxy", f"{kind}_proxy".upper())]
+        names = (f"{urllib.parse.urlsplit(url).scheme}_proxy", "all_proxy")
+        variables = (name for lower in names for name in (lower, lower.upper()))
         variable = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
         return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{variable}"
 
@@ -1976,19 +1894,18 @@ def in_front(response: requests.Response) -> str:
 
 def _content_of(response: requests.Response, hubs: bool) -> Json:
     """The fields of a `Reply` in an answer of the hub's, or (else) of something in front of it."""
-    status, location = response.status_code, response.headers.get("Location")
+    status, headers = response.status_code, response.headers
+    content: Json = {"status": status, "location": headers.get("Location")}
     if not hubs:
-        return {"status": 0, "message": in_front(response), "location": location, "front": status}
-    data, message = None, ""
+        return content | {"status": 0, "message": in_front(response), "front": status}
+    content |= {"version": headers.get(VERSION_HEADER, ""), "retry_after_s": _retry_after_s(response)}
     try:
         data = response.json() if response.content else None
-        message = (data.get("message") or "") if isinstance(data, dict) else ""
     except ValueError:
-        kind = response.headers.get("Content-Type", "").partition(";")[0]
-        message = f"not JSON but {kind}" if kind else "not JSON"
-    version, retry_after_s = response.headers.get(VERSION_HEADER, ""), _retry_after_s(response)
-    body: Json = {"data": data, "message": message, "version": version}
-    return body | {"status": status, "location": location, "retry_after_s": retry_after_s}
+        kind = headers.get("Content-Type", "").partition(";")[0]
+        return content | {"message": f"not JSON but {kind}" if kind else "not JSON"}
+    message = data.get("message") if isinstance(data, dict) else ""
+    return content | {"data": data, "message": message or ""}
 
 
 def _retry_after_s(response: requests.Response) -> float | None:
@@ -2052,6 +1969,7 @@ class SimulatedHub(HTTPAdapter):
         status, data = self._answer(request.method or "", path.split("/"), json.loads(request.body or "null"))
         response = requests.Response()
         response.status_code, response.url, response.request = status, request.url or "", request
+        response.headers["Content-Type"] = "application/json"
         response.raw = io.BytesIO(b"" if data is None else json.dumps(data).encode())
         return response
 
@@ -2083,7 +2001,7 @@ def user_url(endpoint: str, name: str, *rest: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A hub's API: a method for each call, with the answers to expect."""
+    """A hub's API: a method for each request, with the answers to expect."""
 
     endpoint: str
     session: HubSession
@@ -2091,32 +2009,14 @@ class Hub:
     owner: str = ""  # whose named servers take the place of users; "": nobody's
     reading: ClassVar[dict[str, int]] = {}  # parameters of reading a user
 
-    def owner_of(self, name: str) -> str:
-        """The user whose server it is."""
-        return self.owner or name
-
-    def server_url(self, name: str, *rest: str) -> str:
-        """The URL of a server, or of what follows below it."""
-        place = (self.owner, "servers", name) if self.owner else (name, "server")
-        return user_url(self.endpoint, *place, *rest)
-
-    @property
-    def needs_users_tokens(self) -> bool:
-        """Whether servers let in nobody but their users."""
-        return self.version.startswith("1.") and not self.owner
-
     def page_of_users(self, offset: int) -> Reply:
         """`GET /users`: a page on hubs from 2.0 (`items`, `_pagination`), a plain list of all users on 1.x.
 
         Hubs from 2.3 filter by name.
         """
-        return self.session.ask(
-            "GET",
-            f"{self.endpoint}/users",
-            params={"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"},
-            headers={"Accept": "application/jupyterhub-pagination+json"},
-            timeout=2 * DEFAULT_TIMEOUT,
-        )
+        params = {"offset": offset, "limit": PAGE, "name_filter": f"{USERNAME_PREFIX}-"}
+        parts: Json = {"params": params, "headers": {"Accept": "application/jupyterhub-pagination+json"}}
+        return self.session.ask("GET", f"{self.endpoint}/users", timeout=2 * DEFAULT_TIMEOUT, **parts)
 
     def create(self, names: Sequence[str]) -> Reply:
         """`POST /users`: 201 with the new ones; 409 when all exist; 500 when some may have been made."""
@@ -2125,34 +2025,38 @@ class Hub:
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
         """`GET /users/{name}`, tried until `until_s`: 200 with the model, 404 when gone; see `state_in`."""
-        timeout_s = DEFAULT_TIMEOUT if until_s is None else min(DEFAULT_TIMEOUT, self._left_s(until_s))
-        call, url = Call(observer, retry_until_s=until_s), user_url(self.endpoint, name)
-        return self.session.ask("GET", url, call=call, timeout=timeout_s, params=self.reading)
+        call, url = Call(observer, until_s=until_s), user_url(self.endpoint, name)
+        return self.session.ask("GET", url, call=call, params=self.reading)
 
     def state(self, name: str, observer: bool = False, until_s: float | None = None) -> ServerState:
         """What the hub says of a user and their server."""
         return state_in(self.read(name, observer, until_s))
 
-    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{name}/server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
-        options = {"profile": profile} if isinstance(profile, str) else profile or None
-        call = Call(seen=frozenset({429}), retry_until_s=until_s)
-        timeout_s = self._left_s(until_s)
-        return self.session.ask("POST", self.server_url(name), call=call, json=options, timeout=timeout_s)
+    def server_url(self, name: str, *rest: str) -> str:
+        """The URL of a server, or of what follows below it."""
+        place = (self.owner, "servers", name) if self.owner else (name, "server")
+        return user_url(self.endpoint, *place, *rest)
 
-    def _left_s(self, until_s: float) -> float:
-        return max(0.05, until_s - self.session.clock())
+    def ask_server(self, method: str, name: str, **parts: Any) -> Reply:
+        """The answer to a request about a server; `parts` are those of `HubSession.ask`."""
+        return self.session.ask(method, self.server_url(name), **parts)
+
+    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
+        """`POST server`: 201 ready, 202 starting, 429 throttled, 400 running, 500 failed."""
+        options = {"profile": profile} if isinstance(profile, str) else profile or None
+        call = Call(handled=frozenset({429}), until_s=until_s)
+        return self.ask_server("POST", name, call=call, json=options, timeout=math.inf)
 
     def progress(self, name: str, until_s: float) -> Iterator[Json]:
-        """`GET /users/{name}/server/progress`: events, of which the last is `ready` or `failed`."""
+        """`GET server/progress`: events, of which the last is `ready` or `failed`."""
         return self.session.events(self.server_url(name, "progress"), until_s)
 
     def stop(self, name: str) -> Reply:
-        """`DELETE /users/{name}/server`: 204 stopped, 202 stopping, 404 no user; see `state_after_stop`."""
-        return self.session.ask("DELETE", self.server_url(name))
+        """`DELETE server`: see `AFTER_STOP`."""
+        return self.ask_server("DELETE", name)
 
     def delete(self, name: str) -> Reply:
-        """`DELETE /users/{name}`: 204, or 404 when gone; see `state_after_delete`."""
+        """`DELETE /users/{name}`: see `AFTER_DELETE`."""
         return self.session.ask("DELETE", user_url(self.endpoint, name))
 
     def make_token(self, name: str) -> Reply:
@@ -2174,7 +2078,7 @@ class OwnServers(Hub):
     """The hub of somebody without admin rights: each of their named servers looks like a user with a server.
 
     A start makes a named server, even one that is throttled or fails; it exists until it is removed.
-    Hubs before 3.0 do not list it while it is stopped: `there` are those requested and not seen removed.
+    Hubs before 3.0 do not list it while it is stopped: `there` are those not known to be gone.
     """
 
     there: set[str] = dataclasses.field(default_factory=set)
@@ -2182,57 +2086,48 @@ class OwnServers(Hub):
 
     def page_of_users(self, offset: int) -> Reply:
         """All named servers in `GET /users/{owner}`."""
-        reply, servers = self._read_owner()
+        reply = super().read(self.owner)
+        servers = self._servers_in(reply)
         return dataclasses.replace(reply, data=None if servers is None else list(servers.values()))
 
     def read(self, name: str, observer: bool = False, until_s: float | None = None) -> Reply:
         """A named server in `GET /users/{owner}`; 404 when it is not there, but not when its owner is not."""
-        reply, servers = self._read_owner(observer, until_s)
+        reply = super().read(self.owner, observer, until_s)
+        servers = self._servers_in(reply)
         if servers is not None and name not in servers:
             return dataclasses.replace(reply, status=404, data={})
         return dataclasses.replace(reply, data=servers and servers[name])
 
-    def _read_owner(
-        self, observer: bool = False, until_s: float | None = None
-    ) -> tuple[Reply, dict[str, Json] | None]:
-        """`GET /users/{owner}`, and a user model for each named server in it; None if it lists no servers."""
-        reply = super().read(self.owner, observer, until_s)
+    def _servers_in(self, reply: Reply) -> dict[str, Json] | None:
+        """A user model for each named server in the owner's model; None if that lists no servers."""
         if reply.status != 200 or not isinstance(reply.data, dict) or "servers" not in reply.data:
-            return reply, None
+            return None
         servers: dict[str, Json] = {name: {} for name in self.there.copy()}
         for name, server in (reply.data["servers"] or {}).items():
             if name:  # hubs before 3.0 do not say `stopped`
                 stopped = not server.get("ready") and not server.get("pending")
                 servers[name] = {"": server | {"stopped": stopped}}
-        return reply, {name: {"name": name, "admin": False, "servers": one} for name, one in servers.items()}
+        return {name: {"name": name, "admin": False, "servers": own} for name, own in servers.items()}
 
-    def start(self, name: str, profile: str | Json | None, until_s: float) -> Reply:
-        """`POST /users/{owner}/servers/{name}`: as for a user; 400 also if no more are allowed."""
+    def ask_server(self, method: str, name: str, **parts: Any) -> Reply:
+        """The answer about `/users/{owner}/servers/{name}`: as for a user; 404 when it is gone."""
         self.there.add(name)
-        reply = super().start(name, profile, until_s)
-        if named_server_limit(reply) is not None:
-            self.there.discard(name)
-        return reply
-
-    def stop(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}`: as for a user, 404 when it is gone."""
-        self.there.add(name)
-        reply = super().stop(name)
-        if reply.hub_status == 404:
+        reply = super().ask_server(method, name, **parts)
+        if reply.status == 404:
             self.there.discard(name)
         return reply
 
     def delete(self, name: str) -> Reply:
-        """`DELETE /users/{owner}/servers/{name}` for good: 204, 404 when gone; 202 if it has yet to stop."""
-        reply = self.session.ask("DELETE", self.server_url(name), json={"remove": True})
-        if state_after_delete(reply.hub_status) is ServerState.GONE:
+        """`DELETE` the named server for good: 204, 404 when gone; 202 if it has yet to stop."""
+        reply = self.ask_server("DELETE", name, json={"remove": True})
+        if reply.status == 204:
             self.there.discard(name)
         return reply
 
 
 def state_in(reply: Reply) -> ServerState:
     """What the answer to `Hub.read` says; anything but a model or the hub's own 404 is not known."""
-    if reply.hub_status == 404:
+    if reply.status == 404:
         return ServerState.GONE
     if reply.status != 200 or not isinstance(reply.data, dict):
         return ServerState.UNKNOWN
@@ -2247,40 +2142,35 @@ def public_url(hub: Hub, plan: Plan) -> str:
 # ==== Progress, and many things at the same time ============================================================
 
 
-class Progress:
-    """Shows a line on standard error: on a terminal in place, elsewhere every ten seconds.
+@contextlib.contextmanager
+def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """What to call often within the `with` block: it shows the line on standard error when it is time.
 
-    It is silent unless the log shows at least INFO.
+    On a terminal that is twice a second, in place; elsewhere every ten seconds; below INFO never.
     """
-
-    def __init__(self, line: Callable[[], str]) -> None:
-        self._line, self._every_s, self._next_s = line, STATUS_EVERY_S, time.monotonic() + STATUS_EVERY_S
-        self._show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
-        self._width: int | None = None
-        self._closing = contextlib.ExitStack()
-
-    def __enter__(self) -> Progress:
-        if LOG.isEnabledFor(logging.INFO) and sys.stderr.isatty():
-            self._every_s, self._next_s = STATUS_IN_PLACE_EVERY_S, 0.0
-            self._width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    shown, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
+    every_s, width = (STATUS_IN_PLACE_EVERY_S if in_place else STATUS_EVERY_S), None
+    next_s = time.monotonic() + (0.0 if in_place else every_s)
+    show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as closing:
+        if shown and in_place:
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             if tqdm := optional("tqdm"):
-                enter = self._closing.enter_context
-                enter(importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm())
-                bar = enter(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
-                self._show = bar.set_description_str
-            else:  # what is logged meanwhile overwrites the line, since the cursor is at its beginning
-                self._show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
-                self._closing.callback(self._show, "")
-        return self
+                redirect = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm
+                closing.enter_context(redirect())
+                bar = closing.enter_context(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
+                show = bar.set_description_str
+            else:  # a log line overwrites this one, since the cursor is at its beginning
+                show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
+                closing.callback(show, "")
 
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        def tell() -> None:
+            nonlocal next_s
+            if shown and time.monotonic() >= next_s:
+                next_s = time.monotonic() + every_s
+                show(line()[:width])
 
-    def tell(self) -> None:
-        """Show the line, if it is time."""
-        if LOG.isEnabledFor(logging.INFO) and time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + self._every_s
-            self._show(self._line()[: self._width])
+        yield tell
 
 
 def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
@@ -2356,40 +2246,39 @@ class Team:
 class Regularly:
     """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
-    At most so many are under way at the same time; beyond that they are skipped, and `skip` is called.
+    `at_most` are under way at the same time; what is due beyond that calls `skip` instead.
     """
 
     def __init__(
         self,
-        what: str,
+        name: str,
         period_s: float,
         act: Callable[[float], object],
         at_most: int = 1,
         skip: Callable[[], None] = lambda: None,
     ) -> None:
-        self._what, self._period_s, self._act, self._at_most, self._skip = what, period_s, act, at_most, skip
-        self._places = threading.Semaphore(at_most)
-        self._done = threading.Event()
+        self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
+        self._places, self._ended = threading.Semaphore(at_most), threading.Event()
 
     def __enter__(self) -> None:
-        start_thread(self._what, self._run)
+        start_thread(self._name, self._run)
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        until_s = time.monotonic() + 1.0  # those that a silent hub holds up longer are left to themselves
+        self._ended.set()
+        until_s = time.monotonic() + 1.0  # a silent hub may hold some up for longer
         for _place in range(self._at_most):
             self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
         began_s = time.monotonic()
         for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
-            if self._done.wait(max(0.0, due_s - time.monotonic())):
+            if self._ended.wait(max(0.0, due_s - time.monotonic())):
                 return
             if not self._places.acquire(blocking=False):
                 self._skip()
                 continue
             try:
-                start_thread(self._what, self._do, due_s)
+                start_thread(self._name, self._do, due_s)
             except CutShort:
                 self._places.release()
                 self._skip()
@@ -2467,7 +2356,8 @@ class Monitor(Regularly):
         self._url, self._is_hub = url, is_hub
         self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
         # a session of its own, so that it sees the hub also after the load was stopped
-        self._session = session.clone(own_stop=True, traffic=None if is_hub else Traffic())
+        self._session = session.clone(own_stop=True)
+        self._session.traffic = session.traffic if is_hub else Traffic()
         self._looking = threading.Lock()
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
@@ -2670,36 +2560,27 @@ def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Afterma
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user with our prefix in the name, and (from hubs that do not filter) others; else `HubRefused`.
+    """Every user with our prefix in the name, and (from hubs that do not filter) others.
 
-    `next.offset` leads to the next page, since `next.url` may be wrong behind a proxy. A page may be short.
+    Raises `HubRefused` or `Stopped`. `next.offset` leads to the next page, since `next.url` may be wrong
+    behind a proxy. A page may be short.
     """
     offset: int | None = 0
     while offset is not None:
         reply = hub.page_of_users(offset)
-        _end_if_stopped(hub, reply)
+        if not reply.status and hub.session.stopping.is_set():
+            raise Stopped
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused(f"list its {things(isinstance(hub, OwnServers))}", reply, hub.denial(reply))
+            raise HubRefused(f"list its {thing(isinstance(hub, OwnServers))}s", reply, hub.denial(reply))
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
-
-
-def _end_if_stopped(hub: Hub, reply: Reply) -> None:
-    """Raise `Stopped` if the stop ended a request."""
-    if not reply.status and hub.session.stopping.is_set():
-        raise Stopped
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
     """Of these users, those that this tool's naming made (of one run, if named), but admins."""
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
-
-
-def find_users(hub: Hub, record: Recorder, run: str | None) -> list[Json]:
-    """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return test_users(list_users(hub, record), run)
 
 
 class Claims:
@@ -2736,50 +2617,54 @@ def make_users(
 ) -> Iterator[list[str]]:
     """The names of exactly `count` new users, in batches of at most `batch_size`, numbered after those taken.
 
-    Names that turn out to be taken are skipped. Raises `HubRefused` or `Stopped`; `claims` has those made.
+    Names that turn out to be taken are skipped. Raises `CutShort` or `Stopped`; `claims` has those made.
     """
     names = (username(index, run) for index in itertools.count(first_free_index(taken, run)))
     made = 0
-    with Progress(lambda: f"creating users: {made:,} of {count:,}") as progress:
+    with progress(lambda: f"creating users: {made:,} of {count:,}") as tell:
         while made < count:
             wanted = list(itertools.islice(names, min(batch_size, count - made)))
             if batch := make_batch(wanted, hub, record, claims):
                 made += len(batch)
                 yield batch
-            progress.tell()
+            tell()
 
 
 def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) -> list[str]:
-    """Those of the wanted users that this call made. Raises `CutShort`, or `Stopped`; see Claims.
+    """Create users, and return those of the wanted that this call made. Raises `CutShort` or `Stopped`.
 
-    A 201 lists users that this call made, whatever they are called. After anything but that or a 409 (a lost
-    answer, but also 400 or 500) part of the batch may have been made: the hub's users are listed.
+    A 201 lists the users that it made, under whatever names the authenticator gave them. None was made by a
+    409, by a request that was never sent, nor with a token that the hub refuses. After any other answer, and
+    after a lost one, some of them may have been made: then the hub's list of users decides.
     """
-    if isinstance(hub, OwnServers):  # which are made by their start, and claimed by `come`
+    if isinstance(hub, OwnServers):  # a start makes and claims them
         return wanted
     claims.ask(wanted)
     reply = hub.create(wanted)
-    _end_if_stopped(hub, reply)
+    if not reply.status and hub.session.stopping.is_set():
+        raise Stopped
     record.add(reply.event("create_users", ok=(201, 409)))
-    models = reply.data if reply.status == 201 and isinstance(reply.data, list) else []
-    renamed = [user["name"] for user in models if user["name"] not in wanted and not user.get("admin")]
+    lost, session = reply.call.lost, hub.session
+    created = reply.data if reply.status == 201 and isinstance(reply.data, list) else []
+    renamed = [user["name"] for user in created if user["name"] not in wanted and not user.get("admin")]
     claims.settle([], renamed)
-    no_token = reply.status in (401, 403) and hub.session.token_is_refused(hub.endpoint)
-    not_done = not reply.lost and (not reply.status or no_token)  # never sent, or not let in
-    unsure = reply.lost or not (models or reply.status == 409 or not_done)
-    users = list_users(hub, record) if unsure else models
-    listed = {user["name"] for user in users if not user.get("admin")}
-    made = [name for name in wanted if name in listed]
+
+    token_refused = reply.status in (401, 403) and session.token_is_refused(hub.endpoint)
+    not_done = not lost and (not reply.status or token_refused)
+    unsure = lost or not (created or reply.status == 409 or not_done)
+    users = list_users(hub, record) if unsure else created
+    existing = {user["name"] for user in users if not user.get("admin")}
+    made = [name for name in wanted if name in existing]
     claims.rivals |= not (unsure or not_done or renamed or len(made) == len(wanted))
-    claims.settle(made if reply.lost else wanted, made)
+    claims.settle(made if lost else wanted, made)
     claims.in_vain = 0 if made else claims.in_vain + 1
+
     if renamed:
         asked = next((name for name in wanted if name not in made), wanted[0])
         rewrites = "its authenticator rewrites names; test with --own-servers"
         raise CutShort(f"the hub calls {asked} {renamed[0]}: {rewrites}")
-    known = listed if claims.known is None else claims.known
-    strange = {name for name in listed - known if USERNAME_PREFIX in name and not is_test_user(name)}
-    if unsure and strange:
+    new = existing - claims.known if unsure and claims.known is not None else set[str]()
+    if strange := {name for name in new if USERNAME_PREFIX in name and not is_test_user(name)}:
         since = f"Since then it has {names_text(strange)}, which may be this run's"
         raise CutShort(f"the hub was asked for users: {reply}. {since}")
     if not made and reply.status not in (201, 409):
@@ -2803,10 +2688,8 @@ def trusted(session: requests.Session, url: str) -> bool | str:
 def tls_context(verify: bool | str) -> ssl.SSLContext:
     """What requests would use: the authorities of a file or folder, its own, or (False) none."""
     path = verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
-    is_folder = os.path.isdir(path)
-    context = ssl.create_default_context(
-        cafile=None if is_folder else path, capath=path if is_folder else None
-    )
+    authorities: Json = {"capath" if os.path.isdir(path) else "cafile": path}
+    context = ssl.create_default_context(**authorities)
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2829,20 +2712,17 @@ class BrowserWire(HTTPAdapter):
         return super().send(request, *args, **(kwargs | {"verify": self._verify is not False}))
 
     def cert_verify(self, conn: Any, url: str, verify: bool | str, cert: Any) -> None:
-        """The context has them already."""
-        conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = (
-            ("CERT_REQUIRED" if verify else "CERT_NONE"),
-            None,
-            None,
-        )
+        """The context already has the certificates."""
+        conn.cert_reqs = "CERT_REQUIRED" if verify else "CERT_NONE"
+        conn.ca_certs = conn.ca_cert_dir = None
 
 
 class Failed(Exception):
     """A step of a person has failed; `final` when trying again is no use."""
 
-    def __init__(self, reason: Reason, final: bool = False) -> None:
-        super().__init__(reason.text)
-        self.reason, self.final = reason, final
+    def __init__(self, kind: Kind, text: str, final: bool = False, open_s: float | None = None) -> None:
+        super().__init__(text)
+        self.reason, self.final = Reason(kind, text, open_s), final
 
 
 class PublicSide:
@@ -2851,7 +2731,7 @@ class PublicSide:
     def __init__(self, hub: Hub, plan: Plan) -> None:
         self.url = public_url(hub, plan)
         self.traffic, self.kernels = Traffic(), set[Kernel]()
-        self.reached = False  # whether any visit has come through
+        self.reached = False  # whether any visit has succeeded
         self.browser_tried = threading.Lock()  # held once somebody has tried what a browser sends
         self.warnings: list[str] = []
         self._hub, self._token = hub, plan.visit_token
@@ -2859,74 +2739,66 @@ class PublicSide:
     def browser(self, name: str) -> HubSession:
         """A session with this person's own connections. On 1.x its token is the user's. Raises `Failed`."""
         token: str | None = self._token
-        if self._hub.needs_users_tokens:
+        if self._hub.version.startswith("1.") and not self._hub.owner:
             made = self._hub.make_token(name)
-            if made.status not in (200, 201) or not isinstance(made.data, dict):  # and nobody else's will do
-                text = f"the hub made no token for the user ({made.status or made.message})"
-                raise Failed(Reason(Kind.REFUSED, text))
+            if made.status not in (200, 201) or not isinstance(made.data, dict):
+                answer = made.status or made.message
+                raise Failed(Kind.REFUSED, f"the hub made no token for the user ({answer})")
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
-        browser = self._hub.session.clone(token=token, wire=wire, traffic=self.traffic)
-        browser.of_servers = True
+        browser = self._hub.session.clone(token=token, wire=wire)
+        browser.traffic, browser.of_servers = self.traffic, True
         return browser
 
     def server_in(self, reply: Reply) -> str:
         """The URL of the server in a user model; the token goes to no other host. Raises `Failed`."""
         if state_in(reply) is not ServerState.READY:
-            raise Failed(Reason(Kind.VANISHED, "the hub no longer says that the server is ready"))
+            raise Failed(Kind.VANISHED, "the hub no longer says that the server is ready")
         path = reply.data["servers"][""].get("url") or reply.data.get("server")
         url = urllib.parse.urljoin(self.url, str(path))
         there, here = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.url)
         same_host = there.hostname == here.hostname or (there.hostname or "").endswith(f".{here.hostname}")
         if not path or not same_host or there.scheme not in (here.scheme, "https"):
             text = "the hub places the server on another host than people come to (see --public-url)"
-            raise Failed(Reason(Kind.ROUTE, text), final=True)
+            raise Failed(Kind.ROUTE, text, final=True)
         return url
 
     def close_kernels(self) -> None:
-        """Break the connections to all kernels, so that whoever waits for one goes on at once."""
+        """Break the connections to all kernels, so that all who wait for one go on at once."""
         for kernel in list(self.kernels):
             kernel.abort()
 
 
-NO_ROUTE = Reason(Kind.ROUTE, "the proxy has no route (302 to the hub)")
-NO_SERVER = Reason(Kind.ROUTE, "something else answers there (200 to anybody, without X-JupyterHub-Version)")
+NO_ROUTE = "the proxy has no route (302 to the hub)"
+NO_SERVER = "something else answers there (200 to anybody, without X-JupyterHub-Version)"
 
 
 def judge_visit(reply: Reply, url: str = "", hub_version: str = "") -> None:
-    """Raises `Failed` if an answer is not the page that was asked for at `url`.
+    """Raises `Failed` if an answer is not the page at `url`.
 
     A server of JupyterHub 1.x lets in nobody but its user, whatever the version of the hub. A proxy that has
-    just begun answers 404 until the hub has given it its routes.
+    just started answers 404 until the hub has given it its routes.
     """
-    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
-    to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
-    kind, final = Kind.ROUTE, False
     if reply.status == 200:
         return
-    if not reply.status:
-        text = f"no page: {reply.message}"
-    elif reply.status in (302, 403) and reply.version.startswith("1.") and not hub_version.startswith("1."):
-        kind, final = Kind.REFUSED, True
-        text = f"the server's image has JupyterHub {reply.version}, the hub {hub_version}: "
-        text += f"such a server lets in its own user only ({reply.status})"
-    elif "/hub/api/oauth2/authorize" in there.path:
-        kind, final, text = Kind.REFUSED, True, "the server does not know the token (302 to log in)"
-    elif "/hub/" in there.path:
-        text = NO_ROUTE.text
-    elif to_http:
-        final, text = True, "a redirect to http: the proxy does not pass X-Forwarded-Proto"
-    elif reply.location:
-        final, text = True, f"the page redirects elsewhere ({reply.status})"
-    elif reply.status == 403:
-        kind, final = Kind.REFUSED, True
-        text = "the server does not let the token in (403: does it have access:servers?)"
-    elif reply.status == 503:
-        text = "nobody listens there (503)"
-    else:
-        final = reply.status == 404 and bool(reply.version)
-        text = f"the server's page was answered {reply.status}"
-    raise Failed(Reason(kind, text), final)
+    status, version, route, refused = reply.status, reply.version, Kind.ROUTE, Kind.REFUSED
+    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(reply.location or "")
+    to_http = (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname)
+    is_old = status in (302, 403) and version.startswith("1.") and not hub_version.startswith("1.")
+    image = f"the server's image has JupyterHub {version}, the hub {hub_version}"
+    unknown, not_let_in = "the server does not know the token", "the server does not let the token in"
+    rules = (
+        (not status, route, False, f"no page: {reply.message}"),
+        (is_old, refused, True, f"{image}: such a server lets in its own user only ({status})"),
+        ("/hub/api/oauth2/authorize" in there.path, refused, True, f"{unknown} (302 to log in)"),
+        ("/hub/" in there.path, route, False, NO_ROUTE),
+        (to_http, route, True, "a redirect to http: the proxy does not pass X-Forwarded-Proto"),
+        (reply.location, route, True, f"the page redirects elsewhere ({status})"),
+        (status == 403, refused, True, f"{not_let_in} (403: does it have access:servers?)"),
+        (status == 503, route, False, "nobody listens there (503)"),
+        (True, route, status == 404 and version != "", f"the server's page was answered {status}"),
+    )
+    raise next(Failed(kind, text, final) for applies, kind, final, text in rules if applies)
 
 
 TEXT, CLOSED = 1, 8  # opcodes of RFC 6455
@@ -2952,10 +2824,8 @@ def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
     if status == 101:
         return socket
     socket.shutdown()
-    passes = ": does the proxy pass upgrades?" if status == 400 else ""
-    raise Failed(
-        Reason(Kind.WEBSOCKET, f"the websocket was refused ({status}{passes})" if status else failure)
-    )
+    hint = ": does the proxy pass upgrades?" if status == 400 else ""
+    raise Failed(Kind.WEBSOCKET, f"the websocket was refused ({status}{hint})" if status else failure)
 
 
 class Kernel:
@@ -2985,7 +2855,7 @@ class Kernel:
             self._socket.settimeout(SEND_TIMEOUT_S)
             self._socket.send(json.dumps(message))
         except Exception:  # of websocket-client, ssl or the socket
-            raise Failed(self._lost()) from None
+            raise self._lost() from None
         awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
         while awaited:
             kind, answer = self._next(until_s)
@@ -2998,10 +2868,10 @@ class Kernel:
                     raised = str(content.get("ename") or content.get("status"))
                     raised += f": {value[:80]}" if (value := str(content.get("evalue") or "")) else ""
         if raised and not code.may_raise:
-            raise Failed(Reason(Kind.CELL, f"cell {number} raised {raised}"))
+            raise Failed(Kind.CELL, f"cell {number} raised {raised}")
 
     def listen(self, until_s: float) -> None:
-        """Keep the connection until then: pings are answered, and the end of the kernel is noticed."""
+        """Keep the connection until then: answer pings, and notice the end of the kernel."""
         while self._next(until_s)[0]:
             pass
 
@@ -3012,12 +2882,12 @@ class Kernel:
                 end()
 
     def abort(self) -> None:
-        """Break the connection, so that whoever waits for the kernel goes on at once."""
+        """Break the connection, so that all who wait for the kernel go on at once."""
         with contextlib.suppress(Exception):  # it may be closed already
             self._socket.abort()
 
     def _next(self, until_s: float) -> tuple[str, Json]:
-        """The next message and its type, which is empty when none has come until then."""
+        """The type of the next message, which is "" if none has come until then, and the message."""
         while (left_s := until_s - self._clock()) > 0:
             try:
                 self._socket.settimeout(left_s)
@@ -3027,20 +2897,20 @@ class Kernel:
                 state = message.get("content", {}).get("execution_state")
             except self._timeouts:
                 continue
-            except Exception:  # of websocket-client, ssl, the socket, or a message that is none
-                raise Failed(self._lost()) from None
+            except Exception:  # of websocket-client, ssl, the socket, or a frame that is no message
+                raise self._lost() from None
             if opcode == CLOSED:
-                raise Failed(self._lost())
+                raise self._lost()
             if kind == "status" and state in ("restarting", "autorestarting", "dead"):
-                raise Failed(Reason(Kind.KERNEL, "the kernel died"))
+                raise Failed(Kind.KERNEL, "the kernel died")
             if kind == "shutdown_reply":
-                raise Failed(Reason(Kind.CELL, "somebody shut the kernel down"))
+                raise Failed(Kind.CELL, "somebody shut the kernel down")
             if kind:
                 return kind, message
         return "", {}
 
-    def _lost(self) -> Reason:
-        return Reason(Kind.WEBSOCKET, "the connection was lost", open_s=self._clock() - self._opened_s)
+    def _lost(self) -> Failed:
+        return Failed(Kind.WEBSOCKET, "the connection was lost", open_s=self._clock() - self._opened_s)
 
 
 # ==== Steps of a person, each a function ====================================================================
@@ -3058,33 +2928,28 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.freed = self._taken = 0
-        self._waiting: list[float] = []
-
-    @property
-    def waiting(self) -> int:
-        """How many throttled starts wait for their next try."""
-        return len(self._waiting)
+        self.waiting: list[float] = []  # when the throttled starts that wait for a place were due
 
     def free(self) -> bool:
         """A place is free; whether a throttled start waits for it."""
         with self._changed:
             self.freed += 1
             self._changed.notify_all()
-            return bool(self._waiting)
+            return bool(self.waiting)
 
     def wait(self, due_s: float, freed_before: int, until_s: float, session: HubSession) -> None:
-        """Until a place was freed since `freed_before` that nobody due earlier waits for, or `until_s`."""
+        """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
         with self._changed:
             self._taken = max(self._taken, freed_before)
-            self._waiting.append(due_s)
+            self.waiting.append(due_s)
             try:
                 while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
-                    if self.freed > self._taken and due_s == min(self._waiting):
+                    if self.freed > self._taken and due_s == min(self.waiting):
                         self._taken += 1
                         break
                     self._changed.wait(min(left_s, 0.2))
             finally:  # also when the waiting thread is killed, as Locust does to its users
-                self._waiting.remove(due_s)
+                self.waiting.remove(due_s)
 
 
 class FirstStarts:
@@ -3123,7 +2988,7 @@ class Gathering:
         self._settled, self._changing = set[str](), threading.Lock()
 
     def settle(self, name: str = "", expected: float | None = None) -> None:
-        """This person has done what the others wait for, or has left; or so many people are `expected` to."""
+        """This person has done what the others wait for, or has left; or `expected` people are to do so."""
         with self._changing:
             self._expected = self._expected if expected is None else expected
             self._settled |= {name} if name else set()
@@ -3134,23 +2999,21 @@ class Gathering:
                 self.known.set()
 
 
-@dataclasses.dataclass
 class Removal:
     """How far users have been removed, and what the hub said."""
 
-    gone: set[str] = dataclasses.field(default_factory=set)
-    interrupted: set[str] = dataclasses.field(default_factory=set)  # servers stopped while starting, by user
-    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one, for each user
-    stopping_s: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # since when the hub stops a server
+    def __init__(self) -> None:
+        self.gone = set[str]()
+        self.interrupted = set[str]()  # users whose server was stopped while it was starting
+        self.refusals = dict[str, str]()  # the last one, for each user
+        self.stopping_s = dict[str, float]()  # since when the hub stops a user's server
 
     def note(self, name: str, reply: Reply, task: str) -> None:
         """What the hub answered to a request to stop a server or delete a user."""
         self.refusals.pop(name, None)
         if reply.front:
             self.refusals[name] = reply.message
-        elif reply.hub_status >= 400:
+        elif reply.status >= 400:
             verb = "fails" if reply.status >= 500 else "refuses"
             message = f": {without_name(reply.message, name)}" if reply.message else ""
             self.refusals[name] = f"the hub {verb} to {task} ({reply.status}){message}"
@@ -3163,13 +3026,11 @@ class Removal:
 
     def in_the_way(self, left: Iterable[str], now_s: float) -> str:
         """Why these users are still there, as far as the hub tells."""
-        since_s = min((at_s for name, at_s in self.stopping_s.items() if name in left), default=None)
+        since_s = min((self.stopping_s[name] for name in left if name in self.stopping_s), default=None)
         lasts = duration_text(now_s - since_s) if since_s is not None else ""
         reasons = [f"the hub has been stopping servers for {lasts}"] if lasts else []
-        refused = [
-            self.refusals[name] for name in left if name in self.refusals and name not in self.stopping_s
-        ]
-        return "; ".join(reasons + [text for text, _ in collections.Counter(refused).most_common(2)])
+        refusals = [self.refusals[name] for name in left if name in self.refusals.keys() - self.stopping_s]
+        return "; ".join(reasons + [text for text, _ in collections.Counter(refusals).most_common(2)])
 
 
 @dataclasses.dataclass
@@ -3184,85 +3045,57 @@ class Site:
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
     removal: Removal = dataclasses.field(default_factory=Removal)
-    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # what was said to whom until now
+    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # the hub's words on each start
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
         self.gathering = Gathering(self.plan.hold_s, self.hub.session.clock)
 
 
-@dataclasses.dataclass
-class Attempt:
-    """A step under way: what its event will say. Moments are seconds of a monotonic clock."""
-
-    due_s: float
-    sent_s: float
-    ended_s: float | None = None  # None: when the step's block ends
-    reason: Reason | None = None
-    tries: int = 1
-    backoff_s: float = 0.0
-    throttled: int = 0
-    throttled_s: float | None = None
-    asked_s: float | None = None
-    message: str = ""
-    phases: Phases | None = None
-
-
-@dataclasses.dataclass(eq=False)
 class Visitor:
-    """A person with a user of their own, who is due at a moment, and acts by a plan."""
+    """A person with a user of their own, who is due at a moment, and acts by a plan.
 
-    name: str
-    due_s: float
-    plan: Plan
-    site: Site
-    on_started: Callable[[], None] = lambda: None  # called once, when the start of their server has ended
-    since_s: float = 0.0  # when their last step ended
-    works_s: float = 0.0  # when they got to work
-    url: str = ""  # of their server
-    browser: HubSession | None = None
-    kernel: Kernel | None = None
-    kernel_url: str = ""
-    said: list[tuple[float, Json]] = dataclasses.field(
-        default_factory=list
-    )  # while their server was starting
+    `on_started` is called when the start of their server has ended.
+    """
+
+    browser: HubSession  # is there once they have a `url`
+    kernel: Kernel  # is there once they have a `kernel_url`
+
+    def __init__(
+        self, name: str, due_s: float, plan: Plan, site: Site, on_started: Callable[[], None] = lambda: None
+    ) -> None:
+        self.name, self.due_s, self.plan, self.site, self.on_started = name, due_s, plan, site, on_started
+        self.since_s = self.works_s = 0.0  # when their last step ended, and when they got to work
+        self.url = self.kernel_url = ""
+        self.said: list[tuple[float, Json]] = []  # while their server was starting
+        self.clock = site.hub.session.clock
 
     @contextlib.contextmanager
-    def step(self, name: str, due_s: float | None = None) -> Iterator[Attempt]:
+    def step(self, name: str, due_s: float | None = None) -> Iterator[Event]:
         """Time a step and record it. Raise `Failed` inside to fail it; a stop records nothing.
 
         A `TimeoutError` is that of a cell, or of its kernel.
         """
         now_s = self.clock()
-        attempt, failure = Attempt(now_s if due_s is None else due_s, now_s), None
+        event = Event(name, self.name, now_s if due_s is None else due_s, now_s)
         try:
-            yield attempt
-        except TimeoutError:
-            lasted = duration_text(self.plan.cell_timeout_s)
-            failure = Failed(Reason(Kind.CELL, f"no result after {lasted}"))
-        except Failed as error:
-            failure = error
-        if failure:
+            yield event
+        except (Failed, TimeoutError) as error:
+            timed_out = f"no result after {duration_text(self.plan.cell_timeout_s)}"
+            failure = error if isinstance(error, Failed) else Failed(Kind.CELL, timed_out)
             text = without_name(failure.reason.text, self.name)
-            attempt.reason = dataclasses.replace(failure.reason, text=text)
-        self.add(name, attempt)
-        if failure:
-            raise failure
-
-    def add(self, name: str, attempt: Attempt) -> None:
-        """Record a step that has ended; see `record`."""
-        ended_s = self.clock() if attempt.ended_s is None else attempt.ended_s
-        self.record(Event(name, self.name, **vars(attempt) | {"ended_s": ended_s}))
+            event.reason = failure.reason = dataclasses.replace(failure.reason, text=text)
+            self.record(event)
+            raise failure from None
+        self.record(event)
 
     def record(self, event: Event) -> None:
-        """Record what has ended; raises `Stopped` when it was we who cut it short."""
+        """Record a step, which ends now unless it has ended. Raises `Stopped` if it was we who ended it."""
         if self.site.hub.session.stopping.is_set():
             raise Stopped
+        event.ended_s, event.group = event.ended_s or self.clock(), self.plan.group
         self.since_s = event.ended_s
-        self.site.record.add(dataclasses.replace(event, group=self.plan.group))
-
-    def clock(self) -> float:
-        return self.site.hub.session.clock()
+        self.site.record.add(event)
 
     def sleep(self, seconds: float) -> None:
         """Wait; raises `Stopped` when told to stop meanwhile."""
@@ -3271,27 +3104,18 @@ class Visitor:
 
     @property
     def leaves_s(self) -> float:
-        """When they leave: so long after they got to work, or when all do."""
+        """When they leave: at the end of their own stay, or when all do."""
         return self.works_s + self.plan.stay_s if self.plan.stay_s else self.site.gathering.leave_s
 
     def go_home(self) -> None:
         """Close what they have open."""
         self.on_started()
         self.site.gathering.settle(self.name)
-        if self.kernel:
+        if self.kernel_url:
             self.site.public.kernels.discard(self.kernel)
             self.kernel.close()
-        if self.browser:
+        if self.url:
             self.browser.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Readiness:
-    """How waiting for a server ended."""
-
-    ready_at_s: float | None = None  # None when it did not become ready
-    reason: Reason | None = None
-    running: bool = True  # whether something may be running on the hub
 
 
 def come(person: Visitor) -> None:
@@ -3299,57 +3123,73 @@ def come(person: Visitor) -> None:
 
     Records `start_server`, unless no answer came, and `server_ready`. Raises `Failed` or `CutShort`.
     """
-    site, session = person.site, person.site.hub.session
+    site, name, failure = person.site, person.name, None
     site.first_starts.check()
-    site.states[person.name] = ServerState.STARTING  # from now on something may be running
-    site.starting[person.name] = person.said
-    reply, asked = ask_for_server(person)
-    if reply.seen_status:
-        person.add("start_server", asked)
-    end = _follow(person, reply)
-    if reply.status != 429 and site.turns.free():
-        session.pause(HEAD_START_S)
-    if end.ready_at_s is not None or not end.running:
-        site.states[person.name] = ServerState.READY if end.running else ServerState.STOPPED
-    ready = dataclasses.replace(asked, ended_s=end.ready_at_s, tries=asked.throttled + 1, backoff_s=0.0)
-    reason = ready.reason = end.reason and Reason(end.reason.kind, without_name(end.reason.text, person.name))
-    if end.ready_at_s is None:
-        ready.message = last_word(person.said)
-    else:
-        moments = (asked.asked_s or person.due_s, end.ready_at_s)
-        ready.phases, ready.message = phases_of(person.said, *moments), longest_wait(person.said, *moments)
-    person.add("server_ready", ready)
-    del site.starting[person.name]
-    site.first_starts.note(reason)
+    site.states[name] = ServerState.STARTING  # from now on something may be running
+    site.starting[name] = person.said
+    try:
+        with person.step("server_ready", person.due_s) as event:
+            reply = ask_for_server(person, event)
+            try:
+                event.ended_s = await_answered(person, reply)
+            finally:
+                event.message = last_word(person.said)
+                if reply.status != 429 and site.turns.free():
+                    site.hub.session.pause(HEAD_START_S)
+            site.states[name] = ServerState.READY
+            event.phases = phases_of(person.said, event.asked_s or person.due_s, event.ended_s)
+            event.message = longest_wait(person.said, event.phases, event.ended_s)
+    except Failed as error:
+        failure = error
+        if failure.reason.kind in (Kind.SPAWN, Kind.VANISHED, Kind.THROTTLED, Kind.SERVER_LIMIT):
+            site.states[name] = ServerState.STOPPED
+    del site.starting[name]
+    site.first_starts.note(failure.reason if failure else None)
     person.on_started()
-    if reason:
-        raise Failed(reason)
+    if failure:
+        raise failure
 
 
-def ask_for_server(person: Visitor) -> tuple[Reply, Attempt]:
+def ask_for_server(person: Visitor, event: Event) -> Reply:
     """The hub's answer other than 429, or its last 429; a named server of one's own is claimed.
 
-    Raises `CutShort` when the hub allows no more of those.
+    Records `start_server`, unless no answer came. Raises `CutShort` when the hub allows no more servers.
     """
-    claims, own = person.site.claims, isinstance(person.site.hub, OwnServers)
+    site, name, hub, session = person.site, person.name, person.site.hub, person.site.hub.session
+    own, until_s, backoff_s = isinstance(hub, OwnServers), person.due_s + person.plan.server_timeout_s, 0.0
     if own:
-        claims.ask([person.name])
-    reply, asked = _ask_until_taken(person)
+        site.claims.ask([name])
+    while True:
+        freed, event.asked_s = site.turns.freed, session.clock()
+        reply = hub.start(name, person.plan.profile, until_s)
+        backoff_s += reply.call.backoff_s
+        if reply.status == 429:
+            event.throttled += 1
+            event.throttled_s = event.throttled_s or reply.answered_s
+            pause_s = reply.retry_after_s or THROTTLE_PAUSE_S
+            site.turns.wait(person.due_s, freed, min(until_s, reply.answered_s + pause_s), session)
+            backoff_s += session.clock() - reply.answered_s
+        if reply.status != 429 or session.clock() >= until_s or session.stopping.is_set():
+            break
+    event.tries = event.throttled + 1
     limit = named_server_limit(reply) if own else None
     if limit is not None:
-        claims.settle([person.name], [])
-        raise CutShort(too_many(limit, person.site.plan.count))
+        site.claims.settle([name], [])
+        raise CutShort(too_many(limit, site.plan.count))
     if own and reply.status in (201, 202, 429):
-        claims.settle([person.name], [person.name])
-    return reply, asked
+        site.claims.settle([name], [name])
+    if reply.seen_status:
+        asked = reply.event("start_server", name, ok=(201, 202))
+        asked.due_s, asked.sent_s, asked.backoff_s = event.due_s, event.sent_s, backoff_s
+        asked.tries, asked.throttled = event.throttled + reply.call.tries, event.throttled
+        person.record(asked)
+    return reply
 
 
 def too_many(limit: int, count: int) -> str:
     """Why so many named servers cannot be started, and what to do."""
     if not limit:
-        return (
-            "the hub allows no named servers (its allow_named_servers is off), and --own-servers needs them"
-        )
+        return "the hub allows no named servers (allow_named_servers is off), and --own-servers needs them"
     wanted = f", and this run is to start {count}" if count else ""
     return (
         f"the hub allows each user {counted(limit, 'named server')}, your others included{wanted}: start "
@@ -3357,147 +3197,100 @@ def too_many(limit: int, count: int) -> str:
     )
 
 
-def _ask_until_taken(person: Visitor) -> tuple[Reply, Attempt]:
-    site, session = person.site, person.site.hub.session
-    until_s = person.due_s + person.plan.server_timeout_s
-    asked = Attempt(person.due_s, session.clock(), tries=0)
-    while True:
-        freed, asked.asked_s = site.turns.freed, session.clock()
-        reply = site.hub.start(person.name, person.plan.profile, until_s)
-        asked.backoff_s += reply.backoff_s
-        if reply.status == 429:
-            asked.throttled += 1
-            asked.throttled_s = asked.throttled_s or reply.answered_s
-        if reply.status != 429 or reply.answered_s >= until_s or session.stopping.is_set():
-            break
-        retry_s = min(until_s, reply.answered_s + (reply.retry_after_s or THROTTLE_PAUSE_S))
-        site.turns.wait(person.due_s, freed, retry_s, session)
-        asked.backoff_s += session.clock() - reply.answered_s
-        if session.clock() >= until_s:
-            break
-    event = reply.event("start_server", ok=(201, 202))
-    asked.ended_s, asked.reason, asked.tries = event.ended_s, event.reason, asked.throttled + reply.tries
-    return reply, asked
-
-
-def _follow(person: Visitor, reply: Reply) -> Readiness:
-    """What became of a start that was answered with `reply`."""
-    hub, timeout_s = person.site.hub, person.plan.server_timeout_s
-    waited = f"after {duration_text(timeout_s)}"
+def await_answered(person: Visitor, reply: Reply) -> float:
+    """When the server was ready whose start the hub answered with `reply`. Raises `Failed`."""
+    hub, waited = person.site.hub, f"after {duration_text(person.plan.server_timeout_s)}"
     if reply.status == 201:
-        return Readiness(reply.answered_s)
+        return reply.answered_s
     if reply.status == 429:
         kind = Kind.SERVER_LIMIT if reply.message.startswith("Active user limit") else Kind.THROTTLED
-        text = f"still throttled {waited}: {reply.message.partition('.')[0] or 429}"
-        return Readiness(reason=Reason(kind, text), running=False)
-    if reply.hub_status == 404:
-        text = "the hub no longer knows the user: it may have restarted"
-        return Readiness(reason=Reason(Kind.VANISHED, text), running=False)
+        raise Failed(kind, f"still throttled {waited}: {reply.message.partition('.')[0] or 429}")
+    if reply.status == 404:
+        raise Failed(Kind.VANISHED, "the hub no longer knows the user: it may have restarted")
     if denial := hub.denial(reply):
-        return Readiness(reason=Reason(Kind.REFUSED, f"the hub {denial}"), running=False)
-    end = await_ready(person.name, hub, person.due_s + timeout_s, person.said)
-    if end.ready_at_s is not None or end.reason:
-        return end
-    if reply.front:
-        reason = Reason(Kind.IN_FRONT, reply.message)
-    elif reply.status != 202 and reply.message != TIMED_OUT:
-        refused = Reason(Kind.REFUSED, f"the hub answered the start with {reply}")
-        reason = refused if reply.status else Reason(Kind.NO_ANSWER, f"no answer to the start: {reply}")
-    elif end.running:
+        raise Failed(Kind.REFUSED, f"the hub {denial}")
+    try:
+        return await_ready(person.name, hub, person.due_s + person.plan.server_timeout_s, person.said)
+    except Failed as failure:
         waiting = last_word(person.said)
-        reason = Reason(
-            Kind.TIMED_OUT, f"not ready {waited}" + (f"; the hub said: {waiting}" if waiting else "")
-        )
-    else:
-        reason = Reason(Kind.VANISHED, "it vanished while starting")
-    return dataclasses.replace(end, reason=reason)
+        if failure.reason.kind is Kind.SPAWN:
+            raise
+        if reply.front:
+            raise Failed(Kind.IN_FRONT, reply.message) from None
+        if reply.status not in (0, 202):
+            raise Failed(Kind.REFUSED, f"the hub answered the start with {reply}") from None
+        if not reply.status and reply.message != TIMED_OUT:
+            raise Failed(Kind.NO_ANSWER, f"no answer to the start: {reply}") from None
+        if failure.reason.kind is Kind.VANISHED:
+            raise
+        said = f"; the hub said: {waiting}" if waiting else ""
+        raise Failed(Kind.TIMED_OUT, f"not ready {waited}{said}") from None
+
+
+def await_ready(name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]) -> float:
+    """When a server that is starting was ready. Raises `Failed`, with `Kind.TIMED_OUT` at `until_s`.
+
+    The progress stream ends with an event `ready` or `failed`; its other events go to `said`. Where there is
+    no stream, the user model is read, which gives no reason.
+    """
+    session = hub.session
+    began_s, pause_s, stopped = session.clock(), 0.1, False
+    while session.clock() < until_s and not session.stopping.is_set():
+        ended_s, end = until_s, Json()
+        for event in hub.progress(name, until_s):  # to its end, so that its connection can be used again
+            if not end and (event.get("ready") or event.get("failed")):
+                ended_s, end = session.clock(), event
+            elif not end and event.get("message") and event.get("progress") != 0:  # 0: "Server requested"
+                said.append((session.clock(), event))
+        if end.get("ready"):
+            return ended_s
+        if end:
+            raise Failed(Kind.SPAWN, spawn_failure(str(end.get("message") or ""), said, ended_s - began_s))
+        state = hub.state(name, observer=True, until_s=until_s)
+        if state is ServerState.READY:
+            return session.clock()
+        if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
+            raise Failed(Kind.VANISHED, "it vanished while starting")
+        stopped = state is ServerState.STOPPED  # the hub may give the reason a moment later
+        session.pause(min(pause_s, until_s - session.clock()))
+        pause_s = min(pause_s * 1.2, 1.0)
+    raise Failed(Kind.TIMED_OUT, "not ready in time")
 
 
 def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
     """What servers that were starting when a run was interrupted waited for."""
-    words = ((name, last_word(said)) for name, said in starting.items())
-    waits = collections.Counter(
-        without_name(word, name) if word else "nothing was said of it" for name, word in words
-    )
+    words = {name: without_name(last_word(said), name) for name, said in starting.items()}
+    waits = collections.Counter(word or "nothing was said of it" for word in words.values())
     for word, number in waits.most_common(3):
         servers = counted(number, "server was", "servers were")
         yield f"{servers} still starting when the run was interrupted: {word}"
 
 
-def await_ready(
-    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]] | None = None
-) -> Readiness:
-    """How the start of a server ended, or that it had not by `until_s` (then without a reason).
-
-    From the progress stream, which ends with an event `ready` or `failed`, and whose other events go to
-    `said`; where no stream can be had, from the user model, which does not know why.
-    """
-    session, said = hub.session, [] if said is None else said
-    began_s, pause_s, stopped = session.clock(), 0.1, False
-    while session.clock() < until_s and not session.stopping.is_set():
-        moment_s, event = follow_progress(name, hub, until_s, said)
-        if event.get("ready"):
-            return Readiness(moment_s)
-        if event.get("failed"):
-            text = spawn_failure(str(event.get("message") or ""), said, moment_s - began_s)
-            return Readiness(reason=Reason(Kind.SPAWN, text), running=False)
-        state = hub.state(name, observer=True, until_s=until_s)
-        if state is ServerState.READY:
-            return Readiness(session.clock())
-        if state is ServerState.GONE or (stopped and state is ServerState.STOPPED):
-            return Readiness(running=False)
-        stopped = state is ServerState.STOPPED  # the hub may tell the reason a moment later
-        session.pause(min(pause_s, until_s - session.clock()))
-        pause_s = min(pause_s * 1.2, 1.0)
-    return Readiness()
-
-
-def follow_progress(
-    name: str, hub: Hub, until_s: float, said: list[tuple[float, Json]]
-) -> tuple[float, Json]:
-    """The event that ends a progress stream, empty if none did by `until_s`; and its moment.
-
-    The stream is read to its end, which follows at once, so that its connection can be used again.
-    """
-    moment_s, last = until_s, Json()
-    for event in hub.progress(name, until_s):
-        if not last and (event.get("ready") or event.get("failed")):
-            moment_s, last = hub.session.clock(), event
-        elif (
-            not last and event.get("message") and event.get("progress") != 0
-        ):  # 0: the hub's "Server requested"
-            said.append((hub.session.clock(), event))
-    return moment_s, last
-
-
 def visit(person: Visitor) -> None:
     """Open the start page of the server, tried again until it comes or time is up. Raises `CutShort` too."""
     public = person.site.public
-    with person.step("visit", person.since_s) as attempt:
-        get_in(person, attempt, person.since_s + person.plan.visit_timeout_s)
-    if person.browser and public.browser_tried.acquire(blocking=False):
+    with person.step("visit", person.since_s) as event:
+        get_in(person, event, person.since_s + person.plan.visit_timeout_s)
+    if public.browser_tried.acquire(blocking=False):
         refused = why_browsers_are_refused(person.url, person.browser)
-        if refused and person.site.plan.works:
+        if refused and any(group.work for group in person.site.plan.groups):
             raise CutShort(refused)
         public.warnings += [refused] if refused else []
 
 
-def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
+def get_in(person: Visitor, event: Event, until_s: float) -> None:
     """Try the start page until it comes; raises `Failed` when nothing else can come, or time is up."""
     site, pause_s, first_s = person.site, 0.1, person.clock()
-    for attempt.tries in itertools.count(1):
+    for event.tries in itertools.count(1):
         try:
-            reply = open_page(person, attempt, until_s)
-            site.public.reached, attempt.ended_s = True, reply.answered_s
+            event.ended_s = open_page(person, event, until_s).answered_s
+            site.public.reached = True
             return
         except Failed as failure:
             late = person.clock() + pause_s >= until_s
             nobody_came = not site.public.reached and (late or person.clock() > first_s + FIRST_VISIT_S)
-            if (
-                failure.reason == NO_ROUTE
-                and nobody_came
-                and site.hub.state(person.name) is ServerState.READY
-            ):
+            no_route = failure.reason.text == NO_ROUTE
+            if no_route and nobody_came and site.hub.state(person.name) is ServerState.READY:
                 raise CutShort(
                     f"the hub itself answers at {person.url}, where a server is ready. Is the endpoint "
                     "the hub's own port? Then name where people reach the hub with --public-url. Or has the "
@@ -3509,25 +3302,25 @@ def get_in(person: Visitor, attempt: Attempt, until_s: float) -> None:
         pause_s = min(1.5 * pause_s, 1.0)
 
 
-def open_page(person: Visitor, attempt: Attempt, until_s: float) -> Reply:
+def open_page(person: Visitor, event: Event, until_s: float) -> Reply:
     """The start page; raises `Failed`. Redirects below the server's URL are followed, others are answers."""
     hub, public = person.site.hub, person.site.public
-    if not person.browser:
-        person.url = public.server_in(hub.read(person.name, until_s=until_s))
-        person.browser = public.browser(person.name)
+    if not person.url:
+        url = public.server_in(hub.read(person.name, until_s=until_s))
+        person.browser, person.url = public.browser(person.name), url
     url = person.url
     for _ in range(REDIRECTS_MAX):
         left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - person.clock()))
-        reply = person.browser.ask("GET", url, call=once(again=attempt.tries > 1), timeout=left_s)
+        reply = person.browser.ask("GET", url, call=once(again=event.tries > 1), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
         url = target
-    attempt.message = reply.message if isinstance(reply.data, dict) else ""
+    event.message = reply.message if isinstance(reply.data, dict) else ""
     judge_visit(reply, url, hub.version)
     anonymous = {"Authorization": None}
     if not reply.version and person.browser.ask("GET", url, call=once(), headers=anonymous).status == 200:
-        raise Failed(NO_SERVER, final=True)
+        raise Failed(Kind.ROUTE, NO_SERVER, final=True)
     return reply
 
 
@@ -3535,8 +3328,8 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
     """Why a server refuses what browsers send, though it takes the same with a token; "" when it does not.
 
     A server answers 404 if the Origin of a browser's request is not the Host that it sees, unless the site
-    allows that origin. Of who has a token it does not ask that, so only browsers notice a proxy that loses
-    the Host header.
+    allows that origin. With a token it does not check that, so only browsers notice a proxy that loses the
+    Host header.
     """
     place = urllib.parse.urlsplit(url)
     origin = f"{place.scheme}://{place.netloc.rpartition('@')[2]}".lower()
@@ -3557,15 +3350,12 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
 
 def load_page(person: Visitor) -> None:
     """Fetch what a browser fetched, in its order and over as many connections, up to the first failure."""
-    browser, recorded = person.browser, person.plan.page
-    if not browser or not recorded:
-        return
-    bad = list[tuple[str, str]]()  # what failed, and its path
+    browser, failures = person.browser, list[tuple[str, str]]()  # each with its path
 
     def fetch(part: tuple[str, int]) -> None:
-        """The body is read, not kept. What fails ends the page; so does a stop."""
+        """Read the body without keeping it. A failure ends the page; so does a stop."""
         path, before = part
-        if bad or browser.stopping.is_set():
+        if failures or browser.stopping.is_set():
             return
         try:
             with browser.exchange("GET", person.url + path, once(), stream=True) as response:
@@ -3573,54 +3363,48 @@ def load_page(person: Visitor) -> None:
                     pass
             status = response.status_code
             if status >= 500 or (status >= 400 > before) or (response.is_redirect and before < 300):
-                bad.append((f"a part of the page was answered {status}", path))
+                failures.append((f"a part of the page was answered {status}", path))
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
-            bad.append((f"a part of the page did not come: {why(error)}", path))
+            failures.append((f"a part of the page did not come: {why(error)}", path))
 
-    with person.step("page") as attempt:
+    with person.step("page") as event:
         with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-            list(connections.map(fetch, recorded.requests))
-        if bad:
-            text, path = bad[0]
-            attempt.message = path.partition("?")[0]
-            raise Failed(Reason(Kind.ROUTE, text))
+            list(connections.map(fetch, person.plan.page.parts if person.plan.page else ()))
+        for text, path in failures[:1]:
+            event.message = path.partition("?")[0]
+            raise Failed(Kind.ROUTE, text)
 
 
 def start_kernel(person: Visitor) -> None:
     """Ask for a kernel, open its websocket, which waits for the kernel, and run the first cell."""
     browser, timeout_s = person.browser, person.plan.cell_timeout_s
-    if not browser:
-        return
-    with person.step("kernel_ready") as attempt:
-        until_s = attempt.sent_s + timeout_s
+    with person.step("kernel_ready") as event:
+        until_s = event.sent_s + timeout_s
         reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=timeout_s)
         if reply.status != 201 or not isinstance(reply.data, dict):
-            attempt.message = reply.message
+            event.message = reply.message
             if reply.message == TIMED_OUT:
                 raise TimeoutError
-            if reply.status == 404:
-                text = "the server is no Jupyter (404 for kernels): use --visit and --page"
-                raise Failed(Reason(Kind.REFUSED, text))
             text = f"the server did not start a kernel ({reply.status or reply.message})"
-            raise Failed(Reason(Kind.REFUSED, text))
-        kernel_id = urllib.parse.quote(str(reply.data.get("id")), safe="")
-        person.kernel_url = f"{person.url}api/kernels/{kernel_id}"
-        url = f"ws{person.kernel_url.removeprefix('http')}/channels"
-        websocket = open_websocket(url, browser, max(0.1, until_s - person.clock()))
-        person.kernel = Kernel(websocket, browser.clock)
+            no_jupyter = "the server is no Jupyter (404 for kernels): use --visit and --page"
+            raise Failed(Kind.REFUSED, no_jupyter if reply.status == 404 else text)
+        url = f"{person.url}api/kernels/{urllib.parse.quote(str(reply.data.get('id')), safe='')}"
+        address = f"ws{url.removeprefix('http')}/channels"
+        websocket = open_websocket(address, browser, max(0.1, until_s - person.clock()))
+        person.kernel, person.kernel_url = Kernel(websocket, browser.clock), url
         person.site.public.kernels.add(person.kernel)
         person.kernel.run(cells_of(person.plan)[0], 1, until_s)
 
 
 def cells_of(plan: Plan) -> Sequence[Code]:
     """The cells that a person runs, first to last."""
-    return plan.notebook.cells if plan.notebook else (SIX_TIMES_SEVEN,)
+    return plan.notebook.parts if plan.notebook else (SIX_TIMES_SEVEN,)
 
 
 def get_to_work(person: Visitor) -> None:
     """What a person waits before they can work: everything up to here."""
     person.works_s = person.since_s
-    person.add("at_work", Attempt(person.due_s, person.due_s, person.since_s))
+    person.record(Event("at_work", person.name, person.due_s, person.due_s, person.since_s))
 
 
 def work(person: Visitor) -> None:
@@ -3628,62 +3412,62 @@ def work(person: Visitor) -> None:
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    plan, kernel, cells, gathering = person.plan, person.kernel, cells_of(person.plan), person.site.gathering
-    if not kernel:
-        return
+    plan, cells, gathering = person.plan, cells_of(person.plan), person.site.gathering
     if not plan.notebook or plan.find_capacity:
         gathering.settle(person.name)
     for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
-        think(person, kernel, person.clock() + plan.think_s)
+        think(person, person.clock() + plan.think_s)
         if person.clock() >= person.leaves_s:
             break
-        with person.step("cell") as attempt, knowing_the_server(person):
-            kernel.run(code, number, attempt.sent_s + plan.cell_timeout_s)
+        with cell(person) as event:
+            person.kernel.run(code, number, event.sent_s + plan.cell_timeout_s)
     gathering.settle(person.name)
-    think(person, kernel, math.inf)
-    if plan.stay_s and person.browser:
+    think(person, math.inf)
+    if plan.stay_s:
         person.browser.ask("DELETE", person.kernel_url, call=once())
 
 
-def think(person: Visitor, kernel: Kernel, until_s: float) -> None:
+def think(person: Visitor, until_s: float) -> None:
     """Listen to the kernel until then, or until it is time to leave. A failure is that of a cell."""
     while (now_s := person.clock()) < (due_s := min(until_s, person.leaves_s)):
         try:
-            kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
+            person.kernel.listen(due_s if math.isfinite(person.leaves_s) else min(due_s, now_s + 1.0))
         except Failed as failure:
-            with person.step("cell"), knowing_the_server(person):
+            with cell(person):
                 raise failure
 
 
 @contextlib.contextmanager
-def knowing_the_server(person: Visitor) -> Iterator[None]:
-    """Say of a connection that broke whether the server has ended: by the hub's word, or by its silence."""
-    try:
-        yield
-    except Failed as failure:
-        if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL) or not person.browser:
-            raise
-        browser, public = person.browser, person.site.public
-        state = person.site.hub.state(person.name)
-        page = browser.ask("GET", f"{person.url}api", call=once(observer=True)).seen_status
-        way = browser.ask("GET", f"{public.url}hub/api/", call=once(observer=True)).seen_status
-        if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
-            lost = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
-        elif state is ServerState.READY and page == 503 and way == 200:
-            lost = (
-                "nobody answers there, and the hub has not noticed (evicted, out of memory, its node lost?)"
+def cell(person: Visitor) -> Iterator[Event]:
+    """The step of a cell. If its connection broke, find out whether the server has ended."""
+    with person.step("cell") as event:
+        try:
+            yield event
+        except Failed as failure:
+            if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL):
+                raise
+            state = person.site.hub.state(person.name)
+            urls = f"{person.url}api", f"{person.site.public.url}hub/api/"
+            page, front = (
+                person.browser.ask("GET", url, call=once(observer=True)).seen_status for url in urls
             )
-        else:
-            raise
-        raise Failed(Reason(Kind.LOST, f"the server ended while it was in use: {lost}")) from None
+            lost = "the server ended while it was in use: "
+            if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
+                lost += "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
+            elif state is ServerState.READY and (page, front) == (503, 200):
+                lost += "nobody answers there, and the hub has not noticed (evicted, out of memory, its node "
+                lost += "lost?)"
+            else:
+                raise
+            raise Failed(Kind.LOST, lost) from None
 
 
 def stay(person: Visitor) -> None:
     """Keep the server, then check that it is there, and answers if it was visited. Raises `HubRefused`."""
     hub, gathering = person.site.hub, person.site.gathering
     person.works_s = person.works_s or person.since_s
-    with person.step("stay") as attempt:
-        attempt.due_s = attempt.sent_s = person.works_s
+    with person.step("stay") as event:
+        event.due_s = event.sent_s = person.works_s
         gathering.settle(person.name)
         if not person.plan.stay_s:
             gathering.known.wait()
@@ -3695,15 +3479,15 @@ def stay(person: Visitor) -> None:
                 raise HubRefused(task, reply, hub.denial(reply))
             person.sleep(1.0)
         if state is not ServerState.READY:
-            raise Failed(Reason(Kind.LOST, "it became ready, and was gone while it was held"))
-        if person.browser:
+            raise Failed(Kind.LOST, "it became ready, and was gone while it was held")
+        if person.url:
             try:
-                get_in(person, attempt, person.clock() + person.plan.visit_timeout_s)
+                get_in(person, event, person.clock() + person.plan.visit_timeout_s)
             except Failed as failure:
                 if failure.reason.kind is Kind.REFUSED:
                     raise
                 text = f"it no longer answered at the end of the hold: {failure.reason.text}"
-                raise Failed(Reason(Kind.LOST, text)) from None
+                raise Failed(Kind.LOST, text) from None
 
 
 def stop(person: Visitor) -> None:
@@ -3726,9 +3510,9 @@ def ask_to_stop(person: Visitor) -> None:
         site.states[name] = site.hub.state(name)  # it may be ready by now
     if (state := site.states.get(name)) in (ServerState.STARTING, ServerState.READY):
         reply = site.hub.stop(name)
-        site.states[name] = state_after_stop(reply.hub_status)
+        site.states[name] = AFTER_STOP.get(reply.status, ServerState.UNKNOWN)
         site.removal.note(name, reply, "stop servers")
-        if state is ServerState.STARTING and reply.hub_status in (0, 202, 204):
+        if state is ServerState.STARTING and reply.status in (0, 202, 204):
             site.removal.interrupted.add(name)
         person.record(reply.event("stop_server", name, ok=(202, 204, 404)))
 
@@ -3738,10 +3522,9 @@ def delete(person: Visitor) -> None:
     site, name = person.site, person.name
     if site.states.get(name) is ServerState.STOPPED:
         reply = site.hub.delete(name)
-        site.states[name] = state_after_delete(reply.hub_status)
-        site.removal.note(name, reply, f"delete {things(isinstance(site.hub, OwnServers))}")
-        ok = (202, 204, 404)  # 202: a server of one's own has yet to stop
-        person.record(reply.event("delete_user", name, ok=ok))
+        site.states[name] = AFTER_DELETE.get(reply.status, ServerState.UNKNOWN)
+        site.removal.note(name, reply, f"delete {thing(isinstance(site.hub, OwnServers))}s")
+        person.record(reply.event("delete_user", name, ok=(202, 204, 404)))  # 202: an own server stops first
 
 
 # ==== The table of steps, and a person's journey through them ===============================================
@@ -3756,63 +3539,47 @@ class Step:
 
     name: str
     title: str
-    scopes: tuple[str, ...] = ()  # that the token needs for it
     act: Act | None = None  # what a person does; None: it is measured elsewhere
-    wanted: Callable[[Plan], bool] = lambda plan: True  # whether a person does it
+    wanted: Callable[[Plan], object] = lambda plan: True  # whether a person does it
     always: bool = False  # also after an earlier step has failed
 
 
 STEPS = {
     step.name: step
     for step in (
-        Step("server_ready", "server ready", ("read:servers",), come),
-        Step("start_server", "start request", ("servers",)),
-        Step("visit", "visit", (), visit, lambda plan: plan.opens),
-        Step("page", "page", (), load_page, lambda plan: plan.page is not None),
-        Step("kernel_ready", "kernel ready", (), start_kernel, lambda plan: plan.work),
-        Step("at_work", "at work", (), get_to_work, lambda plan: plan.rehearses),
-        Step("cell", "cell", (), work, lambda plan: plan.work),
-        Step("stay", "stay", (), stay, lambda plan: bool(plan.hold_s or plan.stay_s)),
-        Step(
-            "stop_server",
-            "stop request",
-            ("delete:servers",),
-            stop,
-            lambda plan: bool(plan.stay_s),
-            always=True,
-        ),
-        Step("create_users", "create users", ("admin:users",)),
-        Step(
-            "delete_user",
-            "delete user",
-            ("delete:users",),
-            delete,
-            lambda plan: bool(plan.stay_s),
-            always=True,
-        ),
-        Step("list_users", "list users", ("list:users", "read:servers")),
-        Step("activity", "activity report", ("users:activity",)),
+        Step("server_ready", "server ready", come),
+        Step("start_server", "start request"),
+        Step("visit", "visit", visit, lambda plan: plan.opens),
+        Step("page", "page", load_page, lambda plan: plan.page),
+        Step("kernel_ready", "kernel ready", start_kernel, lambda plan: plan.work),
+        Step("at_work", "at work", get_to_work, lambda plan: plan.rehearses),
+        Step("cell", "cell", work, lambda plan: plan.work),
+        Step("stay", "stay", stay, lambda plan: plan.hold_s or plan.stay_s),
+        Step("stop_server", "stop request", stop, lambda plan: plan.stay_s, always=True),
+        Step("create_users", "create users"),
+        Step("delete_user", "delete user", delete, lambda plan: plan.stay_s, always=True),
+        Step("list_users", "list users"),
+        Step("activity", "activity report"),
         Step("read", "read user"),
         Step("list", "list page"),
         Step("ping", "ping"),
     )
 }
 PERSONAL = tuple(step.name for step in STEPS.values() if step.act and not step.always)
-STEPS_OF = {
-    STRESS: ("create_users", "list_users", "start_server", "server_ready", "stop_server", "delete_user"),
-    ACTIVITY: ("create_users", "list_users", "activity", "delete_user"),
-    PURGE: ("list_users", "stop_server", "delete_user"),
+SCOPES = {  # that the token needs for a command
+    STRESS: {"admin:users", "list:users", "delete:users", "servers", "read:servers", "delete:servers"},
+    ACTIVITY: {"admin:users", "list:users", "delete:users", "read:servers", "users:activity"},
+    PURGE: {"list:users", "delete:users", "read:servers", "delete:servers"},
 }
 
 
 def needed_scopes(command: str, own_servers: bool = False) -> set[str]:
     """The scopes that a token needs for a command; for one's own servers, only those about servers."""
-    needed = {scope for name in STEPS_OF[command] for scope in STEPS[name].scopes}
-    return {scope for scope in needed if scope.endswith("servers") or not own_servers}
+    return {scope for scope in SCOPES[command] if scope.endswith("servers") or not own_servers}
 
 
 def new_recorder(*listeners: Callable[[Event], None]) -> Recorder:
-    """A recorder that keeps each person's way."""
+    """A recorder that keeps each person's steps."""
     return Recorder(*listeners, people_steps={step.name for step in STEPS.values() if step.act})
 
 
@@ -3838,7 +3605,7 @@ def journey(person: Visitor) -> None:
 
 
 def take(name: str, act: Act, person: Visitor) -> bool:
-    """Take one step; whether it succeeded. What nobody expected is a failure of this person."""
+    """Take one step; whether it succeeded. An unexpected error is a failure of this person."""
     began_s = person.clock()
     try:
         act(person)
@@ -3850,7 +3617,7 @@ def take(name: str, act: Act, person: Visitor) -> bool:
     except Exception as error:
         LOG.exception("The step %s failed for %s", name, person.name)
         reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
-        person.add(name, Attempt(person.due_s, began_s, reason=reason))
+        person.record(Event(name, person.name, person.due_s, began_s, reason=reason))
         return False
 
 
@@ -3876,7 +3643,7 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
     """
     plan, session, begun = site.plan, site.hub.session, 0
     began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
-    site.record.listen(streak)
+    site.record.listeners.append(streak)
 
     def has_place(due_s: float) -> bool:
         if plan.is_open:
@@ -3906,21 +3673,17 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
 def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
     """Who arrives: when, in seconds since the beginning (0 in the closed model), and by which plan.
 
-    The same seed gives the same moments. Uniform ones are what a Poisson process looks like once one knows
-    how many came.
+    The same seed gives the same moments, each group its own. Uniform ones are what a Poisson process looks
+    like once one knows how many came.
     """
-    people = [(group.after_s + at_s, group) for group in plan.groups for at_s in _moments(group, plan.seed)]
+    people = []
+    for group in plan.groups:
+        draw = random.Random(f"{plan.seed} {group.group}" if group.group else plan.seed)
+        schedule, within_s = Schedule.of(group.rate_per_s), group.within_s or 0.0
+        for n in range(group.count):
+            at_s = schedule.due_s(n) if schedule else within_s * draw.random()
+            people.append((group.after_s + at_s, group))
     return sorted(people, key=lambda person: person[0])
-
-
-def _moments(plan: Plan, seed: int | None) -> list[float]:
-    if plan.within_s:
-        draw = random.Random(
-            f"{seed} {plan.group}" if plan.group else seed
-        )  # each group at moments of its own
-        return sorted(plan.within_s * draw.random() for _ in range(plan.count))
-    schedule = Schedule.of(plan.rate_per_s)
-    return [schedule.due_s(n) if schedule else 0.0 for n in range(plan.count)]
 
 
 USUAL_START_S = 10.0  # assumed of servers: a plan does not know how long a hub's servers take
@@ -3937,12 +3700,13 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         start_s = group.server_timeout_s if at_worst else min(USUAL_START_S, group.server_timeout_s)
         rounds = n // first if at_worst or n < first else 1 + (n - first) // plan.batch_size
         arrives_s = due_s if plan.is_open else rounds * start_s
-        parts = len(group.page.requests) if group.page else 0
+        parts = len(group.page.parts) if group.page else 0
         parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
         look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
         works_s = arrives_s + start_s + look_s + parts_s
         cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
-        people.append((arrives_s, works_s, works_s + cells_s, look_s * STEPS["stay"].wanted(group), group))
+        last_look_s = look_s if STEPS["stay"].wanted(group) else 0.0
+        people.append((arrives_s, works_s, works_s + cells_s, last_look_s, group))
     all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
     return [
         (arrives_s, look_s + (works_s + group.stay_s if group.stay_s else all_leave_s), group)
@@ -3975,25 +3739,29 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
 
 # ==== The hub: checks before a run ==========================================================================
 
-Symptoms = Iterator[tuple[object, str]]  # of the sentences, the first whose symptom is true says the cause
 
-
-def check_hub(endpoint: str, session: HubSession, command: str, own_servers: bool = False) -> Hub:
-    """The hub at `endpoint`, if it shows its version and accepts the token for `command`; else `SetupError`.
+def check_hub(plan: Plan, session: HubSession) -> Hub:
+    """The plan's hub, if it shows its version and accepts the tokens for what is planned; else `SetupError`.
 
     `GET /` (200 with `version`, without a token), then `GET /user` (200; 403 for a bad token).
     """
+    endpoint, own_servers = plan.endpoint or "", plan.own_servers
     reply, version = _probe(endpoint, session)
     if not version:
         raise SetupError(_no_hub(endpoint, reply, session))
-    session.marked = bool(session.marked)  # where the first answer lacks the header, somebody strips it
-    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
     hub = Hub(endpoint, session, version)
+    own_token = f"one that you make at {endpoint.removesuffix('/api')}/token"
     owner = _owner_of_token(hub, own_token if own_servers else "the token of the hub-stress-test service")
-    for symptom, sentence in _wrong_owners(owner, command, own_servers, own_token):
-        if symptom:
-            raise SetupError(sentence)
-    return OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+    _check_owner(owner, plan.command, own_servers, own_token)
+    hub = OwnServers(endpoint, session, version, owner["name"]) if own_servers else hub
+    url = public_url(hub, plan)
+    if plan.check_proxy and (proxy := session.proxy_to(url)):  # which its websockets bypass
+        raise SetupError(
+            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
+            f"{without_proxy(url)}. Nothing was changed."
+        )
+    check_visits(hub, plan)
+    return hub
 
 
 def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
@@ -4006,7 +3774,7 @@ def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
     """What was found in place of a hub, and what to do."""
     proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
-    remedy = next(remedy for symptom, remedy in _wrong_endpoints(endpoint, reply, session) if symptom)
+    remedy = next(remedy for symptom, remedy in _remedies(endpoint, reply, session) if symptom)
     if reply.message.startswith(NOT_ACCEPTED):
         return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
     if not reply.seen_status:
@@ -4019,34 +3787,35 @@ def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
     return f"No hub API at {where}: {answers}. {remedy}{f'; {without_proxy(endpoint)}' if proxy else ''}"
 
 
-def _wrong_endpoints(endpoint: str, reply: Reply, session: HubSession) -> Symptoms:
-    """Why no hub has shown its version, with remedies."""
-    said, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
-    guess, https = likely_endpoint(endpoint, reply.location), f"https:{endpoint.removeprefix('http:')}"
-    host = urllib.parse.urlsplit(endpoint).hostname or ""
+def _remedies(endpoint: str, reply: Reply, session: HubSession) -> Iterator[tuple[object, str]]:
+    """Symptoms of an endpoint without a hub, each with its remedy; the first that is true counts."""
+    reason, silent, plain = reply.message, not reply.seen_status, endpoint.startswith("http:")
+    https, host = f"https:{endpoint.removeprefix('http:')}", urllib.parse.urlsplit(endpoint).hostname or ""
+    to_https = plain and (reply.location or "").startswith("https:")
+    with_path = (https if to_https else endpoint).removesuffix("/hub/api").removesuffix("/hub") + "/hub/api"
 
     def is_hub(url: str) -> bool:
         other, version = _probe(url, session)
         return bool(version) or other.message.startswith(NOT_ACCEPTED)
 
     yield (
-        said.startswith(NOT_ACCEPTED),
+        reason.startswith(NOT_ACCEPTED),
         "If an authority of your own has signed it, name the file with its certificate in "
         "REQUESTS_CA_BUNDLE. Of a hub with internal_ssl use the public URL.",
     )
     yield (  # alerts of TLS 1.3 and 1.2; both get lost when the server closes the connection at once
-        silent and re.search("certificate required|handshake failure|eof occurred", said),
+        silent and re.search("certificate required|handshake failure|eof occurred", reason),
         "At its own port, a hub with internal_ssl lets in only those with a certificate: use its public URL.",
     )
     yield silent and session.proxy_to(endpoint), f"Is the proxy right? Else {without_proxy(endpoint)}."
     yield (
-        said == NO_SUCH_HOST and "." not in host,
+        reason == NO_SUCH_HOST and "." not in host,
         "This name exists only inside the cluster: from outside, use the hub's public URL.",
     )
-    yield plain and guess.startswith("https:"), f"Use https: --endpoint {guess}"
+    yield to_https, f"Use https: --endpoint {with_path}"
     yield plain and (silent or reply.status == 400) and is_hub(https), f"Use https: --endpoint {https}"
     yield silent, "Is the hub running, and is this its URL?"
-    yield guess != endpoint and is_hub(guess), f"The hub's API is at --endpoint {guess}"
+    yield with_path != endpoint and is_hub(with_path), f"The hub's API is at --endpoint {with_path}"
     yield reply.seen_status in (401, 403, 407), "If a proxy demands a header: --header 'Name: value'"
     yield True, "An endpoint ends in /hub/api, like https://hub.example.org/hub/api"
 
@@ -4065,37 +3834,36 @@ def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN"
     return reply.data
 
 
-def _wrong_owners(owner: Json, command: str, own_servers: bool, own_token: str) -> Symptoms:
-    """Why a token will not do for a command.
+def _check_owner(owner: Json, command: str, own_servers: bool, own_token: str) -> None:
+    """Raise `SetupError` if the owner of a token may not do with it what a command needs.
 
     Hubs from 2.0 list its scopes. Before that its owner has to be an admin, but may do all with own servers.
     """
     name, scopes = str(owner.get("name")), owner.get("scopes")
     needed = needed_scopes(command, own_servers)
     missing = [] if scopes is None else missing_scopes(scopes, needed, name if own_servers else "")
-    own_missing = [f"{scope}!user={name}" for scope in missing]
-    not_admin = " If you are not an admin, test with servers of your own: --own-servers."
-    otherwise = "" if command == ACTIVITY else not_admin
-    yield (
-        own_servers and owner.get("kind") == "service",
-        f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
-        "JUPYTERHUB_API_TOKEN.",
-    )
-    yield (
-        own_servers and missing,
-        f"The token lacks what {command} --own-servers needs: {', '.join(own_missing)}. Put {own_token}, "
-        "without restrictions, into JUPYTERHUB_API_TOKEN.",
-    )
-    yield (
-        not own_servers and scopes is None and not owner.get("admin"),
-        f"The token's owner, {name}, is not an admin of this hub; only admins can make users.{otherwise}",
-    )
-    yield (
-        missing,
-        f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this into "
-        "the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
-        f"{ROLE_TO_PASTE}",
-    )
+    not_admin = "If you are not an admin, test with servers of your own: --own-servers."
+    otherwise = "" if command == ACTIVITY else f" {not_admin}"
+    if own_servers and owner.get("kind") == "service":
+        raise SetupError(
+            f"The token belongs to the service {name}, which has no servers of its own: put {own_token} into "
+            "JUPYTERHUB_API_TOKEN."
+        )
+    if own_servers and missing:
+        own_missing = ", ".join(f"{scope}!user={name}" for scope in missing)
+        raise SetupError(
+            f"The token lacks what {command} --own-servers needs: {own_missing}. Put {own_token}, without "
+            "restrictions, into JUPYTERHUB_API_TOKEN."
+        )
+    if missing:
+        raise SetupError(
+            f"The token lacks what {command} needs: {', '.join(missing)}.{otherwise} As an admin, put this "
+            "into the hub's configuration, beside the service that owns the token, and restart the hub:\n\n"
+            f"{ROLE_TO_PASTE}"
+        )
+    if not own_servers and scopes is None and not owner.get("admin"):
+        needs = f"The token's owner, {name}, is not an admin of this hub; only admins can make users."
+        raise SetupError(needs + otherwise)
 
 
 def check_visits(hub: Hub, plan: Plan) -> None:
@@ -4106,13 +3874,15 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
     owner = _owner_of_token(visiting, "the token that opens servers", variable)
     if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
-        whose = f"The token in {variable}" if plan.visit_token else "The token"
+        lacks = (
+            f"The token{f' in {variable}' * bool(plan.visit_token)} lacks what visits need: access:servers"
+        )
         if hub.owner:
-            raise SetupError(f"{whose} lacks what visits need: access:servers!user={hub.owner}.")
+            raise SetupError(f"{lacks}!user={hub.owner}.")
         raise SetupError(
-            f"{whose} lacks what visits need: access:servers. Test servers see the token that opens them: "
-            "give a second service this scope alone, restart the hub, and put that service's token into "
-            f"JUPYTERHUB_VISIT_TOKEN.\n\n{VISIT_ROLE_TO_PASTE}"
+            f"{lacks}. Test servers see the token that opens them: give a second service this scope alone, "
+            "restart the hub, and put that service's token into JUPYTERHUB_VISIT_TOKEN.\n\n"
+            f"{VISIT_ROLE_TO_PASTE}"
         )
 
 
@@ -4121,7 +3891,7 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     major, run = hub.version.partition(".")[0], plan.run or ""
     if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
-    count = MANY if plan.find_capacity else plan.count + plan.check_proxy
+    count = plan.count + plan.check_proxy if plan.count and not plan.find_capacity else MANY
     longest = username(first_free_index(taken, run) + count - 1, run)
     if len(longest) > SERVER_NAME_MAX or "--" in longest:
         left = SERVER_NAME_MAX - len(longest) + len(run)
@@ -4129,16 +3899,6 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
             f"A hub {hub.version} takes server names of at most {SERVER_NAME_MAX} characters without double "
             f"hyphens, unlike {longest}: --run NAME may have at most {left} characters here. Nothing was "
             "changed."
-        )
-
-
-def check_way(hub: Hub, plan: Plan) -> None:
-    """Raise `SetupError` if --check-proxy, whose websockets bypass this machine's own proxy, needs that."""
-    url = public_url(hub, plan)
-    if plan.check_proxy and (proxy := hub.session.proxy_to(url)):
-        raise SetupError(
-            f"--check-proxy cannot be done from here, where {url} is reached through {proxy}: "
-            f"{without_proxy(url)}. Nothing was changed."
         )
 
 
@@ -4170,73 +3930,62 @@ def remove_users(
     thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
     to an admin. `removal` is kept up to date while this goes on.
     """
-    session, removal = hub.session, removal or Removal()
+    session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
-    pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
-    to_do = dict(left)
-    what, there = things(isinstance(hub, OwnServers)), {*left}
-    there -= {name for name in left if left[name] is ServerState.GONE}
-    with Progress(
-        lambda: f"cleaning up: {len(there & removal.gone):,} of {len(there):,} {what} removed"
-    ) as progress:
+    site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
+
+    def line() -> str:
+        removed, user = len(existing & site.removal.gone), thing(isinstance(hub, OwnServers))
+        return f"cleaning up: {removed:,} of {len(existing):,} {user}s removed"
+
+    with progress(line) as tell:
         while True:
             before = len(left)
-            let_go(to_do, hub, record, concurrency, removal, progress.tell)
+            let_go(site, concurrency, tell)
+            gone = site.removal.gone
             try:
-                found = [
-                    user for user in list_users(hub, record) if ours(user["name"]) and not user.get("admin")
+                listed = [user for user in list_users(hub, record) if not user.get("admin")]
+                left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
+                # names that the hub has rewritten may lack the prefix by which it lists users
+                unlisted = [
+                    name for name in thought if f"{USERNAME_PREFIX}-" not in name and name not in gone
                 ]
-                left = {user["name"]: server_state(user) for user in found}
-                left |= _unlisted(thought.keys() - left.keys() - removal.gone, hub)
-                to_do = dict(left)
+                states = {name: hub.state(name) for name in unlisted if name not in left}
+                left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
+                site.states, refusals, done = dict(left), 0, not left
                 existing |= left.keys()
-                removal.look(left, session.clock())
-                done, refusals = not left, 0
+                site.removal.look(left, session.clock())
             except (HubRefused, Stopped) as error:
-                left, to_do = {name: state for name, state in left.items() if name not in removal.gone}, {}
+                left, site.states = {name: state for name, state in left.items() if name not in gone}, {}
                 if isinstance(error, HubRefused):
                     LOG.warning("Cleaning up: %s", error)
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = removal.in_the_way(left, session.clock())
+                why = site.removal.in_the_way(left, session.clock())
                 return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
-def _unlisted(names: Iterable[str], hub: Hub) -> dict[str, ServerState]:
-    """Of users whose names no list of this tool has, those that are still there."""
-    states = {name: hub.state(name) for name in names if f"{USERNAME_PREFIX}-" not in name}
-    return {name: state for name, state in states.items() if state is not ServerState.GONE}
-
-
-def let_go(
-    states: dict[str, ServerState],
-    hub: Hub,
-    record: Recorder,
-    concurrency: int,
-    removal: Removal,
-    on_tick: Callable[[], None],
-) -> None:
-    """One round: stop and delete each user as far as that goes at once, noted in `states` and `removal`.
+def let_go(site: Site, concurrency: int, on_tick: Callable[[], None]) -> None:
+    """One round: stop and delete each user of `site.states` as far as that goes at once.
 
     Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub
     forgets.
     """
-    site = Site(hub, Plan(), record, states=states, removal=removal)
+    session, states = site.hub.session, site.states
 
     def leave(name: str) -> None:
-        was_gone = states[name] is ServerState.GONE
-        person = Visitor(name, hub.session.clock(), site.plan, site)
+        person = Visitor(name, session.clock(), site.plan, site)
         if take("stop_server", ask_to_stop, person):
             take("delete_user", delete, person)
-        if states[name] is ServerState.GONE and not was_gone:
-            removal.gone.add(name)
+        if states[name] is ServerState.GONE:
+            site.removal.gone.add(name)
 
-    with Team(hub.session, on_tick) as team:
+    with Team(session, on_tick) as team:
         for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
             if not team.wait_for(lambda: team.running < concurrency):
                 break
@@ -4340,23 +4089,21 @@ def perform(
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What load to send: to whom, what, and by which model (open with a rate, else closed)."""
+    """The load that a plan sends for users: by an open model with a rate, else by a closed one."""
 
+    plan: Plan
     endpoint: str
-    users: tuple[str, ...]
-    mix: Mapping[str, float]
-    workers: int  # threads in each process; in the open model there are more if a slow hub could need them
-    rate_per_s: float | Schedule | None = None
-    duration_s: float | None = None  # None: once through the users
-    processes: int = 1
-    operations_file: str | None = None
+    users: Sequence[str]
+
+    @property
+    def mix(self) -> Mapping[str, float]:
+        return self.plan.mix or DEFAULT_MIX
 
     @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
-        return Schedule.of(
-            self.rate_per_s, self.duration_s or len(self.users) / (fastest(self.rate_per_s) or 1.0)
-        )
+        rate = self.plan.rate_per_s
+        return Schedule.of(rate, self.plan.duration_s or len(self.users) / (fastest(rate) or 1.0))
 
     @property
     def planned(self) -> int:
@@ -4366,24 +4113,18 @@ class Load:
     @property
     def title(self) -> str:
         """What is going on while it is sent."""
-        if self.rate_per_s:
-            return f"sending {rate_text(self.rate_per_s)}"
-        return f"sending for {self.duration_s:g} s" if self.duration_s else "sending"
+        rate, for_s = self.plan.rate_per_s, self.plan.duration_s
+        return f"sending {rate_text(rate)}" if rate else f"sending for {for_s:g} s" if for_s else "sending"
 
     @property
-    def open_workers(self) -> int:
-        """Threads that an open load needs in each process to go on through 3 seconds of silence.
+    def workers(self) -> int:
+        """Threads in each process; an open load needs enough to go on through 3 seconds of silence.
 
         More than 200 get into each other's way: then more processes are what helps.
         """
-        return max(self.workers, min(200, math.ceil(3 * fastest(self.rate_per_s) / self.processes)))
-
-
-def load_of(plan: Plan, endpoint: str, users: Sequence[str]) -> Load:
-    """The load that a plan sends for these users."""
-    mix, workers = plan.mix or DEFAULT_MIX, math.ceil(plan.workers / plan.processes)
-    how = (plan.rate_per_s, plan.duration_s, plan.processes, plan.operations)
-    return Load(endpoint, tuple(users), mix, workers, *how)
+        processes = self.plan.processes
+        needed = min(200, math.ceil(3 * fastest(self.plan.rate_per_s) / processes))
+        return max(math.ceil(self.plan.workers / processes), needed)
 
 
 def send_load(
@@ -4395,10 +4136,10 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    numbers, schedule, clock = itertools.count(part, load.processes), load.schedule, session.clock
-    until_s = started_s + load.duration_s if load.duration_s else math.inf
+    plan, schedule, clock = load.plan, load.schedule, session.clock
+    numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
+    until_s = started_s + (plan.duration_s or math.inf)
     last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
-    workers = load.workers * load.processes
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
         name = choose(load.mix, n)
@@ -4415,7 +4156,7 @@ def send_load(
     def send_share(worker: int) -> None:
         """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
         share = load.users[worker::workers]
-        for n, user in enumerate(itertools.cycle(share) if load.duration_s else share):
+        for n, user in enumerate(itertools.cycle(share) if plan.duration_s else share):
             if not session.pause(random.random()) or clock() >= until_s:
                 return
             send(n, user)
@@ -4424,10 +4165,10 @@ def send_load(
     session.pause(started_s - clock())
     with Team(session, on_tick) as team:
         if schedule:
-            for _ in range(load.open_workers):
+            for _ in range(load.workers):
                 team.start(send_when_due, schedule)
         else:
-            for worker in range(part, min(workers, len(load.users)), load.processes):
+            for worker in range(part, min(workers, len(load.users)), plan.processes):
                 team.start(send_share, worker)
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
@@ -4439,103 +4180,76 @@ def spread_load(
 
     Events go to `record`, counts to the session. Raises `CutShort` when a process dies.
     """
-    if load.processes > 1:
-        return _spread_over_processes(load, session, record, on_tick)
-    return send_load(load, 0, session.clock(), session, record, on_tick)
+    if load.plan.processes == 1:
+        return send_load(load, 0, session.clock(), session, record, on_tick)
+    import multiprocessing.connection  # imported where it is needed: --help is to be there at once
+    from multiprocessing import resource_tracker
 
-
-def _spread_over_processes(
-    load: Load, session: HubSession, record: Recorder, on_tick: Callable[[], None]
-) -> float:
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(load.processes)]
-    children = [
-        context.Process(
-            target=_send_in_process,
-            args=(theirs, load, part, session.token, list(session.headers.items())),
-            daemon=True,
-        )
-        for part, (_, theirs) in enumerate(pipes)
-    ]
-    with _signals_blocked():
-        for child, (_, theirs) in zip(children, pipes):
-            child.start()
-            theirs.close()
+    context, headers = multiprocessing.get_context("spawn"), list(session.headers.items())
+    children: dict[Any, Any] = {}  # by our end of the pipe to each
+    resource_tracker.ensure_running()  # or the first child would start it, which unblocks the signals
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # Ctrl-C reaches children too: not theirs
     try:
-        return _lead([ours for ours, _ in pipes], session, record, on_tick)
+        for part in range(load.plan.processes):
+            ours, theirs = context.Pipe()
+            shared = (theirs, load, part, session.token, headers)
+            children[ours] = context.Process(target=_send_in_process, args=shared, daemon=True)
+            children[ours].start()
+            theirs.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    try:
+        for pipe in children:
+            pipe.recv()  # it is ready
+        for pipe in children:
+            pipe.send(session.clock() + 0.2)
+        sending, busiest = set(children), 0.0
+        while sending:
+            awaited: list[Any] = multiprocessing.connection.wait(sending, timeout=0.1)
+            for pipe in awaited:
+                events, counts, cpu_share = pipe.recv()
+                for event in events:
+                    record.add(event)
+                if counts is None:
+                    pipe.send(session.stopping.is_set())
+                    continue
+                session.traffic.add(counts)
+                busiest = max(busiest, cpu_share)
+                sending.remove(pipe)
+            on_tick()
+        return busiest
     except (EOFError, OSError):
         raise CutShort("a process that sends the load died") from None
     finally:
-        for child in children:
+        for child in children.values():
             child.join(1.0)
             child.kill()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C, which reaches them all, to this one."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signals again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _lead(
-    pipes: Sequence[Connection], session: HubSession, record: Recorder, on_tick: Callable[[], None]
-) -> float:
-    """Start the processes at one moment, record their events, pass a stop on; the busiest one's CPU share."""
-    import multiprocessing.connection
-
-    for pipe in pipes:
-        pipe.recv()  # it is ready
-    for pipe in pipes:
-        pipe.send(session.clock() + 0.2)
-    busiest, waiting, told = 0.0, list(pipes), False
-    while waiting:
-        multiprocessing.connection.wait(waiting, timeout=0.1)
-        for pipe in [pipe for pipe in waiting if pipe.poll()]:
-            events, end = pipe.recv()
-            for event in events:
-                record.add(event)
-            if end:
-                counts, cpu_share = end
-                session.traffic.add(counts)
-                busiest = max(busiest, cpu_share)
-                waiting.remove(pipe)
-        on_tick()
-        if session.stopping.is_set() and not told:
-            told = True
-            for pipe in waiting:
-                pipe.send("stop")
-    return busiest
 
 
 def _send_in_process(
     pipe: Connection, load: Load, part: int, token: str, headers: Sequence[tuple[str, str]]
 ) -> None:
-    """One of several processes; it leaves signals to the one that started it, and ends with it."""
-    load_operations(load.operations_file)
-    session = get_session(token, pool_maxsize=load.open_workers, headers=headers)
-    events = collections.deque[Event]()
+    """Send a part of a load from a process that leaves signals to the one that started it, and ends with it.
 
-    def hand_on(end: tuple[Mapping[str | int, int], float] | None = None) -> None:
-        if pipe.poll():  # told to stop, or left alone
+    Ten times a second it hands its events on, and asks whether to stop; at the end also counts and CPU share.
+    """
+    load_operations(load.plan.operations)
+    session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
+
+    def hand_on(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
+        number = len(events)
+        pipe.send((events[:number], counts, cpu_share))
+        del events[:number]
+
+    def report() -> None:
+        hand_on()
+        if pipe.recv():
             session.stop()
-        with contextlib.suppress(OSError):
-            pipe.send(([events.popleft() for _ in range(len(events))], end))
 
-    pipe.send("ready")
-    cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), hand_on)
-    hand_on((session.traffic.counts, cpu_share))
+    with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
+        pipe.send("ready")
+        cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), report)
+        hand_on(session.traffic.counts, cpu_share)
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
@@ -4558,20 +4272,14 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
 # ==== Checking the proxy: does it lose connections when servers end? ========================================
 
-CHECK_ENDED, CHECK_STOPPED = (
-    100,
-    20,
-)  # handshakes to a server that has ended by itself, and to one that was stopped
+CHECK_ENDED, CHECK_STOPPED = 100, 20  # handshakes to a server that ended by itself, and to a stopped one
 CHECK_LEAST, CHECK_UNANSWERED = 20, 3
 CHECK_COSTS = f"some three minutes, and up to {CHECK_ENDED + CHECK_STOPPED} connections that an affected "
 CHECK_COSTS += "proxy keeps for an hour"
 CHECK_USUALLY_S = 180.0
 CHECK_CALM_S = 10.0  # until the connections of the load have come to rest
-CHECK_AGAIN_S = 60.0  # what is still held so long afterwards is lost
-PROOF_SHARE, CLEAN_SHARE = (
-    0.8,
-    0.1,
-)  # of the handshakes: as many connections lost prove a leak, or that there is none
+CHECK_AGAIN_S = 60.0  # a connection that is still open this long afterwards is lost
+PROOF_SHARE, CLEAN_SHARE = 0.8, 0.1  # lost connections per handshake that prove a leak, or that there is none
 EVENTS = "api/events/subscribe"  # a websocket of every server
 UPGRADE = {
     "Connection": "Upgrade",
@@ -4580,6 +4288,7 @@ UPGRADE = {
     "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
 }
 CLOSED_UNANSWERED, UNANSWERED = "connection reset", TIMED_OUT  # as `why` calls them
+CLEAN, LEAKING, UNDECIDED = "clean", "leaking", "undecided"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4593,30 +4302,6 @@ class ProxyCheck:
     open_files: float | None = None  # by how many the hub's have grown; None when its figures were not read
 
 
-CLEAN, LEAKING, UNDECIDED = "clean", "leaking", "undecided"
-
-
-def of_ended_server(reply: Reply) -> bool:
-    """Whether a proxy answers so when nobody listens at its route: 503, nothing, or 502 behind another."""
-    return reply.status in (502, 503) or reply.message == CLOSED_UNANSWERED
-
-
-def is_telling(reply: Reply) -> bool:
-    """Whether an answer is typical of a leaking proxy: nothing, or 502 or 504 behind another."""
-    return reply.status in (502, 504) or reply.message in (CLOSED_UNANSWERED, UNANSWERED)
-
-
-def lost_by(before: Sequence[Snapshot], look: Snapshot) -> float:
-    """How many connections to the hub a proxy may have lost since: the least by which both figures grew.
-
-    These are the hub's open files and the error pages that it drew for the proxy. A lost connection may be
-    one that the proxy had kept ready for reuse; so files count from the lowest look before.
-    """
-    files, pages = (AFTERMATH[name] for name in ("open_files", "proxy_error_pages"))
-    more_files = look.get(*files) - min(one.get(*files) for one in before)
-    return min(more_files, look.get(*pages) - before[-1].get(*pages))
-
-
 def judge_proxy(
     page: int,
     ended: Sequence[Reply],
@@ -4626,57 +4311,55 @@ def judge_proxy(
 ) -> ProxyCheck:
     """What a proxy showed when asked for a server that had ended by itself, and for one that was stopped.
 
-    `page` is the status of a plain page of the ended server; `ended` and `stopped` are what websockets were
-    answered; `before` and `after` (right after those to the ended server, and a minute later) are looks at
-    the hub's figures.
+    `page` is the status of a plain page of the ended server; `ended` and `stopped` are the answers to
+    websockets; `before` and `after` (right after those to the ended server, and a minute later) are the hub's
+    figures. Of these, the open files and the error pages drawn for the proxy count connections. A lost
+    connection may be one that the proxy had kept ready for reuse, so files count from the lowest look before.
     """
-    number, figures = len(ended), (AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"])
-    grown_by = [
-        max(look.get(*one) - before[-1].get(*one) for look in after) for one in figures if before and after
-    ]
-    lost = min((lost_by(before, look) for look in after), default=0.0) if grown_by else None
-    asked = f"{counted(number, 'websocket')} asked for a server that had ended"
-
-    def found(verdict: str, reason: str) -> ProxyCheck:
-        sent = number + len(stopped)
-        leaking = None if verdict == UNDECIDED else int(verdict == LEAKING)
-        return ProxyCheck(verdict, leaking, reason, sent, grown_by[0] if grown_by else None)
-
-    if lost is not None and number >= CHECK_LEAST and lost >= PROOF_SHARE * number:
-        held = counted(round(lost), "connection")
-        return found(LEAKING, f"{asked}; a minute later the proxy still held {held} to the hub for them")
-    if unanswered(stopped) and any(map(of_ended_server, ended)):  # so that websockets pass at all
-        return found(
-            LEAKING, "it never answers websockets that ask for a stopped server, and keeps their connections"
-        )
-    if number < CHECK_LEAST:
-        sent = counted(number, "websocket")
-        return found(UNDECIDED, f"the hub noticed after {sent} that the server had ended, too few to tell")
-    if page != 503:
-        return found(UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended")
-    if lost is None and sum(map(is_telling, ended)) >= PROOF_SHARE * number:
-        return found(
-            LEAKING, f"{asked}, and the proxy closed them without an answer, as one does that loses them"
-        )
-    if lost is None:
-        return found(UNDECIDED, "the hub's own figures were not read")
-    if sum(map(of_ended_server, ended)) < PROOF_SHARE * number:
-        ((most, _),) = collections.Counter(str(one.status or one.message) for one in ended).most_common(1)
-        return found(UNDECIDED, f"{asked}, and most were answered: {most}. Do websockets pass?")
-    if max(grown_by) < CLEAN_SHARE * number:
-        return found(CLEAN, f"{asked}, and the proxy kept no connection for them")
-    grown_text = f"the hub's open files grew by {grown_by[0]:.0f}, its error pages by {grown_by[1]:.0f}"
-    return found(UNDECIDED, f"{asked}; {grown_text}: other people's traffic counts too")
+    files, pages = AFTERMATH["open_files"], AFTERMATH["proxy_error_pages"]
+    number, read = len(ended), bool(before and after)
+    more_files = [look.get(*files) - before[-1].get(*files) for look in after] if read else [0.0]
+    more_pages = [look.get(*pages) - before[-1].get(*pages) for look in after] if read else [0.0]
+    reused = before[-1].get(*files) - min(look.get(*files) for look in before) if read else 0.0
+    lost = min(min(more_files) + reused, *more_pages)
+    answers = [str(reply.status or reply.message) for reply in ended]
+    refused = sum(map(answers.count, ("502", "503", CLOSED_UNANSWERED)))  # as if nobody listens there
+    telling = sum(map(answers.count, ("502", "504", CLOSED_UNANSWERED, UNANSWERED)))
+    most, proof = max(answers, key=answers.count, default=""), PROOF_SHARE * number
+    sent, still_open = counted(number, "websocket"), counted(round(lost), "connection")
+    asked = f"{sent} asked for a server that had ended"
+    rules = (
+        (read and number >= CHECK_LEAST and lost >= proof, LEAKING,
+            f"{asked}; a minute later the proxy still held {still_open} to the hub for them"),
+        (refused and unanswered(stopped), LEAKING,  # where some are refused, websockets pass at all
+            "it never answers websockets that ask for a stopped server, and keeps their connections"),
+        (number < CHECK_LEAST, UNDECIDED,
+            f"the hub noticed after {sent} that the server had ended, too few to tell"),
+        (page != 503, UNDECIDED, f"another kind of proxy: it answers {page} for a server that has ended"),
+        (not read and telling >= proof, LEAKING,
+            f"{asked}, and the proxy closed them without an answer, as one does that loses them"),
+        (not read, UNDECIDED, "the hub's own figures were not read"),
+        (refused < proof, UNDECIDED, f"{asked}, and most were answered: {most}. Do websockets pass?"),
+        (max(more_files + more_pages) < CLEAN_SHARE * number, CLEAN,
+            f"{asked}, and the proxy kept no connection for them"),
+        (True, UNDECIDED, f"{asked}; the hub's open files grew by {max(more_files):.0f}, its error pages by "
+            f"{max(more_pages):.0f}: other people's traffic counts too"),
+    )  # fmt: skip
+    verdict, reason = next((verdict, reason) for applies, verdict, reason in rules if applies)
+    leaking = None if verdict == UNDECIDED else int(verdict == LEAKING)
+    return ProxyCheck(verdict, leaking, reason, number + len(stopped), max(more_files) if read else None)
 
 
 def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     """Ask over websockets for a server that ended by itself, then for one stopped. Raises `CutShort`.
 
-    The hub may notice soon that the server has ended, and then nothing can be seen: that is tried once more.
+    If the hub notices soon that the server has ended, nothing can be seen: then try once more.
     """
     site, ended, page, before = person.site, list[Reply](), 0, list[Snapshot]()
     for _ in range(2):
-        if not reach_server(person):
+        person.due_s = person.since_s = person.clock()
+        is_ready = site.states.get(person.name) is ServerState.READY or take("server_ready", come, person)
+        if not (is_ready and take("visit", visit, person)):
             return ProxyCheck(UNDECIDED, None, "no server became ready to try it with")
         person.sleep(CHECK_CALM_S)
         monitor.look()
@@ -4684,7 +4367,7 @@ def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
         page = shut_down(person)
         if page in (0, 200):
             return ProxyCheck(UNDECIDED, None, "the server did not end by itself when it was asked to")
-        replies = knock(person, CHECK_ENDED - len(ended), lambda replies: noticed(replies[-1]))
+        replies = open_websockets(person, CHECK_ENDED - len(ended), lambda replies: noticed(replies[-1]))
         ended = [reply for reply in replies if not noticed(reply)]
         site.hub.state(person.name, observer=True)  # which shows that the hub is there
         site.states[person.name] = ServerState.STOPPED
@@ -4693,8 +4376,8 @@ def check_proxy(person: Visitor, monitor: Monitor) -> ProxyCheck:
     soon = monitor.look()
     person.sleep(CHECK_AGAIN_S if before else 0.0)
     later = monitor.look()
-    site.states[person.name] = state_after_stop(site.hub.stop(person.name).hub_status)
-    stopped = knock(person, CHECK_STOPPED, unanswered)
+    site.states[person.name] = AFTER_STOP.get(site.hub.stop(person.name).status, ServerState.UNKNOWN)
+    stopped = open_websockets(person, CHECK_STOPPED, unanswered)
     return judge_proxy(page, ended, stopped, before, [soon, later] if soon and later else [])
 
 
@@ -4705,20 +4388,13 @@ def noticed(reply: Reply) -> bool:
 
 def unanswered(replies: Sequence[Reply]) -> bool:
     """Whether it is clear that nobody answers."""
-    return sum(one.message == UNANSWERED for one in replies) >= CHECK_UNANSWERED
-
-
-def reach_server(person: Visitor) -> bool:
-    """Start this person's server, if it is not ready, and open its page; whether that worked."""
-    person.due_s = person.since_s = person.clock()
-    is_ready = person.site.states.get(person.name) is ServerState.READY
-    return (is_ready or take("server_ready", come, person)) and take("visit", visit, person)
+    return sum(reply.message == UNANSWERED for reply in replies) >= CHECK_UNANSWERED
 
 
 def shut_down(person: Visitor) -> int:
     """Have the server end by itself; its page's status then: 0 if it did not, 200 if it is still there."""
     browser, until_s = person.browser, person.clock() + SHUTDOWN_S
-    if not browser or browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+    if browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
         return 0
     while True:
         page = browser.ask("GET", f"{person.url}api", call=once())
@@ -4727,15 +4403,15 @@ def shut_down(person: Visitor) -> int:
         person.sleep(0.5)
 
 
-def knock(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
-    """What websockets to a server that is gone are answered, each on its own connection, until enough."""
-    browser, replies, next_s = person.browser or person.site.hub.session, list[Reply](), 0.0
+def open_websockets(person: Visitor, at_most: int, enough: Callable[[Sequence[Reply]], bool]) -> list[Reply]:
+    """The answers to websockets to a server that is gone, each on its own connection, until enough."""
+    replies, next_s = list[Reply](), 0.0
     while len(replies) < at_most and not (replies and enough(replies)):
         person.sleep(next_s - person.clock())
         next_s = person.clock() + 1 / HANDSHAKES_PER_S
         url = f"{person.url}{EVENTS}"
-        replies.append(browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
-        browser.close()
+        replies.append(person.browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
+        person.browser.close()
     return replies
 
 
@@ -4756,9 +4432,9 @@ def sample_of(event: Event, run: Run) -> Json:
 
 
 class Samples(Regularly):
-    """Writes each event to --samples, every second those that came meanwhile, so that no line is ever a part.
+    """Writes each event to --samples, once a second in one piece, so that no line is ever cut.
 
-    A .gz file has a member for each second, and so can be read, too, when the program was killed.
+    A .gz file has a member for each second, and so can be read even when the program was killed.
     """
 
     def __init__(self, run: Run) -> None:
@@ -4777,27 +4453,24 @@ class Samples(Regularly):
         rows = [sample_of(self._events.popleft(), self.run) for _ in range(len(self._events))]
         if not rows or not self._mode:
             return
-        whole = 0
+        text, written = io.StringIO(), 0
+        lines = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        if self._mode == "wb":
+            lines.writeheader()
+        lines.writerows(rows)
+        data = text.getvalue().encode()
+        data = gzip.compress(data) if self._path.endswith(".gz") else data
         try:
             with open(self._path, self._mode, buffering=0) as file:
-                whole, data = file.tell(), self._encode(rows)
+                written = file.tell()
                 while data:
                     data = data[file.write(data) :]
             self._mode = "ab"
         except OSError as error:
             self._mode = ""
-            self.run.troubles.append(
-                f"--samples {self._path} could not be written any more: {error.strerror}"
-            )
+            self.run.troubles.append(f"--samples {self._path} could not be written: {error.strerror}")
             with contextlib.suppress(OSError):
-                os.truncate(self._path, whole)
-
-    def _encode(self, rows: Sequence[Json]) -> bytes:
-        text = io.StringIO()
-        header = [list(rows[0])] if self._mode == "wb" else []
-        csv.writer(text, lineterminator="\n").writerows(header + [list(row.values()) for row in rows])
-        data = text.getvalue().encode()
-        return gzip.compress(data) if self._path.endswith(".gz") else data
+                os.truncate(self._path, written)
 
 
 PAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -4810,28 +4483,22 @@ class LivePage:
     def __init__(self, run: Run) -> None:
         from http.server import ThreadingHTTPServer
 
-        self._run, self._people = run, dict[str, str]()
+        self._run, self._states = run, dict[str, str]()
         self._prometheus = prometheus = importlib.import_module("prometheus_client.core")
-        registry = prometheus.CollectorRegistry()
-        what: Json = {"registry": registry, "buckets": PAGE_BUCKETS_S}
+        registry, name = prometheus.CollectorRegistry(), "hub_stress_test_{}_seconds"
+        both: Json = {"registry": registry, "buckets": PAGE_BUCKETS_S}
         labels = ("operation", "outcome")
-        self._latency = prometheus.Histogram(
-            "hub_stress_test_latency_seconds", "of operations", labels, **what
-        )
-        self._lateness = prometheus.Histogram(
-            "hub_stress_test_lateness_seconds", "of the tool in sending", **what
-        )
+        self._latency = prometheus.Histogram(name.format("latency"), "of operations", labels, **both)
+        self._lateness = prometheus.Histogram(name.format("lateness"), "of the tool in sending", **both)
         registry.register(self)
         handler = importlib.import_module("prometheus_client").MetricsHandler.factory(registry)
         try:
             self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {_in_words(error)}") from None
+            raise UsageError(f"--metrics-port {run.plan.metrics_port}: {error}") from None
 
     def __enter__(self) -> None:
-        threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="metrics page", daemon=True
-        ).start()
+        start_thread("metrics page", self._server.serve_forever, 0.1)
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
@@ -4842,16 +4509,14 @@ class LivePage:
         self._lateness.observe(event.lateness_s)
         failed = event.reason is not None and event.step in PERSONAL
         state = "failed" if failed else "" if event.reason else BECOMES.get(event.step)
-        if state and self._people.get(event.user) != "failed":
-            self._people[event.user] = state
+        if state and self._states.get(event.user) != "failed":
+            self._states[event.user] = state
 
     def collect(self) -> Iterator[Any]:
-        """What Prometheus asks of a collector: figures that are read when it looks."""
+        """The figures that are read whenever Prometheus scrapes; the registry calls this."""
         throttled = self._run.session.traffic.throttled
-        yield self._prometheus.CounterMetricFamily(
-            "hub_stress_test_throttled", "429 answers", value=throttled
-        )
-        states = collections.Counter(list(self._people.values()))
+        yield self._prometheus.CounterMetricFamily("hub_stress_test_throttled", "429 answers", throttled)
+        states = collections.Counter(list(self._states.values()))
         if self._run.plan.command == STRESS:
             states["expected"] = max(0, self._run.plan.count - states.total())
             people = self._prometheus.GaugeMetricFamily(
@@ -4876,7 +4541,7 @@ def seeded(plan: Plan) -> Plan:
 
 def whereabouts(site: Site, count: int) -> dict[str, int]:
     """How many of these people have come, and where they are now."""
-    record, starting, throttled = site.record, len(site.starting), site.turns.waiting
+    record, starting, throttled = site.record, len(site.starting), len(site.turns.waiting)
     tried = {name: record.count([name]) for name in PERSONAL}
     failed = {name: record.failures([name]) for name in PERSONAL}
     ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
@@ -4892,8 +4557,21 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
     }
 
 
+@contextlib.contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """While the `with` block of a main thread runs, SIGINT and SIGTERM call this handler."""
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # this is not the main thread
+        before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
 class Interruption:
-    """While the `with` block runs, the first SIGINT or SIGTERM sets a flag, and the second exits at once.
+    """A handler of signals: the first sets a flag, and the second exits at once.
 
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
     thread sees the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the
@@ -4903,18 +4581,14 @@ class Interruption:
     def __init__(self) -> None:
         self.number: int | None = None  # of the first signal since `begin`
         self._leave: Callable[[int], None] | None = None
-        self._handlers: dict[int, Any] = {}
         self._ended = threading.Event()
 
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._leave is None:
+            raise KeyboardInterrupt(number)
+        if self.number is not None:
+            self._leave(number)
+        self.number = number
 
     def begin(self, stop: Callable[[], None], leave: Callable[[int], None]) -> None:
         """From now on, `stop` follows the first signal, and `leave` the second."""
@@ -4929,106 +4603,106 @@ class Interruption:
         start_thread("interruption", watch)
 
     def end(self) -> int | None:
-        """The signal that came, if any; one that comes later changes nothing, since all is done."""
+        """The signal that came, if any; a later one changes nothing, since all is done."""
         self._ended.set()
         return self.number
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._leave is None:
-            raise KeyboardInterrupt(number)
-        if self.number is not None:
-            self._leave(number)
-        self.number = number
+
+def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, list[Json]]:
+    """The site of a run, and the users that this tool's naming made there before.
+
+    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
+    """
+    hub = check_hub(plan, session)
+    try:
+        listed = list(list_users(hub, record))
+    except HubRefused as error:
+        raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
+    existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
+    check_server_names(hub, plan, [user["name"] for user in existing])
+    site = Site(hub, plan, record)
+    site.claims.known = {user["name"] for user in listed}
+    return site, existing
+
+
+def remove_made(site: Site, record: Recorder) -> CleanUp:
+    """Remove all users that were made on a site, also after its session was stopped."""
+    plan, claims, session = site.plan, site.claims, site.hub.session.clone(own_stop=True)
+    ours, unsure = claims.ours, claims.unconfirmed.copy()
+    states = {name: site.states.get(name, ServerState.STOPPED) for name in ours}
+    states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
+    session.pause(LATE_ACT_S if unsure else 0)
+    hub, limits = (
+        dataclasses.replace(site.hub, session=session),
+        (plan.removed_at_once, plan.cleanup_timeout_s),
+    )
+    return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
 
 
 class Run:
-    """One run of a plan: the hub it talks to, what it has made, what it has seen, what went wrong.
+    """One run of a plan: the hub it talks to, what it has made and measured, what went wrong.
 
-    Once it is entered, the first signal ends the load, so that cleaning up begins.
-    Raises `SetupError` when the hub, the token or its rights will not do; nothing has been changed then.
+    It raises `SetupError` as `open_site` does. From then on the first signal ends the load, so that cleaning
+    up begins.
     """
 
     def __init__(self, plan: Plan, closing: contextlib.ExitStack, interruption: Interruption) -> None:
         self.plan = plan = seeded(plan)
-        self.session = get_session(
-            plan.token or "", pool_maxsize=max(plan.workers, plan.batch_size) + 2, headers=plan.headers
-        )
-        self.started, self.began_s = datetime.now(timezone.utc), self.session.clock()
+        connections = max(plan.workers, plan.batch_size) + 2
+        self.session = session = get_session(plan.token or "", pool_maxsize=connections, headers=plan.headers)
+        self.started, self.began_s = datetime.now(timezone.utc), session.clock()
         self.record = new_recorder() if plan.command == STRESS else Recorder()
         self.troubles: list[str] = []  # what cut the run short
+        self.warnings: list[str] = []
         for listener in (make(self) for name, make in LISTENERS.items() if getattr(plan, name)):
             closing.enter_context(listener)
-            self.record.listen(listener)
-        self.hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
-        check_way(self.hub, plan)
-        check_visits(self.hub, plan)
-        listed = self._look()
-        self.existing = test_users(listed, plan.run if plan.command == PURGE else plan.run or "")
-        check_server_names(self.hub, plan, [user["name"] for user in self.existing])
-        self.monitor = Monitor(metrics_url(self.hub.endpoint), self.session)
-        self.site = Site(self.hub, plan, self.record)
+            self.record.listeners.append(listener)
+        self.site, self.existing = open_site(plan, session, self.record)
+        self.hub, self.claims = self.site.hub, self.site.claims
+        self.monitor = Monitor(metrics_url(self.hub.endpoint), session)
         self.monitors = {"hub": self.monitor}
-        self.monitors |= {one.name: Monitor(one.url, self.session, is_hub=False) for one in plan.watch}
-        self.claims = self.site.claims
-        self.claims.known = {user["name"] for user in listed}
+        watched = (each.parts for each in plan.watch)
+        self.monitors |= {name: Monitor(url, session, is_hub=False) for name, url in watched}
         self.cleaned = CleanUp()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
-        self.warnings: list[str] = []
         self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
         self.load_ended_s = self.began_s
+        for monitor in self.monitors.values():
+            closing.enter_context(monitor)
+        for watch in plan.watch:
+            if not (monitor := self.monitors[watch.parts[0]]).snapshots:
+                LOG.warning("--watch %s cannot be read: %s", watch.text, monitor.missing or "no answer")
         self._interruption = interruption
-
-    def __enter__(self) -> Run:
-        self._interruption.begin(self._stop, self._leave)
-        for monitor in self.monitors.values():
-            monitor.__enter__()
-        for watch in self.plan.watch:
-            monitor = self.monitors[watch.name]
-            if not monitor.snapshots:
-                LOG.warning("--watch %s cannot be read: %s", watch, monitor.missing or "no answer")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for monitor in self.monitors.values():
-            monitor.__exit__()
+        interruption.begin(self._stop, self._leave)
 
     def _stop(self) -> None:
-        LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to leave at once.")
+        LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to exit at once.")
         self.session.stop()
 
     def _leave(self, number: int) -> None:
-        remain = counted(len(set(self.claims.ours) - self.site.removal.gone), thing(self.plan.own_servers))
-        leave_at_once(number, remain, purge_command(self.plan.run, self.plan.own_servers))
-
-    def _look(self) -> list[Json]:
-        """The users whose names look like this tool's. Raises `SetupError`: nothing has been changed yet."""
-        try:
-            return list(list_users(self.hub, self.record))
-        except HubRefused as error:
-            raise SetupError(f"{str(error)[:1].upper()}{str(error)[1:]}. Nothing was changed.") from None
+        remain = len(set(self.claims.ours) - self.site.removal.gone)
+        leave_at_once(number, remain, self.plan)
 
     def look(self) -> None:
         """Have all monitors look once more."""
         for monitor in self.monitors.values():
             monitor.look()
 
-    def announce(self, what: str) -> None:
-        """Say what begins, what it costs, and what it risks."""
+    def announce(self, load: str) -> None:
+        """Log what begins, what it costs, and what it risks."""
         names = username(0, self.plan.run or "")[:-1] + "<n>"
-        owner = f" of {self.hub.owner_of('')}" if self.plan.own_servers else ""
+        owner = f" of {self.hub.owner}" if self.plan.own_servers else ""
         proxy = self.session.proxy_to(self.hub.endpoint)
         where = f"{self.hub.endpoint}, through {proxy}" if proxy else self.hub.endpoint
-        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", what, where, names, owner)
+        LOG.info("%s, on %s, as %s%s. Ctrl-C stops and cleans up.", load, where, names, owner)
         for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
             LOG.info("%s", line)
 
     def make_users(self, count: int, batch_size: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
-        taken = [*(user["name"] for user in self.existing), *self.claims.confirmed]
-        batches = make_users(
-            count, batch_size, self.hub, self.record, self.claims, taken, self.plan.run or ""
-        )
+        taken, run = [*(user["name"] for user in self.existing), *self.claims.confirmed], self.plan.run or ""
+        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, run)
         return [name for batch in batches for name in batch]
 
     def start_servers(self, names: Sequence[str]) -> None:
@@ -5044,54 +4718,38 @@ class Run:
             moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
             return self.status(moment, whereabouts(site, len(names)))
 
-        with Progress(line) as progress:
-            send_people(names, site, progress.tell)
+        with progress(line) as tell:
+            send_people(names, site, tell)
 
     def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
         """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
-        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.duration_s
+        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.plan.duration_s
 
         def line() -> str:
-            passed_s, sent, failed = (
-                session.clock() - began_s,
-                record.count(load.mix),
-                record.failures(load.mix),
-            )
+            passed_s = session.clock() - began_s
+            sent, failed = record.count(load.mix), record.failures(load.mix)
             numbers = {f"sent ({sent / passed_s:.1f} per second)": sent}
             numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
             return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
 
-        with Progress(line) as progress:
-            return spread_load(load, session, record, progress.tell)
+        with progress(line) as tell:
+            return spread_load(load, session, record, tell)
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
-        """The line that says where the run is, and how the hub is."""
+        """The line that says how far the run is, and how busy the hub."""
         share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
         return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
-
-    def begin_anew(self, plan: Plan, record: Recorder) -> None:
-        """Have other people come, by this plan, and apart from those before them."""
-        before, traffic = self.site, self.site.public.traffic
-        self.site = dataclasses.replace(before, plan=plan, record=record, turns=Turns())
-        self.site.public.traffic = traffic
-
-    def let_leave(self, names: Sequence[str]) -> None:
-        """Remove these users now. Raises `CutShort` when some stay."""
-        states = self.site.states
-        thought = {name: states.get(name, ServerState.STOPPED) for name in names}
-        self.remove(thought, thought.__contains__, self.session)
-        states |= dict.fromkeys(set(names) - set(self.cleaned.left), ServerState.GONE)
-        if self.cleaned.left and not self.session.stopping.is_set():
-            left = counted(len(self.cleaned.left), thing(self.plan.own_servers))
-            raise CutShort(f"{left} could not be removed before others come")
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when a server ends. Raises `CutShort`."""
         LOG.info("Checking the proxy: %s", CHECK_COSTS)
-        name = next(filter(self._is_at_work, names), None) or self.make_users(1, 1)[0]
-        site = dataclasses.replace(
-            self.site, record=Recorder()
-        )  # what the check does is no result of the load
+        rows, states = self.record.people, self.site.states
+        good = {
+            name for name, row in rows.items() if "at_work" in row and not any(e.reason for e in row.values())
+        }
+        working = (name for name in names if name in good and states.get(name) is ServerState.READY)
+        name = next(working, None) or self.make_users(1, 1)[0]
+        site = dataclasses.replace(self.site, record=Recorder())  # the check is no part of the load's results
         site.public = self.site.public
         person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
 
@@ -5103,23 +4761,19 @@ class Run:
                 person.go_home()
 
         clock, until_s = self.session.clock, self.session.clock() + CHECK_USUALLY_S
-        progress = Progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left")
-        with progress, Team(self.session, progress.tell) as team:
+        with (
+            progress(lambda: f"checking the proxy: about {clock_text(until_s - clock())} left") as tell,
+            Team(self.session, tell) as team,
+        ):
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
 
-    def _is_at_work(self, name: str) -> bool:
-        """Whether this person's server is ready, and nothing was wrong with it."""
-        row = self.record.people.get(name, {})
-        good = "at_work" in row and not any(end.reason for end in row.values())
-        return good and self.site.states.get(name) is ServerState.READY
-
     def pinging(self, name: str) -> Regularly:
-        return pinging(self.hub.owner_of(name), self.hub.endpoint, self.session, self.site.record)
+        return pinging(self.hub.owner or name, self.hub.endpoint, self.session, self.site.record)
 
     def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
-        """Say so if this tool, and not the hub, set the pace."""
+        """Warn if this tool, and not the hub, set the pace."""
         late = self.record.late_share(names)
         if late > 0.01 or unsent:
             self.warnings.append(
@@ -5128,14 +4782,10 @@ class Run:
                 "when a request was due"
             )
 
-    def remove(
-        self, states: Mapping[str, ServerState], ours: Callable[[str], bool], session: HubSession
-    ) -> None:
-        """Remove users, for whom `states` are what is thought of their servers, from the hub."""
-        hub, plan, removal = dataclasses.replace(self.hub, session=session), self.plan, self.site.removal
-        self.cleaned = remove_users(
-            states, ours, hub, self.record, plan.removed_at_once, plan.cleanup_timeout_s, removal
-        )
+    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool]) -> None:
+        """Remove users now; `states` are what is thought of their servers."""
+        limits = self.plan.removed_at_once, self.plan.cleanup_timeout_s
+        self.cleaned = remove_users(states, ours, self.hub, self.record, *limits, self.site.removal)
 
     def clean_up(self) -> None:
         """Remove what this run made."""
@@ -5155,19 +4805,15 @@ class Run:
             self.cleaned = CleanUp(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
-            session, unsure = self.session.clone(own_stop=True), self.claims.unconfirmed.copy()
-            states = {name: self.site.states.get(name, ServerState.STOPPED) for name in ours}
-            states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
-            session.pause(LATE_ACT_S if unsure else 0)
-            self.remove(states, set(ours).__contains__, session)
+            self.cleaned = remove_made(self.site, self.record)
         self.interrupted_by = self._interruption.end()
 
 
-def leave_at_once(number: int, remain: str, remedy: str) -> None:
+def leave_at_once(number: int, remain: int, plan: Plan) -> None:
     """End the program, saying what remains and how to remove it. A signal's handler may call this."""
-    os.write(
-        2, f"\nLeft at once: up to {remain} may remain on the hub. Remove them with: {remedy}\n".encode()
-    )
+    remedy = purge_command(plan.run, plan.own_servers)
+    sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
+    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
     os._exit(128 + number)
 
 
@@ -5195,9 +4841,9 @@ class CapacityStep:
     sent_per_s: float
     p95_s: float | None
     failed: int
-    held: str | None  # the condition that was met, or that the generator could not send so much
+    held: str | None  # the condition that was met, or why the rate was not reached
     generator_bound: bool
-    limited_by: str | None = None  # of people: why no more of them got through
+    limited_by: str | None = None  # of people: why no more got through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5211,24 +4857,6 @@ class Capacity:
     finished: bool = True  # whether the search came to its end
     people_per_minute: float | None = None
     limited_by: str | None = None
-
-
-class Limit(enum.Enum):
-    """What keeps a hub from taking more people."""
-
-    PROCESSOR = "the hub's one thread was busy: give its process a faster processor, or less to do"
-    THROTTLING = (
-        "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to start"
-    )
-    FRONT = (
-        "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
-    )
-    SPAWN = "servers took long to start, by the hub's own clock: see images, nodes and storage"
-    PROXY = "servers were ready, but people waited to work there: see the proxy, and the servers themselves"
-    GENERATOR = "this machine could not send more"
-    MAX_SERVERS = "--max-servers {}: the hub may take more"
-    FAILURES = "what failed most often: {} × {}"
-    UNKNOWN = "the hub's figures do not tell what the limit was"
 
 
 def first_step(plan: Plan) -> Plan:
@@ -5250,11 +4878,10 @@ def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
 def next_rate(
     steps: Sequence[CapacityStep], first_per_s: float, grain_per_s: float = 0.0, most_per_s: float = math.inf
 ) -> float | None:
-    """Which rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
+    """The rate to try next: doubling until a condition is met, then halving the interval to within 5 %.
 
-    None when the answer is known as well as it can be: a rate that the generator could not send says nothing
-    of the hub, and so nothing is known of higher ones. With a grain, rates are its multiples: people are
-    whole.
+    None when the answer is known as well as it can be: where the generator could not send a rate, nothing is
+    known of higher ones. With a grain, rates are its multiples: people are whole.
     """
     low = sustained_rate(steps) or 0.0
     high = min((step.rate_per_s for step in steps if step.held), default=math.inf)
@@ -5272,33 +4899,42 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     Requests are sent for `users`; people who come are new ones in each step.
     """
     plan, session, of_people = run.plan, run.session, run.plan.command == STRESS
-    first, steps, best, last = first_step(plan), list[CapacityStep](), Recorder(), ""
+    first, steps, best, tried = first_step(plan), list[CapacityStep](), Recorder(), ""
     grain_per_s = 1 / first.duration_s if of_people and first.duration_s else 0.0
     most_per_s = plan.max_servers * grain_per_s if plan.max_servers else math.inf
     try:
         while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
             count = round(rate / grain_per_s) if of_people else plan.count
             users = run.make_users(count, plan.batch_size) if of_people else users
-            step, seen = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
+            step, record = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
-            people_text = f"{counted(60 * rate, 'person', 'people')} a minute"
-            last = people_text if of_people else f"{counted(rate, 'request')} per second"
-            LOG.info("At %s: %s", last, step.held or "sustained")
-            best = seen if not step.held or sustained_rate(steps) is None else best
+            people = f"{counted(60 * rate, 'person', 'people')} a minute"
+            tried = people if of_people else f"{counted(rate, 'request')} per second"
+            LOG.info("At %s: %s", tried, step.held or "sustained")
+            best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
-                run.let_leave(users)
-            _drain_hub(run.hub, users[0])
+                states = {name: run.site.states.get(name, ServerState.STOPPED) for name in users}
+                run.remove(states, states.__contains__)
+                run.site.states |= dict.fromkeys(states.keys() - run.cleaned.left, ServerState.GONE)
+                if run.cleaned.left and not session.stopping.is_set():
+                    remain = counted(len(run.cleaned.left), thing(plan.own_servers))
+                    raise CutShort(f"{remain} could not be removed before others come")
+            until_s, quick = session.clock() + DRAIN_S, 0  # until the hub answers at once, twice in a row
+            while quick < 2 and session.clock() < until_s and session.pause(0.5):
+                sent_s = session.clock()
+                run.hub.state(users[0])
+                quick = quick + 1 if session.clock() - sent_s < 0.1 else 0
     finally:
-        run.record.take_over(best)
+        run.record.include(best)
         run.capacity = capacity_of(plan, steps, finished=rate is None)
         if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
-            judged = {*(first.mix or DEFAULT_MIX), *PERSONAL}
-            errors = (one.errors for name, one in best.summarise().items() if name in judged)
-            usual = sum(map(collections.Counter, errors), collections.Counter[str]()).most_common(1)
-            most = "".join(f" ({number:,} × {reason})" for reason, number in usual)
-            run.warnings.append(f"no rate was sustained, not even {last}: {steps[-1].held}{most}")
+            judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
+            for name, operation in best.summarise().items():
+                errors.update(operation.errors if name in judged else {})
+            usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
+            run.warnings.append(f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}")
 
 
 def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
@@ -5309,18 +4945,19 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
         reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
         servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
         return Capacity(sustained, servers, bound, steps, finished)
-    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-    limit = broken[0].limited_by if broken else None
+    broken = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
+    limit = broken.limited_by if broken else None
     if finished and not broken:
-        finished, limit = False, Limit.MAX_SERVERS.value.format(plan.max_servers)
+        finished, limit = False, f"--max-servers {plan.max_servers}: the hub may take more"
     return Capacity(sustained, None, bound, steps, finished, sustained and 60 * sustained, limit)
 
 
 def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
-    """Have these people come, or send requests for these users: the step, and its events."""
-    session, monitor, seen = run.session, run.monitor, new_recorder(*run.record.listeners)
-    load, of_people = load_of(plan, run.hub.endpoint, users), plan.command == STRESS
-    run.begin_anew(plan, seen)
+    """Have these people come, or send requests for these users: the step, and its events alone."""
+    session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
+    load, of_people, public = Load(plan, run.hub.endpoint, users), plan.command == STRESS, run.site.public
+    run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
+    run.site.public.traffic = public.traffic
     looks, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
@@ -5329,38 +4966,40 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
             run.start_servers(users)
             cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
         else:
-            cpu_share = run.send_requests(load, session, seen)
+            cpu_share = run.send_requests(load, session, record)
     monitor.look()
     traffic.add(session.traffic.counts - before)
-    step = judge_step(load, seen, traffic, plan, cpu_share)
+    step = judge_step(load, record, traffic, cpu_share)
     if step.held and of_people:
         own = hub_figures(monitor.snapshots[looks:], math.inf, 0)
-        limit = limit_of(step, seen, own, in_front=traffic.counts[-429] > traffic.throttled)
+        limit = limit_of(step, record, own, in_front=traffic.counts[-429] > traffic.throttled)
         step = dataclasses.replace(step, limited_by=limit)
-    return step, seen
+    return step, record
 
 
-def judge_step(load: Load, seen: Recorder, traffic: Traffic, plan: Plan, cpu_share: float) -> CapacityStep:
+def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float) -> CapacityStep:
     """Judge one rate by its own requests alone."""
-    count, failed = seen.count(load.mix), seen.failures({*load.mix, *PERSONAL})
-    found = as_json({"operations": seen.summarise(), "http": traffic.summarise(), "failed": failed})
-    found["failed_rate"] = failed / count if count else None
-    held = next((one.text for one in plan.conditions if one.judge(found, plan.baseline).held), None)
-    unsent, of_people = load.planned - count, plan.command == STRESS  # people come late, but come
-    bound = (seen.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)) and cpu_share > BUSY
-    ends = [row[plan.goal] for row in seen.people.values() if plan.goal in row]
+    plan, of_people = load.plan, load.plan.command == STRESS
+    count, failed = record.count(load.mix), record.failures({*load.mix, *PERSONAL})
+    results = as_json({"operations": record.summarise(), "http": traffic.summarise(), "failed": failed})
+    results["failed_rate"] = failed / count if count else None
+    held = next((limit.text for limit in plan.conditions if limit.judge(results, plan.baseline).held), None)
+    unsent = load.planned - count
+    late = record.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
+    bound = late and cpu_share > BUSY
+    ends = [row[plan.goal] for row in record.people.values() if plan.goal in row]
     waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
     if bound:
         held = "the generator could not send this rate"
     elif not held and unsent > 0:
-        noun = ("person", "people") if of_people else ("request", "requests")
+        noun = ("person", "people") if of_people else ("request",)
         why_not = "never came, after failures in a row" if of_people else "could not be sent in time"
         held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
     elif not held and falls_behind(waits_s):
         held = "the hub fell behind: the last waited longer than the first"
-    p95_s = metric_value(found, next(iter(load.mix)) + ".p95")
-    sent_per_s = count / (load.duration_s or math.nan)
-    return CapacityStep(fastest(load.rate_per_s), sent_per_s, p95_s, failed, held, bound)
+    p95_s = metric_value(results, next(iter(load.mix)) + ".p95")
+    sent_per_s = count / (plan.duration_s or math.nan)
+    return CapacityStep(fastest(plan.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
 
 def falls_behind(waits_s: Sequence[float]) -> bool:
@@ -5374,49 +5013,51 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
-def limit_of(step: CapacityStep, seen: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
+LIMITED_IN_FRONT = (
+    "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+)
+LIMITED_IN_FRONT += "cluster"
+UNKNOWN_LIMIT = "the hub's figures do not tell what the limit was"
+
+
+def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_front: bool = False) -> str:
     """What kept people from getting through, by the condition that broke the step and the hub's own figures.
 
     Failures are their own reason; only time-outs are judged like other waits for the same step.
     """
     broken, _, statistic = re.split("[ <>]", step.held or "", maxsplit=1)[0].rpartition(".")
-    operations, failed = seen.summarise(), ""
+    operations, otherwise = record.summarise(), UNKNOWN_LIMIT
     if statistic in ("failed", "failed_rate") or "never came" in (step.held or ""):
-        ends = [end for row in seen.people.values() for end in row.values() if end.step in PERSONAL]
+        ends = [end for row in record.people.values() for end in row.values() if end.step in PERSONAL]
         failures = [(end.step, end.reason) for end in ends if end.reason and broken in ("", end.step)]
         if usual := collections.Counter(failures).most_common(1):
             (broken, reason), number = usual[0]
-            failed = Limit.FAILURES.value.format(number, reason.text)
+            otherwise = f"what failed most often: {number} × {reason.text}"
             if reason.kind not in (Kind.TIMED_OUT, Kind.THROTTLED):
-                return failed
-    means = {name: one.latency_s.mean or 0.0 for name, one in operations.items()}
-    ready_s, asked = means.get("server_ready", 0.0), operations.get("start_server")
+                return otherwise
+    means = {name: operation.latency_s.mean or 0.0 for name, operation in operations.items()}
+    ready_s, starts = means.get("server_ready", 0.0), operations.get("start_server")
     of_starts = broken in ("start_server", "server_ready") or statistic == "throttled"
     whole_s = ready_s if of_starts else means.get("at_work", ready_s)
     spawn_s = own.spawns["success"].mean_s if own and "success" in own.spawns else 0.0
-    throttled = statistic == "throttled" or bool(asked and asked.backoff_s / asked.count > ready_s / 10)
+    throttled = statistic == "throttled" or bool(starts and starts.backoff_s / starts.count > ready_s / 10)
     idle = bool(own and own.cpu_share_max < IDLE and own.late_s is None)
     at_the_server = broken in PERSONAL[1:] and broken != "at_work"
-    rules = {
-        Limit.GENERATOR: step.generator_bound,
-        Limit.PROCESSOR: (own and own.busy) or (broken == "ping" and not idle),
-        Limit.UNKNOWN: broken == "ping",
-        Limit.PROXY: at_the_server or whole_s - ready_s > whole_s / 2,
-        Limit.FRONT: throttled and in_front,
-        Limit.THROTTLING: throttled,
-        Limit.SPAWN: spawn_s > whole_s / 2,
+    rules: dict[str, object] = {
+        "this machine could not send more": step.generator_bound,
+        "the hub is CPU-bound: use a faster core, or reduce its load": (own and own.busy)
+        or (broken == "ping" and not idle),
+        UNKNOWN_LIMIT: broken == "ping",
+        "servers were ready, but people waited to work there: see the proxy, and the servers "
+        "themselves": at_the_server or whole_s - ready_s > whole_s / 2,
+        LIMITED_IN_FRONT: throttled and in_front,
+        "the hub throttled starts: see its concurrent_spawn_limit, and how long a server takes to "
+        "start": throttled,
+        "servers took long to start, by the hub's own clock: see images, nodes and storage": (
+            spawn_s > whole_s / 2
+        ),
     }
-    return next((limit.value for limit, applies in rules.items() if applies), failed or Limit.UNKNOWN.value)
-
-
-def _drain_hub(hub: Hub, user: str) -> None:
-    """Give the hub time to get over a step: until it answers within 0.1 s again, twice."""
-    session = hub.session
-    until_s, quick = session.clock() + DRAIN_S, 0
-    while quick < 2 and session.clock() < until_s and session.pause(0.5):
-        asked_s = session.clock()
-        hub.state(user)
-        quick = quick + 1 if session.clock() - asked_s < 0.1 else 0
+    return next((limit for limit, applies in rules.items() if applies), otherwise)
 
 
 # ==== What it means: where the time went, and what to look at next ==========================================
@@ -5601,7 +5242,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     elif failures:
         log = "where the spawner runs them (squeue, sacct, docker ps, journalctl)"
         log = "the events of their pods: kubectl get events -n NAMESPACE" if pods else log
-        yield f"see the hub's log for the {things(results.own_servers)} named above, and {log}"
+        yield f"see the hub's log for the {thing(results.own_servers)}s named above, and {log}"
     if NO_SUCH_HOST in words:
         yield "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry"
     if Kind.LOST in kinds:
@@ -5631,7 +5272,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     if denied > (hub.metrics_missing == NO_METRICS_SCOPE):
         yield "the hub denied requests (403): a hook, a quota, or a missing scope; its log says which"
     if "429" in in_front:
-        yield Limit.FRONT.value
+        yield LIMITED_IN_FRONT
     if in_front.keys() & {"401", "403"}:
         yield "something in front of the hub denies requests: let this machine, POST and DELETE through"
     if any(status >= "500" for status in in_front):
@@ -6573,26 +6214,9 @@ def _table_lines(rows: Sequence[Sequence[str]], left: Collection[int], width: in
 # ==== The plan in words, for a dry run ======================================================================
 
 DRY_RUN = "DRY RUN: no request was sent; a run would do this"
-MEANWHILE = f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures "
-MEANWHILE += f"every {METRICS_EVERY_S:g} s"
-
-
-def steps_planned(group: Plan) -> str:
-    """What each person of a group does, in order."""
-    book, parts = group.notebook, len(group.page.requests) if group.page else 0
-    cells = f"{counted(len(book.cells), 'cell')} of {book.file}" if book else "6*7 again and again"
-    limits = f"at most {duration_text(group.cell_timeout_s)} each, {duration_text(group.think_s)} between two"
-    steps = {
-        f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
-        f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
-        f"fetches {counted(parts, 'part')} of the page": parts,
-        f"runs {cells} in a kernel ({limits})": group.work,
-        f"stays until {duration_text(group.hold_s)} after the last has got this far": (
-            group.hold_s and not group.stay_s
-        ),
-        f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
-    }
-    return ", ".join(step for step, planned in steps.items() if planned)
+MEANWHILE = (
+    f"{PING_RATE_PER_S:g} pings per second; with read:metrics, the hub's figures every {METRICS_EVERY_S:g} s"
+)
 
 
 def people_planned(plan: Plan) -> Iterator[Row]:
@@ -6608,7 +6232,20 @@ def people_planned(plan: Plan) -> Iterator[Row]:
         few_first = not plan.is_open and min(group.count, plan.batch_size) > FIRST_STARTS
         pace += f" ({FIRST_STARTS} until one server is ready)" * few_first
         yield "people", f"{name}{pace}: the first {first}, the last {last}"
-        yield "each person", name + steps_planned(group)
+        book, parts = group.notebook, len(group.page.parts) if group.page else 0
+        cells = f"{counted(len(book.parts), 'cell')} of {book.text}" if book else "6*7 again and again"
+        cells += f" in a kernel (at most {duration_text(group.cell_timeout_s)} each"
+        steps = {
+            f"starts a server (at most {duration_text(group.server_timeout_s)})": True,
+            f"opens its page (at most {duration_text(group.visit_timeout_s)})": group.opens,
+            f"fetches {counted(parts, 'part')} of the page": parts,
+            f"runs {cells}, {duration_text(group.think_s)} between two)": group.work,
+            f"stays until {duration_text(group.hold_s)} after the last has got this far": (
+                group.hold_s and not group.stay_s
+            ),
+            f"leaves {duration_text(group.stay_s)} after getting to work": group.stay_s,
+        }
+        yield "each person", name + ", ".join(step for step, planned in steps.items() if planned)
     of = {name: sum(group.count for group in plan.groups if STEPS[name].wanted(group)) for name in PERSONAL}
     again = sum(group.count for group in plan.groups if group.opens and STEPS["stay"].wanted(group))
     creates = 0 if plan.own_servers else math.ceil(plan.count / plan.batch_size)
@@ -6629,11 +6266,10 @@ def people_planned(plan: Plan) -> Iterator[Row]:
 
 def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
-    load, total = load_of(plan, "", [""] * plan.count), sum((plan.mix or DEFAULT_MIX).values())
-    lasts_s = load.schedule.lasts_s if load.schedule else load.duration_s
-    threads = load.workers * load.processes
+    load = Load(plan, "", [""] * plan.count)
+    lasts_s = load.schedule.lasts_s if load.schedule else plan.duration_s
+    threads, total = load.workers * plan.processes, sum(load.mix.values())
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
-    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     unlimited = lasts_s and not load.schedule
     number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
@@ -6641,6 +6277,7 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
     deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
     yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
+    in_turn = f"{counted(rounds, 'request')} of each thread, after up to 1 s each"
     worst_s = (lasts_s or 0.0) + rounds * (1 + OPEN_GRACE_S + RETRY_WINDOW_S + DEFAULT_TIMEOUT)
     worst = f"at most {duration_text(worst_s)} if the hub answers as slowly as it may"
     yield "duration", f"{duration_text(lasts_s) if lasts_s else in_turn}, {worst}"
@@ -6648,7 +6285,7 @@ def load_planned(plan: Plan) -> Iterator[Row]:
 
 def plan_section(plan: Plan) -> Section:
     """What a run of this plan does and costs, as far as that can be known without asking the hub."""
-    what, prefix, step = things(plan.own_servers), username(0, plan.run or "")[:-1], plan
+    kind, prefix, step = f"{thing(plan.own_servers)}s", username(0, plan.run or "")[:-1], plan
     rows: list[Row] = [("hub", plan.endpoint or "not given yet")]
     if plan.find_capacity:
         step = first_step(plan)
@@ -6658,24 +6295,24 @@ def plan_section(plan: Plan) -> Section:
     if plan.command == PURGE:
         every = "" if plan.run else ", and those of every --run"
         requests_text = "2 checks, 2 lists; for each of them a stop if it runs, and a delete"
-        rows += [(what, f"{prefix}<n>{every}"), ("requests", requests_text)]
+        rows += [(kind, f"{prefix}<n>{every}"), ("requests", requests_text)]
         rows += [("duration", f"as long as that takes for {plan.batch_size} at a time")]
     else:
         names = names_text(f"{prefix}{n}" for n in range(1, step.count + 1))
         first = "; those that are there come first" if plan.command == ACTIVITY else ""
-        rows.append((what, f"{names}, or as many after the highest number in use{first}"))
+        rows.append((kind, f"{names}, or as many after the highest number in use{first}"))
         rows += people_planned(step) if plan.command == STRESS else load_planned(step)
     if plan.command != STRESS:
         rows.append(("cost", "no servers, no kernels"))
-    removed = f"{what} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
-    rows.append(("cleanup", f"{what} are kept" if plan.keep else removed))
+    removed = f"{kind} are removed; times out after {duration_text(plan.cleanup_timeout_s)} without progress"
+    rows.append(("cleanup", f"{kind} are kept" if plan.keep else removed))
     mine = "!user=<owner>" * plan.own_servers
     scopes = sorted(needed_scopes(plan.command, plan.own_servers))
     rows.append(("scopes", ", ".join(scope + mine for scope in scopes)))
     if plan.command == STRESS and plan.opens:
         whose = "the token" if plan.visit_token else "the token, or better a second one"
         rows.append(("scopes", f"access:servers{mine}, for {whose} in JUPYTERHUB_VISIT_TOKEN"))
-    rows.append(("conditions", "; ".join(one.text for one in plan.conditions)))
+    rows.append(("conditions", "; ".join(limit.text for limit in plan.conditions)))
     return Section("Plan", rows)
 
 
@@ -6979,7 +6616,7 @@ def write_files(plan: Plan, results: Results) -> Results:
             if path:
                 write_whole(path, render(results, plan.baseline))
         except OSError as error:
-            sentence = f"--{flag} {path} could not be written: {_in_words(error)}"
+            sentence = f"--{flag} {path} could not be written: {error.strerror or error}"
             LOG.error(sentence)
             code, warnings = results.exit_code or int(ExitCode.FAILED), [*results.warnings, sentence]
             results = dataclasses.replace(results, warnings=warnings, exit_code=code)
@@ -7017,8 +6654,8 @@ def stress(run: Run) -> None:
         run.announce(f"How many people a minute? In steps of {duration_text(first_step(plan).duration_s)}")
         search(run)
         return
-    who = counted(plan.count, "person", "people") if plan.rehearses else counted(plan.count, "server")
-    run.announce(f"{who}, {pace_text(plan.options())}")
+    noun = ("person", "people") if plan.rehearses else ("server",)
+    run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
     with run.pinging(names[0]):
         run.start_servers(names)
@@ -7037,7 +6674,7 @@ def activity(run: Run) -> None:
     if plan.find_capacity:
         search(run, users)
         return
-    load = load_of(plan, run.hub.endpoint, users)
+    load = Load(plan, run.hub.endpoint, users)
     with run.pinging(users[0]):
         cpu_share = run.send_requests(load, session, run.record)
     if not session.stopping.is_set():
@@ -7054,7 +6691,7 @@ def purge(run: Run) -> None:
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     states = {user["name"]: server_state(user) for user in run.existing}
     if states:
-        run.remove(states, functools.partial(is_test_user, run=run.plan.run), run.session)
+        run.remove(states, functools.partial(is_test_user, run=run.plan.run))
 
 
 def carry_out(plan: Plan) -> Results:
@@ -7062,8 +6699,10 @@ def carry_out(plan: Plan) -> Results:
 
     Raises `SetupError`; nothing has been changed then.
     """
-    with Interruption() as interruption:
-        with contextlib.ExitStack() as closing, Run(plan, closing, interruption) as run:
+    interruption = Interruption()
+    with on_signals(interruption):
+        with contextlib.ExitStack() as closing:
+            run = Run(plan, closing, interruption)
             try:
                 {STRESS: stress, ACTIVITY: activity, PURGE: purge}[plan.command](run)
             except CutShort as error:
@@ -7074,65 +6713,43 @@ def carry_out(plan: Plan) -> Results:
                 run.clean_up()
             run.session.close()  # so that what is still open on the hub is not ours
             run.look()
-            closing.close()
-            results = results_of(run)
-        return write_files(plan, results)
+        return write_files(plan, results_of(run))
 
 
 # ==== Command line, and an event's file =====================================================================
 
 
-DESCRIPTIONS = {
-    STRESS: """\
-Makes a fake user for each person, starts their servers, measures how long that
-takes, and removes all of them. With --visit, --page or --work each person goes
-on to their page, and to the results of their cells.
-
-example: hub-stress-test stress-test --count 300 --within 5m --work""",
-    ACTIVITY: """\
-Makes users without servers, sends for them the activity reports that running
-servers send, measures how long the hub takes to answer, and removes the users.
-
-example: hub-stress-test activity-stress-test --rate 10 --duration 5m""",
-    PURGE: """\
-Removes the users, and their servers, that earlier runs left on the hub: those
-whose whole name follows this tool's naming, and no admin.
-
-example: hub-stress-test purge --run night""",
-}
-
-
 class _Parser(argparse.ArgumentParser):
-    """Refuses bad usage in one sentence, and sets only what is given."""
-
-    def __init__(self, **settings: Any) -> None:
-        settings |= {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Refuses bad usage in one sentence."""
 
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line. Options of all commands can stand before and after the command."""
-    parser = _Parser(prog="hub-stress-test", description=__doc__)
+def build_parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of all options, which sets only what is given. Its help has the options of this command.
+
+    Without a command these are the options of all commands.
+    """
+    parser = _Parser(
+        prog="hub-stress-test",
+        usage=f"hub-stress-test [OPTIONS] {command or 'COMMAND'} [OPTIONS]",
+        description=COMMANDS.get(command, __doc__),
+        epilog="DURATION: 90s, 5m or 1h; a number alone is in seconds.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    commands = f"{', '.join(COMMANDS)}: see COMMAND --help"
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=commands)
     parser.add_argument("--version", action="version", version=f"hub-stress-test {__version__}")
-    _group_options(parser, [name for name, row in OPTIONS.items() if {*COMMANDS} <= {*row.on}])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command, help in COMMANDS.items():
-        units = "DURATION: 90s, 5m or 1h; a number alone is in seconds."
-        sub = commands.add_parser(command, help=help, description=DESCRIPTIONS[command], epilog=units)
-        _group_options(sub, [name for name, row in OPTIONS.items() if command in row.on], command)
-    return parser
-
-
-def _group_options(parser: argparse.ArgumentParser, names: Collection[str], command: str = "") -> None:
-    """Add these options in their groups. A list that a command continues would replace the one before it."""
     for about in HELP_GROUPS:
         group = parser.add_argument_group(about)
-        for name, row in ((name, OPTIONS[name]) for name in names if OPTIONS[name].about == about):
-            dest = f"{name}_too" if command and row.repeatable else name
-            row.add_to(group, dest, command not in row.hidden_on)
+        for name, row in OPTIONS.items():
+            if row.about == about and row.on:
+                shown = {*([command] if command else COMMANDS)} <= {*row.on} - {*row.hidden_on}
+                row.add_to(group, name, shown)
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -7145,13 +6762,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if word == "--log-to-file" and following in COMMANDS:  # a command, not the optional FILE
             words[at : at + 2] = [following, word]
             break
-    namespace, unknown = build_parser().parse_known_args(words)
-    if unknown:
-        raise UsageError(_no_such_option(unknown[0], namespace.command))
-    given = vars(namespace)
-    for name in [name for name, row in OPTIONS.items() if row.repeatable]:
-        if values := (*given.get(name, ()), *given.pop(f"{name}_too", ())):
-            given[name] = values
+    parser = build_parser(next((word for word in words if word in COMMANDS), ""))
+    namespace, unknown = parser.parse_known_args(words)
+    given, command = vars(namespace), namespace.command
+    misplaced = [row.flag for name, row in OPTIONS.items() if name in given and command not in row.on]
+    for word in unknown + misplaced:
+        if not word.startswith("-"):
+            raise UsageError(f"{command} has no use for {word!r}")
+        raise no_such(word.partition("=")[0].lstrip("-"), command)
+    given |= {name: tuple(given[name]) for name, row in OPTIONS.items() if row.repeatable and name in given}
     if file := given.get("event"):
         given = read_table(file, 0) | given
         of_groups = {"event", *OPTIONS["event"].excludes.split()}
@@ -7162,83 +6781,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             groups = tuple(dataclasses.replace(group, **alone) for group in groups)
         fields = given | {"event": groups, "count": sum(group.count for group in groups)}
     else:
-        fields = given | decided_by_stages(given["command"], given.get("rate_per_s"))
+        fields = given | decided_by_stages(command, given.get("rate_per_s"))
     args = argparse.Namespace(**vars(Plan()) | fields, given=given.keys() & OPTIONS.keys())
-    args.endpoint = args.endpoint or endpoint_from_environment()
-    args.token = args.token or _from_environment(token_text, "JUPYTERHUB_API_TOKEN")
-    args.visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+    args.endpoint = args.endpoint or from_environment(
+        endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL"
+    )
+    args.token = args.token or from_environment(token_text, "JUPYTERHUB_API_TOKEN")
+    args.visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
     return args
 
 
-def endpoint_from_environment() -> str | None:
-    """The hub's API as the environment has it. Raises `UsageError`."""
-    return _from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
+def no_such(name: str, place: str) -> UsageError:
+    """The error of an option that a command does not have, or of a key that a table does not have."""
+    places, dashes = (COMMANDS, "--") if place in COMMANDS else ((EVENT, GROUP), "")
+    others = [other for row in OPTIONS.values() if row.name == name for other in row.on if other in places]
+    near = difflib.get_close_matches(name, [row.name for row in OPTIONS.values() if place in row.on], 1, 0.5)
+    hint = f": it is one of {' and '.join(others)}" if others else ""
+    hint = hint or "".join(f": did you mean {dashes}{each}?" for each in near)
+    return UsageError(f"{place} has no {f'option {dashes}{name}' if dashes else 'such key'}{hint}")
 
 
-def _from_environment(convert: Callable[[str], T], *variables: str) -> T | None:
+def from_environment(kind: Callable[[str], T], *variables: str) -> T | None:
+    """The value of the first of these environment variables that is set. Raises `UsageError`."""
     for variable in variables:
         if text := os.environ.get(variable):
             try:
-                return convert(text)
-            except argparse.ArgumentTypeError as error:
+                return kind(text)
+            except UsageError as error:
                 raise UsageError(f"environment variable {variable}: {error}") from None
     return None
 
 
 def read_table(file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table of an event's file sets, read as the command line it stands for.
+    """The fields of the plan that a table of an event's file sets. Raises `UsageError`.
 
-    Json 0 is what stands above the groups, table n the n-th group. Raises `UsageError`.
+    Table 0 is what stands above the groups, table n the n-th group.
     """
-    names = {row.name: name for name, row in OPTIONS.items() if (GROUP if n else EVENT) in row.on}
-    parser, fields = _Parser(add_help=False), Json()
-    for name in names.values():
-        OPTIONS[name].add_to(parser, name)
+    fields, place = Json(), GROUP if n else EVENT
+    names = {row.name: name for name, row in OPTIONS.items() if place in row.on}
     for key, value in file.tables[n].items():
         try:
             if key not in names:
-                raise UsageError(_no_such_key(key, names, n))
-            name = names[key]
-            words = _words_for(OPTIONS[name], value, os.path.dirname(file.path))
-            read = vars(parser.parse_args(words)).get(name, getattr(Plan, name))
-            fields[name] = tuple(read) if isinstance(read, list) else read
+                raise no_such(key, place)
+            fields[names[key]] = OPTIONS[names[key]].from_toml(value, os.path.dirname(file.path))
         except UsageError as error:
-            sentence = re.sub(r"^argument \S+: ", "", str(error))
-            raise file.error(n, key, f"{key}: {sentence}") from None
+            raise file.error(n, key, f"{key}: {error}") from None
     return fields
-
-
-def _no_such_option(word: str, command: str) -> str:
-    if not word.startswith("-"):
-        return f"{command} has no use for {word!r}"
-    flag = word.partition("=")[0]
-    others = [other for row in OPTIONS.values() if flag in row.flags for other in row.on if other in COMMANDS]
-    if others:
-        return f"{command} has no option {flag}: it is one of {' and '.join(others)}"
-    known = [row.flag for row in OPTIONS.values() if command in row.on]
-    near = difflib.get_close_matches(flag, known, 1, 0.5)
-    return f"{command} has no option {flag}" + "".join(f": did you mean {each}?" for each in near)
-
-
-def _no_such_key(key: str, names: Collection[str], n: int) -> str:
-    if any(row.name == key and (EVENT if n else GROUP) in row.on for row in OPTIONS.values()):
-        return f"this key stands {'above the groups' if n else 'in a group'}"
-    near = difflib.get_close_matches(key, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    return f"there is no such key here: {hint}"
-
-
-def _words_for(row: Option, value: Any, folder: str) -> list[str]:
-    """The words that a key of an event's file stands for; `false` for none. Paths begin where the file is."""
-    if isinstance(value, bool) and (row.const or not row.kind):
-        return [row.flag] * value
-    if isinstance(value, bool) or not row.kind:
-        raise UsageError(f"expected {row.metavar or 'true or false'}, not {value!r}")
-    values = value if row.repeatable and isinstance(value, list) else [value]
-    texts = [each if isinstance(each, str) else json.dumps(each, default=str) for each in values]
-    if row.metavar.startswith("FILE"):
-        texts = [os.path.join(folder, text) for text in texts]
-    return [f"{row.flag}={text}" for text in texts]
 
 
 def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
@@ -7248,8 +6836,7 @@ def event_groups(file: EventFile, base: Plan) -> tuple[Plan, ...]:
         given = read_table(file, n)
         fields = decided_by_stages(STRESS, given.get("rate_per_s")) | given
         group = dataclasses.replace(base, **fields)
-        of_all = {"keep"} if base.keep else set()
-        for name, sentence in broken_rules(group, given.keys() | of_all):
+        for name, sentence in broken_rules(group, {*given} | {"keep"}):
             raise file.error(n, OPTIONS[name].name, sentence)
         needed = {"a name": ("group",), "a count": ("count",), "within or rate": ("within_s", "rate_per_s")}
         for need, names in needed.items():
@@ -7273,13 +6860,13 @@ def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
 
 
 def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Each field of those that were given that cannot be what it is, with the sentence that says why."""
+    """Each given field that breaks a rule, with the sentence that says which."""
     given = [name for name in OPTIONS if name in given and getattr(plan, name)]
     for name in given:
         row = OPTIONS[name]
         needs, excludes = row.needs.split(), row.excludes.split()
         if plan.command not in row.rules_on or (name == "within_s" and plan.find_capacity):
-            needs = excludes = []  # of a search, --rate is the first step's
+            needs = excludes = []  # in a search, --rate is that of the first step
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
             yield name, f"{row.flag} has a meaning only with {flags}"
@@ -7295,12 +6882,9 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
         if plan.find_capacity:
             yield "rate_per_s", "--find-capacity begins with one rate: --rate R, without stages"
     for name, other in (("count", "within_s"), ("within_s", "count")):
-        if plan.command == STRESS and "find_capacity" in given and name in given and other not in given:
+        if plan.command == STRESS and plan.find_capacity and name in given and other not in given:
             flag, too = OPTIONS[name].flag, OPTIONS[other].flag
-            yield (
-                name,
-                f"--find-capacity says who comes: leave out {flag}, or ask with {too} whether they fit",
-            )
+            yield name, f"--find-capacity says who comes: leave out {flag}, or give {too} too"
     most = plan.max_servers
     if most and (first := first_step(plan).count) > most:
         yield "max_servers", f"--max-servers {most}: the first step has {first} people; lower --rate"
@@ -7317,7 +6901,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence.
 
-    `paths` tells whether there will be results, so that conditions can be on any of their numbers.
+    With `paths`, conditions can be on any number of the results.
     """
     plan = plan_of(args)
     differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
@@ -7325,7 +6909,7 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         try:
             if row.kind and isinstance(value, (int, str)):  # as it would have to be on the command line
                 row.kind(str(value))
-        except argparse.ArgumentTypeError as error:
+        except UsageError as error:
             raise UsageError(f"{row.flag}: {error}") from None
     # The seeds' functions are always called with a count.
     for _, sentence in broken_rules(plan, getattr(args, "given", {*differs} - {"count"})):
@@ -7337,12 +6921,13 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
     for each in plan.fail_if:
         if why_not := _why_not_judged(each, plan, paths and not plan.find_capacity):
             raise UsageError(f"--fail-if {each.text!r}: {why_not}")
-    missing = {
+    needed = {
         "no endpoint: set JUPYTERHUB_ENDPOINT=https://YOUR-HUB/hub/api, or give --endpoint": plan.endpoint,
         "no token: set JUPYTERHUB_API_TOKEN, or give --token": plan.token,
     }
-    if None in missing.values() and not plan.dry_run:
-        raise UsageError("; and ".join(sentence for sentence, value in missing.items() if value is None))
+    missing = [sentence for sentence, value in needed.items() if value is None]
+    if missing and not plan.dry_run:
+        raise UsageError("; and ".join(missing))
 
 
 def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
@@ -7350,15 +6935,14 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     if nearest := nearest_metric(limit.metric, paths):
         known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
         return f"no {limit.metric!r} {known}; nearest is {nearest}"
-    for name in re.findall(r"\[([^]]*)\]", limit.metric):
-        if name not in [group.group for group in plan.event]:
-            return f"there is no group {name!r}"
+    groups = {group.group for group in plan.event}
+    for unknown in (name for name in re.findall(r"\[([^]]*)\]", limit.metric) if name not in groups):
+        return f"there is no group {unknown!r}"
     step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
     if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
-        alone: Json = {"visit": True, "page": Recording("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
-        plans = {OPTIONS[name].flag: Plan(**{name: value}) for name, value in alone.items()}
-        flags = " or ".join(flag for flag, each in plans.items() if step.wanted(each))
-        return f"{step.name} is measured only with {flags}"
+        alone: Json = {"visit": True, "page": Given("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
+        flags = [OPTIONS[name].flag for name, value in alone.items() if step.wanted(Plan(**{name: value}))]
+        return f"{step.name} is measured only with {' or '.join(flags)}"
     if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
         return f"the unit {limit.unit!r} does not fit {limit.metric}"
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
@@ -7370,9 +6954,9 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
 class _Redacting(logging.Formatter):
     """Log lines, tracebacks included, without the secrets of a run."""
 
-    def __init__(self, secrets: Collection[str]) -> None:
+    def __init__(self, secrets: Iterable[str]) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be part of another
+        self._secrets = sorted(filter(None, secrets), key=len, reverse=True)  # one may be part of another
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -7394,8 +6978,8 @@ def setup_logging(
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
         sys.stderr.write(f"Logging to {path}\n")
-    values = [value for _, value in plan.headers]
-    handler.setFormatter(_Redacting({each for each in (plan.token, plan.visit_token, *values) if each}))
+    values = (value for _, value in plan.headers)
+    handler.setFormatter(_Redacting((plan.token or "", plan.visit_token or "", *values)))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     if log_to_file and args is not None:
@@ -7472,7 +7056,6 @@ def program() -> None:
 
 # ==== The seeds' functions: thin wrappers, for use as a library =============================================
 
-
 Batches = Sequence[Sequence[str]]  # names of users, which start at the same time
 
 
@@ -7490,11 +7073,18 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
     return timed
 
 
+def _for_each(work: Callable[[str], R], users: Batches, concurrency: int = 0) -> dict[str, R]:
+    """The result for each user. As many are worked on at the same time as the largest batch has."""
+    names = [name for batch in users for name in batch]
+    with ThreadPoolExecutor(concurrency or max(map(len, users), default=1)) as pool:
+        return dict(zip(names, pool.map(work, names)))
+
+
 def find_existing_stress_test_users(
     endpoint: str, session: HubSession, *, run: str | None = None
 ) -> list[Json]:
     """All users that this tool's naming made (of one run, if named), but admins. Raises `HubRefused`."""
-    return find_users(Hub(endpoint, session), Recorder(), run)
+    return test_users(list_users(Hub(endpoint, session), Recorder()), run)
 
 
 @timeit
@@ -7547,7 +7137,7 @@ def start_servers(
     however slow the hub (open model). Users who were not started (after `fail_fast` failures in a row, a
     stop, or three failures before any server was ready) are absent.
     """
-    names, largest = _flat(users)
+    names, largest = [name for batch in users for name in batch], max(map(len, users), default=1)
     how: Json = {"server_timeout_s": timeout_s, "fail_fast": fail_fast, "rate_per_s": rate_per_s}
     plan = Plan(count=len(names), batch_size=largest, profile=profile, **how)
     site = Site(Hub(endpoint, session), plan, new_recorder())
@@ -7563,12 +7153,18 @@ def wait_for_servers_to_start(
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
-    return _for_each(lambda name: await_ready(name, hub, until_s).ready_at_s is not None, *_flat(users))
+
+    def is_ready(name: str) -> bool:
+        with contextlib.suppress(Failed):
+            return await_ready(name, hub, until_s, []) > -math.inf
+        return False
+
+    return _for_each(is_ready, users)
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
     """Whether the hub has stopped this server, or (without `wait`) has at least begun to."""
-    state = state_after_stop(Hub(endpoint, session).stop(username).hub_status)
+    state = AFTER_STOP.get(Hub(endpoint, session).stop(username).status, ServerState.UNKNOWN)
     if state is ServerState.STOPPING and wait:
         return wait_for_server_to_stop(username, endpoint, session)
     return state is not ServerState.UNKNOWN
@@ -7579,19 +7175,17 @@ def stop_servers(
     usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int
 ) -> dict[str, bool]:
     """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
-    return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
+    return _for_each(lambda name: stop_server(name, endpoint, session), [usernames], batch_size)
 
 
 def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
     """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
     hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    pause_s = 0.1
     while session.clock() < until_s:
         if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
             return True
-        if not session.pause(pause_s):
+        if not session.pause(0.5):
             return False
-        pause_s = min(pause_s * 1.5, 1.0)
     LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
     return False
 
@@ -7600,7 +7194,7 @@ def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -
 def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
     """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
     asked = [name for name, was_asked in stopped.items() if was_asked]
-    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10))
+    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), [asked], 10))
 
 
 @timeit
@@ -7609,8 +7203,8 @@ def delete_users_after_stopping_servers(
 ) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
     hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    states = _for_each(lambda name: state_after_delete(hub.delete(name).hub_status), names, 10)
-    return all(states.get(name) is ServerState.GONE for name in stopped)
+    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, [names], 10)
+    return all(gone.get(name) for name in stopped)
 
 
 @timeit
@@ -7618,16 +7212,6 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     """Whether every one of these users is gone, their servers stopped first."""
     states, ours = dict.fromkeys(usernames, ServerState.READY), set(usernames).__contains__
     return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
-
-
-def _flat(users: Batches) -> tuple[list[str], int]:
-    """The names in batches of users, and how many the largest batch has."""
-    return [name for batch in users for name in batch], max(map(len, users), default=1)
-
-
-def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
-    with ThreadPoolExecutor(concurrency) as pool:
-        return dict(zip(names, pool.map(work, names)))
 
 
 def run_stress_test(
@@ -7761,19 +7345,16 @@ if locust_is_loading():
         """What the users of one process share in a test: the hub, the names, and who has to be deleted."""
 
         def __init__(self, environment: Any, worker: int) -> None:
-            plan = dataclasses.replace(locust_plan(environment), count=0)  # which Locust knows
-            self.run = f"{plan.run}-{worker}"
+            plan = locust_plan(environment)
+            run = f"{plan.run}-{worker}"
+            plan = dataclasses.replace(plan, run=run)
             self.session = get_session(plan.token or "", pool_maxsize=1000, headers=plan.headers)
-            hub = check_hub(plan.endpoint or "", self.session, plan.command, plan.own_servers)
-            check_visits(hub, plan)
+            self.site, existing = open_site(plan, self.session, Recorder())
+            self.site.record = Recorder(self._report)
+            taken = [user["name"] for user in existing]
+            self._names = (username(n, run) for n in itertools.count(first_free_index(taken, run)))
+            self.throttled, self.cut_short = 0, False
             self._fire, self._runner = environment.events.request.fire, environment.runner
-            self.site = Site(hub, plan, Recorder(self._report))
-            listed = list(list_users(hub, Recorder()))
-            taken = [user["name"] for user in test_users(listed, self.run)]
-            check_server_names(hub, dataclasses.replace(plan, run=self.run, count=MANY), taken)
-            self.indexes = itertools.count(first_free_index(taken, self.run))
-            self.claims, self.throttled, self.cut_short = self.site.claims, 0, False
-            self.claims.known = {user["name"] for user in listed}
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
             self._cleaned: CleanUp | None = None
@@ -7782,14 +7363,9 @@ if locust_is_loading():
         def _report(self, event: Event) -> None:
             """Hand an event to Locust, in its milliseconds."""
             self.throttled += event.throttled if event.step == "server_ready" else 0
-            self._fire(
-                request_type="hub",
-                name=event.step,
-                response_time=event.latency_s * 1000,
-                response_length=0,
-                exception=HubStressError(event.reason.text) if event.reason else None,
-                context={},
-            )
+            failure = HubStressError(event.reason.text) if event.reason else None
+            times: Json = {"response_time": event.latency_s * 1000, "response_length": 0}
+            self._fire(request_type="hub", name=event.step, exception=failure, context={}, **times)
 
         def _cut_streams(self) -> None:
             while self.session.pause(0.1):
@@ -7797,85 +7373,56 @@ if locust_is_loading():
 
         def new_user(self, batch: int) -> str:
             """The name of a user for this caller alone, made in a batch. Raises `HubRefused`."""
+            site = self.site
             with self._making:
                 while not self._spare:
-                    batch = max(1, min(batch, self._runner.target_user_count - len(self.claims.confirmed)))
-                    wanted = [username(index, self.run) for index in itertools.islice(self.indexes, batch)]
-                    self._spare = make_batch(wanted, self.site.hub, self.site.record, self.claims)
+                    missing = self._runner.target_user_count - len(site.claims.confirmed)
+                    wanted = list(itertools.islice(self._names, max(1, min(batch, missing))))
+                    self._spare = make_batch(wanted, site.hub, site.record, site.claims)
                 return self._spare.pop(0)
 
         def clean_up(self) -> Json:
-            """Delete whom this process has made, once; what to tell the master."""
-            states = self.site.states
-            left_already = {name for name, state in states.items() if state is ServerState.GONE}
-            with self._cleaning, _second_signal_leaves(self):
+            """Delete the users that this process has made, once; the report for the master."""
+            site, remain = self.site, len(self.site.claims.ours)
+            with self._cleaning, on_signals(lambda number, _: leave_at_once(number, remain, site.plan)):
                 if self._cleaned is None:
                     self._cutting.kill()
-                    self.site.public.close_kernels()
-                    ours = set(self.claims.ours) - left_already
-                    hub = dataclasses.replace(self.site.hub, session=self.session.clone(own_stop=True))
-                    hub.session.pause(LATE_ACT_S if self.claims.unconfirmed else 0)
-                    thought = {name: states.get(name, ServerState.STOPPED) for name in ours}
-                    thought |= dict.fromkeys(ours & self.claims.unconfirmed.keys(), ServerState.UNKNOWN)
-                    self._cleaned = remove_users(
-                        thought, ours.__contains__, hub, Recorder(), 10, removal=self.site.removal
-                    )
-            deleted = self._cleaned.deleted + len(left_already)
-            told: Json = {"deleted": deleted, "left": list(self._cleaned.left), "throttled": self.throttled}
-            told["starting"] = len(self.site.removal.interrupted)
-            return told | {"run": self.run, "cut_short": self.cut_short}
-
-    @contextlib.contextmanager
-    def _second_signal_leaves(shared: LocustSite) -> Iterator[None]:
-        """While a test cleans up, another signal leaves at once, saying how to remove the rest."""
-
-        def leave(number: int, _: FrameType | None) -> None:
-            own = shared.site.plan.own_servers
-            leave_at_once(
-                number, counted(len(shared.claims.ours), thing(own)), purge_command(shared.run, own)
-            )
-
-        before = {number: signal.signal(number, leave) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+                    site.public.close_kernels()
+                    self._cleaned = remove_made(site, Recorder())
+            report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left)}
+            report |= {"starting": len(site.removal.interrupted), "throttled": self.throttled}
+            return report | {"run": site.plan.run, "cut_short": self.cut_short}
 
     def locust_plan(environment: Any) -> Plan:
         """The plan of a test, from the command line or the web form; raises `UsageError`."""
         options, given = vars(environment.parsed_options), Json()
-        for name, row in LOCUST_OPTIONS.items():
-            if name in ("endpoint", "token", "headers"):
-                continue
-            value = options[row.locust_flag[2:].replace("-", "_")]
+        for name in LOCUST_OPTIONS.keys() - {"endpoint", "token", "headers"}:
+            row = LOCUST_OPTIONS[name]
+            kind, value = row.kind or bool, options[row.locust_flag[2:].replace("-", "_")]
+            texts = (value or ()) if row.repeatable else [value] if value else ()
             try:
-                values = [row.kind(str(one)) for one in (value or ()) if row.kind] if row.repeatable else ()
-                if row.repeatable:
-                    given[name] = tuple(values)
-                elif value:
-                    given[name] = row.kind(str(value)) if row.kind else True
-            except argparse.ArgumentTypeError as error:
+                values = tuple(kind(str(text)) for text in texts)
+            except UsageError as error:
                 raise UsageError(f"argument {row.locust_flag}: {error}") from None
-        if relative := next((one for one in given.get("fail_if", ()) if one.unit == "x"), None):
+            given |= {name: values} if row.repeatable else {name: values[0]} if values else {}
+        if relative := next((limit for limit in given["fail_if"] if limit.unit == "x"), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
-        given["fail_if"] = given.get("fail_if") or (FAILED,)  # nothing here sees what is left afterwards
-        people = any(issubclass(kind, Person) for kind in environment.user_classes)
-        if given.get("own_servers") and not all(
-            issubclass(kind, Person) for kind in environment.user_classes
-        ):
-            raise UsageError(
+        given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
+        people = [issubclass(kind, Person) for kind in environment.user_classes]
+        if given.get("own_servers") and not all(people):
+            sentence = (
                 "--hub-own-servers is for a Person alone: name that class at the end of the command line"
             )
-        endpoint = environment.host and endpoint_url(environment.host)
+            raise UsageError(sentence)
         given |= {"token": environment.hub_token, "visit_token": environment.hub_visit_token}
         given |= {"headers": environment.hub_headers}
-        plan = Plan(STRESS if people else ACTIVITY, endpoint=endpoint, **given)
+        given |= {"endpoint": environment.host and endpoint_url(environment.host)}
+        plan = Plan(STRESS if any(people) else ACTIVITY, **given)
         try:
             validate(argparse.Namespace(**vars(plan)), paths=False)
         except UsageError as error:
             raise UsageError(re.sub("--(?=[a-z])", "--hub-", str(error))) from None
-        return plan
+        return dataclasses.replace(plan, count=0)  # which Locust knows
 
     class HubUser(FastHttpUser):
         """A Locust user with a user of their own on the hub."""
@@ -7966,46 +7513,49 @@ if locust_is_loading():
     def _begin(environment: Any, runner: Any, **_: Any) -> None:
         options = environment.parsed_options
         token = options.hub_token or os.environ.get("JUPYTERHUB_API_TOKEN")
-        options.hub_token = None  # Locust hands options on to workers and pages
         environment.hub_token = Secret(token) if token else None
-        environment.hub_visit_token = _from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+        environment.hub_visit_token = from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
         environment.hub_headers = tuple(map(header, options.hub_header or ()))
-        options.hub_header = None
-        environment.host = environment.host or options.hub_endpoint or endpoint_from_environment()
-        environment.hub_reports, environment.hub_failed = {}, False
+        options.hub_token = options.hub_header = None  # Locust hands options on to workers and pages
+        endpoint = from_environment(endpoint_url, "JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL")
+        environment.host = environment.host or options.hub_endpoint or endpoint
+        environment.hub_site, environment.hub_reports = None, {}
         for kind in environment.user_classes:
             kind.host = environment.host or ""
         if isinstance(runner, WorkerRunner):
             runner.register_message("hub-clean-up", lambda **_: runner.stop(), concurrent=True)
-        else:
-            if isinstance(runner, MasterRunner):
-                runner.register_message("hub-cleaned-up", _note_report)
-            if options.headless:
-                try:
-                    _check(environment)
-                except HubStressError as error:
-                    sys.stderr.write(f"hub-stress-test: {error}\n")
-                    raise SystemExit(int(error.exit_code)) from None
+            return
+        if isinstance(runner, MasterRunner):
+            runner.register_message("hub-cleaned-up", _note_report)
+        if options.headless:
+            try:
+                _check(environment)
+            except HubStressError as error:
+                sys.stderr.write(f"hub-stress-test: {error}\n")
+                raise SystemExit(int(error.exit_code)) from None
+
+    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
+        environment.hub_reports[msg.node_id] = msg.data
 
     def _check(environment: Any) -> None:
-        """Whether the hub accepts the token for the user classes; else raises `HubStressError`."""
+        """Raise `HubStressError` unless a test could begin."""
         plan = locust_plan(environment)
-        session = get_session(plan.token or "", headers=plan.headers)
-        check_visits(check_hub(plan.endpoint or "", session, plan.command, plan.own_servers), plan)
+        open_site(plan, get_session(plan.token or "", headers=plan.headers), Recorder())
 
     def _start(environment: Any, **_: Any) -> None:
-        environment.hub_site, environment.hub_reports, environment.hub_failed = None, {}, False
+        environment.hub_site, environment.hub_reports = None, {}
         runner = environment.runner
         try:
             if isinstance(runner, MasterRunner):
                 _check(environment)
             else:
                 environment.hub_site = shared = LocustSite(environment, getattr(runner, "worker_index", 0))
-                what = things(shared.site.plan.own_servers).capitalize()
-                SAY.info("%s of this process are called %s", what, username(0, shared.run)[:-1] + "<n>")
+                plan = shared.site.plan
+                names = username(0, plan.run or "")[:-1] + "<n>"
+                SAY.info("%ss of this process are called %s", thing(plan.own_servers).capitalize(), names)
         except HubStressError as error:
             SAY.error("%s", error)
-            environment.hub_failed = True
+            environment.hub_reports["local"] = {"cut_short": True}
             environment.process_exit_code = int(error.exit_code)
             if not isinstance(runner, WorkerRunner):
                 gevent.spawn(runner.stop)
@@ -8013,28 +7563,21 @@ if locust_is_loading():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the master too, which tells us
 
     def _have_workers_clean_up(environment: Any, **_: Any) -> None:
-        runner = environment.runner
+        runner, until_s = environment.runner, time.monotonic() + 2 * CLEANUP_TIMEOUT_S
         if not isinstance(runner, MasterRunner):
             return
-        awaited = {client.id for client in runner.clients.all if client.state != STATE_MISSING}
         runner.send_message("hub-clean-up")
-        until_s = time.monotonic() + 2 * CLEANUP_TIMEOUT_S
+        awaited = {client.id for client in runner.clients.all}
         while awaited - environment.hub_reports.keys() and time.monotonic() < until_s:
-            gevent.sleep(0.1)
             awaited -= {client.id for client in runner.clients.all if client.state == STATE_MISSING}
+            gevent.sleep(0.1)
 
     def _clean_up(environment: Any, **_: Any) -> None:
-        runner = environment.runner
-        shared: LocustSite | None = getattr(environment, "hub_site", None)
-        nothing = {"deleted": 0, "left": [], "throttled": 0, "starting": 0, "run": None, "cut_short": True}
-        told = shared.clean_up() if shared else nothing if environment.hub_failed else {}
+        runner, reports = environment.runner, environment.hub_reports
+        if environment.hub_site:
+            reports["local"] = environment.hub_site.clean_up()
         if isinstance(runner, WorkerRunner):
-            runner.send_message("hub-cleaned-up", told)
-        elif shared:
-            environment.hub_reports["local"] = told
-
-    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
-        environment.hub_reports[msg.node_id] = msg.data
+            runner.send_message("hub-cleaned-up", reports.get("local", {}))
 
     def _end(environment: Any, **_: Any) -> None:
         """Judge a test in the exit code: the master's for all workers."""
@@ -8042,41 +7585,41 @@ if locust_is_loading():
         if isinstance(runner, WorkerRunner):
             return
         runner.stop()
-        reports = [told for told in environment.hub_reports.values() if told]
-        left, own = (
-            [name for told in reports for name in told["left"]],
+        reports, own_servers = (
+            list(environment.hub_reports.values()),
             environment.parsed_options.hub_own_servers,
         )
-        for told in reports:
-            if told["left"]:
-                SAY.error("STILL THERE: %s; %s", names_text(told["left"]), purge_command(told["run"], own))
+        for report in reports:
+            if report.get("left"):
+                remedy = purge_command(report["run"], own_servers)
+                SAY.error("STILL THERE: %s; %s", names_text(report["left"]), remedy)
         if not environment.process_exit_code:
-            environment.process_exit_code = _judge(environment, reports, left)
+            environment.process_exit_code = _judge(environment, reports)
 
-    def _judge(environment: Any, reports: Sequence[Mapping[str, Any]], left: list[str]) -> int:
-        runner: Any = environment.runner
-        plan = locust_plan(environment)
-        lost = (
-            [client.id for client in runner.clients.all if client.state == STATE_MISSING]
-            if hasattr(runner, "clients")
-            else []
-        )
+    def _judge(environment: Any, reports: Sequence[Mapping[str, Any]]) -> int:
+        """The exit code of a test, whose outcome is logged."""
+        plan, runner = locust_plan(environment), environment.runner
+        left = [name for report in reports for name in report.get("left", ())]
+        clients = runner.clients.all if isinstance(runner, MasterRunner) else ()
+        lost = [client.id for client in clients if client.state == STATE_MISSING]
         for client in lost:
-            run = f"{plan.run}-{runner.get_worker_index(client)}"
-            remedy = purge_command(run, plan.own_servers)
+            remedy = purge_command(f"{plan.run}-{runner.get_worker_index(client)}", plan.own_servers)
             SAY.error("A worker is gone, and what it made may still be there: %s", remedy)
-        done = counted(sum(told["deleted"] for told in reports), thing(plan.own_servers))
-        SAY.info("%s %s, %s left", done, "removed" if plan.own_servers else "deleted", len(left) or "none")
-        if starting := sum(told["starting"] for told in reports):
+        deleted, starting, throttled = (
+            sum(report.get(key, 0) for report in reports) for key in ("deleted", "starting", "throttled")
+        )
+        done = "removed" if plan.own_servers else "deleted"
+        SAY.info("%s %s, %s left", counted(deleted, thing(plan.own_servers)), done, len(left) or "none")
+        if starting:
             SAY.warning("%s", still_starting(starting))
-        throttled = sum(told["throttled"] for told in reports)
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
-        found = locust_results(runner.stats.entries.values(), load, throttled)
-        judged = [one.judge(found, None) for one in plan.fail_if]
-        for one in judged:
-            SAY.info("%s", spelled(goal_text(one), "ascii"))
-        cut_short = any(told["cut_short"] for told in reports)
-        return int(exit_code(bool(left or lost), None, cut_short, any(one.held for one in judged)))
+        results = locust_results(runner.stats.entries.values(), load, throttled)
+        judged = [limit.judge(results, None) for limit in plan.fail_if]
+        for judgement in judged:
+            SAY.info("%s", spelled(goal_text(judgement), "ascii"))
+        cut_short = any(report.get("cut_short") for report in reports)
+        failed = any(judgement.held for judgement in judged)
+        return int(exit_code(bool(left or lost), None, cut_short, failed))
 
     hooks: Any = events
     hooks.init_command_line_parser.add_listener(_add_options)

@@ -25,7 +25,11 @@ if threading.current_thread() is threading.main_thread():  # background jobs of 
 
 @pytest.fixture(scope="session")
 def new_hub() -> Iterator[LocalHub]:
-    """The newest hub, shared: a test leaves it as it found it."""
+    """The newest hub, shared: a test leaves it as it found it.
+
+    A profile makes its servers slow or failing, as options of the hub would: '{"spawn_s": 2, "fail_rate": 0.5}', also
+    spawn_jitter_s, hang_rate, stop_s and stop_fails.
+    """
     with LocalHub(admins=(THEIR_ADMIN,)) as hub:
         yield hub
 
@@ -65,11 +69,10 @@ def shared_kube_hub() -> Iterator[LocalHub]:
 def kube_hub(shared_kube_hub: LocalHub) -> Iterator[LocalHub]:
     """A hub with KubeSpawner, shared; faults, pods, users and failed starts of a test do not outlive it."""
     hub = shared_kube_hub
-    hub.exits, logged = 0, len(hub.log())
+    logged = len(hub.log())
     yield hub
     hub.cluster.clean()
-    log_since_boot = hub.log()[logged:].rpartition("JupyterHub is now running")[2]
-    if not hub.running or "consecutive spawns failed" in log_since_boot:  # which the hub counts on and on
+    if not hub.running or "consecutive spawns failed" in hub.log()[logged:]:  # which the hub counts on and on
         hub.stop()
         hub.start()
     for name in hub.users().keys() - THEIRS:
@@ -109,6 +112,8 @@ def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = root.handlers[:], root.level, chatty.level
     root.handlers.clear()  # which it would close
     yield
+    for handler in root.handlers:
+        handler.close()
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     chatty.setLevel(before[2])

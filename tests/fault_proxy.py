@@ -1,18 +1,16 @@
 """A proxy on a real socket that does to HTTP what a healthy hub will not do on demand.
 
 It stands between a client and an upstream on the loopback, passes everything through as it arrives (streams piece by
-piece), and lets a rule pick a fault for each request: an answer of its own, a delay, a reset before or after the
-upstream acted, half a body, silence, a stream cut short. The whole proxy can also go silent or refuse connections.
+piece), and lets a rule pick a fault for each request. The whole proxy can also go silent or refuse connections.
 
 Every request goes to the upstream on a connection of its own, so nothing is ever sent twice. When the upstream refuses
-or dies in mid-answer, the client's connection is reset, as if there were no proxy. A chunked request body gets 411.
+or dies in mid-answer, the client's connection is reset, as if there were no proxy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import re
 import select
 import socket
@@ -41,11 +39,10 @@ HOP_BY_HOP = {"connection", "expect", "keep-alive", "proxy-connection", "te", "t
 
 @dataclass(frozen=True)
 class Request:
-    """What a rule sees. `path` is as sent, with its query; `number` counts from 1 since the log was last cleared."""
+    """What a rule sees. `path` is as sent, with its query."""
 
     method: str
     path: str
-    number: int
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -71,11 +68,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Answer(Fault):
-    """This answer; the upstream never sees the request."""
+    """This answer, at a moment of `time.monotonic` if one is given; the upstream never sees the request."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    at_s: float = 0.0
 
 
 def hub_answer(status: int, body: bytes = b"", **headers: str) -> Answer:
@@ -144,12 +142,6 @@ def first(n: int, match: Match, fault: Fault) -> Rule:
     return lambda request: fault if match(request) and next(seen) < n else None
 
 
-def share(rate: float, match: Match, fault: Fault, seed: int = 0) -> Rule:
-    """The fault for this share (0 to 1) of the requests that match, drawn in order of arrival."""
-    draw = random.Random(seed).random
-    return lambda request: fault if match(request) and draw() < rate else None
-
-
 # ---- Sockets -------------------------------------------------------------------------------------------------------
 
 
@@ -163,11 +155,9 @@ def wait(client: socket.socket, upstream: socket.socket | None = None, seconds: 
     No client here pipelines, so one that becomes readable while it waits for an answer has hung up.
     """
     poll = select.poll()
-    poll.register(client, select.POLLIN)
-    if upstream is not None:
-        poll.register(upstream, select.POLLIN)
-    ready = poll.poll(None if seconds is None else seconds * 1000)
-    if client.fileno() in dict(ready):
+    for end_point in filter(None, (client, upstream)):
+        poll.register(end_point, select.POLLIN)
+    if client.fileno() in dict(poll.poll(None if seconds is None else seconds * 1000)):
         raise ClientLeft
 
 
@@ -221,22 +211,23 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: the proxy keeps its own log."""
 
     def exchange(self) -> None:
-        if "Transfer-Encoding" in self.headers:
-            self.send_error(411)
-            return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         # Not self.path, in which the standard library merges leading slashes; a forward proxy is asked for a whole URL.
         path = re.sub("^http://[^/]*", "", self.requestline.split()[1])
-        request, self.entry = self.server.proxy.arrived(self.command, path, body, self.headers)
+        request = Request(self.command, path, body, self.headers)
+        self.entry = self.server.proxy.arrived(request)
         try:
             self.hold_if_silent()
-            self.act(request, self.server.proxy.decide(request, self.entry))
+            rule = self.server.proxy.rule
+            fault = rule(request) if rule else None
+            self.entry.fault = type(fault).__name__ if fault else None
+            self.act(request, fault)
         except ClientLeft:
             self.close_connection = True
         except (OSError, HTTPException):
             self.reset()
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = exchange
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = exchange
 
     def act(self, request: Request, fault: Fault | None) -> None:
         if isinstance(fault, ResetBefore):
@@ -244,6 +235,8 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, Silence):
             self.hold_if_silent(always=True)
         elif type(fault) is Answer:
+            if (seconds := fault.at_s - time.monotonic()) > 0:
+                wait(self.connection, seconds=seconds)
             self.answer(fault)
         else:
             if isinstance(fault, Delay):
@@ -416,11 +409,6 @@ class FaultProxy:
         with self._lock:
             return [replace(entry) for entry in self._log]
 
-    def clear(self) -> None:
-        """Empty the log; the next request is number 1. The rule stays."""
-        with self._lock:
-            self._log.clear()
-
     def silence(self, on: bool) -> None:
         """Hold all requests and running streams, or go back to normal and close the connections of those held."""
         with self._lock:
@@ -447,19 +435,12 @@ class FaultProxy:
         else:
             self._server.stop()
 
-    def arrived(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[Request, Entry]:
-        """The request as a rule sees it and its entry in the log."""
+    def arrived(self, request: Request) -> Entry:
+        """The request's entry in the log."""
+        entry = Entry(request.method, request.path, time.monotonic())
         with self._lock:
-            entry = Entry(method, path, time.monotonic())
             self._log.append(entry)
-            return Request(method, path, len(self._log), body, headers), entry
-
-    def decide(self, request: Request, entry: Entry) -> Fault | None:
-        """The rule's fault for this request, noted in its entry."""
-        rule = self.rule
-        fault = rule(request) if rule else None
-        entry.fault = type(fault).__name__ if fault else None
-        return fault
+        return entry
 
     def holds(self, client: socket.socket, *, always: bool) -> bool:
         """Whether the client has to wait in silence; if so, it is among those that the release will close."""

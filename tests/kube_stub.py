@@ -1,17 +1,13 @@
 """A stub of Kubernetes, for the real KubeSpawner: pods, volume claims and events, on nodes that run nothing.
 
-`LocalHub(kube=True)` runs it. The API lists, watches, creates, deletes and patches; selectors are ignored, since all
-pods are KubeSpawner's. A kubelet takes each pod through its phases, at the pace of the `Setting`. A pod that listens is
-a lab of singleuser_stub.py, at an address of its own in 127.0.0.0/8. The name of its image says how a pod behaves, see
-`REFUSED` and `Kubelet`; the tag is the version of JupyterHub in it.
+`LocalHub(kube=True)` runs it. The API lists, watches, creates and deletes; selectors are ignored, since all pods are
+KubeSpawner's. A kubelet takes each pod through its phases, at the pace of the `Setting`. A pod that listens is a lab of
+singleuser_stub.py, at an address of its own in 127.0.0.0/8. An image called `unschedulable` finds no node, and those in
+`REFUSED` are refused; the tag of an image is the version of JupyterHub in it.
 
-GET /truth says what happened, with moments of `time.monotonic`: every `pods` that ever was, the volume `claims`, the
-answers by request (`asked`), the `most_pods` at a time, and what the `labs` saw. POST /control changes the weather:
-
-    {"fault": {"method": "DELETE", "kind": "pods", "status": 500, "times": 3}}    see `Fault`
-    {"calm": true}                                      no more faults
-    {"clean": true}                                     as at first: no faults, pods and claims, and nothing seen
-    {"happen": "evicted", "pods": ["jupyter-zoe"]}      one of the `FATES`; without `pods` to all that run
+GET /truth says what happened: every pod that ever was, with moments of `time.monotonic`, and the volume claims. POST
+/control `{"fault": {"method": "DELETE", "kind": "pods", "status": 500}}` has all such requests fail, `{"clean": true}`
+makes everything as at first.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -43,14 +39,8 @@ import singleuser_stub as labs
 
 STEP_S = 0.05  # of the kubelet
 TRIGGER_S = 0.2  # until the autoscaler has looked at a pod without a node
-FATE_S = 2.0  # until a pod meets the fate of its image, once it listens
-LOST_S = 1.0  # from the loss of a node to the end of its pods
 GOES_WITHIN_S = (1.0, 2.0)
-ACTS_AFTER_S = 1.0  # from a wrong answer until what was asked for is done
-EVENTS_STAY_S = 120.0  # after their pod
 INIT_IMAGE = "k8s-network-tools"  # a small one
-FATES = ("oom", "crash", "evicted", "node-lost", "mute")
-DEATHS = {"oom": ("OOMKilled", 137), "crash": ("Error", 1)}
 _QUOTA = "requested: requests.memory=1G, used: requests.memory=20G, limited: requests.memory=20G"
 REFUSED = {  # how the API refuses pods with an image of this name
     "quota": (403, "Forbidden", f'pods "{{name}}" is forbidden: exceeded quota: users, {_QUOTA}'),
@@ -81,40 +71,6 @@ class Refusal(Exception):
             status=code,
             headers={"Audit-Id": str(uuid.uuid4())},
         )
-
-
-@dataclasses.dataclass(kw_only=True)
-class Fault:
-    """A wrong or late answer of the API to requests of this method for this kind, any if it is None.
-
-    It is given `times` times, or for some seconds. With `acts` the request is done a little later all the same;
-    without `status` the answer is right, and late.
-    """
-
-    method: str | None = None
-    kind: str | None = None
-    status: int | None = None
-    message: str = "the stub was told to"
-    acts: bool = False
-    delay_s: float = 0.0
-    times: float = math.inf
-    seconds: dataclasses.InitVar[float] = math.inf
-
-    def __post_init__(self, seconds: float) -> None:
-        self.until_s = time.monotonic() + seconds
-
-    def takes(self, method: str, kind: str) -> bool:
-        """Whether it is this request's turn, which is counted."""
-        if self.method not in (None, method) or self.kind not in (None, kind):
-            return False
-        if self.times < 1 or time.monotonic() > self.until_s:
-            return False
-        self.times -= 1
-        return True
-
-    def refusal(self) -> Refusal:
-        status = http.HTTPStatus(self.status or 500)
-        return Refusal(status, status.phrase.replace(" ", ""), self.message)
 
 
 def stamp(digits: str = "seconds") -> str:
@@ -205,10 +161,8 @@ class Pod:
             for volume in self.spec.get("volumes") or []
             if volume.get("persistentVolumeClaim")
         }
-        self.phase, self.reason, self.ip = "Pending", "", ""
+        self.phase, self.ip = "Pending", ""
         self.state: Json = {"waiting": {"reason": "PodInitializing"}}
-        self.last_state: Json = {}
-        self.restarts = 0
         self.initialized = not self.spec.get("initContainers")
         self.node: Node | None = None
         self.socket: socket.socket | None = None  # bound from when it has an address: nobody listens there yet
@@ -245,24 +199,18 @@ class Pod:
             "qosClass": "Burstable",
             "conditions": [{"type": kind, "status": str(value)} | at for kind, value in conditions.items()],
         }
-        if self.reason:
-            status |= {"reason": self.reason}
         if self.node:
             self.manifest["spec"] = self.spec | {"nodeName": self.node.name}
             status |= {"hostIP": "10.0.0.1", "startTime": self.manifest["metadata"]["creationTimestamp"]}
             done = {"exitCode": 0, "reason": "Completed", "startedAt": stamp(), "finishedAt": stamp()}
             first = {"terminated": done} if self.initialized else {"waiting": {"reason": "PodInitializing"}}
-            status["initContainerStatuses"] = [
-                self._container(spec, first, {}, 0) for spec in self.spec.get("initContainers") or []
-            ]
-            status["containerStatuses"] = [
-                self._container(spec, self.state, self.last_state, self.restarts) for spec in self.spec["containers"]
-            ]
+            status["initContainerStatuses"] = [self._container(spec, first) for spec in self.spec["initContainers"]]
+            status["containerStatuses"] = [self._container(spec, self.state) for spec in self.spec["containers"]]
         if self.ip:
             status |= {"podIP": self.ip, "podIPs": [{"ip": self.ip}]}
         return self.manifest | {"status": status}
 
-    def _container(self, spec: Json, state: Json, last_state: Json, restarts: int) -> Json:
+    def _container(self, spec: Json, state: Json) -> Json:
         return {
             "name": spec["name"],
             "image": spec["image"],
@@ -270,24 +218,13 @@ class Pod:
             "containerID": "containerd://" + self.uid.replace("-", ""),
             "ready": "running" in state or state.get("terminated", {}).get("exitCode") == 0,
             "started": "running" in state,
-            "restartCount": restarts,
+            "restartCount": 0,
             "state": state,
-            "lastState": last_state,
+            "lastState": {},
         }
 
     def truth(self) -> Json:
-        return {
-            "name": self.name,
-            "user": self.environment()["JUPYTERHUB_USER"],
-            "server": self.environment().get("JUPYTERHUB_SERVER_NAME", ""),
-            "image": self.image,
-            "node": self.node and self.node.name,
-            "ip": self.ip,
-            "phase": self.phase,
-            "exists": "gone" not in self.moments,
-            "listens": bool(self.lab and self.lab.listening),
-            "moments": self.moments,
-        }
+        return {"name": self.name, "ip": self.ip, "exists": "gone" not in self.moments, "moments": self.moments}
 
 
 # ==== Nodes ==========================================================================================================
@@ -308,7 +245,6 @@ class Cluster:
         for name in list(self.events.objects):
             self.events.drop(name)
         self.every_pod: list[Pod] = []
-        self.most_pods = 0
         self.claims_made: dict[str, list[Json]] = defaultdict(list)
         self.nodes: list[Node] = []
         self._coming = 0
@@ -324,7 +260,6 @@ class Cluster:
     def add(self, pod: Pod) -> None:
         self.every_pod.append(pod)
         self.publish(pod)
-        self.most_pods = max(self.most_pods, len(self.pods.objects))
 
     def publish(self, pod: Pod) -> Json:
         return pod.model() if "gone" in pod.moments else self.pods.put(pod.model())
@@ -340,7 +275,6 @@ class Cluster:
         self._fill()
         for name in pod.claims:
             self.release(name)
-        asyncio.get_running_loop().call_later(EVENTS_STAY_S, self._forget_events, pod)
 
     def add_claim(self, manifest: Json) -> Json:
         meta = manifest["metadata"] | {"uid": str(uuid.uuid4()), "creationTimestamp": stamp()}
@@ -393,10 +327,6 @@ class Cluster:
                 "reportingInstance": "",
             }
         )
-
-    def _forget_events(self, pod: Pod) -> None:
-        for name in [n for n, event in self.events.objects.items() if event["involvedObject"]["uid"] == pod.uid]:
-            self.events.drop(name)
 
     # ---- Room -------------------------------------------------------------------------------------------------------
 
@@ -462,18 +392,17 @@ class Cluster:
 
 
 class Kubelet:
-    """Runs pods. Images that are called `no-image` or by one of the `FATES` fail so."""
+    """Runs pods."""
 
-    def __init__(self, cluster: Cluster, behaviour: labs.Behaviour, hub: ClientSession) -> None:
-        self.labs_truth = labs.Truth()
-        self._cluster, self._setting = cluster, cluster.setting
-        self._behaviour, self._hub = behaviour, hub
+    def __init__(self, cluster: Cluster, hub: ClientSession) -> None:
+        self._cluster, self._setting, self._hub = cluster, cluster.setting, hub
+        self._truth = labs.Truth()
         self._addresses = itertools.count(random.randrange(1 << 24))
 
     # ---- Start ------------------------------------------------------------------------------------------------------
 
     async def live(self, pod: Pod) -> None:
-        """From its creation to a server that listens, and to its fate."""
+        """From its creation to a server that listens."""
         node = await self._cluster.place(pod)
         await self._attach(pod)
         for container in pod.spec.get("initContainers") or []:
@@ -483,17 +412,9 @@ class Kubelet:
         self._cluster.publish(pod)
         await self._start_container(pod, node, pod.spec["containers"][0], pod.path)
         pod.reached("started")
-        if pod.behaviour == "crash":
-            self._die(pod, "Error", 1)
-            return
         pod.phase, pod.state = "Running", {"running": {"startedAt": stamp()}}
         self._cluster.publish(pod)
-        if pod.behaviour == "mute":
-            return
         await self._listen(pod)
-        if pod.behaviour in FATES:
-            await asyncio.sleep(FATE_S)
-            await self.befall(pod, pod.behaviour)
 
     async def _attach(self, pod: Pod) -> None:
         """Give it its volumes and its address."""
@@ -534,10 +455,8 @@ class Kubelet:
         if image == pod.image:
             pod.reached("pulling")
         tell("Pulling", f'Pulling image "{image}"')
-        if name == "no-image":
-            await self._fail_to_pull(pod)
         if not pull:
-            seconds = self._setting.image_s * {"large-image": 10, INIT_IMAGE: 0.1}.get(name, 1)
+            seconds = self._setting.image_s * (0.1 if name == INIT_IMAGE else 1)
             pull = node.images[name] = asyncio.create_task(asyncio.sleep(seconds))
         await asyncio.shield(pull)
         took = f"{time.monotonic() - began_s:.3f}s"
@@ -546,23 +465,10 @@ class Kubelet:
         if image == pod.image:
             pod.reached("pulled")
 
-    async def _fail_to_pull(self, pod: Pod) -> None:
-        tell = functools.partial(self._cluster.tell, pod, kind="Warning", path=pod.path)
-        await asyncio.sleep(STEP_S)
-        reason = f'failed to pull and unpack image "{pod.image}": not found'
-        tell("Failed", f'Failed to pull image "{pod.image}": rpc error: code = NotFound desc = {reason}')
-        for reason in ("ErrImagePull", "ImagePullBackOff"):
-            if reason == "ImagePullBackOff":
-                self._cluster.tell(pod, "BackOff", f'Back-off pulling image "{pod.image}"', path=pod.path)
-            tell("Failed", f"Error: {reason}")
-            pod.state = {"waiting": {"reason": reason}}
-            self._cluster.publish(pod)
-        await asyncio.Event().wait()
-
     async def _listen(self, pod: Pod) -> None:
         await asyncio.sleep(self._setting.spawn_s + random.uniform(0, self._setting.spawn_jitter_s))
         tag = pod.image.rpartition(":")[2]
-        pod.lab = labs.Server(pod.environment(), tag, self._behaviour, self.labs_truth, self._hub)
+        pod.lab = labs.Server(pod.environment(), tag, self._truth, self._hub)
         await pod.lab.start(pod.socket)
         pod.reached("listens")
         labs.in_background(pod.lab.announce())
@@ -579,52 +485,18 @@ class Kubelet:
         return self._cluster.publish(pod)
 
     async def kill(self, pod: Pod, at_once: bool) -> None:
+        """End it: nothing more happens by itself, and nobody listens."""
         if pod.ready:
-            self._tell_killing(pod)
-        await self._silence(pod)
-        if not at_once:
-            await asyncio.sleep(random.uniform(*GOES_WITHIN_S) + self._setting.stop_s)
-        self._cluster.remove(pod)
-
-    async def befall(self, pod: Pod, fate: str) -> None:
-        """Let one of the `FATES` happen; none of these pods ever listens again."""
-        await self._silence(pod)
-        if fate in DEATHS:
-            self._die(pod, *DEATHS[fate])
-        elif fate == "evicted":
-            message = "The node was low on resource: memory. Threshold quantity: 100Mi, available: 90Mi."
-            self._cluster.tell(pod, "Evicted", message, "Warning")
-            self._tell_killing(pod)
-            pod.phase, pod.reason = "Failed", "Evicted"
-            pod.state = {"terminated": {"exitCode": 137, "reason": "Error"}}
-            self._cluster.publish(pod)
-        elif fate == "node-lost":
-            self._cluster.tell(pod, "NodeNotReady", "Node is not ready", "Warning")
-            await asyncio.sleep(LOST_S)
-            message = f"Marking for deletion Pod {pod.namespace}/{pod.name}"
-            self._cluster.tell(pod, "TaintManagerEviction", message)
-            self._cluster.remove(pod)
-
-    def _die(self, pod: Pod, reason: str, code: int) -> None:
-        """The container exits, and is not started again for a long time; the pod runs on."""
-        pod.phase, pod.restarts = "Running", pod.restarts + 1
-        pod.state = {"waiting": {"reason": "CrashLoopBackOff"}}
-        pod.last_state = {"terminated": {"exitCode": code, "reason": reason}}
-        message = f"Back-off restarting failed container notebook in pod {pod.name}_{pod.namespace}({pod.uid})"
-        self._cluster.tell(pod, "BackOff", message, "Warning", path=pod.path)
-        self._cluster.publish(pod)
-
-    def _tell_killing(self, pod: Pod) -> None:
-        self._cluster.tell(pod, "Killing", "Stopping container notebook", path=pod.path)
-
-    async def _silence(self, pod: Pod) -> None:
-        """Nothing more happens by itself, and nobody listens."""
-        if pod.life and pod.life is not asyncio.current_task():
+            self._cluster.tell(pod, "Killing", "Stopping container notebook", path=pod.path)
+        if pod.life:
             pod.life.cancel()
         if pod.lab:
             await pod.lab.end()
         if pod.socket:
             pod.socket.close()
+        if not at_once:
+            await asyncio.sleep(random.uniform(*GOES_WITHIN_S) + self._setting.stop_s)
+        self._cluster.remove(pod)
 
 
 # ==== The process ====================================================================================================
@@ -636,8 +508,7 @@ class Api:
     def __init__(self, cluster: Cluster, kubelet: Kubelet) -> None:
         self._cluster, self._kubelet = cluster, kubelet
         self._stores = {store.kind: store for store in (cluster.pods, cluster.claims, cluster.events)}
-        self._faults: list[Fault] = []
-        self._asked: dict[str, Counter[int]] = defaultdict(Counter)
+        self._faults: dict[tuple[str, str], int] = {}  # a status, by method and kind
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -650,25 +521,14 @@ class Api:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """An answer of the API, or of what is wrong with it."""
         method, kind = request.method, request.match_info["kind"]
-        fault = next((fault for fault in self._faults if fault.takes(method, kind)), None)
         body = await request.json() if request.can_read_body else {}
         try:
-            if fault:
-                await asyncio.sleep(fault.delay_s)
-            if fault and fault.acts:
-                labs.in_background(self._act_later(request, body))
-            if fault and fault.status:
-                raise fault.refusal()
-            response = await self._act(request, self._store(kind), body)
+            if fault := self._faults.get((method, kind)):
+                status = http.HTTPStatus(fault)
+                raise Refusal(status, status.phrase.replace(" ", ""), "the stub was told to")
+            return await self._act(request, self._store(kind), body)
         except Refusal as refusal:
-            response = refusal.response
-        self._asked[f"{'WATCH' if 'watch' in request.query else method} {kind}"][response.status] += 1
-        return response
-
-    async def _act_later(self, request: web.Request, body: Json) -> None:
-        await asyncio.sleep(ACTS_AFTER_S)
-        with contextlib.suppress(Refusal):
-            await self._act(request, self._store(request.match_info["kind"]), body)
+            return refusal.response
 
     def _store(self, kind: str) -> Store:
         if kind not in self._stores:
@@ -688,9 +548,6 @@ class Api:
             case "DELETE":
                 grace_s = float(request.query.get("gracePeriodSeconds", body.get("gracePeriodSeconds", 30)))
                 return web.json_response(self._delete(store, name, grace_s))
-            case "PATCH":
-                store.get(name)["metadata"] |= body.get("metadata", {})
-                return web.json_response(store.put(store.get(name)))
         raise Refusal(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")
 
     async def _watch(self, request: web.Request, store: Store) -> web.StreamResponse:
@@ -727,52 +584,29 @@ class Api:
     # ---- Tests ------------------------------------------------------------------------------------------------------
 
     async def control(self, request: web.Request) -> web.Response:
-        """Change the weather, see the module."""
+        """See the module."""
         match await request.json():
-            case {"fault": fault}:
-                self._faults.append(Fault(**fault))
-            case {"calm": True}:
-                self._faults.clear()
+            case {"fault": {"method": method, "kind": kind, "status": status}}:
+                self._faults[method, kind] = status
             case {"clean": True}:
                 self._faults.clear()
                 for pod in self._cluster.living().values():
                     await self._kubelet.kill(pod, at_once=True)
                 self._cluster.clean()
-                self._asked.clear()
-            case {"happen": fate, **rest} if fate in FATES:
-                pods = [pod for pod in self._cluster.living().values() if pod.ready]
-                hit = [pod for pod in pods if pod.name in rest.get("pods", [pod.name])]
-                await asyncio.gather(*(self._kubelet.befall(pod, fate) for pod in hit))
-                return web.json_response({"pods": [pod.name for pod in hit]})
-            case other:
-                return web.json_response({"message": f"not understood: {other}"}, status=400)
         return web.json_response({})
 
     async def truth(self, request: web.Request) -> web.Response:
-        """What happened, see the module."""
-        cluster, seen = self._cluster, self._kubelet.labs_truth
-        return web.json_response(
-            {
-                "pods": [pod.truth() for pod in cluster.every_pod],
-                "most_pods": cluster.most_pods,
-                "claims": cluster.claims_made,
-                "nodes": {node.name: len(node.pods) for node in cluster.nodes},
-                "asked": self._asked,
-                "labs": {
-                    "cells": [dataclasses.asdict(cell) for cell in seen.cells],
-                    "requests": seen.requests,
-                    "hub_checks": seen.hub_checks,
-                },
-            }
-        )
+        """See the module."""
+        pods = [pod.truth() for pod in self._cluster.every_pod]
+        return web.json_response({"pods": pods, "claims": self._cluster.claims_made})
 
 
-async def serve(setting: Setting, behaviour: labs.Behaviour) -> None:
+async def serve(setting: Setting) -> None:
     """Serve at a port, which is printed, until the launcher ends."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     async with ClientSession(timeout=ClientTimeout(total=20)) as hub:
         cluster = Cluster(setting)
-        runner = web.AppRunner(Api(cluster, Kubelet(cluster, behaviour, hub)).application(), access_log=None)
+        runner = web.AppRunner(Api(cluster, Kubelet(cluster, hub)).application(), access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
         await site.start()
@@ -782,4 +616,4 @@ async def serve(setting: Setting, behaviour: labs.Behaviour) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(*(kind(**words) for kind, words in zip((Setting, labs.Behaviour), json.loads(sys.argv[1])))))
+    asyncio.run(serve(Setting(**json.loads(sys.argv[1]))))

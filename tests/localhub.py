@@ -14,7 +14,6 @@ does. The hub ends with its launcher, and all that belongs to it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +23,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -32,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import installed
+from fork_server import Forked, fork_hub
 from processes import clean_environment, end_now, free_port, kill_all, processes_in, start_process
 
 if TYPE_CHECKING:
@@ -56,8 +55,6 @@ CHART = {  # the defaults with --kube: the values of Zero to JupyterHub, with na
 }
 START_TIMEOUT_S = 30.0
 KERNELS_END_WITHIN_S = 10.0  # after their servers
-# Half of JupyterHub 6's boot goes into a grammar for checking addresses in event schemas, which it can do without.
-BOOT = "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterhub.app import main; main()"
 
 
 def option(flag: str, default: Any, help: str, metavar: str | None = None) -> Any:
@@ -76,9 +73,6 @@ class HubOptions:
     spawn_jitter_s: float = option(
         "--jitter", 0.0, "a server takes at most so many seconds longer to start, at random (0)", "SECONDS"
     )
-    busy_s: float = option(
-        "--busy", 0.0, "the hub's one thread does nothing else for so many seconds when a server starts (0)", "SECONDS"
-    )
     stop_s: float = option("--stop", 0.0, "a server takes so many seconds to stop (0)", "SECONDS")
     fail_rate: float = option("--fail", 0.0, "this share of the spawns, 0 to 1, fails with a reason (0)", "SHARE")
     stop_fails: bool = option("--stop-fails", False, "the spawner fails to stop servers, which the hub does not say")
@@ -87,7 +81,7 @@ class HubOptions:
         "--servers-outlive", False, "a hub that starts again takes servers for running, and looks for them"
     )
     http_timeout_s: float = option(
-        "--http-timeout", 30.0, "the hub waits so many seconds for a server's first answer (30)", "SECONDS"
+        "--http-timeout", 120.0, "the hub waits so many seconds for a server's first answer (120)", "SECONDS"
     )
     hang_rate: float = option("--hang", 0.0, "this share of the spawns, 0 to 1, never ends (0)", "SHARE")
     slow_spawn_timeout_s: float = option(
@@ -124,10 +118,6 @@ class HubOptions:
         "--server-version", None, "with --real-servers: of this JupyterHub, as an old image is (the hub's)", "X.Y.Z"
     )
     stub_labs: bool = option("--stub-labs", False, "servers are stubs with start pages, kernels and websockets")
-    kernel_start_s: float = option(
-        "--kernel-start", 0.33, "a kernel of a stub lab takes so many seconds to start (0.33)", "SECONDS"
-    )
-    cell_s: float = option("--cell", 0.01, "a cell of a stub lab takes so many seconds at least (0.01)", "SECONDS")
     kube: bool = option("--kube", False, "servers are pods of the real KubeSpawner, on a stub of Kubernetes")
     nodes: int = option("--nodes", 2, "the stub of Kubernetes has so many nodes at first (2)", "NODES")
     pods_per_node: int = option("--pods-per-node", 50, "so many pods fit on a node (50)", "PODS")
@@ -135,7 +125,6 @@ class HubOptions:
         "--node", 5.0, "a node that is needed comes after so many seconds (5; 0: none ever comes)", "SECONDS"
     )
     image_s: float = option("--image", 2.0, "a node pulls an image that it lacks for so many seconds (2)", "SECONDS")
-    any_token: bool = option("--any-token", False, "stub labs let any token in, without a request to the hub")
     real_proxy: bool = option("--real-proxy", False, "people come through configurable-http-proxy, a real one")
     proxy_version: str = option(
         "--proxy-version", "5.3.0", "this version of the real proxy, installed on first use (5.3.0)", "X.Y.Z"
@@ -175,7 +164,7 @@ class LocalHub:
     """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
 
     A real proxy, the stub labs and the stub of Kubernetes are processes beside the hub: they outlive its crashes, and
-    end with the block. With `kube` a hub that exits by itself is started again, as a deployment does.
+    end with the block.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -191,12 +180,10 @@ class LocalHub:
         self._proxy = self._proxy_to(own_url) if self.options.real_proxy else None
         self.public_url = f"http://127.0.0.1:{self.proxy.port}{self.options.base_url}" if self._proxy else own_url
         self.endpoint = self.public_url + "hub/api"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
         self._labs: subprocess.Popen[bytes] | None = None
         self._labs_url = ""
         self._cluster: Cluster | None = None
-        self.exits = 0  # how often the hub exited by itself, and was started again
-        self._starting = threading.Lock()
 
     def _proxy_to(self, hub_url: str) -> RealProxy:
         from real_proxy import RealProxy  # which needs a package that a plain hub does without
@@ -243,7 +230,7 @@ class LocalHub:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and not self._process.has_ended()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -257,15 +244,6 @@ class LocalHub:
 
     def start(self) -> None:
         """Boot, and return when the hub answers. Raises `RuntimeError` with the end of its log."""
-        with self._starting:
-            self._boot()
-        until_s = time.monotonic() + START_TIMEOUT_S
-        while not self.answers():
-            if not self.running or time.monotonic() > until_s:
-                raise RuntimeError(f"the hub did not start:\n{self.log()[-3000:]}")
-            time.sleep(0.05)
-
-    def _boot(self) -> None:
         given = {
             "port": self.port,
             "token": self.token,
@@ -282,27 +260,19 @@ class LocalHub:
         }
         options = json.dumps(dataclasses.asdict(self.options) | given)
         python = hub_python(self.options.version, self.options.real_servers, self.options.kube)
-        self._process = start_process(
-            [python, "-W", "ignore", "-c", BOOT, "-f", Path(__file__).with_name("localhub_config.py")],
-            clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)},
-            self.log_path,
-        )
-        if self.options.kube:
-            threading.Thread(target=self._start_again, args=(self._process,), daemon=True).start()
+        environment = clean_environment() | {"LOCALHUB_OPTIONS": options, "TMPDIR": str(self._directory)}
+        configuration = Path(__file__).with_name("localhub_config.py")
+        self._process = fork_hub(python, configuration, self._directory, environment)
+        until_s = time.monotonic() + START_TIMEOUT_S
+        while not self.answers():
+            if not self.running or time.monotonic() > until_s:
+                raise RuntimeError(f"the hub did not start:\n{self.log()[-3000:]}")
+            time.sleep(0.05)
 
     def _database(self) -> str:
         if self.options.database != "memory":
             return str(Path(self.options.database).absolute())
         return str(self._directory / "hub.sqlite") if self.options.kube else "memory"
-
-    def _start_again(self, process: subprocess.Popen[bytes]) -> None:
-        """Boot again when it exits by itself."""
-        process.wait()
-        with self._starting:
-            if process is self._process:
-                end_now(process)
-                self.exits += 1
-                self._boot()
 
     def answers(self) -> bool:
         """Whether the hub is up."""
@@ -313,21 +283,15 @@ class LocalHub:
 
     def stop(self) -> None:
         """End the hub and its servers: politely, then not."""
-        with self._starting:
-            process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        end_now(process)
+        if self._process:
+            self._process.end(patience_s=10.0)
+        self._process = None
 
     def kill(self) -> None:
         """End the hub as a crash would."""
-        with self._starting:
-            process, self._process = self._process, None
-        assert process
-        end_now(process)
+        assert self._process
+        self._process.end()
+        self._process = None
 
     def restart(self) -> None:
         """Crash and boot again, at the same port with the same tokens."""
@@ -353,11 +317,6 @@ class LocalHub:
 
     # ---- The stub labs ----------------------------------------------------------------------------------------------
 
-    @property
-    def labs_pid(self) -> int:
-        assert self._labs, "there is one with stub_labs=True"
-        return self._labs.pid
-
     def truth(self) -> dict[str, Any]:
         """What happened at the stub labs: see singleuser_stub.py."""
         with _DIRECTLY.open(f"{self._labs_url}/truth", timeout=30) as response:
@@ -365,8 +324,7 @@ class LocalHub:
         return found
 
     def _start_labs(self) -> None:
-        wanted = {name: getattr(self.options, name) for name in ("kernel_start_s", "cell_s", "any_token")}
-        command = [sys.executable, Path(__file__).with_name("singleuser_stub.py"), json.dumps(wanted)]
+        command = [sys.executable, Path(__file__).with_name("singleuser_stub.py")]
         log_path = self._directory / "labs.log"
         self._labs = start_process(command, clean_environment(), log_path, stdout=subprocess.PIPE)
         assert self._labs.stdout
@@ -385,10 +343,9 @@ class LocalHub:
     def _start_cluster(self) -> None:
         from kube_cluster import Cluster
 
-        setting = ("nodes", "pods_per_node", "node_s", "image_s", "spawn_s", "spawn_jitter_s", "stop_s")
-        labs = ("kernel_start_s", "cell_s", "any_token")
-        chosen = ({name: getattr(self.options, name) for name in names} for names in (setting, labs))
-        self._cluster = Cluster(*chosen, self._directory / "kubernetes.log")
+        names = ("nodes", "pods_per_node", "node_s", "image_s", "spawn_s", "spawn_jitter_s", "stop_s")
+        setting = {name: getattr(self.options, name) for name in names}
+        self._cluster = Cluster(setting, self._directory / "kubernetes.log")
 
     # ---- The oracle -------------------------------------------------------------------------------------------------
 

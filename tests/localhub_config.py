@@ -8,12 +8,9 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from fractions import Fraction
 from pathlib import Path
@@ -70,9 +67,6 @@ class StubSpawner(Spawner):
         self.running = True
         wish = OPTIONS | self.user_options  # a profile may ask for a slower server, or one that fails
         self.takes_s = wish["spawn_s"] + random.uniform(0, wish["spawn_jitter_s"])
-        until_s = time.monotonic() + wish["busy_s"]
-        while time.monotonic() < until_s:
-            pass
         await asyncio.sleep(self.takes_s)
         if _is_chosen(number, wish["hang_rate"]):
             await asyncio.Event().wait()
@@ -156,8 +150,7 @@ class StubLabSpawner(StubSpawner):
 
 
 # What a profile does is known by its image's name: see kube_stub.py.
-PROFILES = ("plain", "large-image", "quota", "webhook", "no-image", "unschedulable", "crash", "mute")
-PROFILES += ("oom", "evicted", "node-lost")
+PROFILES = ("plain", "quota", "webhook", "unschedulable")
 
 
 def image(name: str) -> str:
@@ -202,15 +195,6 @@ class RealSpawner(SimpleLocalProcessSpawner):
         prepare = super().make_preexec_fn(name)
         return lambda: prepare() or ctypes.CDLL(None).prctl(1, signal.SIGKILL) and None  # 1: PR_SET_PDEATHSIG
 
-
-def _end_with_the_launcher() -> None:
-    """Standard input is a pipe that the launcher holds: it ends when the launcher has ended, even by SIGKILL."""
-    os.read(0, 1)  # not sys.stdin, whose lock would be held when the hub ends
-    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)  # the launcher's, made for this hub
-    os._exit(1)
-
-
-threading.Thread(target=_end_with_the_launcher, daemon=True).start()
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
 c.JupyterHub.bind_url = OPTIONS["public_url"]

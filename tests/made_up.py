@@ -89,6 +89,7 @@ class ErraticHub(BaseAdapter):
         path = urllib.parse.urlsplit(response.url).path.removeprefix("/hub/api/users").strip("/").split("/")
         response.status_code, data = self._answer(request.method or "", *path)
         response._content = json.dumps(data).encode()
+        response.headers["Content-Type"] = "application/json" if data else "text/html"
         return response
 
     def _answer(self, method: str, name: str, *rest: str) -> tuple[int, Any]:

@@ -2,7 +2,7 @@
 
 `LocalHub(stub_labs=True)` runs it. Each server listens on a port of its own and answers as `jupyterhub-singleuser` with
 JupyterLab does: it checks tokens with the hub, shows a start page, and has kernels whose websockets speak the protocol
-of Jupyter. test_singleuser_stub.py compares the two. It runs no code: `outcome_of` knows a few cells by sight, and any
+of Jupyter. test_equipment.py compares the two. It runs no code: `outcome_of` knows a few cells by sight, and any
 other cell succeeds without output.
 
 The control port starts, ends and polls servers, and GET /truth says what happened, to compare with what a client saw:
@@ -21,7 +21,6 @@ import mimetypes
 import os
 import re
 import resource
-import sys
 import threading
 import time
 import uuid
@@ -35,39 +34,12 @@ from urllib.parse import unquote, urlencode
 from aiohttp import ClientError, ClientSession, ClientTimeout, WSMsgType, web
 
 POST_KERNEL_S, DELETE_KERNEL_S, FIRST_CELL_EXTRA_S = 0.027, 0.12, 0.07  # as measured on real servers
-DEATH_NOTICED_S, RESTART_S = 2.6, 0.3
-TOKEN_CACHE_S = 300.0
-PING_S, SILENCE_S = 30.0, 90.0
-MESSAGE_BYTES = 10 * 1024 * 1024
-OUTPUT_BYTES = 3_000_000  # more output than this within 3 s is dropped
+KERNEL_START_S, CELL_S, DEATH_NOTICED_S, RESTART_S = 0.33, 0.01, 2.6, 0.3
 
 PAGE = ("<!doctype html><html><head><title>JupyterLab</title></head><body>" + "x" * 4400 + "</body></html>").encode()
 STATIC_BYTES = 112_000  # the mean size of the 44 files that JupyterLab fetches
-JSON_BYTES = {  # what JupyterLab also fetches when it opens, and how much that is
-    "api/config": 40,
-    "api/contents": 600,
-    "api/kernelspecs": 700,
-    "api/me": 250,
-    "api/sessions": 2,
-    "api/terminals": 2,
-    "lab/api/build": 70,
-    "lab/api/settings": 142_000,
-    "lab/api/translations": 100,
-    "lab/api/workspaces": 300,
-    "lab/extensions": 2,
-    "lsp/status": 300,
-}
 
 Json = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Behaviour:
-    """How long kernels take, and whether tokens are checked."""
-
-    kernel_start_s: float = 0.33
-    cell_s: float = 0.01
-    any_token: bool = False
 
 
 # ==== Cells ==========================================================================================================
@@ -79,7 +51,6 @@ class Outcome:
 
     takes_s: float = 0.0
     result: str | None = None
-    output: str = ""
     error: tuple[str, str] | None = None
     dies: bool = False
 
@@ -93,11 +64,6 @@ def outcome_of(code: str) -> Outcome:
         return Outcome(takes_s=float(found[1]))
     if found := re.fullmatch(r"raise (\w+)(?:\((?:(['\"])(.*)\2)?\))?", code):
         return Outcome(error=(found[1], found[3] or ""))
-    if found := re.fullmatch(r"print\((['\"])(.)\1 ?\* ?([\d_]+)\)", code):
-        return Outcome(output=found[2] * int(found[3]) + "\n")
-    if re.fullmatch(r"input\(.*\)", code):
-        reason = "raw_input was called, but this frontend does not support input requests."
-        return Outcome(error=("StdinNotImplementedError", reason))
     if re.fullmatch(r"import os\s*[;\n]\s*os\._exit\(\d+\)", code):
         return Outcome(dies=True)
     return Outcome()
@@ -159,18 +125,17 @@ def now() -> str:
 class Kernel:
     """A kernel that runs nothing: it takes requests one after the other, and tells all its websockets."""
 
-    def __init__(self, server: str, behaviour: Behaviour, truth: Truth) -> None:
+    def __init__(self, server: str, truth: Truth) -> None:
         self.id = str(uuid.uuid4())
         self.name = "python3"
         self.state = "starting"
         self.last_activity = now()
         self.sockets: set[web.WebSocketResponse] = set()
         self.listens = asyncio.Event()
-        self._server, self._behaviour, self._truth = server, behaviour, truth
+        self._server, self._truth = server, truth
         self._session = uuid.uuid4().hex
         self._executed = 0
         self._requests: asyncio.Queue[tuple[web.WebSocketResponse, Json, Cell | None]] = asyncio.Queue()
-        self._interrupted = asyncio.Event()
         self._life = asyncio.create_task(self._live())
 
     def model(self) -> Json:
@@ -190,7 +155,7 @@ class Kernel:
             await socket.send_str(message("status", "iopub", {"execution_state": state}, parent, self._session))
 
     def receive(self, socket: web.WebSocketResponse, text: str) -> None:
-        """Queue a request. Raises `ValueError` or `KeyError` when it is no message."""
+        """Queue a request."""
         request = json.loads(text)
         header = request["header"]
         cell = None
@@ -198,9 +163,6 @@ class Kernel:
             cell = Cell(self._server, self.id, header["msg_id"], time.monotonic())
             self._truth.cells.append(cell)
         self._requests.put_nowait((socket, request, cell))
-
-    def interrupt(self) -> None:
-        self._interrupted.set()
 
     async def end(self) -> None:
         """Stop for good; websockets stay open, and hear nothing any more."""
@@ -211,7 +173,7 @@ class Kernel:
         await self._tell("status", {"execution_state": "idle"}, parent)
 
     async def _live(self) -> None:
-        await asyncio.sleep(self._behaviour.kernel_start_s)
+        await asyncio.sleep(KERNEL_START_S)
         self.listens.set()
         while True:
             socket, request, cell = await self._requests.get()
@@ -235,13 +197,11 @@ class Kernel:
         if outcome.dies:
             await self._die()
             return
-        overhead_s = self._behaviour.cell_s + (FIRST_CELL_EXTRA_S if self._executed == 1 else 0.0)
-        failed = ("KeyboardInterrupt", "") if await self._pause(outcome.takes_s + overhead_s) else outcome.error
+        await asyncio.sleep(outcome.takes_s + CELL_S + (FIRST_CELL_EXTRA_S if self._executed == 1 else 0.0))
         reply = {"status": "ok", "user_expressions": {}, "payload": []} | numbered
-        if outcome.output:
-            await self._tell("stream", stream(outcome.output), header)
-        if failed:
-            error = {"ename": failed[0], "evalue": failed[1], "traceback": [": ".join(failed)]}
+        if outcome.error:
+            name, text = outcome.error
+            error = {"ename": name, "evalue": text, "traceback": [f"{name}: {text}"]}
             await self._tell("error", error, header)
             reply |= {"status": "error"} | error
         elif outcome.result is not None:
@@ -255,13 +215,6 @@ class Kernel:
         await first
         cell.sent_s = time.monotonic()
         await last
-
-    async def _pause(self, seconds: float) -> bool:
-        """Wait; whether an interrupt came meanwhile."""
-        self._interrupted.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            return await asyncio.wait_for(self._interrupted.wait(), seconds)
-        return False
 
     async def _die(self) -> None:
         """Be restarted by the server, which takes a while to notice; what was asked for meanwhile is lost."""
@@ -281,14 +234,6 @@ class Kernel:
 
     async def _reply(self, socket: web.WebSocketResponse, kind: str, content: Json, parent: Json) -> None:
         await _send(socket, message(kind, "shell", content, parent, self._session))
-
-
-def stream(output: str) -> Json:
-    """Output as it is sent, or the note in its place when it is too much."""
-    if len(output) <= OUTPUT_BYTES:
-        return {"name": "stdout", "text": output}
-    note = "IOPub data rate exceeded.\nThe Jupyter server will temporarily stop sending output\nto the client.\n"
-    return {"name": "stderr", "text": note}
 
 
 async def _send(socket: web.WebSocketResponse, frame: str) -> None:
@@ -314,27 +259,18 @@ class Refusal(Exception):
         self.response = response
 
 
-class HubCannotCheck(Exception):
-    """The hub did not say whose token it is. The status and message are those that the client gets."""
-
-    def __init__(self, status: int, message: str) -> None:
-        self.status, self.message = status, message
-
-
 class Server:
     """One person's server, as JupyterHub's variables describe it. It speaks to its hub through the session."""
 
-    def __init__(
-        self, environment: dict[str, str], hub_version: str, behaviour: Behaviour, truth: Truth, hub: ClientSession
-    ) -> None:
+    def __init__(self, environment: dict[str, str], hub_version: str, truth: Truth, hub: ClientSession) -> None:
         self.port = 0  # until it listens
         self.kernels: dict[str, Kernel] = {}
         self.started = now()
         self.name = environment["JUPYTERHUB_USER"]
         self.prefix = unquote(environment["JUPYTERHUB_SERVICE_PREFIX"])
         self._environment, self._hub_version = environment, hub_version
-        self._behaviour, self._truth, self._hub = behaviour, truth, hub
-        self._access_of: dict[str, tuple[float, Access]] = {}  # by token, until a moment
+        self._truth, self._hub = truth, hub
+        self._access_of: dict[str, Access] = {}  # by token
         self._http = web.Server(self._answer, access_log=None)
         self._listener: asyncio.Server | None = None
 
@@ -381,13 +317,9 @@ class Server:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() not in ("token", "bearer") or not token:
             return Access.UNKNOWN
-        if self._behaviour.any_token:
-            return Access.ALLOWED
-        until_s, access = self._access_of.get(token, (0.0, Access.UNKNOWN))
-        if until_s < time.monotonic():
-            access = self._access_with(await self._owner(token))
-            self._access_of[token] = time.monotonic() + TOKEN_CACHE_S, access
-        return access
+        if token not in self._access_of:
+            self._access_of[token] = self._access_with(await self._owner(token))
+        return self._access_of[token]
 
     async def _owner(self, token: str) -> Json | None:
         """The hub's model of the token's owner; None when the hub does not know it."""
@@ -395,9 +327,9 @@ class Server:
         try:
             status, model = await self._ask_hub("GET", self._environment["JUPYTERHUB_API_URL"] + "/user", token)
         except (ClientError, asyncio.TimeoutError) as error:
-            raise HubCannotCheck(500, "Failed to connect to Hub API") from error
+            raise Refusal(_refused(500, "Failed to connect to Hub API")) from error
         if status >= 500:
-            raise HubCannotCheck(502, "Failed to check authorization (upstream problem)")
+            raise Refusal(_refused(502, "Failed to check authorization (upstream problem)"))
         return model if status == 200 else None
 
     def _access_with(self, owner: Json | None) -> Access:
@@ -424,8 +356,6 @@ class Server:
             response = await self._route(request, parts)
         except Refusal as refusal:
             response = refusal.response
-        except HubCannotCheck as error:
-            response = _refused(error.status, error.message)
         if isinstance(response, web.WebSocketResponse):
             return response  # which is over, and was counted when it was opened
         if parts != [""] and parts[-1] != "channels":  # as it is
@@ -444,8 +374,8 @@ class Server:
                 return web.json_response({"version": "2.0.0"})
             case "GET", ["static", *_, name]:
                 kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-                return web.Response(body=bytes(int(request.query.get("bytes", STATIC_BYTES))), content_type=kind)
-            case "GET", ["lab"] | ["lab", "tree", *_]:
+                return web.Response(body=bytes(STATIC_BYTES), content_type=kind)
+            case "GET", ["lab"]:
                 await self._let_in_to_page(request)
                 return web.Response(body=PAGE, content_type="text/html")
             case "GET", ["api", "kernels", kernel_id, "channels"]:
@@ -458,14 +388,14 @@ class Server:
                 return await self._kernels(request, rest)
             case "GET", ["api", "status"]:
                 await self._let_in_to_api(request)
-                return web.json_response(self._status())
+                return web.json_response({"started": self.started, "kernels": len(self.kernels)})
             case "POST", ["api", "shutdown"]:
                 await self._let_in_to_api(request)
                 asyncio.get_running_loop().call_later(0.05, in_background, self.end())
                 return web.Response()
-            case "GET", _ if size := _size_of_json("/".join(parts)):
+            case "GET", ["api", "kernelspecs"]:
                 await self._let_in_to_api(request)
-                return web.json_response({"stub": "x" * size})
+                return web.json_response({"kernelspecs": {}})
         return _not_found_page()
 
     async def _let_in_to_page(self, request: web.BaseRequest) -> None:
@@ -504,14 +434,6 @@ class Server:
     def _set_state(self, response: web.Response, state: str) -> None:
         response.set_cookie(f"{self._environment['JUPYTERHUB_CLIENT_ID']}-oauth-state", state, path=self.prefix)
 
-    def _status(self) -> Json:
-        return {
-            "started": self.started,
-            "last_activity": max([self.started, *(kernel.last_activity for kernel in self.kernels.values())]),
-            "connections": sum(len(kernel.sockets) for kernel in self.kernels.values()),
-            "kernels": len(self.kernels),
-        }
-
     # ---- Kernels ----------------------------------------------------------------------------------------------------
 
     def _kernel(self, kernel_id: str) -> Kernel:
@@ -533,9 +455,6 @@ class Server:
                 await kernel.end()
                 await asyncio.sleep(DELETE_KERNEL_S)
                 return web.Response(status=204)
-            case "POST", [kernel_id, "interrupt"]:
-                self._kernel(kernel_id).interrupt()
-                return web.Response(status=204)
         return _refused(404, "Not Found")
 
     async def _start_kernel(self, body: str) -> web.Response:
@@ -546,7 +465,7 @@ class Server:
         if wanted.get("name", "python3") != "python3":
             return _refused(500, "Unhandled error")
         await asyncio.sleep(POST_KERNEL_S)
-        kernel = Kernel(self.name, self._behaviour, self._truth)
+        kernel = Kernel(self.name, self._truth)
         self.kernels[kernel.id] = kernel
         return web.json_response(
             kernel.model(), status=201, headers={"Location": f"{self.prefix}api/kernels/{kernel.id}"}
@@ -557,16 +476,15 @@ class Server:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return web.Response(status=400, text='Can "Upgrade" only to "WebSocket".', content_type="text/html")
         await kernel.listens.wait()
-        socket = web.WebSocketResponse(autoping=False, compress=False, max_msg_size=MESSAGE_BYTES)
+        socket = web.WebSocketResponse(compress=False)
         socket.headers["X-JupyterHub-Version"] = self._hub_version
         await socket.prepare(request)
         self._truth.count("GET", ["api", "kernels", kernel.id, "channels"], 101)
         kernel.sockets.add(socket)
         await kernel.greet(socket)
-        pings = asyncio.create_task(_keep_up(socket, request))
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is no message ends the connection
-            await _listen(socket, kernel)
-        pings.cancel()
+        async for frame in socket:
+            if frame.type == WSMsgType.TEXT:
+                kernel.receive(socket, frame.data)
         kernel.sockets.discard(socket)
         return socket
 
@@ -581,34 +499,9 @@ def in_background(work: Coroutine[Any, Any, None]) -> None:
     task.add_done_callback(_running.discard)
 
 
-async def _listen(socket: web.WebSocketResponse, kernel: Kernel) -> None:
-    async for frame in socket:
-        if frame.type == WSMsgType.TEXT:
-            kernel.receive(socket, frame.data)
-        elif frame.type == WSMsgType.PING:
-            await socket.pong(frame.data)
-        elif frame.type == WSMsgType.PONG:
-            socket["pong_at"] = time.monotonic()
-
-
-async def _keep_up(socket: web.WebSocketResponse, request: web.BaseRequest) -> None:
-    """Ping, and drop a client that does not answer."""
-    socket["pong_at"] = time.monotonic()
-    while time.monotonic() - socket["pong_at"] < SILENCE_S:
-        await asyncio.sleep(PING_S)
-        with contextlib.suppress(ConnectionError, RuntimeError):
-            await asyncio.wait_for(socket.ping(), PING_S)
-    if request.transport:
-        request.transport.abort()
-
-
 def _is_foreign(request: web.BaseRequest) -> bool:
     """Whether a browser sent it for a page of another site, by the Host header."""
     return request.headers.get("Origin", "//").partition("//")[2] not in ("", request.headers.get("Host"))
-
-
-def _size_of_json(path: str) -> int | None:
-    return next((size for prefix, size in JSON_BYTES.items() if path == prefix or path.startswith(prefix + "/")), None)
 
 
 def _redirect(location: str) -> web.Response:
@@ -633,8 +526,8 @@ def _forbidden_page() -> web.Response:
 class Stub:
     """All servers, and the control port."""
 
-    def __init__(self, behaviour: Behaviour, hub: ClientSession) -> None:
-        self._behaviour, self._hub = behaviour, hub
+    def __init__(self, hub: ClientSession) -> None:
+        self._hub = hub
         self._truth = Truth()
         self._servers: dict[int, Server] = {}
 
@@ -645,7 +538,7 @@ class Stub:
                 return web.json_response(self.truth())
             case "POST", ["servers"]:
                 asked = await request.json()
-                server = Server(asked["environment"], asked["hub_version"], self._behaviour, self._truth, self._hub)
+                server = Server(asked["environment"], asked["hub_version"], self._truth, self._hub)
                 await server.start()
                 self._servers[server.port] = server
                 in_background(server.announce())
@@ -670,12 +563,12 @@ class Stub:
         }
 
 
-async def serve(behaviour: Behaviour) -> None:
+async def serve() -> None:
     """Serve at a control port, which is printed, until the launcher ends."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     async with ClientSession(timeout=ClientTimeout(total=20)) as hub:
         loop = asyncio.get_running_loop()
-        control = web.Server(Stub(behaviour, hub).control, access_log=None)
+        control = web.Server(Stub(hub).control, access_log=None)
         listener = await loop.create_server(control, "127.0.0.1", 0, backlog=1024)
         print(listener.sockets[0].getsockname()[1], flush=True)
         threading.Thread(target=end_with_launcher, daemon=True).start()
@@ -688,4 +581,4 @@ def end_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Behaviour(**json.loads(sys.argv[1]))))
+    asyncio.run(serve())

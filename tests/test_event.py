@@ -1,10 +1,11 @@
-"""An event as a file: groups of people who come and act differently; what is wrong with such a file."""
+"""An event's file: groups of people who come and act differently; what is wrong with such a file."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
 CLASS = """
 hold = "5m"
 think = 5
+visit = true
 fail-if = ["failed > 0", "server_ready[students].p95 > 30s"]
 watch = "proxy=http://proxy:8002/metrics"
 
@@ -24,6 +26,7 @@ count = 250
 within = "5m"
 profile = "small"
 work = true
+visit = false
 notebook = "class.py"
 
 [[people]]
@@ -31,7 +34,6 @@ name = "assistants"
 after = "1m"
 rate = "1:3,0.5:4s"
 profile = {image = "a:b"}
-visit = true
 stay = "20m"
 server-timeout = 90
 """
@@ -52,29 +54,20 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "class.toml"
 
 
-def test_each_group_has_what_stands_above_and_what_is_its_own(file: Path) -> None:
+def test_each_group_has_its_own_keys_and_those_above(file: Path) -> None:
     plan = plan_for(file)
     assert (plan.count, plan.hold_s, plan.opens, plan.is_open, plan.work) == (255, 300.0, True, True, False)
-    assert [one.text for one in plan.fail_if] == ["failed > 0", "server_ready[students].p95 > 30s"]
-    assert plan.watch == (hst.Watched("proxy", "http://proxy:8002/metrics"),)
-    students, assistants = plan.event
-    base = hst.Plan(hold_s=300.0, think_s=5.0, fail_if=plan.fail_if, watch=plan.watch)
-    where = {"endpoint": "http://x/hub/api", "token": "x"}
-    cells = hst.Notebook(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
-    assert students == dataclasses.replace(
-        base, group="students", count=250, within_s=300.0, profile="small", work=True, notebook=cells, **where
-    )
-    assert assistants == dataclasses.replace(
-        *(base,),
-        group="assistants",
-        count=5,
-        after_s=60.0,
-        rate_per_s=hst.Schedule(((1.0, 3.0), (0.5, 4.0))),
-        profile={"image": "a:b"},
-        visit=True,
-        stay_s=1200.0,
-        server_timeout_s=90.0,
-        **where,
+    assert [limit.text for limit in plan.fail_if] == ["failed > 0", "server_ready[students].p95 > 30s"]
+    assert [each.text for each in plan.watch] == ["proxy=http://proxy:8002/metrics"]
+    base: Any = {"endpoint": "http://x/hub/api", "token": "x", "hold_s": 300.0, "think_s": 5.0}
+    base |= {"fail_if": plan.fail_if, "watch": plan.watch}
+    cells = hst.Given(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
+    students: Any = {"group": "students", "count": 250, "within_s": 300.0, "profile": "small", "notebook": cells}
+    assistants: Any = {"group": "assistants", "count": 5, "after_s": 60.0, "stay_s": 1200.0, "server_timeout_s": 90.0}
+    rate = hst.Schedule(((1.0, 3.0), (0.5, 4.0)))
+    assert plan.event == (
+        hst.Plan(**base, **students, work=True, visit=False),
+        hst.Plan(**base, **assistants, rate_per_s=rate, profile={"image": "a:b"}, visit=True),
     )
 
 
@@ -84,25 +77,15 @@ def test_once_one_person_of_each_group_comes_at_once(file: Path) -> None:
     alone = {"count": 1, "within_s": 1.0, "rate_per_s": None, "after_s": 0.0, "once": True}
     assert plan.event == tuple(dataclasses.replace(group, **alone) for group in usual.event)
     assert all(at_s <= 1.0 for at_s, _ in hst.arrivals(plan))
-    with pytest.raises(hst.UsageError, match="--once has a meaning only with --event"):
-        hst.validate(hst.parse_args(["stress-test", "--once", "-e", "http://x/hub/api", "-t", "x"]))
 
 
-def test_the_command_line_wins_over_what_stands_above_the_groups(file: Path) -> None:
+def test_the_command_line_wins_over_keys_above_the_groups(file: Path) -> None:
     plan = plan_for(file, "--hold", "9s", "--fail-if", "failed > 7", "--think", "2s")
-    assert (plan.hold_s, [one.text for one in plan.fail_if]) == (9.0, ["failed > 7"])
+    assert (plan.hold_s, [limit.text for limit in plan.fail_if]) == (9.0, ["failed > 7"])
     assert [group.think_s for group in plan.event] == [2.0, 2.0]
 
 
-def test_false_in_a_group_takes_back_what_stands_above(tmp_path: Path) -> None:
-    file = tmp_path / "class.toml"
-    file.write_text("visit = true\nfail-if = 'failed > 3'\n" + GROUP + "visit = false\n")
-    plan = plan_for(file)
-    assert (plan.visit, [one.text for one in plan.fail_if]) == (True, ["failed > 3"])
-    assert [group.visit for group in plan.event] == [False]
-
-
-def test_the_groups_come_in_one_order_each_at_its_own_moments_and_the_same_with_the_same_seed(file: Path) -> None:
+def test_the_same_seed_gives_each_group_the_same_moments(file: Path) -> None:
     first, again, other = (hst.arrivals(plan_for(file, "--seed", seed)) for seed in "778")
     assert first == again and first != other and first == sorted(first, key=lambda person: person[0])
     moments = {name: [at_s for at_s, plan in first if plan.group == name] for name in ("students", "assistants")}
@@ -119,57 +102,46 @@ WRONG = {
     '\n[[people]]\ncount = 3\nwithin = "2s"\n': (2, "a group needs a name"),
     GROUP + '[[people]]\nname = "b"\nrate = 3\n': (5, "a group needs a count"),
     '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within or rate"),
-    GROUP + 'wihtin = "3s"\n': (5, "wihtin: there is no such key here: did you mean within?"),
+    GROUP + 'wihtin = "3s"\n': (5, "wihtin: a group has no such key: did you mean within?"),
     GROUP + GROUP.replace('"a"', '"b"') + "serevr-timeout = 3\n": (9, "did you mean server-timeout?"),
-    GROUP + "x = 1\n": (5, "x: there is no such key here: there are count, "),
-    'token = "5ecret"\n' + GROUP: (1, "token: there is no such key here"),
-    GROUP + "hold = 3\n": (5, "hold: this key stands above the groups"),
-    "count = 3\n" + GROUP: (1, "count: this key stands in a group"),
+    'token = "5ecret"\n' + GROUP: (1, "token: the table above the groups has no such key"),
+    'header = "X: 5ecret"\n' + GROUP: (1, "header: the table above the groups has no such key"),
+    GROUP + "hold = 3\n": (5, "hold: a group has no such key: it is one of the table above the groups"),
+    "count = 3\n" + GROUP: (1, "count: the table above the groups has no such key: it is one of a group"),
     GROUP.replace("= 3", "= [3]"): (3, "count: expected a whole number of at least 1, not '[3]'"),
-    GROUP.replace("= 3", "= -3"): (3, "count: expected a whole number of at least 1, not '-3'"),
     GROUP.replace("= 3", "= true"): (3, "count: expected N, not True"),
     GROUP.replace("= 3", "= false"): (3, "count: expected N, not False"),
-    GROUP.replace('"a"', "[7]"): (2, "name: expected letters, digits and hyphens, not '[7]'"),
     GROUP.replace('"a"', "{x = 7}"): (2, "name: expected letters, digits and hyphens"),
-    GROUP.replace('"a"', '"a b"'): (2, "name: expected letters, digits and hyphens"),
     GROUP + 'visit = "yes"\n': (5, "visit: expected true or false, not 'yes'"),
     GROUP + "work = true\nnotebook = 'nope.py'\n": (6, "nope.py cannot be read as a notebook"),
     GROUP + "rate = 2\n": (5, "--within and --rate both say when people come: give one of them"),
     '[[people]]\nname = "a"\ncount = 3\nrate = "1:2"\n': (3, "the stages of --rate decide the count"),
     '[[people]]\nname = "a"\nrate = "1:2x"\n': (3, "rate: expected a duration like 90, 90s, 5m or 1h, not '2x'"),
-    '[[people]]\nname = "a"\nrate = [1, 2]\n': (3, "rate: expected a number above 0, not '[1, 2]'"),
-    GROUP + "think = 5\n": (5, "--think has a meaning only with --work"),
     GROUP + "work = false\nthink = 5\n": (6, "--think has a meaning only with --work"),
     "keep = true\n" + GROUP + "stay = 5\n": (6, "--stay ends servers, and --keep leaves them running"),
-    'header = "X: 5ecret"\n' + GROUP: (1, "header: there is no such key here"),
-    "find-capacity = true\n" + GROUP: (1, "find-capacity: there is no such key here"),
     "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
     'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
-def test_a_file_that_means_nothing_is_refused_with_the_line(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
+def test_a_wrong_file_is_refused_with_the_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line, expected = WRONG[text]
     (tmp_path / "class.toml").write_text(text)
     said = refused_usage(["stress-test", "--event", str(tmp_path / "class.toml")], NOWHERE, capsys)
     assert expected in said and "5ecret" not in said
-    found = re.search(r"class\.toml, line (\d+): ", said)
-    assert (int(found[1]) if found else None) == line
+    named = re.search(r"class\.toml, line (\d+): ", said)
+    assert (int(named[1]) if named else None) == line
 
 
-@pytest.mark.parametrize("words", [["--count", "9"], ["--within", "9s"], ["--rate", "9"], ["--rate", "9:1m"]])
-def test_what_the_groups_say_is_refused_beside_them(
-    words: list[str], file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = refused_usage(["stress-test", "--event", str(file), *words], NOWHERE, capsys)
-    assert f"leave out {words[0]}" in said
+def test_options_of_groups_are_refused_beside_an_event(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--count", "9"], ["--within", "9s"], ["--rate", "9"], ["--rate", "9:1m"]):
+        said = refused_usage(["stress-test", "--event", str(file), *words], NOWHERE, capsys)
+        assert f"leave out {words[0]}" in said
 
 
-def test_each_group_acts_by_its_own_and_is_told_apart(new_hub: LocalHub, tmp_path: Path) -> None:
+def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path) -> None:
     big, small = (f"[[people]]\nname = {name!r}\ncount = {count}\n" for name, count in (("big", 4), ("small", 6)))
     big += "within = '1s'\nprofile = {spawn_s = 1, size = 'big'}\n"
     small += "rate = 6\nafter = 4\nprofile = {size = 'small', fail_rate = 0.5}\nserver-timeout = '20s'\n"
@@ -182,18 +154,17 @@ def test_each_group_acts_by_its_own_and_is_told_apart(new_hub: LocalHub, tmp_pat
     assert len(servers) == 10 and sizes.count("big") == 4  # as the hub has them
     assert done.code == 0, done
     operations, groups = found["operations"], found["groups"]
-    counts = {name: (one["count"], one["failed"]) for name, one in operations.items() if "server_ready" in name}
+    counts = {name: (each["count"], each["failed"]) for name, each in operations.items() if "server_ready" in name}
     failed = counts["server_ready"][1]
     assert failed in (2, 3, 4) and sizes.count("small") == 6 - failed
     assert counts == {"server_ready": (10, failed), "server_ready[big]": (4, 0), "server_ready[small]": (6, failed)}
     whole, *both = (operations[f"server_ready{group}"]["latency_s"] for group in ("", "[big]", "[small]"))
-    assert both[0]["min"] >= 1 and whole["min"] == min(one["min"] for one in both)
-    assert {name: (one["expected"], one["at_work"], one["failed"]) for name, one in groups.items()} == {
+    assert both[0]["min"] >= 1 and whole["min"] == min(each["min"] for each in both)
+    assert {name: (each["expected"], each["at_work"], each["failed"]) for name, each in groups.items()} == {
         "big": (4, 4, 0),
         "small": (6, 6 - failed, failed),
     }
     assert f"{10 - failed} of 10 people got to work" in done.summary.splitlines()[0]
-    assert "big: 4 expected, at random moments within 1.00 s; 4 at work, 0 failed; half waited " in done.summary
-    told = f"small: 6 expected, 6 per second, from 4.00 s on, however slow the hub; {6 - failed} at work"
-    assert told in done.summary and "✓ server_ready[big].min " in done.summary
-    assert [one["name"] for one in found["options"]["event"]] == ["big", "small"] and found["options"]["count"] == 10
+    assert "big: 4 expected" in done.summary and "small: 6 expected" in done.summary
+    options = found["options"]
+    assert ([group["name"] for group in options["event"]], options["count"]) == (["big", "small"], 10)

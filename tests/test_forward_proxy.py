@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 import hub_stress_test as hst
 from fault_proxy import FaultProxy, ResetBefore, every, matching
 from localhub import LocalHub
-from tool import run_for_results, run_tool, tool_users
+from test_hub_setup import refusal
+from tool import run_for_results, tool_users
 
 AROUND = "if this machine reaches 127.0.0.1 without that proxy too, set no_proxy=127.0.0.1"
 
@@ -20,35 +20,44 @@ def through(proxy: str) -> dict[str, str]:
     return {"http_proxy": proxy.replace("//", "//me:pa55word@"), "no_proxy": ""}
 
 
-def test_a_check_behind_a_forward_proxy_is_refused_before_anything_is_made(new_hub: LocalHub) -> None:
-    with FaultProxy(new_hub.endpoint) as proxy:
-        done = run_tool("stress-test", "-c", "1", "--check-proxy", hub=new_hub, env=through(proxy.url))
-        assert {entry.method for entry in proxy.requests} == {"GET"}
-    assert (done.code, done.stdout) == (3, "")
-    said = f"{new_hub.public_url} is reached through the proxy {proxy.url} (http_proxy): {AROUND}. Nothing was changed."
-    assert said in done.stderr and "pa55word" not in done.stderr
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without proxies."""
+    for kind in ("http", "https", "all", "no"):
+        for name in (f"{kind}_proxy", f"{kind}_proxy".upper()):
+            monkeypatch.delenv(name, raising=False)
+    return monkeypatch
 
 
-def test_a_run_names_the_proxy_and_blames_it_for_lost_answers(new_hub: LocalHub, tmp_path: Path) -> None:
-    with FaultProxy(new_hub.endpoint) as proxy:
-        proxy.rule = every(matching("GET", "/progress$|/users/[^/]+$"), ResetBefore())
-        words = ("stress-test", "-c", "1", "--fail-if", "ping.failed > 0", "--profile", '{"spawn_s": 1}')
-        done, found = run_for_results(tmp_path / "r", *words, hub=new_hub, env=through(proxy.url))
+def test_a_check_behind_a_forward_proxy_is_refused_before_anything_is_made(
+    clean: pytest.MonkeyPatch, proxy: FaultProxy, new_hub: LocalHub
+) -> None:
+    for name, value in through(proxy.url).items():
+        clean.setenv(name, value)
+    said = refusal(new_hub.endpoint, new_hub.token, check_proxy=True)
+    way = f"{new_hub.public_url} is reached through the proxy {proxy.url} (http_proxy): {AROUND}. Nothing was changed."
+    assert way in said and "pa55word" not in said
+    assert {entry.method for entry in proxy.requests} == {"GET"}
+
+
+def test_a_proxy_that_is_not_there_is_named_not_the_hub(clean: pytest.MonkeyPatch, new_hub: LocalHub) -> None:
+    clean.setenv("http_proxy", "http://me:pa55word@127.0.0.1:1")
+    said = refusal(new_hub.endpoint)
+    named = f"{new_hub.endpoint}, through the proxy http://127.0.0.1:1 (http_proxy): connection refused"
+    assert said == f"Nothing answers at {named}. Is the proxy right? Else {AROUND}."
+
+
+def test_a_run_names_the_proxy_and_blames_it_for_lost_answers(
+    proxy: FaultProxy, new_hub: LocalHub, tmp_path: Path
+) -> None:
+    proxy.rule = every(matching("GET", "/progress$|/users/[^/]+$"), ResetBefore())
+    words = ("stress-test", "-c", "1", "--fail-if", "ping.failed > 0", "--profile", '{"spawn_s": 1}')
+    done, results = run_for_results(tmp_path / "r", *words, hub=new_hub, env=through(proxy.url))
     named = f"the proxy {proxy.url} (http_proxy)"
     assert f"on {new_hub.endpoint}, through {named}, as hub-stress-test-<n>" in done.stderr
-    assert found["hub"]["proxy"] == named and f"{new_hub.endpoint}, through {named}" in done.summary
-    assert f"some requests through {named} got no answer: {AROUND}" in found["advice"]
+    assert results["hub"]["proxy"] == named and f"{new_hub.endpoint}, through {named}" in done.summary
+    assert f"some requests through {named} got no answer: {AROUND}" in results["advice"]
     assert done.code == 1 and not tool_users(new_hub)
-
-
-def test_a_proxy_that_is_not_there_is_named_not_the_hub(new_hub: LocalHub) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        done = run_tool("purge", hub=new_hub, env=through(nowhere))
-    assert done.code == 3 and "pa55word" not in done.stderr
-    named = f"{new_hub.endpoint}, through the proxy {nowhere} (http_proxy): connection refused"
-    assert f"Nothing answers at {named}. Is the proxy right? Else {AROUND}." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,12 +71,7 @@ def test_a_proxy_that_is_not_there_is_named_not_the_hub(new_hub: LocalHub) -> No
         ({"http_proxy": "squid:3128"}, ""),
     ],
 )
-def test_the_proxy_is_known_by_its_variable(
-    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for kind in ("http", "https", "all", "no"):
-        for name in (f"{kind}_proxy", f"{kind}_proxy".upper()):
-            monkeypatch.delenv(name, raising=False)
+def test_the_proxy_is_known_by_its_variable(variables: dict[str, str], named: str, clean: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+        clean.setenv(name, value)
     assert hst.HubSession("x").proxy_to("https://hub.example.org/hub/api") == named

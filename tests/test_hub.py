@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,15 @@ from fault_proxy import (
     hub_answer,
     matching,
 )
-from hub_stress_test import ServerState
+from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, TimeTraveller
-from tool import run_tool, tool_users
+from tool import run_tool, tool_users, wait_until
 
 NAME = "hub-stress-test-1"
+HTML = {"Content-Type": "text/html; charset=x"}
+JSON = {"Content-Type": "application/json"}
+READY, STOPPED, UNKNOWN = ServerState.READY, ServerState.STOPPED, ServerState.UNKNOWN
 
 
 @pytest.fixture
@@ -45,43 +47,23 @@ def endpoint(proxy: FaultProxy) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model", "state"),
+    ("servers", "state"),
     [
-        ({"servers": {}}, ServerState.STOPPED),
-        ({"servers": None}, ServerState.STOPPED),
-        ({"servers": {"": {"pending": "spawn", "ready": False}}}, ServerState.STARTING),
-        ({"servers": {"": {"pending": None, "ready": True}}}, ServerState.READY),
-        ({"servers": {"": {"pending": "stop", "ready": False}}}, ServerState.STOPPING),
-        ({"servers": {"": {"pending": None, "ready": False, "stopped": True}}}, ServerState.STOPPED),
-        ({"servers": {"": {"pending": "check", "ready": False, "stopped": False}}}, ServerState.UNKNOWN),
-        ({"servers": {"": {"pending": "rename", "ready": False}}}, ServerState.UNKNOWN),
-        ({"servers": {"": {"pending": None, "ready": False}}}, ServerState.STOPPED),
-        ({"servers": {"named": {"pending": None, "ready": True}}}, ServerState.STOPPED),
-        ({"name": "a token without read:servers sees no servers"}, ServerState.UNKNOWN),
+        ({}, STOPPED),
+        (None, STOPPED),
+        ({"": {"pending": "spawn", "ready": False}}, ServerState.STARTING),
+        ({"": {"pending": None, "ready": True}}, READY),
+        ({"": {"pending": "stop", "ready": False}}, ServerState.STOPPING),
+        ({"": {"pending": None, "ready": False, "stopped": True}}, STOPPED),
+        ({"": {"pending": "check", "ready": False, "stopped": False}}, UNKNOWN),
+        ({"": {"pending": "rename", "ready": False}}, UNKNOWN),
+        ({"": {"pending": None, "ready": False}}, STOPPED),
+        ({"named": {"pending": None, "ready": True}}, STOPPED),
     ],
 )
-def test_a_user_model_tells_the_state_of_the_server(model: dict[str, Any], state: ServerState) -> None:
-    assert hst.server_state(model) is state
-
-
-@pytest.mark.parametrize("status", [0, 400, 403, 429, 500, 502, 503])
-def test_a_stop_or_delete_that_was_not_done_leaves_the_state_unknown(status: int) -> None:
-    assert hst.state_after_stop(status) is ServerState.UNKNOWN
-    assert hst.state_after_delete(status) is ServerState.UNKNOWN
-
-
-def test_a_stop_or_delete_that_was_done_tells_the_state() -> None:
-    stops = {204: ServerState.STOPPED, 202: ServerState.STOPPING, 404: ServerState.GONE}
-    assert {status: hst.state_after_stop(status) for status in stops} == stops
-    assert {hst.state_after_delete(status) for status in (204, 404)} == {ServerState.GONE}
-
-
-def test_a_404_that_is_not_the_hubs_says_nothing_of_a_user(proxy: FaultProxy, endpoint: str, new_hub: LocalHub) -> None:
-    """A proxy in front of a hub that is away answers 404 with a page of its own."""
-    hub = hst.Hub(endpoint, hst.get_session(new_hub.token))
-    assert hub.state("nobody") is ServerState.GONE
-    proxy.rule = every(matching("GET", "/users/alice"), Answer(404, b"<html>", {"Content-Type": "text/html"}))
-    assert hub.state("alice") is ServerState.UNKNOWN
+def test_a_user_model_tells_the_state_of_the_server(servers: dict[str, Any] | None, state: ServerState) -> None:
+    assert hst.server_state({"servers": servers}) is state
+    assert hst.server_state({"name": "seen with a token without read:servers"}) is UNKNOWN
 
 
 def test_scopes_limited_to_some_users_do_not_count() -> None:
@@ -90,66 +72,43 @@ def test_scopes_limited_to_some_users_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "location", "guess"),
-    [
-        ("https://hub.example.org", None, "https://hub.example.org/hub/api"),
-        ("https://hub.example.org/hub", None, "https://hub.example.org/hub/api"),
-        ("https://example.org/jupyter", None, "https://example.org/jupyter/hub/api"),
-        ("http://hub.example.org/hub/api", "https://hub.example.org/hub/api/", "https://hub.example.org/hub/api"),
-        ("http://hub.example.org/hub/api", "/login", "http://hub.example.org/hub/api"),
-    ],
+    ("status", "headers", "marked", "hubs"),
+    [(status, {}, True, False) for status in (200, 201, 302, 401, 403, 404, 429, 500, 502, 521)]
+    + [(status, {"X-JupyterHub-Version": "6.1.1"}, True, True) for status in (200, 404, 429, 500, 502)]
+    + [(status, {}, False, True) for status in (201, 403, 500)]
+    + [(404, JSON, False, True), (404, HTML, False, False), (502, {}, False, False), (503, JSON, False, False)],
 )
-def test_a_likely_endpoint_is_recognised(endpoint: str, location: str | None, guess: str) -> None:
-    assert hst.likely_endpoint(endpoint, location) == guess
-
-
-@pytest.mark.parametrize("status", [200, 201, 302, 401, 403, 404, 429, 500, 502, 521])
-def test_only_an_answer_with_the_hubs_version_is_the_hubs(status: int, proxy: FaultProxy, endpoint: str) -> None:
-    session = hst.HubSession("x").clone(own_stop=True)
-    assert session.ask("GET", endpoint + "/").status == 200
-    proxy.rule = every(matching(None, "users"), Answer(status, b"{}", {"Server": "nginx/1.22"}))
-    reply = session.ask("POST", endpoint + "/users", json={})
-    assert (reply.status, reply.front, reply.lost) == (0, status, True)
-    assert reply.message == f"something in front of the hub (nginx/1.22) answered {status}"
-    assert reply.event("x").reason == hst.Reason(hst.Kind.IN_FRONT, reply.message)
-    proxy.rule = every(matching(None, "users"), hub_answer(status, b"{}"))
-    reply = session.ask("POST", endpoint + "/users", json={})
-    assert (reply.status, reply.front, reply.lost) == (status, 0, False)
-
-
-@pytest.mark.parametrize(("status", "lost"), [(201, False), (403, False), (500, False), (502, True), (503, True)])
-def test_where_the_version_is_stripped_only_gateway_errors_are_lost(
-    status: int, lost: bool, proxy: FaultProxy, endpoint: str
+def test_an_answer_is_the_hubs_by_its_version_or_where_that_is_stripped_by_its_status(
+    status: int, headers: dict[str, str], marked: bool, hubs: bool, proxy: FaultProxy, endpoint: str
 ) -> None:
     session = hst.HubSession("x").clone(own_stop=True)
-    session.marked = False
-    proxy.rule = every(matching(None, "users"), Answer(status, b"{}"))
-    assert session.ask("POST", endpoint + "/users", json={}).lost is lost
+    session.marked = marked
+    proxy.rule = every(matching(None, "users"), Answer(status, b"{}", headers | {"Server": "nginx/1.22"}))
+    reply = session.ask("POST", endpoint + "/users", json={})
+    assert (reply.status, reply.front, reply.call.lost) == ((status, 0, False) if hubs else (0, status, True))
+    if not hubs:
+        assert reply.message == f"something in front of the hub (nginx/1.22) answered {status}"
+        assert reply.event("x").reason == hst.Reason(Kind.IN_FRONT, reply.message)
 
 
 @pytest.mark.parametrize(
-    ("fault", "said", "kind", "lost"),
+    ("fault", "text", "kind", "lost"),
     [
-        (hub_answer(500, b'{"message": "database is locked"}'), "500 (database is locked)", hst.Kind.REFUSED, False),
-        (Answer(418, b""), "418", hst.Kind.REFUSED, False),
-        (
-            Answer(500, b"<html>", {"Content-Type": "text/html; charset=x"}),
-            "500 (not JSON but text/html)",
-            hst.Kind.REFUSED,
-            False,
-        ),
-        (ResetBefore(), "connection reset", hst.Kind.NO_ANSWER, True),
-        (HalfBody(), "the answer broke off", hst.Kind.NO_ANSWER, True),
-        (Silence(), "no answer in time", hst.Kind.NO_ANSWER, True),
+        (hub_answer(500, b'{"message": "database is locked"}'), "500 (database is locked)", Kind.REFUSED, False),
+        (hub_answer(418), "418", Kind.REFUSED, False),
+        (hub_answer(500, b"<html>", **HTML), "500 (not JSON but text/html)", Kind.REFUSED, False),
+        (ResetBefore(), "connection reset", Kind.NO_ANSWER, True),
+        (HalfBody(), "the answer broke off", Kind.NO_ANSWER, True),
+        (Silence(), "no answer in time", Kind.NO_ANSWER, True),
     ],
     ids=str,
 )
-def test_a_reply_says_in_a_few_words_what_came_or_why_nothing_came(
-    fault: Fault, said: str, kind: hst.Kind, lost: bool, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
+def test_a_reply_tells_in_few_words_what_came_or_why_nothing_came(
+    fault: Fault, text: str, kind: Kind, lost: bool, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
 ) -> None:
     proxy.rule = every(matching("GET", "/users"), fault)
     reply = hst.get_session(new_hub.token).ask("GET", endpoint + "/users", call=hst.once(), timeout=1)
-    assert (str(reply), reply.lost) == (said, lost)
+    assert (str(reply), reply.call.lost) == (text, lost)
     event = reply.event("list_users")
     assert event.reason and event.reason.kind is kind
 
@@ -164,24 +123,22 @@ def test_a_request_is_retried_whatever_its_method_and_the_retry_is_counted(
 ) -> None:
     proxy.rule = first(1, matching(method, "nobody"), fault)
     session = hst.get_session(new_hub.token, pool_maxsize=7)
-    response = session.request(method, endpoint + "/users/nobody/activity", json={})
-    assert response.status_code in (404, 405)
-    assert len(proxy.requests) == 2
-    assert (session.traffic.counts["retries"], session.traffic.counts["requests"]) == (1, 2)
+    assert session.request(method, endpoint + "/users/nobody/activity", json={}).status_code in (404, 405)
+    assert (session.traffic.counts["retries"], session.traffic.counts["requests"]) == (1, 2) == (1, len(proxy.requests))
 
 
-def test_a_request_is_tried_six_times_with_a_back_off_that_doubles(proxy: FaultProxy, endpoint: str) -> None:
-    proxy.rule = every(matching("GET", "nobody"), Answer(503))
-    session = TimeTraveller()
+@pytest.mark.parametrize(
+    ("headers", "window_s", "paused_s"),
+    [({}, 60.0, [0, 1, 2, 4, 8]), ({"Retry-After": "50"}, 2.0, [2.0])],
+    ids=["six times with a back-off that doubles", "within the window for retries"],
+)
+def test_a_request_is_retried(
+    headers: dict[str, str], window_s: float, paused_s: list[float], proxy: FaultProxy, endpoint: str
+) -> None:
+    proxy.rule = every(matching("GET", "nobody"), Answer(503, b"", headers))
+    session = TimeTraveller(retry_window_s=window_s)
     assert session.get(endpoint + "/users/nobody").status_code == 503
-    assert (len(proxy.requests), session.paused_s) == (6, [0, 1, 2, 4, 8])
-
-
-def test_no_back_off_outlasts_the_window_for_retries(proxy: FaultProxy, endpoint: str) -> None:
-    proxy.rule = every(matching("GET", "nobody"), Answer(503, b"", {"Retry-After": "50"}))
-    session = TimeTraveller(retry_window_s=2.0)
-    assert session.get(endpoint + "/users/nobody").status_code == 503
-    assert (len(proxy.requests), session.paused_s) == (2, [2.0])
+    assert (len(proxy.requests), session.paused_s) == (len(paused_s) + 1, paused_s)
 
 
 def test_the_time_that_the_hub_asks_for_is_slept_and_is_not_latency(
@@ -189,8 +146,8 @@ def test_the_time_that_the_hub_asks_for_is_slept_and_is_not_latency(
 ) -> None:
     proxy.rule = first(1, matching("GET", "users"), Answer(429, b"", {"Retry-After": "7"}))
     session = TimeTraveller(token=new_hub.token)  # on whose clock only pauses take time
-    listed = session.ask("GET", endpoint + "/users").event("list_users")
-    assert (listed.reason, listed.tries, listed.backoff_s, listed.latency_s) == (None, 2, 7.0, 0.0)
+    event = session.ask("GET", endpoint + "/users").event("list_users")
+    assert (event.reason, event.tries, event.backoff_s, event.latency_s) == (None, 2, 7.0, 0.0)
     assert session.traffic.summarise().statuses == {"200": 1, "429": 1}
 
 
@@ -203,23 +160,18 @@ def test_a_stop_ends_a_back_off_at_once_and_nothing_more_is_sent(proxy: FaultPro
     assert len(proxy.requests) == 1
 
 
-def test_a_redirect_is_not_followed_so_that_the_token_goes_nowhere_else(
-    proxy: FaultProxy, endpoint: str, new_hub: LocalHub
-) -> None:
-    with FaultProxy(new_hub.endpoint) as elsewhere:
-        proxy.rule = every(matching(None, "users"), Answer(302, b"", {"Location": elsewhere.url + "/hub/api/users"}))
-        session = hst.get_session(new_hub.token)
-        for method in ("get", "post", "delete"):
-            assert getattr(session, method)(endpoint + "/users").status_code == 302
-        assert elsewhere.requests == []
-
-
-def test_a_netrc_file_does_not_replace_the_token(
-    new_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_token_leaves_with_no_redirect_and_no_netrc_file_replaces_it(
+    proxy: FaultProxy, endpoint: str, new_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert hst.get_session(new_hub.token).get(new_hub.endpoint + "/user").json()["name"] == "hub-stress-test"
+    session = hst.get_session(new_hub.token)
+    assert session.get(new_hub.endpoint + "/user").json()["name"] == "hub-stress-test"
+    with FaultProxy(new_hub.endpoint) as elsewhere:
+        proxy.rule = every(matching(None, "users"), Answer(302, b"", {"Location": elsewhere.url + "/hub/api/users"}))
+        for method in ("get", "post", "delete"):
+            assert getattr(session, method)(endpoint + "/users").status_code == 302
+        assert elsewhere.requests == []
 
 
 def test_no_cookie_of_the_hub_is_kept(hub: LocalHub) -> None:
@@ -238,10 +190,12 @@ def test_every_request_has_a_time_out() -> None:
     hub.create(["hub-stress-test-2"])
     hub.start(NAME, None, session.clock() + 5)
     list(hub.progress(NAME, session.clock() + 5))
+    hub.state(NAME, until_s=session.clock() + 5)
     hub.state(NAME)
     hub.stop(NAME)
     hub.delete(NAME)
-    assert len(wire.asked) == 9 and all(settings["timeout"] for _, _, settings in wire.asked)
+    timeouts = [settings["timeout"] for _, _, settings in wire.asked]
+    assert [round(timeout_s, 1) for timeout_s in timeouts] == [30, 30, 60, 30, 5, 5, 5, 30, 30, 30]
 
 
 def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,57 +214,62 @@ def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: p
         assert settings["proxies"]["https"] == "http://proxy:3128"
 
 
-def test_a_certificate_file_that_is_not_there_is_a_reason_and_no_traceback(
-    new_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_certificate_file_that_is_not_there_is_a_reason_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
-    endpoint = new_hub.endpoint.replace("http:", "https:")
-    reply = hst.get_session("x").ask("GET", endpoint + "/", call=hst.once())
+    reply = hst.get_session("x").ask("GET", "https://127.0.0.1:1/hub/api/", call=hst.once())
     assert reply.status == 0 and "/nowhere/ca.pem" in reply.message
 
 
 @pytest.mark.parametrize("end", ["stop", "deadline"])
-def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, make_hub: Callable[..., LocalHub]) -> None:
-    local = make_hub(hang_rate=1.0, slow_spawn_timeout_s=0)
-    session = hst.get_session(local.token)
-    hub = hst.Hub(local.endpoint, session)
-    assert hub.create([NAME]).status == 201 and hub.start(NAME, None, session.clock() + 5).status == 202
-    until_s = session.clock() + (60 if end == "stop" else 1)
-    threading.Timer(1, session.stop if end == "stop" else lambda: None).start()
-    found: list[hst.Readiness] = []
-    reading = threading.Thread(target=lambda: found.append(hst.await_ready(NAME, hub, until_s)))
+def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, proxy: FaultProxy, new_hub: LocalHub) -> None:
+    session = hst.get_session(new_hub.token)
+    hub = hst.Hub(proxy.endpoint, session)
+    assert hub.create([NAME]).status == 201
+    assert session.ask("POST", hub.server_url(NAME), json={"hang_rate": 1}, call=hst.once(), timeout=0.5).call.lost
+    until_s = session.clock() + (60 if end == "stop" else 2)
+    found: list[hst.Kind] = []
+
+    def read() -> None:
+        with pytest.raises(hst.Failed) as failed:
+            hst.await_ready(NAME, hub, until_s, [])
+        found.append(failed.value.reason.kind)
+
+    reading = threading.Thread(target=read)
     reading.start()
+    wait_until(lambda: any(entry.path.endswith("/progress") for entry in proxy.requests))
+    if end == "stop":
+        session.stop()
     give_up_s = session.clock() + 15  # before the keep-alive's own time-out of 20 s
     while reading.is_alive() and session.clock() < give_up_s:
         session.cut_streams()
         reading.join(0.1)
-    assert [(end.ready_at_s, end.running) for end in found] == [(None, True)]
-    assert hst.delete_users([NAME], local.endpoint, session.clone(own_stop=True)) and not tool_users(local)
+    assert found == [hst.Kind.TIMED_OUT]
+    assert hst.delete_users([NAME], new_hub.endpoint, session.clone(own_stop=True)) and not tool_users(new_hub)
 
 
 # ==== Answers that were lost =========================================================================================
 
 
-@pytest.mark.parametrize("fault", [ResetAfter(), *map(AnswerAfter, (502, 503, 504))], ids=str)
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("POST", "/users$"), ("POST", "/server$"), ("DELETE", "/server$"), ("DELETE", r"/users/[^/]+$")],
-    ids=["create", "start", "stop", "delete"],
-)
-def test_an_answer_that_was_lost_is_settled_by_asking_the_hub_and_counted_once(
-    method: str, path: str, fault: Fault, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
+def test_answers_that_were_lost_are_settled_by_asking_the_hub_and_counted_once(
+    proxy: FaultProxy, new_hub: LocalHub
 ) -> None:
-    proxy.rule = first(2, matching(method, path), fault)
-    done = run_tool("stress-test", "-c", "6", "-b", "3", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": endpoint})
-    assert not tool_users(new_hub)
-    assert "6 users deleted, none left" in done.summary
-    assert "6 of 6 servers became ready" in done.summary
-    assert done.code == 0, done
+    """Of each kind of request two answers get lost, each kind in another way."""
+    rules = [
+        first(2, matching("POST", "/users$"), ResetAfter()),
+        first(2, matching("POST", "/server$"), AnswerAfter(502)),
+        first(2, matching("DELETE", "/server$"), AnswerAfter(503)),
+        first(2, matching("DELETE", r"/users/[^/]+$"), AnswerAfter(504)),
+    ]
+    proxy.rule = lambda request: next(filter(None, (rule(request) for rule in rules)), None)
+    done = run_tool("stress-test", "-c", "6", "-b", "3", hub=new_hub, proxy=proxy)
+    assert done.code == 0 and not tool_users(new_hub), done
+    assert "6 users deleted, none left" in done.summary and "6 of 6 servers became ready" in done.summary
+    assert sum(entry.fault is not None for entry in proxy.requests) == 8
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [502, 503])  # the second of which is retried
 def test_users_of_a_batch_that_a_dying_hub_half_made_are_not_left_behind(
-    status: int, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
+    status: int, proxy: FaultProxy, new_hub: LocalHub
 ) -> None:
     """The hub is killed while it makes three users; the proxy answers for it, also for the retries."""
     creates = itertools.count()
@@ -321,10 +280,10 @@ def test_users_of_a_batch_that_a_dying_hub_half_made_are_not_left_behind(
         number = next(creates)
         if number == 0:
             assert new_hub.call("POST", "/users", {"usernames": ["hub-stress-test-2"]})[0] == 201
-        return Answer(status, b"<html>", {"Content-Type": "text/html"}) if number < 3 else None
+        return Answer(status, b"<html>", HTML) if number < 3 else None
 
     proxy.rule = rule
-    done = run_tool("stress-test", "-c", "3", hub=new_hub, env={"JUPYTERHUB_ENDPOINT": endpoint})
+    done = run_tool("stress-test", "-c", "3", hub=new_hub, proxy=proxy)
     assert not tool_users(new_hub), done
     assert done.code in (0, 1)
 
@@ -332,75 +291,78 @@ def test_users_of_a_batch_that_a_dying_hub_half_made_are_not_left_behind(
 # ==== Pages of users, and the simulated hub ==========================================================================
 
 
+class Pages(hst.SimulatedHub):
+    """Pages of users by their offset."""
+
+    def __init__(self, pages: dict[int, dict[str, Any]]) -> None:
+        super().__init__()
+        self._pages = pages
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        response = super().send(request)
+        offset = int((request.url or "").partition("offset=")[2].partition("&")[0])
+        response._content = json.dumps(self._pages[offset]).encode()
+        return response
+
+
 def test_a_users_page_that_ends_early_is_not_the_last_page() -> None:
     """`next` decides: pages may be short or empty while there is another (state filters do that on real hubs)."""
-    pages = {
-        0: {"items": [{"name": "hub-stress-test-1"}], "_pagination": {"next": {"offset": 200, "url": "http://wrong"}}},
-        200: {"items": [], "_pagination": {"next": {"offset": 400, "url": "http://wrong"}}},
-        400: {"items": [{"name": "hub-stress-test-2"}], "_pagination": {"next": None}},
-    }
-
-    class Pages(hst.SimulatedHub):
-        def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-            response = super().send(request)
-            offset = int((request.url or "").partition("offset=")[2].partition("&")[0])
-            response._content = json.dumps(pages[offset]).encode()
-            return response
-
+    wire = Pages(
+        {
+            0: {"items": [{"name": NAME}], "_pagination": {"next": {"offset": 200, "url": "http://wrong"}}},
+            200: {"items": [], "_pagination": {"next": {"offset": 400, "url": "http://wrong"}}},
+            400: {"items": [{"name": "hub-stress-test-2"}], "_pagination": {"next": None}},
+        }
+    )
     record = hst.Recorder()
-    found = hst.find_users(hst.Hub(ENDPOINT, hst.HubSession("x", Pages())), record, None)
-    assert [user["name"] for user in found] == ["hub-stress-test-1", "hub-stress-test-2"]
+    listed = hst.list_users(hst.Hub(ENDPOINT, hst.HubSession("x", wire)), record)
+    assert [user["name"] for user in hst.test_users(listed, None)] == [NAME, "hub-stress-test-2"]
     assert record.summarise()["list_users"].count == 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "sentence"),
+    ("fault", "reason", "failed"),
     [
-        (hub_answer(403, b"{}"), "the hub refused to list its users: it denies this without a reason (403)"),
-        (hub_answer(500, b'{"message": "out of memory"}'), "the hub refused to list its users: 500 (out of memory)"),
-        (hub_answer(200, b"[1"), "the hub refused to list its users: 200 (not JSON)"),
-        (ResetBefore(), "the hub did not answer when asked to list its users: connection reset"),
+        (hub_answer(403, b"{}"), "refused to list its users: it denies this without a reason (403)", 1),
+        (hub_answer(500, b'{"message": "out of memory"}'), "refused to list its users: 500 (out of memory)", 1),
+        (hub_answer(200, b"[1"), "refused to list its users: 200 (not JSON)", 0),
+        (ResetBefore(), "did not answer when asked to list its users: connection reset", 1),
     ],
     ids=str,
 )
-def test_a_list_that_the_hub_refuses_says_who_refused_what(
-    fault: Fault, sentence: str, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
+def test_a_list_that_the_hub_refuses_names_who_refused_what(
+    fault: Fault, reason: str, failed: int, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
 ) -> None:
     proxy.rule = every(matching("GET", "/users"), fault)
     hub, record = hst.Hub(endpoint, TimeTraveller(token=new_hub.token)), hst.Recorder()
     with pytest.raises(hst.HubRefused) as raised:
-        hst.find_users(hub, record, None)
-    assert str(raised.value) == sentence
-    assert record.summarise()["list_users"].failed == (fault != hub_answer(200, b"[1"))
+        list(hst.list_users(hub, record))
+    assert str(raised.value) == f"the hub {reason}"
+    assert record.summarise()["list_users"].failed == failed
 
 
 def test_the_simulated_hub_answers_as_a_real_one_does(hub: LocalHub) -> None:
     """The same calls on both: statuses, and the parts of the answers that the tool reads."""
+    user, server = f"/users/{NAME}", f"/users/{NAME}/server"
     calls: list[tuple[str, str, Any]] = [
         ("POST", "/users", {"usernames": [NAME]}),
-        ("GET", f"/users/{NAME}", None),
-        ("POST", f"/users/{NAME}/activity", {"last_activity": "2026-01-01T00:00:00Z"}),
-        ("POST", f"/users/{NAME}/server", None),
-        ("GET", f"/users/{NAME}", None),
-        ("DELETE", f"/users/{NAME}/server", None),
-        ("GET", f"/users/{NAME}", None),
+        ("GET", user, None),
+        ("POST", user + "/activity", {"last_activity": "2026-01-01T00:00:00Z"}),
+        ("POST", server, None),
+        ("GET", user, None),
+        ("DELETE", server, None),
+        ("GET", user, None),
         ("GET", "/users/hub-stress-test-nobody", None),
-        ("DELETE", f"/users/{NAME}", None),
-        ("GET", f"/users/{NAME}", None),
-        ("DELETE", f"/users/{NAME}", None),
+        ("DELETE", user, None),
+        ("GET", user, None),
+        ("DELETE", user, None),
     ]
 
-    def seen(session: hst.HubSession, endpoint: str) -> list[tuple[int, int, object]]:
+    def answers(session: hst.HubSession, endpoint: str) -> list[tuple[int, object]]:
         replies = [session.ask(method, endpoint + path, json=body) for method, path, body in calls]
         return [
-            (
-                reply.status,
-                reply.hub_status,
-                hst.server_state(reply.data)
-                if isinstance(reply.data, dict) and "servers" in reply.data
-                else type(reply.data),
-            )
+            (reply.status, hst.server_state(reply.data) if isinstance(reply.data, dict) else type(reply.data))
             for reply in replies
         ]
 
-    assert seen(hst.get_session("x", dry_run=True), ENDPOINT) == seen(hst.get_session(hub.token), hub.endpoint)
+    assert answers(hst.get_session("x", dry_run=True), ENDPOINT) == answers(hst.get_session(hub.token), hub.endpoint)

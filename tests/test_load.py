@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import signal
@@ -54,7 +53,7 @@ USERS = tuple(hst.username(n) for n in range(1, 11))
 
 
 def load_of(**settings: Any) -> hst.Load:
-    return hst.Load(ENDPOINT, USERS, {"activity": 1.0}, workers=100, **settings)
+    return hst.Load(hst.Plan(hst.ACTIVITY, **settings), ENDPOINT, USERS)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_a_load_says_what_goes_on(load: hst.Load, title: str) -> None:
 def test_an_open_load_knows_how_much_it_sends_and_with_how_many_threads(
     load: hst.Load, requests: int, threads: int
 ) -> None:
-    assert (load.planned, load.open_workers) == (requests, threads)
+    assert (load.planned, load.workers) == (requests, threads)
 
 
 # ==== The closed model ===============================================================================================
@@ -108,7 +107,7 @@ def reported(hub: HubWithUsers) -> list[str]:
 def send(part: int, hub: HubWithUsers, **settings: Any) -> hst.Recorder:
     """Send one process's part of a load to a hub without sockets."""
     session, record = Hurried(hub), hst.Recorder()
-    load = dataclasses.replace(load_of(), **settings)
+    load = load_of(**settings)
     hst.send_load(load, part, session.clock(), session, record, lambda: None)
     assert record.failures(load.mix) == 0
     return record
@@ -128,7 +127,7 @@ def test_a_closed_load_with_a_duration_goes_round_the_users_until_it_is_over() -
     counts = Counter(reported(hub))
     assert counts.keys() == set(USERS) and min(counts.values()) > 2
     (seen,) = record.timeline(0.0).values()
-    assert seen.at_s[-1] is not None and seen.at_s[-1] < 150
+    assert seen["at_s"][-1] is not None and seen["at_s"][-1] < 150
 
 
 # ==== The open model =================================================================================================

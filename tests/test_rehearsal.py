@@ -59,8 +59,8 @@ def recorded(tmp_path: Path) -> Callable[..., list[tuple[str, int]]]:
         file = tmp_path / "lab.har"
         file.write_text(har(*entries))
         found = hst.recording(str(file))
-        assert found.file == str(file)
-        return list(found.requests)
+        assert found.text == str(file)
+        return list(found.parts)
 
     return read
 
@@ -160,7 +160,7 @@ def test_a_file_that_is_no_recording_of_a_server_is_refused(content: str | None,
 
 def test_a_recording_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "lab.har").write_text(har(entry(OURS + "lab")), encoding="utf-8-sig")
-    assert hst.recording(str(tmp_path / "lab.har")).requests == (("lab", 200),)
+    assert hst.recording(str(tmp_path / "lab.har")).parts == (("lab", 200),)
 
 
 # ==== Notebooks ======================================================================================================
@@ -222,7 +222,7 @@ def test_the_code_cells_of_a_notebook_are_read_in_order(
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     found = hst.notebook(str(tmp_path / name))
-    assert found == hst.Notebook(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
+    assert found == hst.Given(str(tmp_path / name), tuple(hst.Code(*each) for each in cells))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,8 @@ def test_a_file_without_code_cells_is_refused(name: str, content: str | None, sa
 
 # ==== The way to a person's server ===================================================================================
 
+NO_ROUTE = Reason(Kind.ROUTE, hst.NO_ROUTE)
+
 
 def answer(status: int, location: str | None = None, data: Any = None, message: str = "") -> hst.Reply:
     return hst.Reply(status, 0.0, 0.1, data, message, location=location)
@@ -267,9 +269,9 @@ def answer(status: int, location: str | None = None, data: Any = None, message: 
     [
         (answer(200), None, True),
         (answer(0, message="connection refused"), Reason(Kind.ROUTE, "no page: connection refused"), False),
-        (answer(302, "/jupyter/hub/user/ann/lab"), hst.NO_ROUTE, False),
-        (answer(302, "https://hub.example.org/hub/user/ann/"), hst.NO_ROUTE, False),
-        (answer(302, "/hub/login?next=%2Fhub%2F"), hst.NO_ROUTE, False),
+        (answer(302, "/jupyter/hub/user/ann/lab"), NO_ROUTE, False),
+        (answer(302, "https://hub.example.org/hub/user/ann/"), NO_ROUTE, False),
+        (answer(302, "/hub/login?next=%2Fhub%2F"), NO_ROUTE, False),
         (
             answer(302, "/jupyter/hub/api/oauth2/authorize?client_id=jupyterhub-user-ann&state=x"),
             Reason(Kind.REFUSED, "the server does not know the token (302 to log in)"),
@@ -332,7 +334,7 @@ TO_ELSEWHERE = Reason(Kind.ROUTE, "the page redirects elsewhere (302)")
         ("http://hub.example.org.evil.org/user/ann/lab", TO_ELSEWHERE),
         ("http://hub/user/ann/lab", TO_ELSEWHERE),
         ("https://hub.example.org/", TO_ELSEWHERE),
-        ("http://hub.example.org/hub/user/ann/", hst.NO_ROUTE),
+        ("http://hub.example.org/hub/user/ann/", NO_ROUTE),
     ],
 )
 def test_a_redirect_to_http_behind_tls_is_told_apart(location: str, reason: Reason) -> None:
@@ -463,7 +465,7 @@ class Site(HubWithUsers):
         ({"/user/ann/": (302, "//evil.org/user/ann/")}, 1, Reason(Kind.ROUTE, "the page redirects elsewhere (302)")),
         ({"/user/ann/": (302, "/user/annabel/")}, 1, Reason(Kind.ROUTE, "the page redirects elsewhere (302)")),
         ({"/user/ann/": (302, "/user/ann/")}, 5, Reason(Kind.ROUTE, "the page redirects elsewhere (302)")),
-        ({"/user/ann/": (302, "/hub/user/ann/")}, 1, hst.NO_ROUTE),
+        ({"/user/ann/": (302, "/hub/user/ann/")}, 1, NO_ROUTE),
     ],
     ids=["to the page", "twice", "to another host", "to another user", "in a circle", "to the hub"],
 )
@@ -474,7 +476,7 @@ def test_only_redirects_below_the_servers_url_are_followed(
     site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", wire), "6.1.1"), hst.Plan(visit=True), hst.new_recorder())
     person, found = hst.Visitor("ann", 0.0, site.plan, site), None
     try:
-        hst.open_page(person, hst.Attempt(0.0, 0.0), person.clock() + 30.0)
+        hst.open_page(person, hst.Event("visit", "ann", 0.0, 0.0), person.clock() + 30.0)
     except hst.Failed as failed:
         found = failed.reason
     assert (len(wire.came), found) == (came, reason)
@@ -1176,7 +1178,7 @@ def test_a_search_for_people_follows_them_to_work_and_keeps_to_so_many_servers(
         "PASSED: this hub takes at least 150 people a minute with at most 5 servers at a time"
     )
     assert [round(2 * step["rate_per_s"]) for step in found["capacity"]["steps"]] == [2, 4, 5]
-    assert found["capacity"]["limited_by"] == hst.Limit.MAX_SERVERS.value.format(5)
+    assert found["capacity"]["limited_by"] == "--max-servers 5: the hub may take more"
     assert found["operations"]["at_work"]["count"] == 5
     truth = witness.truth
     assert truth["requests"]["POST /api/kernels"] == {201: 11}

@@ -87,7 +87,8 @@ def test_without_kubernetes_events_there_are_no_phases() -> None:
     ],
 )
 def test_the_longest_wait_of_a_start_is_named(events: list[Any], longest: str) -> None:
-    assert hst.longest_wait(events, HERE_S, HERE_S + (36.0 if events is ON_A_NEW_NODE else 8.0)) == longest
+    ready_s = HERE_S + (36.0 if events is ON_A_NEW_NODE else 8.0)
+    assert hst.longest_wait(events, hst.phases_of(events, HERE_S, ready_s), ready_s) == longest
 
 
 def test_the_last_word_is_the_warning_that_still_holds() -> None:

@@ -4,18 +4,15 @@
 
 It makes users, starts each server with at most `--batch-size` starting at a time, follows those that the hub did not
 wait for itself, and deletes the users, which stops their servers. It measures nobody's waiting, looks at nothing and
-repairs nothing: an unexpected answer ends it, and leaves its users behind. It prints how many requests it sent and the
-seconds that each phase took.
+repairs nothing: an unexpected answer ends it, and leaves its users behind. It prints how many requests it sent.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
 import os
-import time
 from collections.abc import Awaitable, Callable
 
 import aiohttp
@@ -24,7 +21,7 @@ import aiohttp
 class BareClient:
     def __init__(self, session: aiohttp.ClientSession, endpoint: str, concurrency: int) -> None:
         self._session, self._endpoint, self._concurrency = session, endpoint, concurrency
-        self.requests, self.stop_first = 0, False
+        self.requests = 0
 
     async def _ask(self, method: str, path: str, ok: tuple[int, ...], body: object = None) -> tuple[int, bytes]:
         """Status and body of the answer, whose status has to be among `ok`."""
@@ -47,8 +44,6 @@ class BareClient:
             assert json.loads(events[-1].removeprefix(b"data:")).get("ready"), events[-1]
 
     async def delete(self, name: str) -> None:
-        if self.stop_first:
-            await self._ask("DELETE", f"/{name}/server", (204,))
         await self._ask("DELETE", f"/{name}", (204,))
 
     async def each(self, act: Callable[[str], Awaitable[None]], names: list[str]) -> None:
@@ -62,35 +57,25 @@ class BareClient:
         await asyncio.gather(*map(in_turn, names))
 
 
-async def run(
-    endpoint: str, token: str, count: int, batch_size: int, only_delete: bool, stop_first: bool
-) -> dict[str, object]:
-    """The number of requests and the seconds that each phase took."""
+async def run(endpoint: str, token: str, count: int, batch_size: int) -> dict[str, object]:
+    """The number of requests sent."""
     names = [f"hub-stress-test-{n}" for n in range(1, count + 1)]
     headers, connector = {"Authorization": f"token {token}"}, aiohttp.TCPConnector(limit=batch_size)
     async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
         client = BareClient(session, endpoint, batch_size)
-        client.stop_first = stop_first
-        moments = [time.monotonic()]
-        phases = {"create": client.create, "start": functools.partial(client.each, client.start)}
-        phases = {} if only_delete else phases
-        phases["clean up"] = functools.partial(client.each, client.delete)
-        for phase in phases.values():
-            await phase(names)
-            moments.append(time.monotonic())
-    seconds = [after - before for before, after in zip(moments, moments[1:])]
-    return {"requests": client.requests, "phases_s": dict(zip(phases, seconds))}
+        await client.create(names)
+        await client.each(client.start, names)
+        await client.each(client.delete, names)
+    return {"requests": client.requests}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--only-delete", action="store_true", help="the users are there already, and idle")
-    parser.add_argument("--stop-first", action="store_true", help="stop each server before deleting its user")
     args = parser.parse_args()
     endpoint, token = os.environ["JUPYTERHUB_ENDPOINT"], os.environ["JUPYTERHUB_API_TOKEN"]
-    print(json.dumps(asyncio.run(run(endpoint, token, args.count, args.batch_size, args.only_delete, args.stop_first))))
+    print(json.dumps(asyncio.run(run(endpoint, token, args.count, args.batch_size))))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How close a whole run of the tool comes to what the hub itself allows.
+"""Compares a whole run of the tool with what the hub itself allows.
 
     python tests/bench/whole_run.py
 
@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 HERE = Path(__file__).resolve().parent
+TOOL = HERE.parents[1] / "hub_stress_test.py"
 sys.path.insert(0, str(HERE.parent))
 from localhub import LocalHub  # noqa: E402
 
@@ -51,37 +51,15 @@ class Process:
     peak_mb: float
     stdout: str
     stderr: str
-    results: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a client says of its own run."""
-
-    requests: int
-    pings: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One run, as the machine, the hub and the client saw it."""
+    """One run, as the machine and the hub saw it; pings left out."""
 
     process: Process
     hub_requests: int
     hub_cpu_s: float
-    report: Report
-
-
-def tool_report(process: Process) -> Report:
-    """From the tool's results; readings of the metrics page apart."""
-    found = json.loads(process.results)
-    metrics = len(found["timeline"]["hub"]["at_s"])  # readings of the hub's metrics page
-    return Report(found["http"]["requests"] - metrics, found["operations"]["ping"]["count"])
-
-
-def bare_report(process: Process) -> Report:
-    said = json.loads(process.stdout)
-    return Report(said["requests"], 0)
 
 
 def run_client(command: Sequence[str], environment: dict[str, str]) -> Process:
@@ -112,95 +90,73 @@ def hub_counts(hub: LocalHub) -> tuple[int, float]:
     return int(sum(float(number) for labels, number in served if "MetricsHandler" not in labels)), float(cpu[1])
 
 
-def measure(what: str, slow_spawn_timeout_s: float, args: argparse.Namespace) -> Measured:
+def measure(client: str, slow_spawn_timeout_s: float, args: argparse.Namespace) -> Measured:
     """One run on a fresh hub. Raises `RunFailed`."""
-    command = [args.tool, "stress-test"] if what == "tool" else [str(HERE / "bare_client.py")]
+    command = [args.tool, "stress-test"] if client == "tool" else [str(HERE / "bare_client.py")]
     command = [sys.executable, *command, "--count", str(args.count), "--batch-size", str(args.batch_size)]
-    command += ["--stop-first"] if what == "bare" and args.stop_first else []
-    options = {"spawn_s": args.spawn, "spawn_jitter_s": args.jitter, "slow_spawn_timeout_s": slow_spawn_timeout_s}
-    with LocalHub(concurrent_spawn_limit=100, **options) as hub, tempfile.TemporaryDirectory() as folder:
-        users = hub.users().keys()
-        results = Path(folder) / "results.json"
+    options = {"spawn_s": 1.0, "spawn_jitter_s": 0.5, "slow_spawn_timeout_s": slow_spawn_timeout_s}
+    with LocalHub(**options) as hub, tempfile.TemporaryDirectory() as folder:
+        results, users = Path(folder) / "results.json", hub.users().keys()
         requests, cpu_s = hub_counts(hub)
-        process = run_client(command + (["--results", str(results)] if what == "tool" else []), hub.environment)
+        process = run_client(command + ["--results", str(results)] * (client == "tool"), hub.environment)
         requests_after, cpu_after_s = hub_counts(hub)
         changed = users ^ hub.users().keys()
-        process = dataclasses.replace(process, results=results.read_text() if results.exists() else "")
-    if process.exit_code or changed:
-        said = process.stdout[-2000:] + process.stderr[-2000:]
-        raise RunFailed(f"the {what} ended with {process.exit_code}; users left or lost: {sorted(changed)}\n{said}")
-    report = tool_report(process) if what == "tool" else bare_report(process)
-    if report.requests != requests_after - requests:
-        raise RunFailed(f"the {what} counted {report.requests} requests, the hub {requests_after - requests}")
-    return Measured(process, requests_after - requests, cpu_after_s - cpu_s, report)
+        if process.exit_code or changed:
+            said = process.stdout[-2000:] + process.stderr[-2000:]
+            raise RunFailed(
+                f"the {client} ended with {process.exit_code}; users left or lost: {sorted(changed)}\n{said}"
+            )
+        if client == "tool":
+            found = json.loads(results.read_text())
+            pings = found["operations"]["ping"]["count"]
+            counted = found["http"]["requests"] - len(found["timeline"]["hub"]["at_s"])  # readings of the metrics page
+        else:
+            counted, pings = json.loads(process.stdout)["requests"], 0
+    if counted != requests_after - requests:
+        raise RunFailed(f"the {client} counted {counted} requests, the hub {requests_after - requests}")
+    return Measured(process, requests_after - requests - pings, cpu_after_s - cpu_s)
 
 
-def run_pairs(slow_spawn_timeout_s: float, args: argparse.Namespace) -> dict[str, list[Measured]]:
-    """The runs of each client, pair by pair; who goes first alternates."""
+COLUMNS: dict[str, Callable[[Measured], float]] = {
+    "wall s": lambda run: run.process.wall_s,
+    "hub CPU s": lambda run: run.hub_cpu_s,
+    "requests": lambda run: run.hub_requests,
+    "client CPU s": lambda run: run.process.cpu_s,
+    "client peak MB": lambda run: run.process.peak_mb,
+}
+
+
+def compare(slow_spawn_timeout_s: float, args: argparse.Namespace) -> None:
+    """Run each client in turn, and print the medians, and the ratios of wall time and of the hub's CPU time."""
     runs: dict[str, list[Measured]] = {"tool": [], "bare": []}
     for pair in range(args.pairs):
-        for what in sorted(runs, reverse=pair % 2 == 0):
-            run = measure(what, slow_spawn_timeout_s, args)
-            runs[what].append(run)
-            setting = f"timeout {slow_spawn_timeout_s:g} s, pair {pair + 1}, {what}"
-            print(f"{setting}: {run.process.wall_s:.2f} s", file=sys.stderr, flush=True)
-    return runs
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def render(results: dict[float, dict[str, list[Measured]]], servers: int) -> Iterator[str]:
-    """One row for each setting and client, then the ratios; medians, pings left out."""
-    yield (
-        f"{'slow_spawn_timeout':<20}{'what':<6}{'wall s':>8}{'min-max':>14}{'requests/server':>17}"
-        f"{'hub CPU s':>11}{'client CPU s':>14}{'client peak MB':>16}"
-    )
-    for setting, runs in results.items():
-        for what, measured in runs.items():
-            walls_s = [run.process.wall_s for run in measured]
-            yield (
-                f"{setting:<20g}{what:<6}{median(walls_s):>8.2f}{f'{min(walls_s):.2f}-{max(walls_s):.2f}':>14}"
-                f"{median([(run.hub_requests - run.report.pings) / servers for run in measured]):>17.2f}"
-                f"{median([run.hub_cpu_s for run in measured]):>11.2f}"
-                f"{median([run.process.cpu_s for run in measured]):>14.2f}"
-                f"{median([run.process.peak_mb for run in measured]):>16.1f}"
-            )
-    yield "\ntool / bare, pair by pair: median (each pair)"
-    for setting, runs in results.items():
-        pairs = list(zip(runs["tool"], runs["bare"]))
-        yield f"{setting:<20g}wall     " + ratios([(a.process.wall_s, b.process.wall_s) for a, b in pairs])
-        yield f"{setting:<20g}hub CPU  " + ratios([(a.hub_cpu_s, b.hub_cpu_s) for a, b in pairs])
-
-
-def ratios(pairs: Sequence[tuple[float, float]]) -> str:
-    each = [a / b for a, b in pairs]
-    return f"{median(each):.3f}  (" + ", ".join(f"{ratio:.3f}" for ratio in each) + ")"
+        for client in sorted(runs, reverse=pair % 2 == 0):
+            runs[client].append(measure(client, slow_spawn_timeout_s, args))
+    print(f"\nslow_spawn_timeout {slow_spawn_timeout_s:g} s: medians")
+    for client, measured in runs.items():
+        cells = (f"{name} {median(map(value, measured)):.2f}" for name, value in COLUMNS.items())
+        print(f"  {client}: {', '.join(cells)}")
+    for name in ("wall s", "hub CPU s"):
+        each = [COLUMNS[name](tool) / COLUMNS[name](bare) for tool, bare in zip(runs["tool"], runs["bare"])]
+        print(f"  {name}, tool / bare: {median(each):.3f} ({', '.join(f'{ratio:.3f}' for ratio in each)})")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = functools.partial(parser.add_argument, type=int)
-    add("--pairs", default=3, help="runs of each client on each setting (3)")
-    add("--count", default=300, help="servers (300)")
-    add("--batch-size", default=50, help="users made by one request, and servers starting at one time (50)")
-    add("--spawn", metavar="SECONDS", type=float, default=1.0, help="how long a server takes to start (1)")
-    add("--jitter", metavar="SECONDS", type=float, default=0.5, help="at most so much longer, at random (0.5)")
-    add("--tool", type=str, default=str(HERE.parents[1] / "hub_stress_test.py"), help="another version of the tool")
-    parser.add_argument("--stop-first", action="store_true", help="the bare client stops each server, as the tool does")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each client on each setting (3)")
+    parser.add_argument("--count", type=int, default=300, help="servers, which take 1 to 1.5 s to start (300)")
+    parser.add_argument("--batch-size", type=int, default=50, help="servers starting at one time (50)")
+    parser.add_argument("--tool", default=str(TOOL), help="another version of the tool")
     args = parser.parse_args()
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("jupyterhub", "requests", "urllib3", "aiohttp"))
     load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores with a load of {load:.1f} before, Python {platform.python_version()}, {libraries}")
     try:
-        results = {timeout_s: run_pairs(timeout_s, args) for timeout_s in SLOW_SPAWN_TIMEOUTS_S}
+        for timeout_s in SLOW_SPAWN_TIMEOUTS_S:
+            compare(timeout_s, args)
     except RunFailed as failure:
         print(f"FAILED: {failure}", file=sys.stderr)
         return 1
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("jupyterhub", "requests", "urllib3", "aiohttp"))
-    spawn = f"{args.spawn:g} to {args.spawn + args.jitter:g} s"
-    print(f"{os.cpu_count()} cores with a load of {load:.1f} before, Python {platform.python_version()}, {libraries}")
-    print(f"{args.count} servers of {spawn} each, {args.batch_size} starting at a time, {args.pairs} pairs\n")
-    print("\n".join(render(results, args.count)))
     return 0
 
 
