@@ -2370,7 +2370,7 @@ class Monitor(Regularly):
         super().__enter__()
 
     def look(self) -> Snapshot | None:
-        """Take one more snapshot; None when the page could not be read."""
+        """Take a snapshot; None when the page could not be read."""
         with self._looking:
             if self.missing:
                 return None
@@ -2439,16 +2439,14 @@ class HubFigures:
         return lag_s if lag_s and lag_s > LATE_LOOP_S else None
 
     @property
-    def busy(self) -> bool:
-        """Whether requests waited for the hub's one thread, which gets less CPU time on a busy machine."""
-        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
-
-    @property
     def fullness(self) -> str:
-        """How full the hub's one thread was; empty when it was not busy."""
+        """Why requests waited for the hub's one thread, which gets less CPU time on a busy machine; or ""."""
         full = f"full: it used up to {share_text(self.cpu_share_max)} of a processor"
         late = f"busy: its event loop was late by {duration_text(self.late_s)}"
-        return f"the hub's one thread was {full if self.cpu_share_max > BUSY else late}" if self.busy else ""
+        busy = (
+            full if self.cpu_share_max > BUSY else late if self.cpu_share_max > IDLE and self.late_s else ""
+        )
+        return busy and f"the hub's one thread was {busy}"
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
@@ -2542,17 +2540,15 @@ class Change:
 Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
 
 
-def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
+def aftermath_of(snapshots_of: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
     """What a run left in the processes that were watched; None without two snapshots of any."""
     aftermath: dict[str, dict[str, Change]] = {}
-    for process, snapshots in looks.items():
-        if len(snapshots) > 1:
-            aftermath[process] = changes = {}
-            for key, (name, label) in AFTERMATH.items():
-                if any(shot.labels(name) for shot in snapshots):
-                    values = [shot.get(name, label) for shot in snapshots]
-                    rest = (None, None) if kept else (values[-1], values[-1] - values[0])
-                    changes[key] = Change(values[0], max(values), *rest)
+    for process, snapshots in snapshots_of.items():
+        for key, figure in AFTERMATH.items() if len(snapshots) > 1 else ():
+            values = [shot.get(*figure) for shot in snapshots]
+            rest = (None, None) if kept else (values[-1], values[-1] - values[0])
+            if any(shot.labels(figure[0]) for shot in snapshots):
+                aftermath.setdefault(process, {})[key] = Change(values[0], max(values), *rest)
     return aftermath or None
 
 
@@ -5045,7 +5041,7 @@ def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_fr
     at_the_server = broken in PERSONAL[1:] and broken != "at_work"
     rules: dict[str, object] = {
         "this machine could not send more": step.generator_bound,
-        "the hub is CPU-bound: use a faster core, or reduce its load": (own and own.busy)
+        "the hub is CPU-bound: use a faster core, or reduce its load": (own and own.fullness)
         or (broken == "ping" and not idle),
         UNKNOWN_LIMIT: broken == "ping",
         "servers were ready, but people waited to work there: see the proxy, and the servers "
@@ -5079,7 +5075,7 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         return "most of that time was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
-    if hub.busy:
+    if hub.fullness:
         return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
     if hub.late_s:
         late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
@@ -5103,11 +5099,10 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
     own, servers = results.hub.metrics, results.servers
     parts = {"throttling": min(mean_throttled_s(results), wait_s)}
     if servers and (phases := servers.phases):
-        parts |= {title: getattr(phases, name) for name, title in PHASES.items()}
-        if phases.new_node:
-            new_nodes = f"{PHASES['node_s']} ({phases.new_node} of {servers.ready} for a new one)"
-            parts = {new_nodes if title == PHASES["node_s"] else title: s for title, s in parts.items()}
-    elif own and not own.busy and (start := own.spawns.get("success")):
+        new = f" ({phases.new_node} of {servers.ready} for a new one)" * (phases.new_node > 0)
+        for name, title in PHASES.items():
+            parts[title + new * (name == "node_s")] = getattr(phases, name)
+    elif own and not own.fullness and (start := own.spawns.get("success")):
         parts["the spawner"] = min(start.mean_s, wait_s - parts["throttling"])
     else:
         return {}
@@ -5117,7 +5112,7 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
 def time_spent(results: Results) -> Iterator[str]:
     """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    if own and own.busy and own.fullness not in results.but:
+    if own and own.fullness and own.fullness not in results.but:
         yield own.fullness
     if results.people and (means := results.people.until_work_s):
         waits = [f"{title} {duration_text(means[step])}" for step, title in WAITS.items() if step in means]
@@ -5180,7 +5175,7 @@ def starts_at_once(results: Results) -> int:
     return math.ceil(sum(rates) * max(0.0, start_s))
 
 
-REFUSED_NAMES = {  # by what the hub says of a start
+REFUSED_NAMES = {  # advice by a pattern of the hub's message
     "getpwnam|does not exist on the system": "the hub's users need unix accounts: make some with these names",
     "login again": "this hub starts servers only for people who have logged in (refresh_pre_spawn)",
     "Invalid username": "the hub's username_pattern refuses these names: allow hub-stress-test-.* too",
@@ -5302,14 +5297,14 @@ class Users:
     deleted: int = 0
     kept: int = 0
     left_behind: Sequence[str] = ()
-    in_the_way: str = ""  # why some cannot be removed; this and what follows also with --own-servers
-    stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
+    in_the_way: str = ""  # why some cannot be removed; this and the next two also with --own-servers
+    stopped_while_starting: int = 0  # servers, which may have left something that the hub does not know
     stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A server or person that failed, and the last that the hub said of it."""
+    """A server or person that failed, and the hub's last message about it."""
 
     user: str
     reason: str
@@ -5387,9 +5382,7 @@ class Results:
     warnings: list[str] = dataclasses.field(default_factory=list)
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     but: list[str] = dataclasses.field(default_factory=list)  # what to know of a run that passed
-    advice: list[str] = dataclasses.field(
-        default_factory=list
-    )  # what to look at next, if it failed, or a but
+    advice: list[str] = dataclasses.field(default_factory=list)  # if it failed, or has a but
     exit_code: int = 0
 
     @property
@@ -5440,7 +5433,7 @@ def nearest_metric(metric: str, paths: bool = True) -> str:
 
 
 def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
-    """The one decision on how a run ends. It has failed when a condition was met, whichever were asked for.
+    """The one decision on how a run ends. `failed`: a condition was met.
 
     | left on the hub | interrupted | cut short | failed | code |
     | yes             | any         | any       | any    | 4    |
@@ -5500,7 +5493,7 @@ def outcome_of(
     """What servers and people have in common, from how each user's way ended; None: it has not.
 
     Those still `starting` may have no event. Those that have not ended count under the reason `never`.
-    Reasons of spawns that differ in what they count, like 2/3 nodes and 1/3 nodes, are one: the first.
+    Reasons of spawns that differ only in numbers, like 2/3 nodes and 1/3 nodes, count as the first of them.
     """
     failures, alike = list[Failure](), dict[str, str]()
     for end in ends.values():
@@ -5526,7 +5519,7 @@ def people_of(
     began_s: float = 0.0,
     starting: Collection[str] = (),
 ) -> Rehearsed:
-    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
+    """The outcome of all people, or of a group; who fails after getting to work counts as both."""
     ends = dict[str, Event | None]()
     at_work = []
     for user, row in rows.items():
@@ -5546,7 +5539,7 @@ def people_of(
 def servers_of(
     people: People, requested: int, cut_short: bool, *, began_s: float = 0.0, starting: Collection[str] = ()
 ) -> Servers:
-    """The outcome of the servers of so many people, some of them still `starting` at the end."""
+    """The outcome of all servers, some of which may still be `starting` at the end."""
     starts = {user: row["server_ready"] for user, row in people.items() if "server_ready" in row}
     stays = {user: row["stay"] for user, row in people.items() if "stay" in row}
     lost = {user: end for user, end in stays.items() if end.outcome == "lost"}
@@ -5638,7 +5631,7 @@ def _users_in(run: Run) -> Users:
 
 
 def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
-    """How many failed, of how many: people, servers, requests, or what was to be removed."""
+    """How many failed, and of how many: people, servers, requests, or users to remove."""
     plan = run.plan
     if people:
         return people.failed, plan.count
@@ -5720,7 +5713,7 @@ def results_of(run: Run) -> Results:
 
 
 def _judged(results: Results, run: Run) -> Results:
-    """The same with its conditions, its exit code, a but, and what to look at next."""
+    """The same results with their conditions, exit code, but and advice."""
     plan, capacity = run.plan, run.capacity
     conditions = [] if capacity else judgements_of(plan, as_json(results))
     bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
@@ -5805,7 +5798,7 @@ def waits_text(operation: Operation | None) -> str:
 
 
 def _capacity_sentence(capacity: Capacity, options: Json) -> str:
-    """The result of a search; of people, in which step, and whether as many as were asked about fit."""
+    """The result of a search; of people also in which step, and whether --count fits --within."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
@@ -5855,13 +5848,15 @@ def _option_text(key: str, value: Any) -> str:
     if not value or value is True:
         return "given" if value else "not given"
     if key == "event":
-        given = ([f"{key} {_option_text(key, one)}" for key, one in group.items() if one] for group in value)
-        return "; ".join(map(", ".join, given))
+        groups = (
+            [f"{key} {_option_text(key, each)}" for key, each in group.items() if each] for group in value
+        )
+        return "; ".join(map(", ".join, groups))
     return f"{value:g}s" if key in DURATIONS else str(value)
 
 
 def facts(results: Results, baseline: Json | None = None) -> Section:
-    """The but, the goals, what was asked, its outcome, how long it took, why, and what to do next."""
+    """The but, goals, what was tested, its outcome and why, duration, cleanup, and what to do next."""
     hub = results.hub
     through = f", through {hub.proxy}" if hub.proxy else ""
     by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
@@ -6034,7 +6029,7 @@ def _hub_rows(results: Results) -> Iterator[Row]:
 
 
 def _cleanup_rows(results: Results) -> Iterator[Row]:
-    """What was removed, what is still there, and what may be left where the hub does not look."""
+    """What was removed, what is still there, and what the hub cannot see."""
     cleaned, users, run = results.cleaned, results.users, results.options["run"]
     remedy, noun = purge_command(run, results.own_servers), thing(results.own_servers)
     find = pods_command(run, results.own_servers)
@@ -6082,37 +6077,18 @@ def _proxy_rows(results: Results) -> Iterator[Row]:
 
 
 def sorted_operations(operations: Collection[str]) -> list[str]:
-    """Operations in the order of the table of steps, a group's behind that of all, one's own at the end."""
+    """Operations in the order of the table of steps, a group's after that of all, custom ones last."""
     places = {name: place for place, name in enumerate(STEPS)}
     return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
 
 
-def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
-    """A row for each operation, with a dash where too few succeeded for a statistic."""
-    columns, rows = ("mean", "p50", "p95", "p99", "max"), []
-    for name in sorted_operations(operations):
-        operation = operations[name]
-        cells = (duration_text(operation.enough(column)) for column in columns)
-        rows.append((title_of(name, own_servers), str(operation.count), str(operation.failed), *cells))
-    return Section("Latency", rows, ("operation", "count", "failed", *columns))
-
-
-def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
-    """A row for each rate that was tried."""
-    header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
-    if of_people:
-        header, unit = ("tried a minute", "arrived a minute", "server ready p95"), 60
-    for step in capacity.steps:
-        rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
-        rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
-    return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
-
-
-def comparison_section(baseline: Json, results: Results) -> Section:
-    """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
-    columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
-    for name in sorted_operations(now.keys() & baseline.get("operations", {}).keys()):
-        both, cells = (baseline["operations"][name], now[name]), []
+def comparison_section(baseline: Json, results: Results, names: Iterable[str]) -> Section:
+    """Old, new and ratio of these operations, like 840ms→1.25s 1.49x; a dash for too few samples."""
+    columns, rows = ("p50", "p95", "max"), []
+    for name in names:
+        if name not in baseline.get("operations", {}):
+            continue
+        both, cells = (baseline["operations"][name], as_json(results.operations[name])), []
         for column in columns:
             enough = (run["count"] - run["failed"] >= ENOUGH.get(column, 1) for run in both)
             old, new = (run["latency_s"][column] if many else None for run, many in zip(both, enough))
@@ -6130,18 +6106,29 @@ def comparison_section(baseline: Json, results: Results) -> Section:
 HOUSEKEEPING = ("create_users", "list_users", "delete_user")  # of interest only when something went wrong
 
 
-def tables_of(results: Results, baseline: Json | None) -> list[Section]:
-    """The tables below the facts, in the summary and in the report."""
+def tables_of(results: Results, baseline: Json | None) -> Iterator[Section]:
+    """The tables below the facts, in summary and report: rates tried, latencies, old beside new."""
+    if results.capacity:
+        header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
+        if results.command == STRESS:
+            header, unit = ("tried a minute", "arrived a minute", "server ready p95"), 60
+        for step in results.capacity.steps:
+            rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+            outcome = (duration_text(step.p95_s), str(step.failed), step.held or "none: sustained")
+            rows.append((*rates, *outcome))
+        yield Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
     quiet = HOUSEKEEPING if results.exit_code == ExitCode.OK and results.command != PURGE else ()
-    operations = {
-        name: each
-        for name, each in results.operations.items()
-        if each.failed or name.partition("[")[0] not in quiet
-    }
-    tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
-    tables += [latency_section(operations, results.own_servers)] if operations else []
-    compared = dataclasses.replace(results, operations=operations)
-    return tables + ([comparison_section(baseline, compared)] if baseline else [])
+    columns, shown = ("mean", "p50", "p95", "p99", "max"), {}
+    for name in sorted_operations(results.operations):
+        operation = results.operations[name]
+        if operation.failed or name.partition("[")[0] not in quiet:
+            latencies = (duration_text(operation.enough(column)) for column in columns)
+            numbers = (str(operation.count), str(operation.failed))
+            shown[name] = (title_of(name, results.own_servers), *numbers, *latencies)
+    if shown:
+        yield Section("Latency", [*shown.values()], ("operation", "count", "failed", *columns))
+    if baseline:
+        yield comparison_section(baseline, results, shown)
 
 
 def render_summary(results: Results, baseline: Json | None = None, **look: Any) -> str:
@@ -6336,7 +6323,7 @@ tr { border-bottom: 1px solid #8884 }
 BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
 PHASE_COLOURS = ("#64748b", "#eab308", "#a8763e", "#0ea5e9", "#6366f1", "#84cc16")  # in the order of PHASES
 STATES = {  # of a server, by colour; a later one is drawn on top
-    "asked": "#94a3b8",
+    "requested": "#94a3b8",
     "throttled": AMBER,
     "starting": BLUE,
     **dict(zip(PHASES.values(), PHASE_COLOURS)),
@@ -6442,9 +6429,8 @@ def _appendix(results: Results) -> Iterator[Section]:
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
     given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
     given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
-    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
     rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
-    yield Section("Options and versions", rows_of_options)
+    yield Section("Options", rows_of_options)
 
 
 def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
@@ -6476,7 +6462,7 @@ def trace(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: An
 def spans_of(server: Json) -> Iterator[tuple[str, float | None, float | None]]:
     """The states of a server, and from when to when it was in each; None: never, infinite: to the end."""
     asked_s = server["due_s"] if server["asked_s"] is None else server["asked_s"]
-    yield "asked", server["due_s"], asked_s if server["throttled_s"] is None else server["throttled_s"]
+    yield "requested", server["due_s"], asked_s if server["throttled_s"] is None else server["throttled_s"]
     yield "throttled", server["throttled_s"], asked_s
     yield "starting", asked_s, server["ended_s"]
     begin_s = asked_s
@@ -6508,14 +6494,14 @@ def states_of(servers: Json) -> dict[str, list[Span]]:
 
 
 def server_curves(servers: Json, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting, starting, ready, at work, failed and lost at so many moments."""
+    """How many servers were waiting, starting, ready, at work, failed and lost at each moment."""
     moments = [until_s * n / points for n in range(points + 1)]
     curves: dict[str, list[float]] = {}
     for state, spans in states_of(servers).items():
         begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
         began, ended = ([bisect.bisect_right(row, at_s) for at_s in moments] for row in (begins, ends))
         curves[state] = list(map(operator.sub, began, ended))
-    curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
+    curves["waiting"] = list(map(operator.add, curves["requested"], curves["throttled"]))
     curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
     curves["at_s"] = [round(at_s, 3) for at_s in moments]
     return {

@@ -2,7 +2,8 @@
 
     python tests/golden.py
 
-writes the files anew. Wording is reviewed there, and nowhere else: other tests look at labels and numbers.
+writes the files anew (plans.txt, the pages of dry runs, is test_plan.py's). Wording is reviewed there, and
+nowhere else: other tests look at labels and numbers.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def search() -> str:
     steps = [
         hst.CapacityStep(0.1, 0.1, 4.0, 0, None, False),
         hst.CapacityStep(0.8, 0.8, 5.5, 0, None, False),
-        hst.CapacityStep(1.6, 1.6, 31.0, 0, "server_ready.p95 > 30s", False, hst.Limit.THROTTLING.value),
+        hst.CapacityStep(1.6, 1.6, 31.0, 0, "server_ready.p95 > 30s", False, hst.LIMITED_IN_FRONT),
     ]
     options = hst.Plan(count=300, within_s=300.0, find_capacity=True, max_servers=100).options()
     capacity = hst.capacity_of(hst.Plan(find_capacity=True), steps, finished=True)
@@ -139,13 +140,6 @@ def search_for_reports() -> str:
     plan = hst.Plan(hst.ACTIVITY, find_capacity=True)
     more: dict[str, Any] = {"command": hst.ACTIVITY, "options": plan.options(), "servers": None}
     return hst.render_summary(results_of(events, **more, capacity=hst.capacity_of(plan, steps, finished=True)))
-
-
-def dry_run() -> str:
-    """What a rehearsal of an hour would do and cost."""
-    words = "--dry-run stress-test --count 300 --within 5m --work --hold 30m --seed 7 --check-proxy"
-    plan = hst.plan_of(hst.parse_args([*words.split(), "--endpoint", "http://x/hub/api", "--token", "t"]))
-    return hst.render_page(hst.DRY_RUN, [hst.plan_section(plan)])
 
 
 def kubernetes() -> str:
@@ -171,7 +165,6 @@ PAGES: tuple[Callable[[], str], ...] = (
     left_behind,
     search,
     search_for_reports,
-    dry_run,
     kubernetes,
 )
 
