@@ -5546,6 +5546,7 @@ def servers_of(
     never = "never started, or cut short" if cut_short else "never started"
     ready = sorted((end for end in starts.values() if not end.reason), key=lambda end: -end.latency_s)
     throttled_s = [end.throttled_s for end in starts.values() if end.throttled_s is not None]
+    first_due_s = min((end.due_s for end in starts.values()), default=0.0)
     messages = {end.message for end in starts.values() if end.message}
     return Servers(
         requested=requested,
@@ -5554,9 +5555,7 @@ def servers_of(
         lost=len(lost),
         given_up=sum(end.reason.kind is Kind.TIMED_OUT for end in starts.values() if end.reason),
         throttled=sum(end.throttled > 0 for end in starts.values()),
-        throttling_began_s=min(throttled_s) - min(end.due_s for end in starts.values())
-        if throttled_s
-        else None,
+        throttling_began_s=min(throttled_s) - first_due_s if throttled_s else None,
         slowest=[
             {"user": end.user, "ready_s": end.latency_s, "throttled": end.throttled, "message": end.message}
             for end in ready[:5]
@@ -5584,9 +5583,8 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
         return since(row[step].ended_s if step in row and not row[step].reason else None for row in rows)
 
     def failed(lost: bool) -> list[float | None]:
-        return since(
-            next((end.ended_s for end in ends if (end.outcome == "lost") is lost), None) for ends in bad
-        )
+        ends_s = ([end.ended_s for end in ends if (end.outcome == "lost") is lost] for ends in bad)
+        return since(next(iter(moments_s), None) for moments_s in ends_s)
 
     left = (row["stop_server"].sent_s if "stop_server" in row else math.inf for row in rows)
     phases = [as_json(start.phases) or {} for start in starts]
@@ -5630,19 +5628,6 @@ def _users_in(run: Run) -> Users:
     )
 
 
-def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
-    """How many failed, and of how many: people, servers, requests, or users to remove."""
-    plan = run.plan
-    if people:
-        return people.failed, plan.count
-    if plan.command == PURGE:
-        return len(run.cleaned.left), len(run.existing)
-    if servers and not plan.find_capacity:
-        return servers.failed + servers.lost, plan.count
-    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    return run.record.failures(mix), run.record.count(mix)
-
-
 def results_of(run: Run) -> Results:
     """The results of a run; its conditions are judged by all the rest."""
     plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
@@ -5658,7 +5643,15 @@ def results_of(run: Run) -> Results:
         each.group: people_of(rows, each.count, cut_short, each.group, began_s=run.began_s)
         for each in plan.event
     }
-    failed, tried = _failed_of(run, servers, people)
+    if people:
+        failed, tried = people.failed, plan.count
+    elif plan.command == PURGE:
+        failed, tried = len(cleaned.left), len(run.existing)
+    elif servers and not plan.find_capacity:
+        failed, tried = servers.failed + servers.lost, plan.count
+    else:
+        mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
+        failed, tried = run.record.failures(mix), run.record.count(mix)
     began = [shot.get(BEGAN) for shot in snapshots]
     restarts = sum(map(operator.ne, began, began[1:]))
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
@@ -5848,9 +5841,7 @@ def _option_text(key: str, value: Any) -> str:
     if not value or value is True:
         return "given" if value else "not given"
     if key == "event":
-        groups = (
-            [f"{key} {_option_text(key, each)}" for key, each in group.items() if each] for group in value
-        )
+        groups = ([f"{key} {_option_text(key, v)}" for key, v in group.items() if v] for group in value)
         return "; ".join(map(", ".join, groups))
     return f"{value:g}s" if key in DURATIONS else str(value)
 
@@ -5981,9 +5972,8 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         causes = [f"throttled {server['throttled']} ×"] * bool(server["throttled"])
         if server["message"] not in ("", results.servers and results.servers.usual_message):
             causes.append(f"longest at: {server['message']}")
-        slowest += [f"{duration_text(server['ready_s'])}, {server['user']}: {', '.join(causes)}"] * bool(
-            causes
-        )
+        if causes:
+            slowest.append(f"{duration_text(server['ready_s'])}, {server['user']}: {', '.join(causes)}")
     if slowest:
         yield "slowest", "; ".join(slowest)
 
@@ -6163,10 +6153,9 @@ def render_page(
         for label, sentence in labelled_once(rows):
             page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
     if colour:
-        words = "|".join(_COLOURS)
+        word = re.compile(rf"^({'|'.join(_COLOURS)})\b")
         page = [
-            re.sub(rf"^({words})\b", lambda word: f"\033[1;{_COLOURS[word[0]]}m{word[0]}\033[0m", line)
-            for line in page
+            word.sub(lambda match: f"\033[1;{_COLOURS[match[0]]}m{match[0]}\033[0m", line) for line in page
         ]
     return "\n".join(page)
 
@@ -6336,7 +6325,7 @@ STATES = {  # of a server, by colour; a later one is drawn on top
     "failed after it was ready": RED,
     "lost": "#a21caf",
 }
-GROUP_COLOURS = ("#d97706", "#2563eb", "#65a30d", "#db2777", "#0891b2", "#7c3aed")
+GROUP_COLOURS = ("#db2777", "#854d0e", "#7c3aed", "#0891b2", "#be123c", "#4d7c0f")
 Trace = dict[str, Any]  # of plotly
 Span = tuple[int, float, float]  # which server was in a state, from when to when
 DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
@@ -6519,25 +6508,21 @@ def _server_plots(timeline: Json) -> Iterator[str]:
     for state, numbers in curves.items():
         colour = STATES.get(state, AMBER)
         areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
+    states, colours = states_of(servers), STATES.copy()
+    for n, group in enumerate(servers["group"]):
+        if group:  # a strip before the first moment
+            colours.setdefault(f"[{group}]", GROUP_COLOURS[(len(colours) - len(STATES)) % len(GROUP_COLOURS)])
+            states.setdefault(f"[{group}]", []).append((n, -0.02 * until_s, -0.005 * until_s))
     bars, width = [], max(1.0, min(9.0, 380 / len(servers["user"])))
-    for state, spans in states_of(servers).items():
-        bar = trace(state, [], [], STATES[state], width=width) | {"text": [], "hoverinfo": "text"}
+    for state, spans in states.items():
+        bar = trace(state, [], [], colours[state], width=width) | {"text": [], "hoverinfo": "text"}
         for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
             end_s = max(began_s, min(end_s, until_s))
+            lasted = f" for {duration_text(end_s - began_s)}" if began_s >= 0 else ""
             bar["x"] += (began_s, end_s, None)
             bar["y"] += (n + 1, n + 1, None)
-            bar["text"] += (*[f"{servers['user'][n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
+            bar["text"] += (*[f"{servers['user'][n]}: {state}{lasted}"] * 2, "")
         bars += [bar] * bool(spans)
-    groups = dict.fromkeys(filter(None, servers["group"]))
-    for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS)):  # a strip before the first moment
-        rows = [n + 1 for n, name in enumerate(servers["group"]) if name == group]
-        x, y = (
-            [-0.02 * until_s, -0.005 * until_s, None] * len(rows),
-            [each for n in rows for each in (n, n, None)],
-        )
-        bars.append(
-            trace(f"[{group}]", x, y, colour, width=width) | {"text": [group] * len(x), "hoverinfo": "text"}
-        )
     yield element("h2", "Servers") + plot(areas, 200, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
     downwards = {"autorange": "reversed", "rangemode": "normal"}
