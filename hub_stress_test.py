@@ -2320,12 +2320,12 @@ class Snapshot:
         return self.figures.get((name, label), 0.0)
 
     def labels(self, name: str) -> list[str]:
-        """With which labels the figure is there."""
+        """The labels that this figure has."""
         return [label for known, label in self.figures if known == name]
 
 
 def metrics_url(endpoint: str) -> str:
-    """Where a hub shows its own figures."""
+    """The URL of a hub's own figures."""
     return endpoint.removesuffix("/api") + "/metrics"
 
 
@@ -2416,7 +2416,7 @@ class OwnDurations:
 
 @dataclasses.dataclass(frozen=True)
 class HubFigures:
-    """What the hub says of itself between the first and the last snapshot."""
+    """The hub's own figures between the first and the last snapshot."""
 
     cpu_s: float
     cpu_share: float  # of a processor
@@ -2441,16 +2441,17 @@ class HubFigures:
     @property
     def fullness(self) -> str:
         """Why requests waited for the hub's one thread, which gets less CPU time on a busy machine; or ""."""
-        full = f"full: it used up to {share_text(self.cpu_share_max)} of a processor"
-        late = f"busy: its event loop was late by {duration_text(self.late_s)}"
-        busy = (
-            full if self.cpu_share_max > BUSY else late if self.cpu_share_max > IDLE and self.late_s else ""
-        )
-        return busy and f"the hub's one thread was {busy}"
+        if self.cpu_share_max > BUSY:
+            busy = f"full: it used up to {share_text(self.cpu_share_max)} of a processor"
+        elif self.cpu_share_max > IDLE and self.late_s:
+            busy = f"busy: its event loop was late by {duration_text(self.late_s)}"
+        else:
+            return ""
+        return f"the hub's one thread was {busy}"
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
-    """What the hub says of itself; None without two snapshots."""
+    """The hub's own figures; None without two snapshots."""
     if len(snapshots) < 2:
         return None
     first, last = snapshots[0], snapshots[-1]
@@ -2499,7 +2500,7 @@ def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDur
 
 
 def cpu_shares(snapshots: Sequence[Snapshot]) -> list[tuple[float, float]]:
-    """The share of a processor used up to each moment, over stretches of at least 1 s where there is shot."""
+    """The share of a processor used up to each moment, over stretches of at least 1 s if possible."""
     shares: list[tuple[float, float]] = []
     since = 0
     for at in range(1, len(snapshots)):
