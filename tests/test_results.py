@@ -78,9 +78,9 @@ def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_do(make_hub:
     assert servers["throttling_began_s"] == pytest.approx(began_s, abs=0.001)
     assert f"; {servers['throttled']} throttled, from " in done.summary
     slowest = servers["slowest"]
-    assert [each["message"] for each in slowest] == ["Pulling the image"] * 5 and slowest[0]["throttled"]
+    assert len(slowest) == 5 and {each["message"] for each in slowest} <= {"Looking for a node", "Pulling the image"}
     first = f"{hst.duration_text(slowest[0]['ready_s'])}, {slowest[0]['user']}: throttled {slowest[0]['throttled']} ×"
-    assert re.search(rf"^slowest +{first}", done.summary, re.M) and "longest at" not in done.summary
+    assert slowest[0]["throttled"] and re.search(rf"^slowest +{first}", done.summary, re.M)
     assert re.search("^next .*raise c.JupyterHub.concurrent_spawn_limit", done.summary, re.M)
     sentence = re.search(r"of (\S+ m?s) until ready, (\S+ m?s) throttling, (\S+ m?s) the spawner", done.summary)
     assert sentence, done.summary
