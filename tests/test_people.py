@@ -316,7 +316,9 @@ def test_servers_that_are_held_and_stay_pass(new_hub: LocalHub, tmp_path: Path) 
     assert done.code == 0 and found["servers"]["lost"] == 0
     stay = found["operations"]["stay"]
     assert (stay["count"], stay["failed"]) == (3, 0) and stay["latency_s"]["min"] >= 1.0
-    assert re.search("^hold +1.00 s; who stayed is the hub's word, --visit asks the servers too$", done.summary, re.M)
+    assert re.search(
+        "^hold +1.00 s; the hub says which servers stayed, --visit asks the servers too$", done.summary, re.M
+    )
     assert not tool_users(new_hub)
 
 
