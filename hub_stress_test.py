@@ -3462,7 +3462,7 @@ def stay(person: Visitor) -> None:
                 raise HubRefused(task, reply, hub.denial(reply))
             person.sleep(1.0)
         if state is not ServerState.READY:
-            raise Failed(Kind.LOST, "it became ready, and was gone while it was held")
+            raise Failed(Kind.LOST, "the server stopped while it was held")
         if person.url:
             try:
                 get_in(person, event, person.clock() + person.plan.visit_timeout_s)
@@ -5236,7 +5236,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
         below = "keep --server-timeout below it: such failures count towards the hub's exit"
         yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
-    if no_room := re.search(r"Insufficient \w+|no node has|Too many pods", words):
+    if no_room := re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods", words):
         guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
         room = f"raise the node pool's maximum, or reserve less for each ({guarantee})"
         yield f"servers did not fit on the nodes ({no_room[0]}): {room}"

@@ -9,7 +9,7 @@ from typing import Any
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
 
-LOST = Reason(Kind.LOST, "it became ready, and was gone while it was held")
+LOST = Reason(Kind.LOST, "the server stopped while it was held")
 NO_NODE = Reason(Kind.SPAWN, "no node has 4 GB of memory free")
 REFUSED = Reason(Kind.REFUSED, "500")
 FIGURES = hst.HubFigures(

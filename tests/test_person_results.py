@@ -12,7 +12,7 @@ from made_up_results import sentences as told
 UNREADY = Reason(Kind.SPAWN, "no node is free")
 NOBODY = Reason(Kind.ROUTE, "nobody listens there (503)")
 RAISED = Reason(Kind.CELL, "cell 4 raised MemoryError")
-LOST = Reason(Kind.LOST, "it became ready, and was gone while it was held")
+LOST = Reason(Kind.LOST, "the server stopped while it was held")
 
 
 def did(step: str, number: int, ended_s: float, reason: Reason | None = None, message: str = "") -> Event:
