@@ -290,7 +290,7 @@ def test_a_server_stopped_while_held_was_ready_and_is_lost(new_hub: LocalHub, tm
     assert done.code == 1
     assert done.summary.startswith("FAILED: 4 of 4 servers became ready; 1 was lost while held; half waited ")
     assert re.search("^servers +4 requested, 10 at a time; 4 ready, 0 failed, 1 lost$", done.summary, re.M)
-    reason = "it became ready, and was gone while it was held"
+    reason = "the server stopped while it was held"
     assert re.search(rf"^failed +1 × {reason} \({unlucky}\), after \d.* s$", done.summary, re.M)
     servers = found["servers"]
     assert (servers["ready"], servers["failed"], servers["lost"], found["failed"]) == (4, 0, 1, 1)
@@ -316,7 +316,9 @@ def test_servers_that_are_held_and_stay_pass(new_hub: LocalHub, tmp_path: Path) 
     assert done.code == 0 and found["servers"]["lost"] == 0
     stay = found["operations"]["stay"]
     assert (stay["count"], stay["failed"]) == (3, 0) and stay["latency_s"]["min"] >= 1.0
-    assert re.search("^hold +1.00 s; who stayed is the hub's word, --visit asks the servers too$", done.summary, re.M)
+    assert re.search(
+        "^hold +1.00 s; the hub says which servers stayed, --visit asks the servers too$", done.summary, re.M
+    )
     assert not tool_users(new_hub)
 
 

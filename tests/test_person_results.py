@@ -6,12 +6,13 @@ import pytest
 
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
-from test_summary import results_of, told
+from made_up_results import results_of
+from made_up_results import sentences as told
 
 UNREADY = Reason(Kind.SPAWN, "no node is free")
 NOBODY = Reason(Kind.ROUTE, "nobody listens there (503)")
 RAISED = Reason(Kind.CELL, "cell 4 raised MemoryError")
-LOST = Reason(Kind.LOST, "it became ready, and was gone while it was held")
+LOST = Reason(Kind.LOST, "the server stopped while it was held")
 
 
 def did(step: str, number: int, ended_s: float, reason: Reason | None = None, message: str = "") -> Event:
@@ -119,8 +120,8 @@ def test_the_summary_has_each_failure_once_and_the_requests_to_servers() -> None
     assert f"1 × {RAISED.text} (hub-stress-test-5), after 10.0 s" in rows["failed"]
     assert f"1 × {UNREADY.text} (hub-stress-test-3), after 3.00 s" in rows["failed"]
     assert len(rows["failed"]) == 4 and not rows["errors"]
-    assert rows["requests"][0].startswith("100 to the hub, of which ")
-    assert rows["requests"][1:] == ["1,234 to servers, of which 5 retries: 3 × 101, 1,226 × 200, 5 × 503"]
+    assert rows["requests"][0].startswith("100 to the hub (")
+    assert rows["requests"][1:] == ["1,234 to servers (5 retries): 3 × 101, 1,226 × 200, 5 × 503"]
 
 
 def test_the_time_until_work_is_told_step_by_step() -> None:
