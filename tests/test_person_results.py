@@ -102,7 +102,7 @@ def test_people_of_a_run_that_was_cut_short_never_came() -> None:
         ("never ready", 1, "0 of 1 person got to work"),
         ("works, no page", 3, "1 of 3 people got to work, 1 failed, 1 not begun; half waited "),
         ("works, lost", 2, "2 of 2 people got to work; 1 failed afterwards; half waited "),
-        ("works, cut short", 9, "1 of 9 people got to work, 0 failed, 1 under way, 7 not begun; half waited "),
+        ("works, cut short", 9, "1 of 9 people got to work, 0 failed, 1 cut short, 7 not begun; half waited "),
     ],
 )
 def test_the_verdict_of_a_rehearsal_counts_people(names: str, expected: int, verdict: str) -> None:
@@ -116,7 +116,7 @@ def test_the_summary_has_each_failure_once_and_the_requests_to_servers() -> None
     assert rows["servers"] == [
         "10 requested, at random moments within 5 min 0 s; 6 ready, 1 failed, 3 not begun, 1 lost"
     ]
-    assert rows["people"] == ["10 expected; 4 at work, 4 failed, 1 under way, 3 not begun"]
+    assert rows["people"] == ["10 expected; 4 at work, 4 failed, 1 cut short, 3 not begun"]
     assert f"1 × {RAISED.text} (hub-stress-test-5), after 10.0 s" in rows["failed"]
     assert f"1 × {UNREADY.text} (hub-stress-test-3), after 3.00 s" in rows["failed"]
     assert len(rows["failed"]) == 4 and not rows["errors"]

@@ -240,13 +240,13 @@ def test_the_options_in_the_results_name_the_files_and_no_token(files: None) -> 
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        ("--stay 1m --hold 1m", "--stay says when each leaves, and --hold when all do: give one of them"),
-        ("--stay 1m --keep", "--stay ends servers, and --keep leaves them running: give one of them"),
-        ("--within 1m --rate 2", "--within and --rate both say when people come: give one of them"),
-        ("--seed 7", "--seed has a meaning only with --within"),
-        ("--notebook class.py", "--notebook has a meaning only with --work"),
-        ("--think 10s", "--think has a meaning only with --work"),
-        ("--public-url http://x", "only with --visit, --page, --work or --check-proxy"),
+        ("--stay 1m --hold 1m", "--hold and --stay exclude each other"),
+        ("--stay 1m --keep", "--keep and --stay exclude each other"),
+        ("--within 1m --rate 2", "--within and --rate exclude each other"),
+        ("--seed 7", "--seed needs --within"),
+        ("--notebook class.py", "--notebook needs --work"),
+        ("--think 10s", "--think needs --work"),
+        ("--public-url http://x", "--public-url needs --visit, --page, --work or --check-proxy"),
         ("--work --notebook text.ipynb", "argument --notebook: text.ipynb has no code cells"),
         ("--work --notebook none.ipynb", "argument --notebook: none.ipynb cannot be read as a notebook"),
         ("--page other.har", "argument --page: other.har holds no GET below /user/NAME/"),
@@ -255,7 +255,7 @@ def test_the_options_in_the_results_name_the_files_and_no_token(files: None) -> 
         ("--within soon", "argument --within: expected a duration"),
         ("--seed 0 --within 1m", "argument --seed: expected a whole number of at least 1"),
         ("--cell-timeout 0s", "argument --cell-timeout: expected a duration"),
-        ("--check-proxy --keep", "--check-proxy ends servers, and --keep leaves them running: give one of them"),
+        ("--check-proxy --keep", "--keep and --check-proxy exclude each other"),
     ],
 )
 def test_contradictions_are_refused_in_one_sentence(
