@@ -117,8 +117,8 @@ def test_the_summary_has_each_failure_once_and_the_requests_to_servers() -> None
         "10 requested, at random moments within 5 min 0 s; 6 ready, 1 failed, 3 not begun, 1 lost"
     ]
     assert rows["people"] == ["10 expected; 4 at work, 4 failed, 1 cut short, 3 not begun"]
-    assert f"1 × {RAISED.text} (hub-stress-test-5), after 10.0 s" in rows["failed"]
-    assert f"1 × {UNREADY.text} (hub-stress-test-3), after 3.00 s" in rows["failed"]
+    assert f"1 × {RAISED.text} (hub-stress-test-5), at 10.0 s of the run" in rows["failed"]
+    assert f"1 × {UNREADY.text} (hub-stress-test-3), at 3.00 s of the run" in rows["failed"]
     assert len(rows["failed"]) == 4 and not rows["errors"]
     assert rows["requests"][0].startswith("100 to the hub (")
     assert rows["requests"][1:] == ["1,234 to servers (5 retries): 3 × 101, 1,226 × 200, 5 × 503"]
