@@ -291,7 +291,7 @@ def test_a_server_stopped_while_held_was_ready_and_is_lost(new_hub: LocalHub, tm
     assert done.summary.startswith("FAILED: 4 of 4 servers became ready; 1 was lost while held; half waited ")
     assert re.search("^servers +4 requested, 10 at a time; 4 ready, 0 failed, 1 lost$", done.summary, re.M)
     reason = "the server stopped while it was held"
-    assert re.search(rf"^failed +1 × {reason} \({unlucky}\), after \d.* s$", done.summary, re.M)
+    assert re.search(rf"^failed +1 × {reason} \({unlucky}\), at \d.* s of the run$", done.summary, re.M)
     servers = found["servers"]
     assert (servers["ready"], servers["failed"], servers["lost"], found["failed"]) == (4, 0, 1, 1)
     (failure,) = servers["failures"]
