@@ -612,6 +612,9 @@ def condition(text: str) -> Condition:
     if not match:
         raise UsageError(f"expected METRIC OP VALUE, like 'server_ready.p95 > 30s', not {text!r}")
     metric, comparison, limit, unit = match.groups()
+    units = FITTING.get(unit_of(metric), ())
+    if not unit and float(limit) >= (1.0 if "%" in units else 1e-9) and units:
+        raise UsageError(f"{metric} needs a unit: {' or '.join(f'{limit}{each}' for each in units)}")
     return Condition(" ".join(text.split()), metric, comparison, float(limit) * UNITS[unit], unit)
 
 
@@ -1474,6 +1477,7 @@ class Phases:
     server_s: float
     new_node: int  # whether it waited for a new node, or how many did
     images_pulled: int
+    starts: int = 1  # how many these are the means of
 
 
 PHASES = {
@@ -1508,7 +1512,7 @@ def kube_events(said: Said) -> list[tuple[float, float, Json]]:
 
 
 def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
-    """Where a start spent the time between these two moments; None without events of Kubernetes.
+    """Where a start spent the time until it was ready, or had failed; None without events of Kubernetes.
 
     The event that arrived soonest sets the cluster's clock. A phase without its last event ends with the last
     event of all.
@@ -1529,8 +1533,11 @@ def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
         elif reason == "Started" and path.startswith("spec.containers"):
             break
     begin_s = min(first_s.values())
-    scheduled_s = first_s.get("Scheduled", begin_s)
     of_containers = [first_s[name] for name in ("Pulling", "Pulled", "Created", "Started") if name in first_s]
+    waits = "FailedScheduling" in first_s and not of_containers
+    scheduled_s = first_s.get("Scheduled", ready_s if waits else begin_s)
+    if not first_s.keys() & {"Created", "Started"}:
+        image_s += sum(ready_s - began_s for began_s in pulling.values())
     containers_s = max(scheduled_s, min(of_containers, default=at_s))
     started_s = max(at_s, containers_s + image_s)
     return Phases(
@@ -2440,14 +2447,13 @@ class HubFigures:
 
     @property
     def fullness(self) -> str:
-        """Why requests waited for the hub's one thread, which gets less CPU time on a busy machine; or ""."""
+        """How full the hub's one thread, or how late its event loop was; "" if neither held requests up."""
+        used = f"used up to {share_text(self.cpu_share_max)} of a processor"
         if self.cpu_share_max > BUSY:
-            busy = f"full: it used up to {share_text(self.cpu_share_max)} of a processor"
-        elif self.cpu_share_max > IDLE and self.late_s:
-            busy = f"busy: its event loop was late by {duration_text(self.late_s)}"
-        else:
-            return ""
-        return f"the hub's one thread was {busy}"
+            return f"the hub's one thread was full: it {used}"
+        if self.cpu_share_max > IDLE and self.late_s:
+            return f"the hub's event loop was late: by {duration_text(self.late_s)}, while it {used}"
+        return ""
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
@@ -2556,6 +2562,9 @@ def aftermath_of(snapshots_of: Mapping[str, Sequence[Snapshot]], kept: bool) -> 
 # ==== Users: found, claimed, made ===========================================================================
 
 
+TO_LIST = "list its "
+
+
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
     """Every user with our prefix in the name, and (from hubs that do not filter) others.
 
@@ -2570,7 +2579,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused(f"list its {thing(isinstance(hub, OwnServers))}s", reply, hub.denial(reply))
+            raise HubRefused(f"{TO_LIST}{thing(isinstance(hub, OwnServers))}s", reply, hub.denial(reply))
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
@@ -3131,6 +3140,7 @@ def come(person: Visitor) -> None:
                 event.ended_s = await_answered(person, reply)
             finally:
                 event.message = last_word(person.said)
+                event.phases = phases_of(person.said, event.asked_s or person.due_s, person.clock())
                 if reply.status != 429 and site.turns.free():
                     site.hub.session.pause(HEAD_START_S)
             site.states[name] = ServerState.READY
@@ -3257,7 +3267,7 @@ def await_ready(name: str, hub: Hub, until_s: float, said: list[tuple[float, Jso
 def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
     """What servers that were starting when a run was interrupted waited for."""
     words = {name: without_name(last_word(said), name) for name, said in starting.items()}
-    waits = collections.Counter(word or "nothing was said of it" for word in words.values())
+    waits = collections.Counter(word or "the hub said nothing of it" for word in words.values())
     for word, number in waits.most_common(3):
         servers = counted(number, "server was", "servers were")
         yield f"{servers} still starting when the run was interrupted: {word}"
@@ -3440,8 +3450,8 @@ def cell(person: Visitor) -> Iterator[Event]:
     with person.step("cell") as event:
         try:
             yield event
-        except Failed as failure:
-            if failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL):
+        except (Failed, TimeoutError) as failure:
+            if isinstance(failure, Failed) and failure.reason.kind not in (Kind.WEBSOCKET, Kind.KERNEL):
                 raise
             state = person.site.hub.state(person.name)
             urls = f"{person.url}api", f"{person.site.public.url}hub/api/"
@@ -3730,8 +3740,14 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
     if plan.find_capacity and not plan.max_servers:
         servers = "As many servers as a step has people (--max-servers bounds that)"
     yield f"{servers}, each with a volume where the hub gives one (Zero to JupyterHub: 10 GiB)"
-    if plan.count > 4 and not plan.fail_fast:
-        yield "This hub may exit after five failed starts in a row (Zero to JupyterHub does): --fail-fast 4"
+    by_the_clock = plan.is_open or plan.find_capacity
+    if by_the_clock and plan.batch_size != Plan.batch_size:
+        yield "--batch-size does not limit starts here: people arrive when they are due"
+    exits = "A hub may exit after five failed starts in a row (Zero to JupyterHub does)"
+    if plan.count > 4 and not plan.fail_fast and not plan.own_servers:
+        yield f"{exits}: see {'--fail-fast 4' if by_the_clock else '--batch-size 4 --fail-fast'}"
+    elif plan.count > 4 and by_the_clock and not plan.own_servers:
+        yield f"{exits}: --fail-fast ends no starts that are under way when it sees a failure"
 
 
 # ==== The hub: checks before a run ==========================================================================
@@ -3773,7 +3789,7 @@ def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
     remedy = next(remedy for symptom, remedy in _remedies(endpoint, reply, session) if symptom)
     if reply.message.startswith(NOT_ACCEPTED):
-        return f"The server does not prove who it is at {where}: {reply.message}. {remedy}"
+        return f"The certificate at {where} is not trusted: {reply.message}. {remedy}"
     if not reply.seen_status:
         return f"Nothing answers at {where}: {reply.message}. {remedy}"
     answers = reply.message if reply.front else f"it answers {reply}"
@@ -3931,6 +3947,7 @@ def remove_users(
     left = {name: state for name, state in thought.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
+    refused = ""  # why the hub did not list its users
 
     def line() -> str:
         removed, user = len(existing & site.removal.gone), thing(isinstance(hub, OwnServers))
@@ -3950,17 +3967,18 @@ def remove_users(
                 ]
                 states = {name: hub.state(name) for name in unlisted if name not in left}
                 left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
-                site.states, refusals, done = dict(left), 0, not left
+                site.states, refusals, refused, done = dict(left), 0, "", not left
                 existing |= left.keys()
                 site.removal.look(left, session.clock())
             except (HubRefused, Stopped) as error:
                 left, site.states = {name: state for name, state in left.items() if name not in gone}, {}
                 if isinstance(error, HubRefused):
-                    LOG.warning("Cleaning up: %s", error)
+                    LOG.log(logging.DEBUG if refused else logging.WARNING, "Cleaning up: %s", error)
+                    refused = str(error)
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = site.removal.in_the_way(left, session.clock())
+                why = refused or site.removal.in_the_way(left, session.clock())
                 return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
@@ -4674,7 +4692,9 @@ class Run:
         interruption.begin(self._stop, self._leave)
 
     def _stop(self) -> None:
-        LOG.warning("Interrupted: no more load is sent; cleaning up. Interrupt once more to exit at once.")
+        LOG.warning(
+            "Interrupted: cleaning up. Interrupt once more to exit at once, and leave users on the hub."
+        )
         self.session.stop()
 
     def _leave(self, number: int) -> None:
@@ -4734,6 +4754,9 @@ class Run:
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
         """The line that says how far the run is, and how busy the hub."""
+        silent_s = self.session.clock() - self.session.answered_s
+        if silent_s > SILENT_S:
+            return status_line(moment, numbers) + f" | no answer from the hub for {clock_text(silent_s)}"
         share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
         return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
 
@@ -4811,7 +4834,7 @@ def leave_at_once(number: int, remain: int, plan: Plan) -> None:
     remedy = purge_command(plan.run, plan.own_servers)
     sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
     os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
-    os._exit(128 + number)
+    os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
 
 
 def pace_text(options: Json) -> str:
@@ -4932,6 +4955,15 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
                 errors.update(operation.errors if name in judged else {})
             usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
             run.warnings.append(f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}")
+        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+        slow = [step.p95_s or 0.0 for step in broken]
+        if any(later < before / 2 for before, later in zip(slow, slow[1:])):
+            run.warnings.append("the steps contradict each other (a higher rate was faster): search again")
+        ready = best.summarise().get("server_ready")
+        if ready and first.duration_s and first.duration_s < 5 * (ready.latency_s.p50 or 0.0):
+            lasts = f"steps of {duration_text(first.duration_s)}"
+            start = f"a start takes {duration_text(ready.latency_s.p50)}, so that people hardly queue"
+            run.warnings.append(f"{lasts} are too short: {start}. Give a longer --duration")
 
 
 def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
@@ -5038,12 +5070,11 @@ def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_fr
     whole_s = ready_s if of_starts else means.get("at_work", ready_s)
     spawn_s = own.spawns["success"].mean_s if own and "success" in own.spawns else 0.0
     throttled = statistic == "throttled" or bool(starts and starts.backoff_s / starts.count > ready_s / 10)
-    idle = bool(own and own.cpu_share_max < IDLE and own.late_s is None)
     at_the_server = broken in PERSONAL[1:] and broken != "at_work"
     rules: dict[str, object] = {
         "this machine could not send more": step.generator_bound,
-        "the hub is CPU-bound: use a faster core, or reduce its load": (own and own.fullness)
-        or (broken == "ping" and not idle),
+        "the hub is CPU-bound: use a faster core, or reduce its load": own and own.cpu_share_max > BUSY,
+        f"{own.fullness if own else ''} (a slow disk or database, or a busy machine)": own and own.fullness,
         UNKNOWN_LIMIT: broken == "ping",
         "servers were ready, but people waited to work there: see the proxy, and the servers "
         "themselves": at_the_server or whole_s - ready_s > whole_s / 2,
@@ -5076,20 +5107,15 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         return "most of that time was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
-    if hub.fullness:
-        return f"{waiting}'s one thread, which used up to {share_text(hub.cpu_share_max)} of a processor"
-    if hub.late_s:
-        late = f"whose event loop was late by {duration_text(hub.late_s)} though it used little of a"
-        return f"{waiting}, {late} processor: a busy machine, or a slow disk or database"
+    used = f"used up to {share_text(hub.cpu_share_max)} of a processor"
+    if hub.cpu_share_max > BUSY:
+        return f"{waiting}'s one thread, which {used}"
+    if hub.late_s and hub.late_s > outside_s / 2:
+        late = f"whose event loop was late by {duration_text(hub.late_s)}, and which {used}"
+        return f"{waiting}, {late}: a slow disk or database, or a busy machine"
     if hub.cpu_share_max < IDLE:
         return "most of that time was spent between this machine and the hub: network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
-
-
-def mean_throttled_s(results: Results) -> float:
-    """How long a start waited on average because the hub throttled it."""
-    starts = results.operations.get("start_server")
-    return starts.backoff_s / starts.count if starts else 0.0
 
 
 def start_parts(results: Results, wait_s: float) -> dict[str, float]:
@@ -5098,11 +5124,12 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
     Kubernetes' events tell most. While the hub's thread was busy, its time of a spawn is not the spawner's.
     """
     own, servers = results.hub.metrics, results.servers
-    parts = {"throttling": min(mean_throttled_s(results), wait_s)}
+    parts = {"throttling": servers.throttling_s if servers else 0.0}
     if servers and (phases := servers.phases):
+        known = phases.starts / servers.ready  # of the others, nothing is known
         new = f" ({phases.new_node} of {servers.ready} for a new one)" * (phases.new_node > 0)
         for name, title in PHASES.items():
-            parts[title + new * (name == "node_s")] = getattr(phases, name)
+            parts[title + new * (name == "node_s")] = known * getattr(phases, name)
     elif own and not own.fullness and (start := own.spawns.get("success")):
         parts["the spawner"] = min(start.mean_s, wait_s - parts["throttling"])
     else:
@@ -5165,15 +5192,19 @@ def on_kubernetes(results: Results) -> bool:
 
 
 def starts_at_once(results: Results) -> int:
-    """How many servers would start at the same time, unthrottled, at this arrival rate; 0 if closed."""
+    """How many servers would start at the same time, unthrottled, and a third more; 0 if that is not known.
+
+    It is not known in the closed model, nor when starts failed: then only those that were quick are known.
+    """
     rates = [
         fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
         or group.get("count", 0) / (group.get("within") or math.inf)
         for group in results.options.get("event") or [results.options]
     ]
     ready = results.operations.get("server_ready")
-    start_s = (ready.latency_s.mean or 0.0) - mean_throttled_s(results) if ready else 0.0
-    return math.ceil(sum(rates) * max(0.0, start_s))
+    if not ready or not (servers := results.servers) or servers.failed:
+        return 0
+    return math.ceil(sum(rates) * ((ready.latency_s.mean or 0.0) - servers.throttling_s) * 4 / 3)
 
 
 REFUSED_NAMES = {  # advice by a pattern of the hub's message
@@ -5209,7 +5240,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     elif servers and servers.throttled:
         limit = setting("hub.concurrentSpawnLimit", "JupyterHub.concurrent_spawn_limit")
         if number := starts_at_once(results):
-            yield f"the hub throttled starts: {limit}: {number} lets as many start as arrive"
+            yield f"the hub throttled starts: {limit}: {number} is a third more than these arrivals need"
         else:
             yield f"the hub throttled starts: raise {limit}, or slow the arrivals (--rate, or a smaller -b)"
     if servers and (phases := servers.phases):
@@ -5232,7 +5263,11 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
         below = "keep --server-timeout below it: such failures count towards the hub's exit"
         yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
-    if Kind.TIMED_OUT in kinds:
+    if no_room := re.search(r"Insufficient \w+|no node has|Too many pods", words):
+        guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
+        room = f"raise the node pool's maximum, or reserve less for each ({guarantee})"
+        yield f"servers did not fit on the nodes ({no_room[0]}): {room}"
+    elif Kind.TIMED_OUT in kinds:
         log = "see the hub's log and the spawner's events, or raise --server-timeout"
         yield f"some servers were still starting: {log}"
     elif failures:
@@ -5241,6 +5276,8 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         yield f"see the hub's log for the {thing(results.own_servers)}s named above, and {log}"
     if NO_SUCH_HOST in words:
         yield "a host name per user does not resolve: the hub's subdomains need a wildcard DNS entry"
+    if Kind.CELL in kinds:
+        yield "cells failed: see their errors above; a package that the image lacks? too little time?"
     if Kind.LOST in kinds:
         yield "servers were lost (idle culler? memory limit? lost node?): the hub's log says who stopped them"
     if Kind.ROUTE in kinds:
@@ -5331,6 +5368,7 @@ class Servers:
     not_begun: int
     throttled: int
     throttling_began_s: float | None
+    throttling_s: float  # the mean that those that became ready waited because of it
     slowest: list[Json]  # each with user, ready_s, throttled, and the message that stood longest
     usual_message: str  # the message of all servers that have one; "" when they differ
     phases: Phases | None  # the means of those that became ready; None without Kubernetes' events
@@ -5451,7 +5489,7 @@ def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: b
     return ExitCode.FAILED if cut_short or failed else ExitCode.OK
 
 
-LONG_PINGS_S = {"p99": 1.0, "max": 3.0}  # longer ones make people doubt the hub
+LONG_PINGS_S = {"p95": 1.0, "max": 3.0}  # longer ones make people doubt the hub
 MANY_THROTTLED = 0.25  # of the starts
 
 
@@ -5475,7 +5513,8 @@ def but_of(results: Results) -> Iterator[str]:
     if servers and servers.throttled > MANY_THROTTLED * servers.requested:
         starts = counted(servers.requested, "start was", "starts were")
         yield f"{servers.throttled} of {starts} throttled: people arrived faster than the hub starts servers"
-    for metric in dict.fromkeys(condition(judged.condition).metric for judged in results.conditions):
+    metrics = dict.fromkeys(condition(judged.condition).metric for judged in results.conditions)
+    for metric in () if results.options.get("once") else metrics:
         if (number := too_few(metric, results.operations)) is not None:
             yield f"{metric} is only the maximum of {counted(number, 'sample')}: too few for a percentile"
 
@@ -5542,12 +5581,12 @@ def servers_of(
 ) -> Servers:
     """The outcome of all servers, some of which may still be `starting` at the end."""
     starts = {user: row["server_ready"] for user, row in people.items() if "server_ready" in row}
-    stays = {user: row["stay"] for user, row in people.items() if "stay" in row}
-    lost = {user: end for user, end in stays.items() if end.outcome == "lost"}
+    lost = {end.user: end for row in people.values() for end in row.values() if end.outcome == "lost"}
     never = "never started, or cut short" if cut_short else "never started"
     ready = sorted((end for end in starts.values() if not end.reason), key=lambda end: -end.latency_s)
     throttled_s = [end.throttled_s for end in starts.values() if end.throttled_s is not None]
     first_due_s = min((end.due_s for end in starts.values()), default=0.0)
+    waits_s = [(end.asked_s or end.due_s) - end.due_s for end in ready if end.throttled]
     messages = {end.message for end in starts.values() if end.message}
     return Servers(
         requested=requested,
@@ -5557,6 +5596,7 @@ def servers_of(
         given_up=sum(end.reason.kind is Kind.TIMED_OUT for end in starts.values() if end.reason),
         throttled=sum(end.throttled > 0 for end in starts.values()),
         throttling_began_s=min(throttled_s) - first_due_s if throttled_s else None,
+        throttling_s=sum(waits_s) / len(ready) if ready else 0.0,
         slowest=[
             {"user": end.user, "ready_s": end.latency_s, "throttled": end.throttled, "message": end.message}
             for end in ready[:5]
@@ -5756,7 +5796,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
     outcome: Servers | Rehearsed
     if people:
         outcome, missing = people, people.expected - people.at_work
-        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} got to work"
+        sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} {goal_of(results)}"
         later = f"; {people.failed - missing} failed afterwards" * (people.failed > missing)
     elif servers:
         outcome, missing = servers, servers.failed
@@ -5774,9 +5814,18 @@ def verdict_of(results: Results) -> tuple[str, str]:
     return word, sentence + "; the proxy lost connections afterwards" * results.leaking
 
 
+def goal_of(results: Results) -> str:
+    """What people did when they had what they came for."""
+    groups = results.options.get("event") or [results.options]
+    works = [bool(group.get("work")) for group in groups]
+    opened = all(group.get("visit") or group.get("page") or group.get("check_proxy") for group in groups)
+    alike = "opened their page" if opened else "got what they came for"
+    return "got to work" if all(works) else alike if not any(works) else "got what they came for"
+
+
 def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:
     """How many of the missing ones failed, and of a run that ended early, where the others were."""
-    numbers = {"under way": outcome.under_way, "not begun": outcome.not_begun}
+    numbers = {"cut short": outcome.under_way, "not begun": outcome.not_begun}
     others = "".join(f", {number:,} {place}" for place, number in numbers.items() if number)
     return f", {missing - sum(numbers.values()):,} failed{others}"
 
@@ -5959,14 +6008,14 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         more = f" and {len(users) - len(shown)} more, all in --results" if len(users) > len(shown) else ""
         moments_s = [failure.failed_s for failure in alike]
         first, last = duration_text(min(moments_s)), duration_text(max(moments_s))
-        when = f"first after {first}, last after {last}" if first != last else f"after {first}"
+        when = f"first at {first} of the run, last at {last}" if first != last else f"at {first} of the run"
         yield "failed", f"{len(users)} × {reason} ({', '.join(shown)}{more}), {when}"
     if others := sum(len(alike) for _, alike in by_number[REASONS_SHOWN:]):
         yield "failed", f"{others} × something else: see the results file"
     if by_number:
         name = min((failure.user for failure in by_number[0][1]), key=natural)
         pods = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
-        file = f"grep -w {name} LOG, from {results.started} on"
+        file = f"look for {name}, from {results.started} on"
         yield "hub's log", pods if on_kubernetes(results) else file
     slowest = []
     for server in results.servers.slowest[:NAMES_SHOWN] if results.servers else ():
@@ -6004,15 +6053,15 @@ def _hub_rows(results: Results) -> Iterator[Row]:
         yield "hub's own", f"{figures} were not read: {missing}"
     if not own:
         return
-    cpu = f"CPU {own.cpu_s:.1f} s, {share_text(own.cpu_share)} of a processor"
+    cpu = f"CPU {own.cpu_s:.1f} s, on average {share_text(own.cpu_share)} of a processor"
     if own.cpu_share_max > own.cpu_share:
-        cpu += f", under load up to {share_text(own.cpu_share_max)}"
+        cpu += f", at most {share_text(own.cpu_share_max)}"
     memory = f"memory {bytes_text(own.rss_before_bytes)} before, {bytes_text(own.rss_after_bytes)} after"
     if results.servers and results.servers.ready >= ENOUGH_SERVERS and own.rss_per_server_bytes is not None:
         memory += f", {bytes_text(own.rss_per_server_bytes)} a server"
     lags = {"p95": own.event_loop_lag_p95_s, "max": own.event_loop_lag_max_s}
     late = [
-        f"{'≤ ' * (lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})"
+        f"{'≤ ' * (name == 'max' or lag_s <= LOOP_INTERVAL_S)}{duration_text(lag_s)} ({name})"
         for name, lag_s in lags.items()
         if lag_s is not None and own.event_loop_samples >= ENOUGH.get(name, 0)
     ]
@@ -6035,7 +6084,8 @@ def _cleanup_rows(results: Results) -> Iterator[Row]:
     if cleaned.kept:
         yield "cleanup", f"{counted(cleaned.kept, noun)} kept, as asked; remove them with: {remedy}"
     elif cleaned.left:
-        yield "cleanup", f"{done}; {counted(len(cleaned.left), 'IS', 'ARE')} STILL THERE:"
+        are = "MAY BE" if TO_LIST in cleaned.in_the_way else "IS" if len(cleaned.left) == 1 else "ARE"
+        yield "cleanup", f"{done}; {len(cleaned.left):,} {are} STILL THERE:"
         yield "cleanup", names_text(cleaned.left)
         if cleaned.in_the_way:
             yield "cleanup", cleaned.in_the_way
@@ -6309,9 +6359,11 @@ td, th { padding: .15rem .8rem .15rem 0; text-align: right; white-space: nowrap 
 tr { border-bottom: 1px solid #8884 }
 .left, .words td { text-align: left; vertical-align: top }
 .words td + td { white-space: normal; overflow-wrap: anywhere }
+p.but { color: #a16207; font-weight: bold }
+@media (max-width: 600px) { .words td:first-child { white-space: normal; max-width: 5em } }
 """
 BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
-PHASE_COLOURS = ("#64748b", "#eab308", "#a8763e", "#0ea5e9", "#6366f1", "#84cc16")  # in the order of PHASES
+PHASE_COLOURS = ("#64748b", "#eab308", "#a8763e", "#0ea5e9", "#f472b6", "#84cc16")  # in the order of PHASES
 STATES = {  # of a server, by colour; a later one is drawn on top
     "requested": "#94a3b8",
     "throttled": AMBER,
@@ -6355,7 +6407,8 @@ def render_report(results: Results, baseline: Json | None = None) -> str:
     body = [
         element("p", tested_text(results)),
         f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
-        section_html(Section("Summary", first)),
+        *(element("p", f"but: {sentence}", "but") for sentence in results.but),
+        section_html(Section("Summary", [row for row in first if row[0] != "but"])),
         *_server_plots(results.timeline),
         *_ping_plot(results.timeline),
     ]
@@ -6478,7 +6531,7 @@ def states_of(servers: Json) -> dict[str, list[Span]]:
     states: dict[str, list[Span]] = {state: [] for state in STATES}
     for n, cells in enumerate(zip(*servers.values())):
         for state, begin_s, end_s in spans_of(dict(zip(servers, cells))):
-            if begin_s is not None and end_s is not None and begin_s <= end_s:
+            if begin_s is not None and end_s is not None and begin_s < end_s:
                 states[state].append((n, begin_s, end_s))
     return states
 
@@ -6531,11 +6584,10 @@ def _server_plots(timeline: Json) -> Iterator[str]:
 
 
 def _latency_lines(title: str, operation: Json, colour: str, high: str) -> Iterator[Trace]:
-    """An operation's median and a high statistic over time, in ms; marks on the axis where some failed."""
+    """An operation's median and a high statistic over time, in s; marks on the axis where some failed."""
     for statistic, opacity in (("p50", 0.5), (high, 1.0)):
-        values = [None if s is None else round(s * 1000, 1) for s in operation[f"{statistic}_s"]]
         more = {"mode": "lines+markers", "marker": {"size": 4}, "opacity": opacity}
-        yield trace(f"{title} {statistic}", operation["at_s"], values, colour) | more
+        yield trace(f"{title} {statistic}", operation["at_s"], operation[f"{statistic}_s"], colour) | more
     failed = {at_s: f"{n} failed" for at_s, n in zip(operation["at_s"], operation["failed"]) if n}
     if failed:
         marks = trace(f"{title} failed", list(failed), [0] * len(failed), RED)
@@ -6556,7 +6608,7 @@ def _ping_plot(timeline: Json) -> Iterator[str]:
     right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
     right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
     yield element("h2", "What everybody else felt, and how busy the hub was")
-    yield plot(traces, 220, "ping, ms", yaxis2=right)
+    yield plot(traces, 220, "ping, s", yaxis2=right)
 
 
 def _latency_plot(results: Results) -> Iterator[str]:
@@ -6567,7 +6619,7 @@ def _latency_plot(results: Results) -> Iterator[str]:
         if operation := results.timeline["operations"].get(name):
             traces += _latency_lines(title_of(name, results.own_servers), operation, colour, "p95")
     if traces:
-        yield element("h3", "Over time, by when each was due") + plot(traces, 200, "ms")
+        yield element("h3", "Over time, by when each was due") + plot(traces, 200, "s")
 
 
 # ==== Files =================================================================================================

@@ -224,7 +224,7 @@ def test_throttling_names_the_limit_that_would_do() -> None:
     throttled = [hst.Event("start_server", "x", 0.0, 0.0, 35.0, backoff_s=20.0)]
     ready = hst.Event("server_ready", "x", 0.0, 0.0, 35.0, throttled=2, throttled_s=1.0)
     results = results_of([*throttled, ready], options=hst.Plan(rate_per_s=2.0).options())
-    assert "c.JupyterHub.concurrent_spawn_limit: 30 lets" in " ".join(hst.advice(results, set()))
+    assert "c.JupyterHub.concurrent_spawn_limit: 94 is" in " ".join(hst.advice(results, set()))
 
 
 def test_a_full_thread_is_said_first_and_its_spawn_time_is_not_the_spawners() -> None:
