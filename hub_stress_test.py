@@ -2424,12 +2424,13 @@ class HubFigures:
 
     @property
     def fullness(self) -> str:
-        """How full the hub's one thread, or how late its event loop was; "" when it was neither."""
+        """How full the hub's one thread, or how late its event loop was; "" if neither held requests up."""
         used = f"used up to {share_text(self.cpu_share_max)} of a processor"
         if self.cpu_share_max > BUSY:
             return f"the hub's one thread was full: it {used}"
-        late = f"the hub's event loop was late: by {duration_text(self.late_s)}, while it {used}"
-        return late if self.cpu_share_max > IDLE and self.late_s else ""
+        if self.cpu_share_max > IDLE and self.late_s:
+            return f"the hub's event loop was late: by {duration_text(self.late_s)}, while it {used}"
+        return ""
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
@@ -5558,8 +5559,8 @@ def servers_of(
     never = "never started, or cut short" if cut_short else "never started"
     ready = sorted((end for end in starts.values() if not end.reason), key=lambda end: -end.latency_s)
     throttled_s = [end.throttled_s for end in starts.values() if end.throttled_s is not None]
-    waits_s = [(end.asked_s or end.due_s) - end.due_s for end in ready if end.throttled]
     first_due_s = min((end.due_s for end in starts.values()), default=0.0)
+    waits_s = [(end.asked_s or end.due_s) - end.due_s for end in ready if end.throttled]
     messages = {end.message for end in starts.values() if end.message}
     return Servers(
         requested=requested,
