@@ -248,7 +248,7 @@ def judge(end: Ending, at_work: int, reasons: dict[str, int], code: int = 1) -> 
     assert (people["at_work"], people["failed"], end.done.code) == (at_work, sum(reasons.values()), code)
     assert end.results["failed"] == people["failed"] <= people["expected"]
     for reason, number in reasons.items():
-        shown = "(under way|not begun)" if reason == NEVER_CAME else f"{number} × {re.escape(reason)}"
+        shown = "(cut short|under way|not begun)" if reason == NEVER_CAME else f"{number} × {re.escape(reason)}"
         assert re.search(shown, end.done.summary)
     assert not end.left and not end.results["users"]["left_behind"]
     assert end.done.stdout.startswith({0: "PASSED", 1: "FAILED", 130: "INTERRUPTED"}[code])

@@ -208,7 +208,9 @@ MAY_RAISE = ' tags=["raises-exception"]\nraise ValueError()'
 def test_a_person_whose_cell_fails_runs_no_more(
     cells: list[str], reason: str, done_before: int, labs: LocalHub, witness: Witness, tmp_path: Path
 ) -> None:
-    words = ["-c", "2", "--work", "--notebook", script(tmp_path, *cells), "--think", "0.1s", "--cell-timeout", "1.5s"]
+    patience = "1.5s" if "no result" in reason else "30s"  # a kernel's end is noticed after seconds
+    words = ["-c", "2", "--work", "--think", "0.1s", "--cell-timeout", patience]
+    words += ["--notebook", script(tmp_path, *cells)]
     done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
     assert done.code == 1 and f"2 × {reason} (hub-stress-test-" in done.summary
     assert found["people"]["reasons"] == {reason: 2} and found["failed"] == 2
@@ -226,7 +228,7 @@ def test_at_the_hubs_own_port_the_public_url_is_missing(labs: LocalHub, witness:
     assert "the proxy no route to the server?" in done.summary
     assert 1 <= counts_of(found)["start_server"] < 15 and not witness.truth["requests"]  # nobody else comes
     done = run_tool(*words, "-c", "2", "--public-url", labs.public_url, hub=labs, env=env)
-    assert done.code == 0 and "2 of 2 people got to work" in done.summary
+    assert done.code == 0 and "2 of 2 people opened their page" in done.summary
 
 
 def test_an_interrupt_while_people_work_counts_each_once(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
