@@ -360,7 +360,7 @@ RESTARTED: dict[str, tuple[int, str]] = {
     "creating": (0, UNHARMED),
     "starting": (1, "8 × the hub no longer knows the user: it may have restarted"),
     "waiting": (1, "it vanished while starting|it may have restarted"),
-    "holding": (1, "8 × it became ready, and was gone while it was held"),
+    "holding": (1, "8 × the server stopped while it was held"),
     "stopping": (0, UNHARMED),
     "deleting": (0, UNHARMED),
 }

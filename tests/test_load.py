@@ -13,17 +13,15 @@ import pytest
 import requests
 
 import hub_stress_test as hst
-from hub_stress_test import Kind
+from hub_stress_test import Kind, Schedule
 from known_server import KnownServer, per_second
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
-from tool import results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
+from tool import results_in, row, run_for_results, start_tool, tool_users, wait_until
+
+USERS = tuple(hst.username(n) for n in range(1, 11))
 
 # ==== Which request is due when ======================================================================================
-
-
-def test_the_schedule_does_not_move() -> None:
-    assert [hst.Schedule(((5, math.inf),)).due_s(n) for n in (0, 1, 5, 50)] == [0, 0.2, 1, 10]
 
 
 @pytest.mark.parametrize(
@@ -31,15 +29,16 @@ def test_the_schedule_does_not_move() -> None:
     [
         (((2, 1.0), (4, 0.5), (1, 2.0)), [0, 0.5, 1, 1.25, 1.5, 2.5]),
         (((0.1, 30.0), (10, 0.1)), [0, 10, 20, 30]),  # 0.1 * 30 is a little more than 3
-        (((0.3, 5.0), (1, 1.0)), [0, 10 / 3, 5]),  # who is due before the end of a stage
+        (((0.3, 5.0), (1, 1.0)), [0, 10 / 3, 5]),  # due before the end of a stage
     ],
 )
 def test_the_stages_of_a_schedule_follow_each_other(
     stages: tuple[tuple[float, float], ...], due_s: list[float]
 ) -> None:
-    schedule = hst.Schedule(stages)
+    schedule = Schedule(stages)
     assert schedule.count == len(due_s) and schedule.lasts_s == sum(for_s for _, for_s in stages)
     assert [schedule.due_s(n) for n in range(schedule.count)] == pytest.approx(due_s)
+    assert [Schedule(((5, math.inf),)).due_s(n) for n in (0, 1, 5, 50)] == [0, 0.2, 1, 10]
 
 
 def test_operations_are_chosen_by_weight_and_spread_evenly() -> None:
@@ -49,54 +48,33 @@ def test_operations_are_chosen_by_weight_and_spread_evenly() -> None:
     assert all(chosen[n : n + 50].count("read") in (4, 5, 6) for n in range(0, 1000, 50))
 
 
-USERS = tuple(hst.username(n) for n in range(1, 11))
-
-
 def load_of(**settings: Any) -> hst.Load:
     return hst.Load(hst.Plan(hst.ACTIVITY, **settings), ENDPOINT, USERS)
 
 
 @pytest.mark.parametrize(
-    ("load", "title"),
+    ("settings", "requests", "threads", "title"),
     [
-        (load_of(), "sending"),
-        (load_of(duration_s=9.0), "sending for 9 s"),
-        (load_of(rate_per_s=2.5), "sending 2.5 per second"),
+        ({}, 10, 100, "sending"),
+        ({"duration_s": 9.0}, 10, 100, "sending for 9 s"),
+        ({"rate_per_s": 2.5}, 10, 100, "sending 2.5 per second"),
+        ({"rate_per_s": 50, "duration_s": 3.0}, 150, 150, "sending 50 per second"),
+        ({"rate_per_s": 500, "duration_s": 3.0}, 1500, 200, "sending 500 per second"),
+        ({"rate_per_s": 180, "duration_s": 1.0, "processes": 4}, 180, 135, "sending 180 per second"),
         (
-            load_of(rate_per_s=hst.Schedule(((2.5, 9.0), (5, 120.0)))),
-            "sending 2.5 per second for 9.00 s, then 5 per second for 2 min 0 s",
+            {"rate_per_s": Schedule(((10, 2.0), (50, 120.0))), "duration_s": 122.0},
+            *(6020, 150, "sending 10 per second for 2.00 s, then 50 per second for 2 min 0 s"),
         ),
     ],
 )
-def test_a_load_says_what_goes_on(load: hst.Load, title: str) -> None:
-    assert load.title == title
-
-
-@pytest.mark.parametrize(
-    ("load", "requests", "threads"),
-    [
-        (load_of(rate_per_s=2.5), 10, 100),
-        (load_of(rate_per_s=50, duration_s=3.0), 150, 150),
-        (load_of(rate_per_s=500, duration_s=3.0), 1500, 200),
-        (load_of(rate_per_s=180, duration_s=1.0, processes=4), 180, 135),
-        (load_of(rate_per_s=hst.Schedule(((10, 2.0), (50, 1.0))), duration_s=3.0), 70, 150),
-    ],
-)
-def test_an_open_load_knows_how_much_it_sends_and_with_how_many_threads(
-    load: hst.Load, requests: int, threads: int
+def test_a_load_knows_how_much_it_sends_from_how_many_threads(
+    settings: dict[str, Any], requests: int, threads: int, title: str
 ) -> None:
-    assert (load.planned, load.workers) == (requests, threads)
+    load = load_of(**settings)
+    assert (load.planned, load.workers, load.title) == (requests, threads, title)
 
 
 # ==== The closed model ===============================================================================================
-
-
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_closed_load_goes_once_through_the_users(processes: str, hub: LocalHub, tmp_path: Path) -> None:
-    words = ("activity-stress-test", "-c", "9", "--workers", "6", "--processes", processes)
-    _, found = run_for_results(tmp_path / "r", *words, hub=hub)
-    assert found["operations"]["activity"]["count"] == 9
-    assert not tool_users(hub)
 
 
 def reported(hub: HubWithUsers) -> list[str]:
@@ -106,36 +84,34 @@ def reported(hub: HubWithUsers) -> list[str]:
 
 def send(part: int, hub: HubWithUsers, **settings: Any) -> hst.Recorder:
     """Send one process's part of a load to a hub without sockets."""
-    session, record = Hurried(hub), hst.Recorder()
-    load = load_of(**settings)
+    session, record, load = Hurried(hub), hst.Recorder(), load_of(**settings)
     hst.send_load(load, part, session.clock(), session, record, lambda: None)
     assert record.failures(load.mix) == 0
     return record
 
 
-@pytest.mark.parametrize("workers", [1, 4, 100])
-def test_each_user_reports_once_whoever_sends_it(workers: int) -> None:
+@pytest.mark.parametrize("workers", [3, 12, 300])
+def test_a_closed_load_goes_once_through_the_users(workers: int) -> None:
     hub = HubWithUsers(USERS)
     for part in range(3):
         send(part, hub, workers=workers, processes=3)
     assert sorted(reported(hub)) == sorted(USERS)
 
 
-def test_a_closed_load_with_a_duration_goes_round_the_users_until_it_is_over() -> None:
+def test_a_closed_load_with_a_duration_goes_round_the_users() -> None:
     hub = HubWithUsers(USERS)
     record = send(0, hub, duration_s=100.0)  # 2 s of ours
     counts = Counter(reported(hub))
     assert counts.keys() == set(USERS) and min(counts.values()) > 2
     (seen,) = record.timeline(0.0).values()
-    assert seen["at_s"][-1] is not None and seen["at_s"][-1] < 150
+    assert seen["at_s"][-1] < 150
 
 
 # ==== The open model =================================================================================================
 
 
-def test_the_parts_of_an_open_load_are_together_the_whole_each_request_at_its_time() -> None:
-    hub = HubWithUsers(USERS)
-    load = load_of(rate_per_s=40.0, duration_s=0.5, processes=3)
+def test_the_parts_of_an_open_load_make_up_the_whole() -> None:
+    hub, load = HubWithUsers(USERS), load_of(rate_per_s=40.0, duration_s=0.5, processes=3)
     seen: list[hst.Event] = []
     due_s: list[float] = []
     for part in range(3):
@@ -148,23 +124,15 @@ def test_the_parts_of_an_open_load_are_together_the_whole_each_request_at_its_ti
     assert Counter(reported(hub)) == dict.fromkeys(USERS, 2)
 
 
-def test_an_open_load_sends_every_request_at_its_time_and_counts_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["1", "3"])
+def test_an_open_load_sends_every_request_at_its_time(processes: str, tmp_path: Path) -> None:
     with KnownServer(service_s=0.01) as server:
-        words = ("activity-stress-test", "-c", "10", "--rate", "50", "--duration", "4s")
+        words = ("activity-stress-test", "-c", "10", "--rate", "50", "--duration", "3s", "--processes", processes)
         _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
         arrivals = server.arrivals()
-    assert len(arrivals) == 200 == found["operations"]["activity"]["count"]
+    assert len(arrivals) == 150 == found["operations"]["activity"]["count"]
     assert all(40 <= number <= 60 for number in per_second(arrivals, 50))  # the bench holds it to 1 %
     assert found["operations"]["activity"]["latency_s"]["min"] >= 0.01
-
-
-def test_a_load_over_processes_is_one_load(tmp_path: Path) -> None:
-    with KnownServer() as server:
-        words = ("activity-stress-test", "-c", "10", "--rate", "60", "--duration", "3s", "--processes", "3")
-        _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
-        arrivals = server.arrivals()
-    assert len(arrivals) == 180 == found["operations"]["activity"]["count"]
-    assert arrivals[-1] - arrivals[0] < 5  # at the same time, not one after the other
 
 
 def test_a_server_that_freezes_is_not_flattered(tmp_path: Path) -> None:
@@ -188,31 +156,36 @@ def test_a_generator_that_is_late_says_so_before_any_number(tmp_path: Path) -> N
     assert (done.code, label, sentence.strip()) == (0, "but", warning)
 
 
-# ==== A process that dies ============================================================================================
-
-
-def test_a_load_process_that_dies_fails_the_run_whatever_fail_if_says_and_nothing_is_left(
-    new_hub: LocalHub, tmp_path: Path
-) -> None:
-    words = ["activity-stress-test", "-c", "5", "--rate", "10", "--duration", "60s", "--processes", "2"]
-    words += ["--fail-if", "ping.p95 > 100s", "--results", str(tmp_path / "r")]
-    with start_tool(*words, hub=new_hub) as run:
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        # multiprocessing's own, which comes first, and the two that send
-        wait_until(lambda: len(children.read_text().split()) == 3 and someone_is_active(new_hub))
-        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-        done = run.outcome()
-    found = results_in(tmp_path / "r", done)
-    assert done.code == 1 and found["warnings"] == ["a process that sends the load died"]
-    assert "✓ ping.p95 " in done.summary and "(fails above 1 min 40 s)" in done.summary
-    assert found["users"] == found["users"] | {"created": 5, "deleted": 5, "kept": 0, "left_behind": []}
-    assert not tool_users(new_hub)
+# ==== Several processes ==============================================================================================
 
 
 def someone_is_active(hub: LocalHub) -> bool:
     """Whether the activity of one of the tool's users has been reported."""
     users = hub.users()
     return any(users[name]["last_activity"] for name in tool_users(hub) & users.keys())
+
+
+@pytest.mark.parametrize("victim", ["a process", "all"])
+def test_processes_that_end_early_leave_nobody_on_the_hub(victim: str, new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ["activity-stress-test", "-c", "5", "--rate", "10", "--duration", "60s", "--processes", "2"]
+    words += ["--fail-if", "ping.p95 > 100s", "--results", str(tmp_path / "r")]
+    with start_tool(*words, hub=new_hub) as run:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        # multiprocessing's own, which comes first, and the two that send
+        wait_until(lambda: len(children.read_text().split()) == 3 and someone_is_active(new_hub))
+        if victim == "all":
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        else:
+            os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+        done = run.outcome()
+    found = results_in(tmp_path / "r", done)
+    if victim == "all":
+        assert done.code == 130 and found["warnings"] == [] and found["operations"]["activity"]["count"] > 0
+    else:
+        assert done.code == 1 and found["warnings"] == ["a process that sends the load died"]
+        assert "✓ ping.p95 " in done.summary and "(fails above 1 min 40 s)" in done.summary
+    assert found["users"] == found["users"] | {"created": 5, "deleted": 5, "kept": 0, "left_behind": []}
+    assert not tool_users(new_hub)
 
 
 # ==== One operation ==================================================================================================
@@ -225,16 +198,15 @@ def performed(send: hst.Send) -> hst.Event | None:
     return seen[0] if seen else None
 
 
+def raising(error: Exception) -> hst.Send:
+    def send(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
+        raise error
+
+    return send
+
+
 def refused(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
     return session.get(hst.user_url(endpoint, "nobody"))
-
-
-def away(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
-    raise requests.ConnectionError(ConnectionRefusedError())
-
-
-def broken(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
-    raise RuntimeError("not today")
 
 
 @pytest.mark.parametrize(
@@ -244,30 +216,20 @@ def broken(user: str, endpoint: str, session: hst.HubSession) -> requests.Respon
         (hst.read_user, None),
         (hst.list_page, None),
         (refused, hst.Reason(Kind.REFUSED, "404")),
-        (away, hst.Reason(Kind.NO_ANSWER, "connection refused")),
-        (broken, hst.Reason(Kind.RAISED, "RuntimeError: not today")),
+        (raising(requests.ConnectionError(ConnectionRefusedError())), hst.Reason(Kind.NO_ANSWER, "connection refused")),
+        (raising(RuntimeError("not today")), hst.Reason(Kind.RAISED, "RuntimeError: not today")),
     ],
 )
 def test_an_operation_is_recorded_whatever_it_raises(send: hst.Send, reason: hst.Reason | None) -> None:
     event = performed(send)
     assert event and (event.step, event.user, event.reason) == ("own", USERS[0], reason)
-
-
-def test_an_operation_that_we_cut_short_is_not_recorded() -> None:
-    def stopped(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
-        raise hst.Stopped
-
-    assert performed(stopped) is None
+    assert performed(raising(hst.Stopped())) is None  # it was we who cut that short
 
 
 # ==== Operations of one's own ========================================================================================
 
 OPERATIONS_FILE = """
 from hub_stress_test import operation, user_url
-
-@operation("groups")
-def read_groups(username, endpoint, session):
-    return session.get(f"{endpoint}/groups")
 
 @operation("self")
 def read_self(username, endpoint, session):
@@ -276,34 +238,27 @@ def read_self(username, endpoint, session):
 @operation("broken")
 def broken(username, endpoint, session):
     raise RuntimeError("not today")
+
+@operation("unused")
+def unused(username, endpoint, session):
+    return session.get(f"{endpoint}/groups")
 """
 
 
-@pytest.fixture
-def mine(tmp_path: Path) -> str:
-    """A file with operations."""
-    (tmp_path / "mine.py").write_text(OPERATIONS_FILE)
-    return str(tmp_path / "mine.py")
-
-
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_operations_of_ones_own_are_mixed_in_by_weight(
-    processes: str, mine: str, new_hub: LocalHub, tmp_path: Path
-) -> None:
+def test_operations_of_ones_own_are_mixed_in_and_judged(processes: str, new_hub: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OPERATIONS_FILE)
     words = ["activity-stress-test", "-c", "4", "--rate", "40", "--duration", "3s", "--processes", processes]
-    words += ["--operations", mine, "--mix", "activity=2,self=1,broken=1"]
+    words += ["--operations", str(tmp_path / "mine.py"), "--mix", "activity=2,self=1,broken=1"]
+    limits = ("self.p95 > 100s", "unused.p95 > 100s", "broken.failed > 99")
+    words += [word for limit in limits for word in ("--fail-if", limit)]
     done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
     counts = {name: found["operations"][name]["count"] for name in ("activity", "self", "broken")}
     assert sum(counts.values()) == 120
     assert all(abs(counts[name] - expected) <= 3 for name, expected in (("activity", 60), ("self", 30), ("broken", 30)))
     assert found["operations"]["broken"]["errors"] == {"RuntimeError: not today": counts["broken"]}
-    assert done.code == 1 and found["failed"] == counts["broken"]
+    assert found["failed"] == counts["broken"] and row(done.stdout, "self") == [str(counts["self"]), "0"]
     assert f"broken: {counts['broken']} × RuntimeError: not today" in done.summary
-    assert row(done.stdout, "self") == [str(counts["self"]), "0"]
-
-
-def test_a_condition_may_be_on_an_operation_of_ones_own(mine: str, new_hub: LocalHub) -> None:
-    words = ["activity-stress-test", "-c", "2", "--operations", mine, "--mix", "self=1"]
-    assert run_tool(*words, "--fail-if", "self.p95 > 10s", hub=new_hub).code == 0
-    assert run_tool(*words, "--fail-if", "groups.p95 > 10s", hub=new_hub).code == 1  # nothing measured
+    assert done.code == 1  # nothing was measured of `unused`
+    assert [judged["held"] for judged in found["conditions"]] == [False, True, False]
     assert not tool_users(new_hub)
