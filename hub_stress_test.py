@@ -2097,7 +2097,7 @@ class OwnServers(Hub):
         """The answer about `/users/{owner}/servers/{name}`: as for a user; 404 when it is gone."""
         self.there.add(name)
         reply = super().ask_server(method, name, **parts)
-        if reply.status == 404:
+        if reply.status == 404 or named_server_limit(reply) is not None:
             self.there.discard(name)
         return reply
 
@@ -3923,6 +3923,7 @@ def remove_users(
     """
     session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
     left = {name: state for name, state in states.items() if ours(name)}
+    rewritten = [name for name in left if f"{USERNAME_PREFIX}-" not in name]  # which no list may have
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
@@ -3939,9 +3940,7 @@ def remove_users(
             try:
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
-                # names that the hub has rewritten may lack the prefix by which it lists users
-                unlisted = [name for name in states if f"{USERNAME_PREFIX}-" not in name and name not in gone]
-                found = {name: hub.state(name) for name in unlisted if name not in left}
+                found = {name: hub.state(name) for name in rewritten if name not in {*left, *gone}}
                 left |= {name: state for name, state in found.items() if state is not ServerState.GONE}
                 site.states, refusals, refused, done = dict(left), 0, "", not left
                 existing |= left.keys()
