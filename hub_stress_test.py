@@ -82,6 +82,7 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -209,7 +210,7 @@ class HubRefused(CutShort):
 
 
 class Stopped(Exception):
-    """The run was told to stop."""
+    """A stop of the run was requested."""
 
 
 # ==== Pure rules: words and numbers =========================================================================
@@ -257,9 +258,8 @@ def utc(moment: datetime, timespec: str = "seconds") -> str:
 
 
 def without_credentials(url: str) -> str:
-    """The URL without the user and password that it may carry."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """The URL, or a text with one, without the user and password that it may carry."""
+    return re.sub("(?<=//)[^/?#]*@", "", url)
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:
@@ -456,13 +456,15 @@ def value_text(value: float, metric: str) -> str:
 # the kinds of values: functions of a text that raise `UsageError`.
 
 
-def matching(pattern: str, expected: str, value_of: Callable[[str], T]) -> Callable[[str], T]:
+def matching(
+    pattern: str, expected: str, value_of: Callable[[str], T], secret: bool = False
+) -> Callable[[str], T]:
     """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
 
     def parse(text: str) -> T:
         """The value of a text."""
         if not re.fullmatch(pattern, text) or not (value := value_of(text)):
-            raise UsageError(f"expected {expected}, not {text!r}")
+            raise UsageError(f"expected {expected}" + f", not {without_credentials(text)!r}" * (not secret))
         return value
 
     return parse
@@ -479,6 +481,12 @@ run_name = matching(  # hubs lower-case user names
     f"(?=.{{1,40}}$){RUN_NAME.pattern}", "at most 40 lower-case letters, digits and inner hyphens", str
 )
 group_name = matching(r"[\w-]+", "letters, digits and hyphens", str)
+token_text = matching("[!-~]+", "a token of printable characters without blanks", Secret, secret=True)
+endpoint_url = matching(
+    "(?i:https?)://([^/?#]*@)?[^/?#@:][^/?#@]*(/[^?#]*)?",
+    "a URL like https://hub.example.org/hub/api",
+    lambda text: without_credentials(text).rstrip("/"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -541,21 +549,6 @@ def rate_text(rate: float | Schedule) -> str:
     return ", then ".join(f"{each:.4g} per second for {duration_text(for_s)}" for each, for_s in rate.stages)
 
 
-def endpoint_url(text: str) -> str:
-    """An http or https URL without the slash at its end and without credentials."""
-    url, shown = urllib.parse.urlsplit(text), without_credentials(text)
-    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
-        raise UsageError(f"expected a URL like https://hub.example.org/hub/api, not {shown!r}")
-    return shown.rstrip("/")
-
-
-def token_text(text: str) -> Secret:
-    """A token. A text that is refused may be a secret too, and is not shown."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise UsageError("expected a token of printable characters without blanks")
-    return Secret(text)
-
-
 def header(text: str) -> tuple[str, Secret]:
     """A header's name (RFC 9110's token) and value, from 'Name: value', which is a secret like the token."""
     match = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)[ \t]*", text, re.ASCII)
@@ -596,13 +589,11 @@ class Given(typing.Generic[T]):
     parts: tuple[T, ...]
 
 
-def watched(text: str) -> Given[str]:
-    """The name and the URL of a process to watch, from NAME=URL."""
-    name, _, url = text.partition("=")
-    shown = without_credentials(text)
-    if not re.fullmatch(r"\w+", name) or name == "hub" or not re.match("https?://[^/]", url):
-        raise UsageError(f"expected NAME=URL, like proxy=http://proxy:8002/metrics (not hub), not {shown!r}")
-    return Given(f"{name}={without_credentials(url)}", (name, url))
+watched = matching(  # the name and the URL of a process
+    r"(?!hub=)\w+=https?://[^/].*",
+    "NAME=URL, like proxy=http://proxy:8002/metrics (not hub)",
+    lambda text: Given(without_credentials(text), tuple(text.split("=", 1))),
+)
 
 
 def condition(text: str) -> Condition:
@@ -629,11 +620,7 @@ def writable_file(text: str) -> str:
     return text
 
 
-def samples_file(text: str) -> str:
-    """The path of a file of samples that can be written; its name says whether it is compressed."""
-    if not text.endswith((".csv", ".csv.gz")):
-        raise UsageError(f"expected a name that ends in .csv or .csv.gz, not {text}")
-    return writable_file(text)
+samples_file = matching(r".*\.csv(\.gz)?", "a name that ends in .csv or .csv.gz", writable_file)
 
 
 @contextlib.contextmanager
@@ -787,8 +774,7 @@ class Option:
     about: str = RARE  # its group in --help
     hidden_on: Collection[str] = ()  # commands that take it and have no use for it
     needs: str = ""  # fields: without any of them it has no meaning
-    excludes: str = ""  # fields that cannot be given beside it,
-    because: str = ""  # and the sentence that says why not, with {} for their flag
+    excludes: str = ""  # fields that cannot be given beside it
     rules_on: Collection[str] = tuple(COMMANDS)  # the commands in which it needs and excludes them
     package: tuple[str, str] = ("", "")  # what has to be installed, and its module
     repeatable: bool = False
@@ -879,8 +865,7 @@ class Plan:
         "send this header to the hub too, for a proxy that wants it; repeatable", header, (), on=COMMANDS,
         repeatable=True, reported=False, locust=True, about=CONNECTION)
     dry_run: bool = option("--dry-run", "send no request; print the plan: who, when, what, and what it costs",
-        excludes="results report samples metrics_port",
-        because="--dry-run measures nothing that {} could show: give one of them", about=OUTPUT)
+        excludes="results report samples metrics_port", about=OUTPUT)
     log_to_file: bool | str = option("--log-to-file FILE",
         "log to FILE, or to a new file in the temporary directory", str, const=True, about=OUTPUT)
     verbose: bool = option("-v --verbose", "debug log, one line for each request with its response time",
@@ -901,8 +886,7 @@ class Plan:
     batch_size: int = option("-b --batch-size N", "servers starting, users made or removed at the same time",
         whole_number, "10", on=(STRESS, PURGE, EVENT), compared=True, about=ARRIVALS)
     keep: bool = for_loads("-k --keep", "leave the users, and their servers, on the hub",
-        excludes="stay_s check_proxy",
-        because="{} ends servers, and --keep leaves them running: give one of them", about=ACTIONS)
+        excludes="stay_s check_proxy", about=ACTIONS)
     profile: str | Json | None = for_groups("-p --profile P",
         "a profile's slug, or a JSON object of user options", profile_value, about=ACTIONS)
     own_servers: bool = option("--own-servers",
@@ -917,16 +901,13 @@ class Plan:
         on=(*LOADS, GROUP), compared=True, about=ARRIVALS)
     hold_s: float = for_people("--hold DURATION",
         "keep the servers this long, then check that all are still there", duration, 0.0, compared=True,
-        excludes="stay_s", because="{} says when each leaves, and --hold when all do: give one of them",
-        about=ACTIONS)
+        excludes="stay_s", about=ACTIONS)
     within_s: float | None = option("--within DURATION",
         "people come at random moments within this time, however slow the hub", duration, on=(STRESS, GROUP),
-        compared=True, excludes="rate_per_s",
-        because="--within and {} both say when people come: give one of them", about=ARRIVALS)
+        compared=True, excludes="rate_per_s", about=ARRIVALS)
     event: tuple[Plan, ...] = option("--event FILE.toml",
         "who comes, when, and what they do, in groups: see README", event_file, (), on=(STRESS,),
-        compared=True, excludes="count within_s rate_per_s",
-        because="the groups of --event say who comes and when: leave out {}", about=ARRIVALS)
+        compared=True, excludes="count within_s rate_per_s", about=ARRIVALS)
     once: bool = option("--once", "with --event: one person of each group, at once, to try it",
         on=(STRESS,), compared=True, needs="event", about=ARRIVALS)
     group: str = option("--name NAME", "of a group", group_name, "", on=(GROUP,))
@@ -973,8 +954,7 @@ class Plan:
     find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
         "Do --count N fit --within DURATION?",
-        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy",
-        because="--find-capacity says who comes, and when they leave: leave out {}", about=CAPACITY)
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy", about=CAPACITY)
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
@@ -1029,10 +1009,7 @@ class Plan:
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What decides whether the run has failed. A leak that was proven always does.
-
-        A search for capacity also limits how long requests take.
-        """
+        """What fails the run: a proven leak always does; in a search, by default, also slow requests."""
         slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
         limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
@@ -1773,9 +1750,9 @@ class HubSession(requests.Session):
         if call.once or call.tries > RETRIES or began_s >= until_s:
             return False
         seconds = asked_s or (0.5 * 2 ** (call.tries - 1) if call.tries > 1 else 0.0)
-        going_on = self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
+        was_stopped = not self.pause(min(seconds, RETRY_AFTER_MAX_S, until_s - began_s))
         call.backoff_s += self.clock() - began_s
-        if not going_on:
+        if was_stopped:
             raise Stopped("the run was stopped")
         return True
 
@@ -1894,7 +1871,7 @@ def without_proxy(url: str) -> str:
 
 
 def in_front(response: requests.Response) -> str:
-    """That something in front of the hub gave an answer, and what it calls itself."""
+    """A sentence that names what answered in place of the hub."""
     name = response.headers.get("Server", "")[:40]
     return f"something in front of the hub{f' ({name})' if name else ''} answered {response.status_code}"
 
@@ -2327,12 +2304,12 @@ class Snapshot:
         return self.figures.get((name, label), 0.0)
 
     def labels(self, name: str) -> list[str]:
-        """With which labels the figure is there."""
+        """The labels that this figure has."""
         return [label for known, label in self.figures if known == name]
 
 
 def metrics_url(endpoint: str) -> str:
-    """Where a hub shows its own figures."""
+    """The URL of a hub's own figures."""
     return endpoint.removesuffix("/api") + "/metrics"
 
 
@@ -2377,7 +2354,7 @@ class Monitor(Regularly):
         super().__enter__()
 
     def look(self) -> Snapshot | None:
-        """Take one more snapshot; None when the page could not be read."""
+        """Take a snapshot; None when the page could not be read."""
         with self._looking:
             if self.missing:
                 return None
@@ -2423,7 +2400,7 @@ class OwnDurations:
 
 @dataclasses.dataclass(frozen=True)
 class HubFigures:
-    """What the hub says of itself between the first and the last snapshot."""
+    """The hub's own figures between the first and the last snapshot."""
 
     cpu_s: float
     cpu_share: float  # of a processor
@@ -2446,22 +2423,17 @@ class HubFigures:
         return lag_s if lag_s and lag_s > LATE_LOOP_S else None
 
     @property
-    def busy(self) -> bool:
-        """Whether requests waited for the hub's one thread, which gets less CPU time on a busy machine."""
-        return self.cpu_share_max > BUSY or (self.cpu_share_max > IDLE and self.late_s is not None)
-
-    @property
     def fullness(self) -> str:
-        """How full the hub's one thread, or how late its event loop was; empty when it was not busy."""
+        """How full the hub's one thread, or how late its event loop was; "" when it was neither."""
         used = f"used up to {share_text(self.cpu_share_max)} of a processor"
         if self.cpu_share_max > BUSY:
             return f"the hub's one thread was full: it {used}"
         late = f"the hub's event loop was late: by {duration_text(self.late_s)}, while it {used}"
-        return late if self.busy else ""
+        return late if self.cpu_share_max > IDLE and self.late_s else ""
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
-    """What the hub says of itself; None without two snapshots."""
+    """The hub's own figures; None without two snapshots."""
     if len(snapshots) < 2:
         return None
     first, last = snapshots[0], snapshots[-1]
@@ -2510,7 +2482,7 @@ def _own_durations(snapshots: Sequence[Snapshot], name: str) -> dict[str, OwnDur
 
 
 def cpu_shares(snapshots: Sequence[Snapshot]) -> list[tuple[float, float]]:
-    """The share of a processor used up to each moment, over stretches of at least 1 s where there is shot."""
+    """The share of a processor used up to each moment, over stretches of at least 1 s if possible."""
     shares: list[tuple[float, float]] = []
     since = 0
     for at in range(1, len(snapshots)):
@@ -2551,17 +2523,15 @@ class Change:
 Aftermath = Mapping[str, Mapping[str, Change]]  # by process, and by figure
 
 
-def aftermath_of(looks: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
+def aftermath_of(snapshots_of: Mapping[str, Sequence[Snapshot]], kept: bool) -> Aftermath | None:
     """What a run left in the processes that were watched; None without two snapshots of any."""
     aftermath: dict[str, dict[str, Change]] = {}
-    for process, snapshots in looks.items():
-        if len(snapshots) > 1:
-            aftermath[process] = changes = {}
-            for key, (name, label) in AFTERMATH.items():
-                if any(shot.labels(name) for shot in snapshots):
-                    values = [shot.get(name, label) for shot in snapshots]
-                    rest = (None, None) if kept else (values[-1], values[-1] - values[0])
-                    changes[key] = Change(values[0], max(values), *rest)
+    for process, snapshots in snapshots_of.items():
+        for key, figure in AFTERMATH.items() if len(snapshots) > 1 else ():
+            values = [shot.get(*figure) for shot in snapshots]
+            rest = (None, None) if kept else (values[-1], values[-1] - values[0])
+            if any(shot.labels(figure[0]) for shot in snapshots):
+                aftermath.setdefault(process, {})[key] = Change(values[0], max(values), *rest)
     return aftermath or None
 
 
@@ -2572,7 +2542,7 @@ TO_LIST = "list its "
 
 
 def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
-    """Every user with our prefix in the name, and (from hubs that do not filter) others.
+    """Every user with our prefix in the name; hubs that do not filter list others too.
 
     Raises `HubRefused` or `Stopped`. `next.offset` leads to the next page, since `next.url` may be wrong
     behind a proxy. A page may be short.
@@ -2591,7 +2561,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
 
 
 def test_users(listed: Iterable[Json], run: str | None) -> list[Json]:
-    """Of these users, those that this tool's naming made (of one run, if named), but admins."""
+    """The listed users that this tool's naming made (of one run, if named), except admins."""
     return [user for user in listed if is_test_user(user["name"], run) and not user.get("admin")]
 
 
@@ -3492,7 +3462,7 @@ def stay(person: Visitor) -> None:
                 raise HubRefused(task, reply, hub.denial(reply))
             person.sleep(1.0)
         if state is not ServerState.READY:
-            raise Failed(Kind.LOST, "it became ready, and was gone while it was held")
+            raise Failed(Kind.LOST, "the server stopped while it was held")
         if person.url:
             try:
                 get_in(person, event, person.clock() + person.plan.visit_timeout_s)
@@ -3790,7 +3760,7 @@ def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
 
 
 def _no_hub(endpoint: str, reply: Reply, session: HubSession) -> str:
-    """What was found in place of a hub, and what to do."""
+    """What answers in place of a hub, and what to do."""
     proxy = session.proxy_to(endpoint)
     where = f"{endpoint}, through {proxy}" if proxy else endpoint
     remedy = next(remedy for symptom, remedy in _remedies(endpoint, reply, session) if symptom)
@@ -3890,8 +3860,9 @@ def check_visits(hub: Hub, plan: Plan) -> None:
     if not plan.opens or hub.version.startswith("1."):
         return
     variable = "JUPYTERHUB_VISIT_TOKEN" if plan.visit_token else "JUPYTERHUB_API_TOKEN"
-    visiting = dataclasses.replace(hub, session=hub.session.clone(token=plan.visit_token))
-    owner = _owner_of_token(visiting, "the token that opens servers", variable)
+    with hub.session.clone(token=plan.visit_token) as session:
+        visiting = dataclasses.replace(hub, session=session)
+        owner = _owner_of_token(visiting, "the token that opens servers", variable)
     if missing_scopes(owner.get("scopes", ()), {"access:servers"}, hub.owner):
         lacks = (
             f"The token{f' in {variable}' * bool(plan.visit_token)} lacks what visits need: access:servers"
@@ -3935,7 +3906,7 @@ class CleanUp:
 
 
 def remove_users(
-    thought: Mapping[str, ServerState],
+    states: Mapping[str, ServerState],
     ours: Callable[[str], bool],
     hub: Hub,
     record: Recorder,
@@ -3945,12 +3916,12 @@ def remove_users(
 ) -> CleanUp:
     """Remove users until the hub lists none that are `ours`, or nothing has moved for `timeout_s` seconds.
 
-    `thought` is what is thought of each user; after every round the hub's own list corrects that. Users
-    thought to be `UNKNOWN` are looked for first. Nothing is done to a user for whom `ours` is not true, nor
-    to an admin. `removal` is kept up to date while this goes on.
+    `states` are what this program knows of each user; after every round the hub's own list replaces them.
+    `UNKNOWN` users are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an
+    admin. `removal` is kept up to date meanwhile.
     """
     session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
-    left = {name: state for name, state in thought.items() if ours(name)}
+    left = {name: state for name, state in states.items() if ours(name)}
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
@@ -3968,11 +3939,9 @@ def remove_users(
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
                 # names that the hub has rewritten may lack the prefix by which it lists users
-                unlisted = [
-                    name for name in thought if f"{USERNAME_PREFIX}-" not in name and name not in gone
-                ]
-                states = {name: hub.state(name) for name in unlisted if name not in left}
-                left |= {name: state for name, state in states.items() if state is not ServerState.GONE}
+                unlisted = [name for name in states if f"{USERNAME_PREFIX}-" not in name and name not in gone]
+                found = {name: hub.state(name) for name in unlisted if name not in left}
+                left |= {name: state for name, state in found.items() if state is not ServerState.GONE}
                 site.states, refusals, refused, done = dict(left), 0, "", not left
                 existing |= left.keys()
                 site.removal.look(left, session.clock())
@@ -3984,8 +3953,9 @@ def remove_users(
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                why = refused or site.removal.in_the_way(left, session.clock())
-                return CleanUp(len(existing - left.keys()), tuple(sorted(left, key=natural)), in_the_way=why)
+                reason = refused or site.removal.in_the_way(left, session.clock())
+                deleted, named = len(existing - left.keys()), tuple(sorted(left, key=natural))
+                return CleanUp(deleted, named, in_the_way=reason)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
@@ -4648,14 +4618,15 @@ def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, 
 
 def remove_made(site: Site, record: Recorder) -> CleanUp:
     """Remove all users that were made on a site, also after its session was stopped."""
-    plan, claims, session = site.plan, site.claims, site.hub.session.clone(own_stop=True)
+    plan, claims = site.plan, site.claims
     ours, unsure = claims.ours, claims.unconfirmed.copy()
     states = {name: site.states.get(name, ServerState.STOPPED) for name in ours}
     states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
-    session.pause(LATE_ACT_S if unsure else 0)
-    hub = dataclasses.replace(site.hub, session=session)
-    limits = plan.removed_at_once, plan.cleanup_timeout_s
-    return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
+    limits = (plan.removed_at_once, plan.cleanup_timeout_s)
+    with site.hub.session.clone(own_stop=True) as session:  # urllib3 before 2 closes nothing by itself
+        session.pause(LATE_ACT_S if unsure else 0)
+        hub = dataclasses.replace(site.hub, session=session)
+        return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
 
 
 class Run:
@@ -5082,7 +5053,7 @@ def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_fr
     rules: dict[str, object] = {
         "this machine could not send more": step.generator_bound,
         "the hub is CPU-bound: use a faster core, or reduce its load": own and own.cpu_share_max > BUSY,
-        f"{own.fullness if own else ''} (a slow disk or database, or a busy machine)": own and own.busy,
+        f"{own.fullness if own else ''} (a slow disk or database, or a busy machine)": own and own.fullness,
         UNKNOWN_LIMIT: broken == "ping",
         "servers were ready, but people waited to work there: see the proxy, and the servers "
         "themselves": at_the_server or whole_s - ready_s > whole_s / 2,
@@ -5135,11 +5106,10 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
     parts = {"throttling": servers.throttling_s if servers else 0.0}
     if servers and (phases := servers.phases):
         known = phases.starts / servers.ready  # of the others, nothing is known
-        parts |= {title: known * getattr(phases, name) for name, title in PHASES.items()}
-        if phases.new_node:
-            new_nodes = f"{PHASES['node_s']} ({phases.new_node} of {servers.ready} for a new one)"
-            parts = {new_nodes if title == PHASES["node_s"] else title: s for title, s in parts.items()}
-    elif own and not own.busy and (start := own.spawns.get("success")):
+        new = f" ({phases.new_node} of {servers.ready} for a new one)" * (phases.new_node > 0)
+        for name, title in PHASES.items():
+            parts[title + new * (name == "node_s")] = known * getattr(phases, name)
+    elif own and not own.fullness and (start := own.spawns.get("success")):
         parts["the spawner"] = min(start.mean_s, wait_s - parts["throttling"])
     else:
         return {}
@@ -5149,7 +5119,7 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
 def time_spent(results: Results) -> Iterator[str]:
     """Sentences that say, from the client's times and the hub's own, on which side the time was spent."""
     own, operations = results.hub.metrics, results.operations
-    if own and own.busy and own.fullness not in results.but:
+    if own and own.fullness and own.fullness not in results.but:
         yield own.fullness
     if results.people and (means := results.people.until_work_s):
         waits = [f"{title} {duration_text(means[step])}" for step, title in WAITS.items() if step in means]
@@ -5216,7 +5186,7 @@ def starts_at_once(results: Results) -> int:
     return math.ceil(sum(rates) * ((ready.latency_s.mean or 0.0) - servers.throttling_s) * 4 / 3)
 
 
-REFUSED_NAMES = {  # by what the hub says of a start
+REFUSED_NAMES = {  # advice by a pattern of the hub's message
     "getpwnam|does not exist on the system": "the hub's users need unix accounts: make some with these names",
     "login again": "this hub starts servers only for people who have logged in (refresh_pre_spawn)",
     "Invalid username": "the hub's username_pattern refuses these names: allow hub-stress-test-.* too",
@@ -5270,9 +5240,9 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
     if in_time := re.search(r"did not start in (\d+) s", words):
         more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
-        below = "keep --server-timeout below it, since such failures count towards the hub's exit"
+        below = "keep --server-timeout below it: such failures count towards the hub's exit"
         yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
-    if no_room := re.search(r"Insufficient \w+|no node has|Too many pods", words):
+    if no_room := re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods", words):
         guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
         room = f"raise the node pool's maximum, or reserve less for each ({guarantee})"
         yield f"servers did not fit on the nodes ({no_room[0]}): {room}"
@@ -5306,7 +5276,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         interval = f"JUPYTERHUB_ACTIVITY_INTERVAL in {setting('singleuser.extraEnv', 'Spawner.environment')}"
         yield f"the hub is CPU-bound: {used}: use a faster core, or reduce its load ({interval})"
     if hub.restarts and len(failures) > 4:
-        test = "test with --fail-fast 4, or set that to 0 for the test"
+        test = "test with --fail-fast 4, or set that limit to 0 for the test"
         yield f"the hub restarted after {len(failures)} starts had failed: {in_a_row}; {test}"
     elif hub.restarts:
         yield "the hub restarted: find out why it ended (its memory limit? its liveness probe?)"
@@ -5344,14 +5314,14 @@ class Users:
     deleted: int = 0
     kept: int = 0
     left_behind: Sequence[str] = ()
-    in_the_way: str = ""  # why some cannot be removed; this and what follows also with --own-servers
-    stopped_while_starting: int = 0  # servers, of which something may go on that the hub does not know
+    in_the_way: str = ""  # why some cannot be removed; this and the next two also with --own-servers
+    stopped_while_starting: int = 0  # servers, which may have left something that the hub does not know
     stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A server or person that failed, and the last that the hub said of it."""
+    """A server or person that failed, and the hub's last message about it."""
 
     user: str
     reason: str
@@ -5430,9 +5400,7 @@ class Results:
     warnings: list[str] = dataclasses.field(default_factory=list)
     conditions: list[Judgement] = dataclasses.field(default_factory=list)
     but: list[str] = dataclasses.field(default_factory=list)  # what to know of a run that passed
-    advice: list[str] = dataclasses.field(
-        default_factory=list
-    )  # what to look at next, if it failed, or a but
+    advice: list[str] = dataclasses.field(default_factory=list)  # if it failed, or has a but
     exit_code: int = 0
 
     @property
@@ -5483,7 +5451,7 @@ def nearest_metric(metric: str, paths: bool = True) -> str:
 
 
 def exit_code(left: bool, interrupted_by: int | None, cut_short: bool, failed: bool) -> ExitCode:
-    """The one decision on how a run ends. It has failed when a condition was met, whichever were asked for.
+    """The one decision on how a run ends. `failed`: a condition was met.
 
     | left on the hub | interrupted | cut short | failed | code |
     | yes             | any         | any       | any    | 4    |
@@ -5544,7 +5512,7 @@ def outcome_of(
     """What servers and people have in common, from how each user's way ended; None: it has not.
 
     Those still `starting` may have no event. Those that have not ended count under the reason `never`.
-    Reasons of spawns that differ in what they count, like 2/3 nodes and 1/3 nodes, are one: the first.
+    Reasons of spawns that differ only in numbers, like 2/3 nodes and 1/3 nodes, count as the first of them.
     """
     failures, alike = list[Failure](), dict[str, str]()
     for end in ends.values():
@@ -5570,7 +5538,7 @@ def people_of(
     began_s: float = 0.0,
     starting: Collection[str] = (),
 ) -> Rehearsed:
-    """The outcome of all people, or a group's; those who failed after getting to work are counted as both."""
+    """The outcome of all people, or of a group; who fails after getting to work counts as both."""
     ends = dict[str, Event | None]()
     at_work = []
     for user, row in rows.items():
@@ -5590,13 +5558,14 @@ def people_of(
 def servers_of(
     people: People, requested: int, cut_short: bool, *, began_s: float = 0.0, starting: Collection[str] = ()
 ) -> Servers:
-    """The outcome of the servers of so many people, some of them still `starting` at the end."""
+    """The outcome of all servers, some of which may still be `starting` at the end."""
     starts = {user: row["server_ready"] for user, row in people.items() if "server_ready" in row}
     lost = {end.user: end for row in people.values() for end in row.values() if end.outcome == "lost"}
     never = "never started, or cut short" if cut_short else "never started"
     ready = sorted((end for end in starts.values() if not end.reason), key=lambda end: -end.latency_s)
     throttled_s = [end.throttled_s for end in starts.values() if end.throttled_s is not None]
     waits_s = [(end.asked_s or end.due_s) - end.due_s for end in ready if end.throttled]
+    first_due_s = min((end.due_s for end in starts.values()), default=0.0)
     messages = {end.message for end in starts.values() if end.message}
     return Servers(
         requested=requested,
@@ -5605,9 +5574,7 @@ def servers_of(
         lost=len(lost),
         given_up=sum(end.reason.kind is Kind.TIMED_OUT for end in starts.values() if end.reason),
         throttled=sum(end.throttled > 0 for end in starts.values()),
-        throttling_began_s=min(throttled_s) - min(end.due_s for end in starts.values())
-        if throttled_s
-        else None,
+        throttling_began_s=min(throttled_s) - first_due_s if throttled_s else None,
         throttling_s=sum(waits_s) / len(ready) if ready else 0.0,
         slowest=[
             {"user": end.user, "ready_s": end.latency_s, "throttled": end.throttled, "message": end.message}
@@ -5636,9 +5603,8 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
         return since(row[step].ended_s if step in row and not row[step].reason else None for row in rows)
 
     def failed(lost: bool) -> list[float | None]:
-        return since(
-            next((end.ended_s for end in ends if (end.outcome == "lost") is lost), None) for ends in bad
-        )
+        ends_s = ([end.ended_s for end in ends if (end.outcome == "lost") is lost] for ends in bad)
+        return since(next(iter(moments_s), None) for moments_s in ends_s)
 
     left = (row["stop_server"].sent_s if "stop_server" in row else math.inf for row in rows)
     phases = [as_json(start.phases) or {} for start in starts]
@@ -5682,19 +5648,6 @@ def _users_in(run: Run) -> Users:
     )
 
 
-def _failed_of(run: Run, servers: Servers | None, people: Rehearsed | None) -> tuple[int, int]:
-    """How many failed, of how many: people, servers, requests, or what was to be removed."""
-    plan = run.plan
-    if people:
-        return people.failed, plan.count
-    if plan.command == PURGE:
-        return len(run.cleaned.left), len(run.existing)
-    if servers and not plan.find_capacity:
-        return servers.failed + servers.lost, plan.count
-    mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-    return run.record.failures(mix), run.record.count(mix)
-
-
 def results_of(run: Run) -> Results:
     """The results of a run; its conditions are judged by all the rest."""
     plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
@@ -5710,7 +5663,15 @@ def results_of(run: Run) -> Results:
         each.group: people_of(rows, each.count, cut_short, each.group, began_s=run.began_s)
         for each in plan.event
     }
-    failed, tried = _failed_of(run, servers, people)
+    if people:
+        failed, tried = people.failed, plan.count
+    elif plan.command == PURGE:
+        failed, tried = len(cleaned.left), len(run.existing)
+    elif servers and not plan.find_capacity:
+        failed, tried = servers.failed + servers.lost, plan.count
+    else:
+        mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
+        failed, tried = run.record.failures(mix), run.record.count(mix)
     began = [shot.get(BEGAN) for shot in snapshots]
     restarts = sum(map(operator.ne, began, began[1:]))
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
@@ -5765,7 +5726,7 @@ def results_of(run: Run) -> Results:
 
 
 def _judged(results: Results, run: Run) -> Results:
-    """The same with its conditions, its exit code, a but, and what to look at next."""
+    """The same results with their conditions, exit code, but and advice."""
     plan, capacity = run.plan, run.capacity
     conditions = [] if capacity else judgements_of(plan, as_json(results))
     bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
@@ -5859,7 +5820,7 @@ def waits_text(operation: Operation | None) -> str:
 
 
 def _capacity_sentence(capacity: Capacity, options: Json) -> str:
-    """The result of a search; of people, in which step, and whether as many as were asked about fit."""
+    """The result of a search; of people also in which step, and whether --count fits --within."""
     if capacity.rate_per_s is None:
         bound = capacity.generator_bound
         cause = "this tool could not send the first rate" if bound else "no rate was sustained"
@@ -5909,13 +5870,13 @@ def _option_text(key: str, value: Any) -> str:
     if not value or value is True:
         return "given" if value else "not given"
     if key == "event":
-        given = ([f"{key} {_option_text(key, one)}" for key, one in group.items() if one] for group in value)
-        return "; ".join(map(", ".join, given))
+        groups = ([f"{key} {_option_text(key, v)}" for key, v in group.items() if v] for group in value)
+        return "; ".join(map(", ".join, groups))
     return f"{value:g}s" if key in DURATIONS else str(value)
 
 
 def facts(results: Results, baseline: Json | None = None) -> Section:
-    """The but, the goals, what was asked, its outcome, how long it took, why, and what to do next."""
+    """The but, goals, what was tested, its outcome and why, duration, cleanup, and what to do next."""
     hub = results.hub
     through = f", through {hub.proxy}" if hub.proxy else ""
     by_default = not results.options["fail_if"]  # then the other rows say whether anything failed
@@ -5990,7 +5951,7 @@ def _server_rows(results: Results) -> Iterator[Row]:
     counts += f", {servers.lost} lost" * bool(servers.lost)
     if servers.throttled:
         began = duration_text(servers.throttling_began_s)
-        counts += f"; {servers.throttled} throttled, from {began} after the first start on"
+        counts += f"; {servers.throttled} throttled, from {began} after the first start"
     yield "servers", f"{servers.requested} requested, {pace_text(options)}; {counts}"
     own = results.hub.metrics
     if not servers.ready and servers.given_up and own and (started := own.spawns.get("success")):
@@ -5999,10 +5960,10 @@ def _server_rows(results: Results) -> Iterator[Row]:
         if started.count > servers.given_up:  # others start servers too
             by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
         after = duration_text(options["server_timeout"])
-        yield "given up", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
+        yield "timed out", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
     if options["hold"] and "stay" in results.operations and not people:
         hold = duration_text(options["hold"])
-        yield "hold", f"{hold}; who stayed is the hub's word, --visit asks the servers too"
+        yield "hold", f"{hold}; the hub says which servers stayed, --visit asks the servers too"
     if people:
         failed = unfinished_text(people, people.failed)
         yield "people", f"{people.expected} expected; {people.at_work} at work{failed}"
@@ -6040,9 +6001,8 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         causes = [f"throttled {server['throttled']} ×"] * bool(server["throttled"])
         if server["message"] not in ("", results.servers and results.servers.usual_message):
             causes.append(f"longest at: {server['message']}")
-        slowest += [f"{duration_text(server['ready_s'])}, {server['user']}: {', '.join(causes)}"] * bool(
-            causes
-        )
+        if causes:
+            slowest.append(f"{duration_text(server['ready_s'])}, {server['user']}: {', '.join(causes)}")
     if slowest:
         yield "slowest", "; ".join(slowest)
 
@@ -6057,11 +6017,11 @@ def _request_rows(results: Results) -> Iterator[Row]:
     monitoring = f"{share_text(http.observer_share or 0)} monitoring"
     to_hub = " to the hub" if http.servers else ""
     retries = counted(http.retries, "retry", "retries")
-    yield "requests", f"{http.requests:,}{to_hub}, of which {monitoring}, {retries}"
+    yield "requests", f"{http.requests:,}{to_hub} ({monitoring}, {retries})"
     if servers := http.servers:
         answers = ", ".join(f"{number:,} × {status}" for status, number in servers.statuses.items())
         retries = counted(servers.retries, "retry", "retries")
-        yield "requests", f"{servers.requests:,} to servers, of which {retries}: {answers}"
+        yield "requests", f"{servers.requests:,} to servers ({retries}): {answers}"
 
 
 def _hub_rows(results: Results) -> Iterator[Row]:
@@ -6088,7 +6048,7 @@ def _hub_rows(results: Results) -> Iterator[Row]:
 
 
 def _cleanup_rows(results: Results) -> Iterator[Row]:
-    """What was removed, what is still there, and what may be left where the hub does not look."""
+    """What was removed, what is still there, and what the hub cannot see."""
     cleaned, users, run = results.cleaned, results.users, results.options["run"]
     remedy, noun = purge_command(run, results.own_servers), thing(results.own_servers)
     find = pods_command(run, results.own_servers)
@@ -6137,37 +6097,18 @@ def _proxy_rows(results: Results) -> Iterator[Row]:
 
 
 def sorted_operations(operations: Collection[str]) -> list[str]:
-    """Operations in the order of the table of steps, a group's behind that of all, one's own at the end."""
+    """Operations in the order of the table of steps, a group's after that of all, custom ones last."""
     places = {name: place for place, name in enumerate(STEPS)}
     return sorted(operations, key=lambda name: (places.get(name.partition("[")[0], len(places)), name))
 
 
-def latency_section(operations: Mapping[str, Operation], own_servers: bool = False) -> Section:
-    """A row for each operation, with a dash where too few succeeded for a statistic."""
-    columns, rows = ("mean", "p50", "p95", "p99", "max"), []
-    for name in sorted_operations(operations):
-        operation = operations[name]
-        cells = (duration_text(operation.enough(column)) for column in columns)
-        rows.append((title_of(name, own_servers), str(operation.count), str(operation.failed), *cells))
-    return Section("Latency", rows, ("operation", "count", "failed", *columns))
-
-
-def capacity_section(capacity: Capacity, of_people: bool = False) -> Section:
-    """A row for each rate that was tried."""
-    header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
-    if of_people:
-        header, unit = ("tried a minute", "arrived a minute", "server ready p95"), 60
-    for step in capacity.steps:
-        rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
-        rows.append((*rates, duration_text(step.p95_s), str(step.failed), step.held or "none: sustained"))
-    return Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
-
-
-def comparison_section(baseline: Json, results: Results) -> Section:
-    """Old, new and ratio of what both runs measured, like 840ms→1.25s 1.49x; a dash for too few samples."""
-    columns, now, rows = ("p50", "p95", "max"), as_json(results.operations), []
-    for name in sorted_operations(now.keys() & baseline.get("operations", {}).keys()):
-        both, cells = (baseline["operations"][name], now[name]), []
+def comparison_section(baseline: Json, results: Results, names: Iterable[str]) -> Section:
+    """Old, new and ratio of these operations, like 840ms→1.25s 1.49x; a dash for too few samples."""
+    columns, rows = ("p50", "p95", "max"), []
+    for name in names:
+        if name not in baseline.get("operations", {}):
+            continue
+        both, cells = (baseline["operations"][name], as_json(results.operations[name])), []
         for column in columns:
             enough = (run["count"] - run["failed"] >= ENOUGH.get(column, 1) for run in both)
             old, new = (run["latency_s"][column] if many else None for run, many in zip(both, enough))
@@ -6185,18 +6126,29 @@ def comparison_section(baseline: Json, results: Results) -> Section:
 HOUSEKEEPING = ("create_users", "list_users", "delete_user")  # of interest only when something went wrong
 
 
-def tables_of(results: Results, baseline: Json | None) -> list[Section]:
-    """The tables below the facts, in the summary and in the report."""
+def tables_of(results: Results, baseline: Json | None) -> Iterator[Section]:
+    """The tables below the facts, in summary and report: rates tried, latencies, old beside new."""
+    if results.capacity:
+        header, unit, rows = ("tried per s", "sent per s", "p95"), 1, []
+        if results.command == STRESS:
+            header, unit = ("tried a minute", "arrived a minute", "server ready p95"), 60
+        for step in results.capacity.steps:
+            rates = (f"{unit * rate:.4g}" for rate in (step.rate_per_s, step.sent_per_s))
+            outcome = (duration_text(step.p95_s), str(step.failed), step.held or "none: sustained")
+            rows.append((*rates, *outcome))
+        yield Section("Capacity", rows, (*header, "failed", "condition met"), left=(4,))
     quiet = HOUSEKEEPING if results.exit_code == ExitCode.OK and results.command != PURGE else ()
-    operations = {
-        name: each
-        for name, each in results.operations.items()
-        if each.failed or name.partition("[")[0] not in quiet
-    }
-    tables = [capacity_section(results.capacity, results.command == STRESS)] if results.capacity else []
-    tables += [latency_section(operations, results.own_servers)] if operations else []
-    compared = dataclasses.replace(results, operations=operations)
-    return tables + ([comparison_section(baseline, compared)] if baseline else [])
+    columns, shown = ("mean", "p50", "p95", "p99", "max"), {}
+    for name in sorted_operations(results.operations):
+        operation = results.operations[name]
+        if operation.failed or name.partition("[")[0] not in quiet:
+            latencies = (duration_text(operation.enough(column)) for column in columns)
+            numbers = (str(operation.count), str(operation.failed))
+            shown[name] = (title_of(name, results.own_servers), *numbers, *latencies)
+    if shown:
+        yield Section("Latency", [*shown.values()], ("operation", "count", "failed", *columns))
+    if baseline:
+        yield comparison_section(baseline, results, shown)
 
 
 def render_summary(results: Results, baseline: Json | None = None, **look: Any) -> str:
@@ -6231,10 +6183,9 @@ def render_page(
         for label, sentence in labelled_once(rows):
             page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
     if colour:
-        words = "|".join(_COLOURS)
+        word = re.compile(rf"^({'|'.join(_COLOURS)})\b")
         page = [
-            re.sub(rf"^({words})\b", lambda word: f"\033[1;{_COLOURS[word[0]]}m{word[0]}\033[0m", line)
-            for line in page
+            word.sub(lambda match: f"\033[1;{_COLOURS[match[0]]}m{match[0]}\033[0m", line) for line in page
         ]
     return "\n".join(page)
 
@@ -6393,7 +6344,7 @@ p.but { color: #a16207; font-weight: bold }
 BLUE, AMBER, RED, VIOLET, TEAL = "#3b82f6", "#f59e0b", "#ef4444", "#8b5cf6", "#0f766e"
 PHASE_COLOURS = ("#64748b", "#eab308", "#a8763e", "#0ea5e9", "#f472b6", "#84cc16")  # in the order of PHASES
 STATES = {  # of a server, by colour; a later one is drawn on top
-    "asked": "#94a3b8",
+    "requested": "#94a3b8",
     "throttled": AMBER,
     "starting": BLUE,
     **dict(zip(PHASES.values(), PHASE_COLOURS)),
@@ -6406,7 +6357,7 @@ STATES = {  # of a server, by colour; a later one is drawn on top
     "failed after it was ready": RED,
     "lost": "#a21caf",
 }
-GROUP_COLOURS = ("#d97706", "#2563eb", "#65a30d", "#db2777", "#0891b2", "#7c3aed")
+GROUP_COLOURS = ("#db2777", "#854d0e", "#7c3aed", "#0891b2", "#be123c", "#4d7c0f")
 Trace = dict[str, Any]  # of plotly
 Span = tuple[int, float, float]  # which server was in a state, from when to when
 DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
@@ -6500,9 +6451,8 @@ def _appendix(results: Results) -> Iterator[Section]:
         yield Section("The hub's own clock", rows, ("handler", "count", "mean"))
     given = {name: value for name, value in results.options.items() if value not in (None, False, [])}
     given |= {name: ", ".join(given[name]) for name in ("fail_if", "watch") if name in given}
-    given |= {"hub": results.hub.version, "tool": results.tool["version"]}
     rows_of_options = [(name.replace("_", "-"), _option_text(name, value)) for name, value in given.items()]
-    yield Section("Options and versions", rows_of_options)
+    yield Section("Options", rows_of_options)
 
 
 def plot(traces: Sequence[Trace], height: int, y_title: str, **layout: Any) -> str:
@@ -6534,7 +6484,7 @@ def trace(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: An
 def spans_of(server: Json) -> Iterator[tuple[str, float | None, float | None]]:
     """The states of a server, and from when to when it was in each; None: never, infinite: to the end."""
     asked_s = server["due_s"] if server["asked_s"] is None else server["asked_s"]
-    yield "asked", server["due_s"], asked_s if server["throttled_s"] is None else server["throttled_s"]
+    yield "requested", server["due_s"], asked_s if server["throttled_s"] is None else server["throttled_s"]
     yield "throttled", server["throttled_s"], asked_s
     yield "starting", asked_s, server["ended_s"]
     begin_s = asked_s
@@ -6566,14 +6516,14 @@ def states_of(servers: Json) -> dict[str, list[Span]]:
 
 
 def server_curves(servers: Json, until_s: float, points: int = 300) -> dict[str, list[float]]:
-    """How many servers were waiting, starting, ready, at work, failed and lost at so many moments."""
+    """How many servers were waiting, starting, ready, at work, failed and lost at each moment."""
     moments = [until_s * n / points for n in range(points + 1)]
     curves: dict[str, list[float]] = {}
     for state, spans in states_of(servers).items():
         begins, ends = sorted(span[1] for span in spans), sorted(span[2] for span in spans)
         began, ended = ([bisect.bisect_right(row, at_s) for at_s in moments] for row in (begins, ends))
         curves[state] = list(map(operator.sub, began, ended))
-    curves["waiting"] = list(map(operator.add, curves["asked"], curves["throttled"]))
+    curves["waiting"] = list(map(operator.add, curves["requested"], curves["throttled"]))
     curves["ready"] = list(map(operator.sub, curves["ready"], curves["at work"]))
     curves["at_s"] = [round(at_s, 3) for at_s in moments]
     return {
@@ -6591,25 +6541,21 @@ def _server_plots(timeline: Json) -> Iterator[str]:
     for state, numbers in curves.items():
         colour = STATES.get(state, AMBER)
         areas += [stack | {"name": state, "y": numbers, "fillcolor": colour}] * any(numbers)
+    states, colours = states_of(servers), STATES.copy()
+    for n, group in enumerate(servers["group"]):
+        if group:  # a strip before the first moment
+            colours.setdefault(f"[{group}]", GROUP_COLOURS[(len(colours) - len(STATES)) % len(GROUP_COLOURS)])
+            states.setdefault(f"[{group}]", []).append((n, -0.02 * until_s, -0.005 * until_s))
     bars, width = [], max(1.0, min(9.0, 380 / len(servers["user"])))
-    for state, spans in states_of(servers).items():
-        bar = trace(state, [], [], STATES[state], width=width) | {"text": [], "hoverinfo": "text"}
+    for state, spans in states.items():
+        bar = trace(state, [], [], colours[state], width=width) | {"text": [], "hoverinfo": "text"}
         for n, began_s, end_s in spans:  # one line with gaps: there may be thousands
             end_s = max(began_s, min(end_s, until_s))
+            lasted = f" for {duration_text(end_s - began_s)}" if began_s >= 0 else ""
             bar["x"] += (began_s, end_s, None)
             bar["y"] += (n + 1, n + 1, None)
-            bar["text"] += (*[f"{servers['user'][n]}: {state} for {duration_text(end_s - began_s)}"] * 2, "")
+            bar["text"] += (*[f"{servers['user'][n]}: {state}{lasted}"] * 2, "")
         bars += [bar] * bool(spans)
-    groups = dict.fromkeys(filter(None, servers["group"]))
-    for group, colour in zip(groups, itertools.cycle(GROUP_COLOURS)):  # a strip before the first moment
-        rows = [n + 1 for n, name in enumerate(servers["group"]) if name == group]
-        x, y = (
-            [-0.02 * until_s, -0.005 * until_s, None] * len(rows),
-            [each for n in rows for each in (n, n, None)],
-        )
-        bars.append(
-            trace(f"[{group}]", x, y, colour, width=width) | {"text": [group] * len(x), "hoverinfo": "text"}
-        )
     yield element("h2", "Servers") + plot(areas, 200, "servers")
     yield element("h3", "How long each waited, in the order in which they were due")
     downwards = {"autorange": "reversed", "rangemode": "normal"}
@@ -6784,10 +6730,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(command: str = "") -> argparse.ArgumentParser:
-    """The parser of all options, which sets only what is given. Its help has the options of this command.
-
-    Without a command these are the options of all commands.
-    """
+    """The parser of all options; its help shows those of a command, else those that all commands have."""
     parser = _Parser(
         prog="hub-stress-test",
         usage=f"hub-stress-test [OPTIONS] {command or 'COMMAND'} [OPTIONS]",
@@ -6870,10 +6813,7 @@ def from_environment(kind: Callable[[str], T], *variables: str) -> T | None:
 
 
 def read_table(file: EventFile, n: int) -> Json:
-    """The fields of the plan that a table of an event's file sets. Raises `UsageError`.
-
-    Table 0 is what stands above the groups, table n the n-th group.
-    """
+    """The fields that the n-th group of an event sets, or (0) the table above. Raises `UsageError`."""
     fields, place = Json(), GROUP if n else EVENT
     names = {row.name: name for name, row in OPTIONS.items() if place in row.on}
     for key, value in file.tables[n].items():
@@ -6926,9 +6866,9 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
             needs = excludes = []  # in a search, --rate is that of the first step
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
             flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
-            yield name, f"{row.flag} has a meaning only with {flags}"
+            yield name, f"{row.flag} needs {flags}"
         for other in (other for other in excludes if other in given):
-            yield other, row.because.format(OPTIONS[other].flag)
+            yield other, f"{row.flag} and {OPTIONS[other].flag} exclude each other: give one of them"
         package, module = row.package
         if package and not optional(module):
             yield name, f"{row.flag} needs {package}, which is not installed: pip install {package}"
@@ -6956,10 +6896,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
-    """Nothing, if the arguments can be used together; else raises `UsageError` with a sentence.
-
-    With `paths`, conditions can be on any number of the results.
-    """
+    """Raise `UsageError` unless all goes together. With `paths`, any number of results is a metric."""
     plan = plan_of(args)
     differs = [name for name in OPTIONS if getattr(plan, name) != getattr(Plan, name)]
     for row, value in ((OPTIONS[name], getattr(plan, name)) for name in differs):
@@ -7046,12 +6983,9 @@ def setup_logging(
 
 def _log_path(log_to_file: bool | str) -> str:
     """The path of a file to which a log may be added, its first line written."""
-    import tempfile
-
-    path = str(log_to_file)
-    if log_to_file is True:
-        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-        path = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+    new = f"{tempfile.gettempdir()}/hub-stress-test-{stamp}.log"
+    path = new if log_to_file is True else str(log_to_file)
     try:
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             if not file.tell():
@@ -7249,7 +7183,7 @@ def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -
 
 @timeit
 def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
-    """Turn `stopped` from "was asked to stop" into "has stopped", for each user."""
+    """Update `stopped`, whether each server is stopping, to whether it has stopped."""
     asked = [name for name, was_asked in stopped.items() if was_asked]
     stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), [asked], 10))
 

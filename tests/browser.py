@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -45,12 +43,3 @@ def browser(width: int = 1280, height: int = 900, dark: bool = False) -> Iterato
 def complaints(driver: webdriver.Chrome) -> list[str]:
     """What the page has put on the console as errors and warnings, requests that failed included."""
     return [entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-
-
-def whole_page(driver: webdriver.Chrome, path: str) -> None:
-    """Write a picture of the whole page, not just of what the window shows, as PNG."""
-    height = driver.execute_script("return document.documentElement.scrollHeight")
-    width = driver.execute_script("return document.documentElement.clientWidth")
-    clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-    picture = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-    Path(path).write_bytes(base64.b64decode(picture["data"]))

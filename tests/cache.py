@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -10,17 +11,19 @@ from pathlib import Path
 
 
 def installed(name: str, install: Callable[[Path], None]) -> Path:
-    """The directory of this name in the cache; on first use `install` fills it, and none is left half full."""
+    """The directory of this name in the cache; on first use `install` fills it, while other processes wait."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hub-stress-test"
     home = cache / name
-    if not home.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=cache))
-        try:
-            install(building)
-            building.rename(home)
-        except BaseException as error:
-            shutil.rmtree(building)
-            if not (isinstance(error, OSError) and home.exists()):  # else another process was faster
-                raise
+    if home.exists():
+        return home
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():
+            building = Path(tempfile.mkdtemp(dir=cache))
+            try:
+                install(building)
+                building.rename(home)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
     return home

@@ -77,6 +77,7 @@ def orders() -> list[Any]:
 
 
 def main() -> None:
+    del sys.path[0]  # where the tests' modules are
     # Half of the import of JupyterHub 6 is a grammar for addresses in event schemas, which it can do without.
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     from jupyterhub.app import main as hub

@@ -5,7 +5,7 @@ KubeSpawner's. A kubelet takes each pod through its phases, at the pace of the `
 singleuser_stub.py, at an address of its own in 127.0.0.0/8. An image called `unschedulable` finds no node, and those in
 `REFUSED` are refused; the tag of an image is the version of JupyterHub in it.
 
-GET /truth says what happened: every pod that ever was, with moments of `time.monotonic`, and the volume claims. POST
+GET /truth says which pods ever were, with moments of `time.monotonic`, and which volume claims are there. POST
 /control `{"fault": {"method": "DELETE", "kind": "pods", "status": 500}}` has all such requests fail, `{"clean": true}`
 makes everything as at first.
 """
@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -245,7 +244,6 @@ class Cluster:
         for name in list(self.events.objects):
             self.events.drop(name)
         self.every_pod: list[Pod] = []
-        self.claims_made: dict[str, list[Json]] = defaultdict(list)
         self.nodes: list[Node] = []
         self._coming = 0
         self._waiting: list[tuple[Pod, asyncio.Future[Node]]] = []
@@ -280,7 +278,6 @@ class Cluster:
         meta = manifest["metadata"] | {"uid": str(uuid.uuid4()), "creationTimestamp": stamp()}
         status = {"phase": "Bound", "accessModes": manifest["spec"]["accessModes"]}
         claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "spec": manifest["spec"]}
-        self.claims_made[meta["name"]].append({"created": time.monotonic()})
         return self.claims.put(claim | {"metadata": meta, "status": status})
 
     def release(self, name: str) -> None:
@@ -290,7 +287,6 @@ class Cluster:
             return
         if not any(name in pod.claims for pod in self.living().values()):
             self.claims.drop(name)
-            self.claims_made[name][-1]["gone"] = time.monotonic()
 
     def tell(self, pod: Pod, reason: str, message: str, kind: str = "Normal", path: str = "") -> None:
         """Record an event. The scheduler's have an `eventTime`, all others a `lastTimestamp`."""
@@ -598,7 +594,7 @@ class Api:
     async def truth(self, request: web.Request) -> web.Response:
         """See the module."""
         pods = [pod.truth() for pod in self._cluster.every_pod]
-        return web.json_response({"pods": pods, "claims": self._cluster.claims_made})
+        return web.json_response({"pods": pods, "claims": list(self._cluster.claims.objects)})
 
 
 async def serve(setting: Setting) -> None:

@@ -66,76 +66,47 @@ def option(flag: str, default: Any, help: str, metavar: str | None = None) -> An
 class HubOptions:
     """How the hub behaves. Shares are exact: of ten spawns at 0.4, four fail. A profile may ask for other values."""
 
-    version: str | None = option(
-        "--version", None, "run this JupyterHub, installed on first use (the one beside this interpreter)", "X.Y.Z"
-    )
-    spawn_s: float = option("--spawn", 0.0, "a server takes so many seconds to start (0)", "SECONDS")
-    spawn_jitter_s: float = option(
-        "--jitter", 0.0, "a server takes at most so many seconds longer to start, at random (0)", "SECONDS"
-    )
-    stop_s: float = option("--stop", 0.0, "a server takes so many seconds to stop (0)", "SECONDS")
+    version: str | None = option("--version", None, "this JupyterHub, installed on first use (the tests')", "X.Y.Z")
+    spawn_s: float = option("--spawn", 0.0, "a server takes this long to start (0)", "SECONDS")
+    spawn_jitter_s: float = option("--jitter", 0.0, "or takes up to this much longer, at random (0)", "SECONDS")
+    stop_s: float = option("--stop", 0.0, "a server takes this long to stop (0)", "SECONDS")
     fail_rate: float = option("--fail", 0.0, "this share of the spawns, 0 to 1, fails with a reason (0)", "SHARE")
-    stop_fails: bool = option("--stop-fails", False, "the spawner fails to stop servers, which the hub does not say")
-    delete_fails: bool = option("--delete-fails", False, "the authenticator fails to delete users")
-    servers_outlive: bool = option(
-        "--servers-outlive", False, "a hub that starts again takes servers for running, and looks for them"
-    )
-    http_timeout_s: float = option(
-        "--http-timeout", 120.0, "the hub waits so many seconds for a server's first answer (120)", "SECONDS"
-    )
     hang_rate: float = option("--hang", 0.0, "this share of the spawns, 0 to 1, never ends (0)", "SHARE")
-    slow_spawn_timeout_s: float = option(
-        "--slow-spawn-timeout", 10.0, "the hub answers a start with 202 after so many seconds (10)", "SECONDS"
-    )
-    slow_stop_timeout_s: float = option(
-        "--slow-stop-timeout", 10.0, "the hub answers a stop with 202 after so many seconds (10)", "SECONDS"
-    )
-    start_timeout_s: float = option(
-        "--start-timeout", 60.0, "the hub gives a spawn up after so many seconds (60)", "SECONDS"
-    )
-    concurrent_spawn_limit: int = option(
-        "--spawn-limit", 100, "the hub throttles while so many servers are starting (100; 0 is no limit)", "SERVERS"
-    )
-    active_server_limit: int = option(
-        "--server-limit",
-        0,
-        "the hub throttles while so many servers are starting or running (0 is no limit)",
-        "SERVERS",
-    )
+    stop_fails: bool = option("--stop-fails", False, "the spawner fails to stop servers; the hub keeps that to itself")
+    delete_fails: bool = option("--delete-fails", False, "the authenticator fails to delete users")
+    servers_outlive: bool = option("--servers-outlive", False, "a hub that starts again looks for its servers")
+    http_timeout_s: float = option("--http-timeout", 120.0, "patience with a server's first answer (120)", "SECONDS")
+    slow_spawn_timeout_s: float = option("--slow-spawn-timeout", 10.0, "a start is answered 202 then (10)", "SECONDS")
+    slow_stop_timeout_s: float = option("--slow-stop-timeout", 10.0, "a stop is answered 202 then (10)", "SECONDS")
+    start_timeout_s: float = option("--start-timeout", 60.0, "a spawn times out after this time (60)", "SECONDS")
+    concurrent_spawn_limit: int = option("--spawn-limit", 100, "servers starting at a time (100; 0: any)", "SERVERS")
+    active_server_limit: int = option("--server-limit", 0, "servers starting or running (0: any number)", "SERVERS")
     consecutive_failure_limit: int = option(
-        "--failure-limit", 0, "the hub exits after so many failed spawns in a row (0 is never)", "SPAWNS"
+        "--failure-limit", 0, "the hub exits after this many failed spawns in a row (0: never)", "SPAWNS"
     )
-    bystanders: int = option("--bystanders", 0, "so many users exist beside alice and the look-alikes (0)", "USERS")
+    bystanders: int = option("--bystanders", 0, "users beside alice and the look-alikes (0)", "USERS")
     admins: tuple[str, ...] = option("--admin", (), "an admin of this name exists; repeatable (none)", "NAME")
-    owner: str = option(
-        "--owner", "", "a user of this name, no admin, exists; the command gets a token of theirs (none)", "NAME"
-    )
-    named_servers: int = option(
-        "--named-servers", 0, "each user may have so many named servers (0: the hub allows none)", "SERVERS"
-    )
+    owner: str = option("--owner", "", "a user of this name, whose token the command gets (none)", "NAME")
+    named_servers: int = option("--named-servers", 0, "named servers that each user may have (0)", "SERVERS")
     real_servers: bool = option("--real-servers", False, "servers are jupyterhub-singleuser instead of stubs")
     server_version: str | None = option(
         "--server-version", None, "with --real-servers: of this JupyterHub, as an old image is (the hub's)", "X.Y.Z"
     )
     stub_labs: bool = option("--stub-labs", False, "servers are stubs with start pages, kernels and websockets")
     kube: bool = option("--kube", False, "servers are pods of the real KubeSpawner, on a stub of Kubernetes")
-    nodes: int = option("--nodes", 2, "the stub of Kubernetes has so many nodes at first (2)", "NODES")
-    pods_per_node: int = option("--pods-per-node", 50, "so many pods fit on a node (50)", "PODS")
-    node_s: float = option(
-        "--node", 5.0, "a node that is needed comes after so many seconds (5; 0: none ever comes)", "SECONDS"
-    )
-    image_s: float = option("--image", 2.0, "a node pulls an image that it lacks for so many seconds (2)", "SECONDS")
+    nodes: int = option("--nodes", 2, "nodes that the stub of Kubernetes has at first (2)", "NODES")
+    pods_per_node: int = option("--pods-per-node", 50, "pods that fit on a node (50)", "PODS")
+    node_s: float = option("--node", 5.0, "a node that is needed comes after this time (5; 0: never)", "SECONDS")
+    image_s: float = option("--image", 2.0, "a node pulls an image for this long (2)", "SECONDS")
     real_proxy: bool = option("--real-proxy", False, "people come through configurable-http-proxy, a real one")
     proxy_version: str = option(
-        "--proxy-version", "5.3.0", "this version of the real proxy, installed on first use (5.3.0)", "X.Y.Z"
+        "--proxy-version", "5.3.0", "of the real proxy, installed on first use (5.3.0)", "X.Y.Z"
     )
-    database: str = option(
-        "--database", "memory", "users are kept in this sqlite file, and outlive a restart (memory)", "FILE"
-    )
+    database: str = option("--database", "memory", "users outlive a restart in this sqlite file (memory)", "FILE")
     base_url: str = option("--base-url", "/", "the hub is at this path, which ends in a slash (/)", "PATH")
     config: str = option("--config", "", "more of the hub's configuration, read last (none)", "PYTHON")
     scopes: tuple[str, ...] = option(
-        "--scope", ROLE_SCOPES, f"the token has this scope; repeatable ({', '.join(ROLE_SCOPES)})", "SCOPE"
+        "--scope", ROLE_SCOPES, "the token has this scope; repeatable (the role's)", "SCOPE"
     )
 
 

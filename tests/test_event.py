@@ -114,12 +114,12 @@ WRONG = {
     GROUP.replace('"a"', "{x = 7}"): (2, "name: expected letters, digits and hyphens"),
     GROUP + 'visit = "yes"\n': (5, "visit: expected true or false, not 'yes'"),
     GROUP + "work = true\nnotebook = 'nope.py'\n": (6, "nope.py cannot be read as a notebook"),
-    GROUP + "rate = 2\n": (5, "--within and --rate both say when people come: give one of them"),
+    GROUP + "rate = 2\n": (5, "--within and --rate exclude each other: give one of them"),
     '[[people]]\nname = "a"\ncount = 3\nrate = "1:2"\n': (3, "the stages of --rate decide the count"),
     '[[people]]\nname = "a"\nrate = "1:2x"\n': (3, "rate: expected a duration like 90, 90s, 5m or 1h, not '2x'"),
-    GROUP + "work = false\nthink = 5\n": (6, "--think has a meaning only with --work"),
-    "keep = true\n" + GROUP + "stay = 5\n": (6, "--stay ends servers, and --keep leaves them running"),
-    "think = 5\n" + GROUP: (None, "--think has a meaning only with --work"),
+    GROUP + "work = false\nthink = 5\n": (6, "--think needs --work"),
+    "keep = true\n" + GROUP + "stay = 5\n": (6, "--keep and --stay exclude each other"),
+    "think = 5\n" + GROUP: (None, "--think needs --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
     'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),
 }
@@ -138,7 +138,7 @@ def test_a_wrong_file_is_refused_with_the_line(text: str, tmp_path: Path, capsys
 def test_options_of_groups_are_refused_beside_an_event(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--count", "9"], ["--within", "9s"], ["--rate", "9"], ["--rate", "9:1m"]):
         said = refused_usage(["stress-test", "--event", str(file), *words], NOWHERE, capsys)
-        assert f"leave out {words[0]}" in said
+        assert f"--event and {words[0]} exclude each other" in said
 
 
 def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path) -> None:

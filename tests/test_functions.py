@@ -65,28 +65,23 @@ def test_servers_are_started_waited_for_stopped_and_their_users_deleted(hub: Loc
     assert not tool_users(hub)
 
 
-def test_start_servers_returns_the_event_of_each_with_the_reason_of_those_that_failed(hub: LocalHub) -> None:
+def test_start_servers_returns_events_with_the_reasons_of_failures(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     users = make(hub, session, 3)
-    failed = hst.start_servers(users, hub.endpoint, session, {"fail_rate": 1.0})
+    failing = {"fail_rate": 1.0}
+    failed = hst.start_servers(users, hub.endpoint, session, failing)
     assert failed.keys() == set(sum(users, []))
     for event in failed.values():
         assert event.step == "server_ready" and event.reason
         assert event.reason.kind in (Kind.SPAWN, Kind.REFUSED) and "no node has 4 GB of memory" in event.reason.text
+    first, *_ = names = sum(users, [])
+    one_at_a_time = [[name] for name in names]  # as the largest batch
+    assert list(hst.start_servers(one_at_a_time, hub.endpoint, session, failing, fail_fast=True)) == [first]
     started = hst.start_servers(users, hub.endpoint, session, {"fail_rate": 0.0})
-    assert {name: event.reason for name, event in started.items()} == dict.fromkeys(sum(users, []))
+    assert {name: event.reason for name, event in started.items()} == dict.fromkeys(names)
     assert all(user["servers"][""]["ready"] for name, user in hub.users().items() if name in started)
-    assert hst.delete_users(list(started), hub.endpoint, session)
+    assert hst.delete_users(names, hub.endpoint, session)
     assert not tool_users(hub)
-
-
-def test_start_servers_starts_no_more_after_a_failure_with_fail_fast(new_hub: LocalHub) -> None:
-    session = hst.get_session(new_hub.token)
-    users = make(new_hub, session, 6)
-    failing = {"fail_rate": 1.0}
-    starts = hst.start_servers([[name] for name in sum(users, [])], new_hub.endpoint, session, failing, fail_fast=True)
-    assert list(starts) == users[0][:1]  # one at a time, as the largest batch
-    assert hst.delete_users(sum(users, []), new_hub.endpoint, session)
 
 
 def test_start_servers_at_a_rate_does_not_wait_for_slow_ones(new_hub: LocalHub) -> None:
@@ -100,15 +95,13 @@ def test_start_servers_at_a_rate_does_not_wait_for_slow_ones(new_hub: LocalHub) 
     assert hst.delete_users(list(starts), new_hub.endpoint, session)
 
 
-def test_a_refused_batch_deletes_what_was_made_before_it(new_hub: LocalHub) -> None:
-    session = hst.get_session(new_hub.token)
+def test_a_refused_batch_deletes_the_users_made_before_it(new_hub: LocalHub, proxy: FaultProxy) -> None:
     is_create = matching("POST", "/users$")
     answers = iter([None, hub_answer(500, b'{"status": 500, "message": "database is locked"}')])
-    with FaultProxy(new_hub.endpoint) as proxy:
-        proxy.rule = lambda request: next(answers, None) if is_create(request) else None
-        with pytest.raises(hst.HubRefused, match=r"the hub refused to make users: 500 \(database is locked\)"):
-            hst.create_users(3, 1, proxy.endpoint, session)
-        assert [e.status for e in proxy.requests if e.path.endswith("/users")] == [201, 500]
+    proxy.rule = lambda request: next(answers, None) if is_create(request) else None
+    with pytest.raises(hst.HubRefused, match=r"the hub refused to make users: 500 \(database is locked\)"):
+        hst.create_users(3, 1, proxy.endpoint, hst.get_session(new_hub.token))
+    assert [entry.status for entry in proxy.requests if entry.path.endswith("/users")] == [201, 500]
     assert not tool_users(new_hub)
 
 
@@ -122,64 +115,46 @@ def test_timeit_logs_how_long_even_when_the_function_raises(caplog: pytest.LogCa
     assert "seconds to fails" in caplog.text
 
 
-def test_validate_takes_what_can_be_used_and_refuses_the_rest() -> None:
-    fine = {"command": "stress-test", "count": 1, "batch_size": 1, "token": "x", "endpoint": "http://x/hub/api"}
-    hst.validate(argparse.Namespace(**fine))
-    for broken in ({"count": 0}, {"batch_size": 0}, {"token": None}, {"endpoint": None}):
-        with pytest.raises(hst.UsageError):
-            hst.validate(argparse.Namespace(**fine | broken))
-
-
 # ==== A whole run ====================================================================================================
 
 
-def test_a_run_without_a_command_line_returns_the_results_as_plain_json(hub: LocalHub) -> None:
-    stress = hst.run_stress_test(2, 2, hub.token, hub.endpoint, keep=True)
-    assert (stress["servers"]["ready"], stress["users"]["kept"], stress["exit_code"]) == (2, 2, 0)
-    activity = hst.notebook_activity_test(3, hub.token, hub.endpoint, 3)
-    assert activity["operations"]["activity"]["count"] == 3 and activity["users"]["deleted"] == 1
-    purge = hst.purge_users(hub.token, hub.endpoint)
-    assert purge["users"]["deleted"] == 2
-    for found in (stress, activity, purge):
-        jsonschema.validate(found, SCHEMA)
-        assert hub.token not in str(found)
-    assert not tool_users(hub)
-
-
-def test_a_run_takes_all_that_a_plan_holds(new_hub: LocalHub) -> None:
+def test_runs_return_the_results_as_json_and_write_files(new_hub: LocalHub, tmp_path: Path) -> None:
+    where = (new_hub.token, new_hub.endpoint)
     more: dict[str, Any] = {"run": RUN, "hold_s": 1.0, "profile": "small", "keep": True}
-    found = hst.run_stress_test(2, 2, new_hub.token, new_hub.endpoint, **more)
-    assert found["operations"]["stay"]["count"] == 2 and found["servers"]["lost"] == 0
-    assert {name: found["options"][name] for name in ("run", "hold", "profile", "keep")} == {
-        "run": RUN,
-        "hold": 1.0,
-        "profile": "small",
-        "keep": True,
-    }
-    assert tool_users(new_hub) == {"hub-stress-test-lib-1", "hub-stress-test-lib-2"}
+    files = {name: str(tmp_path / name) for name in ("results", "report")}
+    stress = hst.run_stress_test(2, 2, *where, **more, **files)
+    assert (stress["servers"]["ready"], stress["servers"]["lost"], stress["users"]["kept"]) == (2, 0, 2)
+    assert stress["operations"]["stay"]["count"] == 2 and stress["exit_code"] == 0
+    assert [stress["options"][name] for name in ("run", "hold", "profile", "keep")] == [RUN, 1.0, "small", True]
+    assert json.loads(Path(files["results"]).read_text()) == stress
+    assert "<title>hub-stress-test: PASSED" in Path(files["report"]).read_text()
     options = [new_hub.users()[name]["servers"][""]["user_options"] for name in tool_users(new_hub)]
     assert options == [{"profile": "small"}] * 2
-    assert hst.purge_users(new_hub.token, new_hub.endpoint, run="another")["users"]["deleted"] == 0
-    assert hst.purge_users(new_hub.token, new_hub.endpoint, run=RUN)["users"]["deleted"] == 2
-    assert not tool_users(new_hub)
+    activity = hst.notebook_activity_test(3, *where, 3, run=RUN)
+    assert activity["operations"]["activity"]["count"] == 3 and activity["users"]["deleted"] == 1
+    assert hst.purge_users(*where, run="another")["users"]["deleted"] == 0
+    purge = hst.purge_users(*where, run=RUN)
+    assert purge["users"]["deleted"] == 2 and not tool_users(new_hub)
+    for found in (stress, activity, purge):
+        jsonschema.validate(found, SCHEMA)
+        assert new_hub.token not in str(found)
 
 
-@pytest.mark.parametrize("broken", [{"results": "/nowhere/r"}, {"samples": "s.txt"}, {"stay_s": 1.0, "keep": True}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *({"count": 0}, {"batch_size": 0}, {"endpoint": None}, {"endpoint": "hub"}, {"token": None}),
+        *({"results": "/nowhere/r"}, {"samples": "s.txt"}, {"stay_s": 1.0, "keep": True}),
+    ],
+)
 def test_the_functions_refuse_what_the_command_line_refuses(broken: dict[str, Any]) -> None:
+    fine: dict[str, Any] = {"count": 1, "batch_size": 1, "token": "x", "endpoint": "http://hub.invalid/hub/api"}
+    hst.validate(argparse.Namespace(command="stress-test", **fine))
     with pytest.raises(hst.UsageError):
-        hst.run_stress_test(1, 1, "x", "http://hub.invalid/hub/api", **broken)
-    for nothing in (functools.partial(hst.run_stress_test, 0, 1), functools.partial(hst.run_stress_test, 1, 0)):
-        with pytest.raises(hst.UsageError, match="expected a whole number of at least 1"):
-            nothing("x", "http://hub.invalid/hub/api")
-    with pytest.raises(hst.UsageError, match="--count: expected .* not '0'"):
-        hst.notebook_activity_test(0, "x", "http://hub.invalid/hub/api", 1)
-
-
-def test_the_functions_write_the_files_that_they_are_asked_for(new_hub: LocalHub, tmp_path: Path) -> None:
-    files = {name: str(tmp_path / name) for name in ("results", "report")}
-    found = hst.run_stress_test(1, 1, new_hub.token, new_hub.endpoint, **files)
-    assert json.loads(Path(files["results"]).read_text()) == found
-    assert "<title>hub-stress-test: PASSED" in Path(files["report"]).read_text()
+        hst.validate(argparse.Namespace(command="stress-test", **fine | broken))
+    if broken != {"token": None}:
+        with pytest.raises(hst.UsageError):
+            hst.run_stress_test(**fine | broken)
 
 
 def test_a_dry_run_returns_the_plan() -> None:

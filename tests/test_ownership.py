@@ -28,8 +28,6 @@ from jupyterhub.auth import LocalAuthenticator
 from tornado.web import HTTPError
 
 class Moody(LocalAuthenticator, DummyAuthenticator):
-    username_pattern = "(?!hub-stress-test-pattern-).*"
-
     def normalize_username(self, name):
         return f"lms_{name}" if "-lms-" in name else name
 
@@ -48,6 +46,7 @@ class MoodySpawner(StubSpawner):
             raise HTTPError(403, "over quota")
         return await super().start()
 
+c.Authenticator.username_pattern = "(?!hub-stress-test-pattern-).*"
 c.JupyterHub.authenticator_class, c.JupyterHub.spawner_class = Moody, MoodySpawner
 """
 ACCOUNTS = "the hub's users need unix accounts: make some with these names, or test with --own-servers"
@@ -126,7 +125,9 @@ class Creates(hst.SimulatedHub):
         if status is None:  # the answer is lost
             raise requests.ConnectionError("reset")
         if status == BROKEN_TLS:  # of a balancer that answers in plain text
-            raise requests.exceptions.SSLError(ssl.SSLError(1, "WRONG_VERSION_NUMBER"))
+            error = ssl.SSLError(1, "wrong version")
+            error.reason = "WRONG_VERSION_NUMBER"
+            raise requests.exceptions.SSLError(error)
         return status, models if status == 201 else {"status": status, "message": "no"}
 
 

@@ -88,13 +88,8 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("metric", VALUES)
-def test_every_metric_with_every_operator_is_met_or_not(metric: str) -> None:
-    value = VALUES[metric]
-    for comparison, limit in itertools.product(hst.COMPARISONS, (value * 0.5, value, value * 1.5)):
-        judged = hst.condition(f"{metric} {comparison} {limit:g}").judge(RESULTS, None)
-        expected = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[comparison]
-        assert (judged.held, judged.value) == (expected, value)
+def test_a_metric_has_the_value_at_its_path() -> None:
+    assert {metric: hst.metric_value(RESULTS, metric) for metric in VALUES} == VALUES
 
 
 @pytest.mark.parametrize(
@@ -102,6 +97,10 @@ def test_every_metric_with_every_operator_is_met_or_not(metric: str) -> None:
     [
         ("server_ready.p95 > 3999ms", True),
         ("server_ready.p95 > 4s", False),
+        ("server_ready.p95 >= 4s", True),
+        ("server_ready.p95 < 4s", False),
+        ("server_ready.p95 <= 4s", True),
+        ("server_ready.p95 <= 3.9s", False),
         ("server_ready.p95 < 0.1m", True),
         ("failed_rate > 2%", True),
         ("failed_rate>=3.1%", False),
@@ -141,24 +140,6 @@ def test_a_unit_fits_the_key_or_is_refused(units: str) -> None:
     for metric, unit in itertools.product(UNITS_OF[units], hst.UNITS.keys() - {"", "x"}):
         with contextlib.nullcontext() if unit in units.split() else pytest.raises(hst.UsageError, match="does not fit"):
             plan_for("purge", *HUB, "--fail-if", f"{metric} > 1{unit}")
-
-
-@pytest.mark.parametrize(
-    ("plan", "texts"),
-    [
-        (hst.Plan(), ["failed > 0"]),
-        (hst.Plan(check_proxy=True), ["failed > 0", "proxy_check.leaking > 0"]),
-        (hst.Plan(find_capacity=True), ["failed > 0", "server_ready.p95 > 30s"]),
-        (hst.Plan(hst.ACTIVITY, find_capacity=True), ["failed > 0", "activity.p95 > 500ms"]),
-        (
-            hst.Plan(hst.ACTIVITY, find_capacity=True, mix={"read": 1.0, "list": 2.0}),
-            ["failed > 0", "read.p95 > 500ms", "list.p95 > 500ms"],
-        ),
-        (hst.Plan(find_capacity=True, fail_if=(hst.condition("throttled > 9"),)), ["throttled > 9"]),
-    ],
-)
-def test_the_default_conditions_are_those_of_the_command(plan: hst.Plan, texts: list[str]) -> None:
-    assert [limit.text for limit in plan.conditions] == texts
 
 
 def test_an_absent_name_counts_0_only_in_mappings_of_counts() -> None:
@@ -319,7 +300,6 @@ def test_the_table_of_options_is_whole() -> None:
     assert len(hst.OPTIONS) <= 49
     for row in hst.OPTIONS.values():
         assert {*row.needs.split(), *row.excludes.split()} <= hst.OPTIONS.keys()
-        assert ("{}" in row.because) == bool(row.excludes)
 
 
 @pytest.mark.parametrize("command", hst.COMMANDS)
@@ -366,19 +346,16 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
     assert plan_for("purge").endpoint == "http://server/hub/api"
 
 
-@pytest.mark.parametrize(
-    ("plan", "number"),
-    [
-        (hst.Plan(count=300, batch_size=50), 50),
-        (hst.Plan(count=300, rate_per_s=10.0), 20),
-        (hst.Plan(count=300, within_s=10.0), 60),
-        (hst.Plan(count=300, within_s=300.0), 10),
-        (hst.Plan(count=9000, within_s=10.0), 100),
-        (hst.Plan(hst.ACTIVITY, rate_per_s=50.0), 10),
-    ],
-)
-def test_users_are_removed_as_fast_as_they_came(plan: hst.Plan, number: int) -> None:
-    assert plan.removed_at_once == number
+def test_users_are_removed_as_fast_as_they_came() -> None:
+    cases: dict[int, dict[str, Any]] = {
+        50: {"count": 300, "batch_size": 50},
+        20: {"count": 300, "rate_per_s": 10.0},
+        60: {"count": 300, "within_s": 10.0},
+        10: {"count": 300, "within_s": 300.0},
+        100: {"count": 9000, "within_s": 10.0},
+    }
+    assert [hst.Plan(**fields).removed_at_once for fields in cases.values()] == list(cases)
+    assert hst.Plan(hst.ACTIVITY, rate_per_s=50.0).removed_at_once == 10
 
 
 # ==== Bad usage ======================================================================================================
@@ -413,14 +390,16 @@ BAD_USAGE = {
     "purge --fail-if 'capacity.steps > 2'": "no 'capacity.steps' in the",
     "activity-stress-test --find-capacity --fail-if 'hub.metrics.cpu_share > 90%'": "throttled and OPERATION.STAT",
     # options beside each other
-    **{f"stress-test --find-capacity {words}": f"leave out {words.partition(' ')[0]}"
-       for words in ("--count 9", "--within 5m", "--hold 5m", "--stay 5m", "--keep")},
+    "stress-test --find-capacity --count 9": "leave out --count, or give --within too",
+    "stress-test --find-capacity --within 5m": "leave out --within, or give --count too",
+    **{f"stress-test --find-capacity {words}": f"--find-capacity and {words.partition(' ')[0]} exclude each other"
+       for words in ("--hold 5m", "--stay 5m", "--keep", "--check-proxy")},
     "activity-stress-test --find-capacity --rate 1:2m": "without stages",
     "stress-test --find-capacity --max-servers 5": "the first step has 6 people",
-    "stress-test --max-servers 5": "a meaning only with --find-capacity",
-    "stress-test --once": "--once has a meaning only with --event",
-    "stress-test --visit-timeout 5s": "a meaning only with --visit, --page, --work or --check-proxy",
-    **{f"--dry-run stress-test {words}": f"nothing that {words.partition(' ')[0]} could show"
+    "stress-test --max-servers 5": "needs --find-capacity",
+    "stress-test --once": "--once needs --event",
+    "stress-test --visit-timeout 5s": "needs --visit, --page, --work or --check-proxy",
+    **{f"--dry-run stress-test {words}": f"--dry-run and {words.partition(' ')[0]} exclude each other"
        for words in ("--results r", "--report r", "--samples s.csv", "--metrics-port 9")},
     "stress-test --rate 1:2m,5:1m -c 9": "leave out --count",
     "activity-stress-test --rate 1:2m,5:1m --duration 9s": "leave out --duration",
@@ -451,17 +430,10 @@ def test_a_wrong_environment_is_refused(env: dict[str, str], expected: str, caps
     assert expected in refused_usage(["purge"], env, capsys)
 
 
-@pytest.mark.parametrize(
-    ("metric", "words"),
-    [
-        ("at_work.p95", ["--work"]),
-        ("operations.at_work.latency_s.p95", ["--visit"]),
-        ("visit.failed", ["--check-proxy"]),
-        ("stay.failed", ["--hold", "9s"]),
-    ],
-)
-def test_a_condition_may_be_on_a_step_that_somebody_takes(metric: str, words: list[str]) -> None:
-    assert plan_for("stress-test", *HUB, *words, "--fail-if", f"{metric} > 9").fail_if
+def test_a_condition_may_be_on_a_step_that_somebody_takes() -> None:
+    for words in ("--work at_work.p95", "--visit operations.at_work.latency_s.p95", "--check-proxy visit.failed"):
+        option, metric = words.split()
+        assert plan_for("stress-test", *HUB, option, "--fail-if", f"{metric} > 9").fail_if
 
 
 def test_an_operations_file_is_refused_with_its_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -517,7 +489,7 @@ def test_no_log_repr_or_result_shows_a_secret(logging_as_before: None, capsys: p
     assert "5ecret" not in log and "ValueError: sent ***, ***" in log and "'also': '***'" in log
 
 
-def test_a_file_that_is_no_log_of_ours_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_log_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine\n")
     said = refused_usage(["purge", "--log-to-file", str(tmp_path / "notes.txt")], NOWHERE, capsys)
     assert "not a log of hub-stress-test" in said and (tmp_path / "notes.txt").read_text() == "mine\n"
@@ -543,7 +515,7 @@ def test_a_dry_run_prints_the_golden_plan(
     (files / "class.py").write_text("# %%\n1\n# %%\n2\n# %%\n3\n")
     lines, pages = re.findall(r"^\$ (.*)\n", PLANS.read_text(), re.M), ""
     for line in lines:
-        assert hst.main(["--dry-run", *line.split()]) == 0
+        assert hst.main(["--dry-run", *shlex.split(line)]) == 0
         pages += f"$ {line}\n{capsys.readouterr().out}\n"
     if "REWRITE_GOLDEN" in os.environ:
         PLANS.write_text(pages)

@@ -41,9 +41,7 @@ def error_pages(hub: LocalHub) -> float:
         ("5.3.0", "clean", "the proxy kept no connection for them"),
     ],
 )
-def test_a_check_tells_a_proxy_that_loses_connections_from_one_that_does_not(
-    version: str, verdict: str, said: str, tmp_path: Path
-) -> None:
+def test_a_check_finds_the_proxy_that_loses_connections(version: str, verdict: str, said: str, tmp_path: Path) -> None:
     with LocalHub(real_proxy=True, proxy_version=version, real_servers=True) as hub:
         before = open_files(hub)
         done, found = run_for_results(tmp_path / "r", "stress-test", *CHECK, hub=hub)
@@ -61,7 +59,7 @@ def test_a_check_tells_a_proxy_that_loses_connections_from_one_that_does_not(
         assert held < 20 and pages <= 2
 
 
-def test_without_the_hubs_figures_an_affected_proxy_is_known_by_its_answers_behind_nginx_too(tmp_path: Path) -> None:
+def test_without_figures_the_answers_show_a_leak_behind_nginx_too(tmp_path: Path) -> None:
     scopes = tuple(scope for scope in ROLE_SCOPES if scope != "read:metrics")
     with (
         LocalHub(real_proxy=True, proxy_version="4.6.3", real_servers=True, scopes=scopes) as hub,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from test_summary import results_of
+from made_up_results import results_of
 
 NODES = "0/3 nodes are available: 3 Insufficient memory."
 BEGAN = datetime(2026, 11, 29, 12, 0, 0, tzinfo=timezone.utc).timestamp()
@@ -57,6 +57,7 @@ def seconds(found: hst.Phases | None) -> list[float]:
 def test_a_start_on_a_new_node_has_all_phases() -> None:
     found = phases(*ON_A_NEW_NODE)
     assert seconds(found) == [1, 20, 2, 9, 2, 2] and found and (found.new_node, found.images_pulled) == (1, 1)
+    assert phases() is None and phases(text(1.0, "spawning")) is None  # without events of Kubernetes
 
 
 def test_phases_add_up_whatever_is_lost_repeated_or_out_of_order() -> None:
@@ -70,10 +71,6 @@ def test_a_start_on_a_warm_node_pulls_nothing() -> None:
     events = [said(0.5, "Scheduled"), said(1, "Pulled", INIT), said(1, "Started", INIT), said(2, "Pulled", MAIN)]
     found = phases(*events, said(3, "Started", MAIN), ready_s=5.0)
     assert seconds(found) == [0.5, 0, 0.5, 0, 2, 2] and found and (found.new_node, found.images_pulled) == (0, 0)
-
-
-def test_without_kubernetes_events_there_are_no_phases() -> None:
-    assert phases() is None and phases(text(1.0, "spawning")) is None
 
 
 @pytest.mark.parametrize(
