@@ -4922,21 +4922,27 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     finally:
         run.record.include(best)
         run.capacity = capacity_of(plan, steps, finished=rate is None)
-        if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
-            judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
-            for name, operation in best.summarise().items():
-                errors.update(operation.errors if name in judged else {})
-            usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
-            run.warnings.append(f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}")
-        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-        slow = [step.p95_s or 0.0 for step in broken]
-        if any(later < before / 2 for before, later in zip(slow, slow[1:])):
-            run.warnings.append("the steps contradict each other (a higher rate was faster): search again")
-        ready = best.summarise().get("server_ready")
-        if ready and first.duration_s and first.duration_s < 5 * (ready.latency_s.p50 or 0.0):
-            lasts = f"steps of {duration_text(first.duration_s)}"
-            start = f"a start takes {duration_text(ready.latency_s.p50)}, so that people hardly queue"
-            run.warnings.append(f"{lasts} are too short: {start}. Give a longer --duration")
+        run.warnings += doubts(first, steps, best, tried)
+
+
+def doubts(first: Plan, steps: Sequence[CapacityStep], best: Recorder, tried: str) -> Iterator[str]:
+    """Why a search sustained no rate, `tried` being the last one, or why its answer is doubtful."""
+    operations = best.summarise()
+    if steps and sustained_rate(steps) is None:  # then each rate was lower than the one before it
+        judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
+        for name, operation in operations.items():
+            errors.update(operation.errors if name in judged else {})
+        usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
+        yield f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}"
+    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+    slow = [step.p95_s or 0.0 for step in broken]
+    if any(later < before / 2 for before, later in zip(slow, slow[1:])):
+        yield "the steps contradict each other (a higher rate was faster): search again"
+    ready = operations.get("server_ready")
+    if ready and first.duration_s and first.duration_s < 5 * (ready.latency_s.p50 or 0.0):
+        lasts = f"steps of {duration_text(first.duration_s)}"
+        start = f"a start takes {duration_text(ready.latency_s.p50)}, so that people hardly queue"
+        yield f"{lasts} are too short: {start}. Give a longer --duration"
 
 
 def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
