@@ -2097,7 +2097,7 @@ class OwnServers(Hub):
         """The answer about `/users/{owner}/servers/{name}`: as for a user; 404 when it is gone."""
         self.there.add(name)
         reply = super().ask_server(method, name, **parts)
-        if reply.status == 404:
+        if reply.status == 404 or named_server_limit(reply) is not None:
             self.there.discard(name)
         return reply
 
@@ -2424,12 +2424,13 @@ class HubFigures:
 
     @property
     def fullness(self) -> str:
-        """How full the hub's one thread, or how late its event loop was; "" when it was neither."""
+        """How full the hub's one thread, or how late its event loop was; "" if neither held requests up."""
         used = f"used up to {share_text(self.cpu_share_max)} of a processor"
         if self.cpu_share_max > BUSY:
             return f"the hub's one thread was full: it {used}"
-        late = f"the hub's event loop was late: by {duration_text(self.late_s)}, while it {used}"
-        return late if self.cpu_share_max > IDLE and self.late_s else ""
+        if self.cpu_share_max > IDLE and self.late_s:
+            return f"the hub's event loop was late: by {duration_text(self.late_s)}, while it {used}"
+        return ""
 
 
 def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_ready: int) -> HubFigures | None:
@@ -3922,6 +3923,7 @@ def remove_users(
     """
     session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
     left = {name: state for name, state in states.items() if ours(name)}
+    rewritten = [name for name in left if f"{USERNAME_PREFIX}-" not in name]  # which no list may have
     existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
     site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
@@ -3938,9 +3940,7 @@ def remove_users(
             try:
                 listed = [user for user in list_users(hub, record) if not user.get("admin")]
                 left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
-                # names that the hub has rewritten may lack the prefix by which it lists users
-                unlisted = [name for name in states if f"{USERNAME_PREFIX}-" not in name and name not in gone]
-                found = {name: hub.state(name) for name in unlisted if name not in left}
+                found = {name: hub.state(name) for name in rewritten if name not in {*left, *gone}}
                 left |= {name: state for name, state in found.items() if state is not ServerState.GONE}
                 site.states, refusals, refused, done = dict(left), 0, "", not left
                 existing |= left.keys()
@@ -4922,21 +4922,27 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     finally:
         run.record.include(best)
         run.capacity = capacity_of(plan, steps, finished=rate is None)
-        if steps and run.capacity.rate_per_s is None:  # then each rate was lower than the one before it
-            judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
-            for name, operation in best.summarise().items():
-                errors.update(operation.errors if name in judged else {})
-            usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
-            run.warnings.append(f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}")
-        broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
-        slow = [step.p95_s or 0.0 for step in broken]
-        if any(later < before / 2 for before, later in zip(slow, slow[1:])):
-            run.warnings.append("the steps contradict each other (a higher rate was faster): search again")
-        ready = best.summarise().get("server_ready")
-        if ready and first.duration_s and first.duration_s < 5 * (ready.latency_s.p50 or 0.0):
-            lasts = f"steps of {duration_text(first.duration_s)}"
-            start = f"a start takes {duration_text(ready.latency_s.p50)}, so that people hardly queue"
-            run.warnings.append(f"{lasts} are too short: {start}. Give a longer --duration")
+        run.warnings += doubts(first, steps, best, tried)
+
+
+def doubts(first: Plan, steps: Sequence[CapacityStep], best: Recorder, tried: str) -> Iterator[str]:
+    """Why a search sustained no rate, `tried` being the last one, or why its answer is doubtful."""
+    operations = best.summarise()
+    if steps and sustained_rate(steps) is None:  # then each rate was lower than the one before it
+        judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
+        for name, operation in operations.items():
+            errors.update(operation.errors if name in judged else {})
+        usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
+        yield f"no rate was sustained, not even {tried}: {steps[-1].held}{usual}"
+    broken = sorted((step for step in steps if step.held), key=lambda step: step.rate_per_s)
+    slow = [step.p95_s or 0.0 for step in broken]
+    if any(later < before / 2 for before, later in zip(slow, slow[1:])):
+        yield "the steps contradict each other (a higher rate was faster): search again"
+    ready = operations.get("server_ready")
+    if ready and first.duration_s and first.duration_s < 5 * (ready.latency_s.p50 or 0.0):
+        lasts = f"steps of {duration_text(first.duration_s)}"
+        start = f"a start takes {duration_text(ready.latency_s.p50)}, so that people hardly queue"
+        yield f"{lasts} are too short: {start}. Give a longer --duration"
 
 
 def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capacity:
@@ -5558,8 +5564,8 @@ def servers_of(
     never = "never started, or cut short" if cut_short else "never started"
     ready = sorted((end for end in starts.values() if not end.reason), key=lambda end: -end.latency_s)
     throttled_s = [end.throttled_s for end in starts.values() if end.throttled_s is not None]
-    waits_s = [(end.asked_s or end.due_s) - end.due_s for end in ready if end.throttled]
     first_due_s = min((end.due_s for end in starts.values()), default=0.0)
+    waits_s = [(end.asked_s or end.due_s) - end.due_s for end in ready if end.throttled]
     messages = {end.message for end in starts.values() if end.message}
     return Servers(
         requested=requested,

@@ -39,7 +39,7 @@ def ready(number: int, waited_s: float = 1.0, **more: Any) -> Event:
     return did("server_ready", number, waited_s, **more)
 
 
-def failed(number: int, text: str = NO_NODE.text, kind: Kind = Kind.SPAWN, **more: Any) -> Event:
+def failed(number: int, text: str = "the image does not exist", kind: Kind = Kind.SPAWN, **more: Any) -> Event:
     return ready(number, reason=Reason(kind, text), **more)
 
 

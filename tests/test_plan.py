@@ -576,7 +576,7 @@ def test_a_run_does_what_its_plan_says(new_hub: LocalHub, proxy: FaultProxy, tmp
 
     # and every number of its results may be in a condition, by its path
     found = results_in(results, done)
-    ruled_out = {"schema", "exit_code", *numbers(found["options"], "options")}
+    ruled_out = {"schema", "exit_code", *numbers(found["options"], "options"), *numbers(found["timeline"], "timeline")}
     paths = set(numbers(found)) - ruled_out
     assert {"hub.metrics.cpu_share", "servers.failed", "http.statuses.200", "aftermath.hub.rss_bytes.peak"} <= paths
     assert {path: hst.nearest_metric(path) for path in paths} == dict.fromkeys(paths, "")

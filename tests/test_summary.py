@@ -96,8 +96,8 @@ def test_a_percentile_of_too_few_is_a_dash(number: int, cells: list[str]) -> Non
 @pytest.mark.parametrize(
     ("figures", "lag"),
     [
-        ({"event_loop_samples": 19}, "; event loop late by 60 ms (max)"),
-        ({"event_loop_samples": 20}, "; event loop late by ≤ 50 ms (p95), 60 ms (max)"),
+        ({"event_loop_samples": 19}, "; event loop late by ≤ 60 ms (max)"),
+        ({"event_loop_samples": 20}, "; event loop late by ≤ 50 ms (p95), ≤ 60 ms (max)"),
         ({"event_loop_lag_p95_s": None, "event_loop_lag_max_s": None, "event_loop_samples": 0}, ""),
     ],
 )
@@ -118,7 +118,7 @@ def test_the_lag_of_the_event_loop_needs_samples(figures: dict[str, Any], lag: s
 )
 def test_a_few_users_are_named_for_each_reason(numbers: list[int], named: str) -> None:
     (sentence,) = sentences(results_of([failed(n, "no node is free") for n in numbers]), "failed")
-    assert sentence == f"{len(numbers)} × no node is free {named}, after 1.00 s"
+    assert sentence.startswith(f"{len(numbers)} × no node is free {named}, ")
 
 
 def test_the_commonest_reasons_are_shown_and_the_rest_is_counted() -> None:
@@ -175,6 +175,7 @@ def test_users_who_are_kept_have_their_command() -> None:
         ({Kind.SERVER_LIMIT}, [throttled(1), failed(2)], {}, ["c.JupyterHub.active_server_limit", "hub's log for"]),
         ({Kind.TIMED_OUT}, [failed(1, kind=Kind.TIMED_OUT)], {}, ["raise --server-timeout"]),
         ({Kind.SPAWN}, [failed(1)], {}, ["hub's log for the users named above"]),
+        ({Kind.SPAWN}, [failed(1, "no node has room")], {}, ["did not fit on the nodes"]),
         ({Kind.SPAWN}, [failed(1), failed(2)], {}, ["--profile", "hub's log for"]),
         ({Kind.SPAWN}, [failed(1, "KeyError: getpwnam()"), failed(2)], {}, ["unix accounts", "hub's log for"]),
         ({Kind.LOST}, [ready(1), held(1, lost=True)], {}, ["hub's log for the users", "idle culler"]),
@@ -207,12 +208,13 @@ P95 = hst.Judgement("server_ready.p95 > 60s", 1.0, False)
         (pings(*[0.1] * 200, failed=3), {}, ["3 of 203 pings failed"]),
         (pings(*[0.1] * 200, 2.9), {}, []),
         (pings(*[0.1] * 200, 3.1), {}, ["up to 3.10 s"]),
-        (pings(*[0.1] * 200, *[1.2] * 3), {}, ["up to 1.20 s"]),
-        (pings(*[0.1] * 20, *[1.2] * 3), {}, []),  # too few for a p99
+        (pings(*[0.1] * 200, *[1.2] * 3), {}, []),
+        (pings(*[0.1] * 20, *[1.2] * 3), {}, ["up to 1.20 s"]),
+        (pings(*[0.1] * 16, *[1.2] * 3), {}, []),  # too few for a p95
         (pings(8.3), {"hub": hub_with(cpu_share_max=0.98)}, ["up to 8.30 s: the hub's one thread was full"]),
         (pings(0.1), {"hub": hub_with(cpu_share_max=0.98)}, ["full: it used up to 98 %"]),
         (pings(0.1), {"hub": hub_with(cpu_share_max=0.5)}, []),
-        (pings(0.1), {"hub": hub_with(cpu_share_max=0.4, event_loop_lag_p95_s=0.425)}, ["late by 425 ms"]),
+        (pings(0.1), {"hub": hub_with(cpu_share_max=0.4, event_loop_lag_p95_s=0.425)}, ["late: by 425 ms"]),
         (STARTS[17], {}, ["17 of 20 starts"]),
         (STARTS[5], {}, []),
         ([ready(1)], {"warnings": ["the hub restarted"]}, ["the hub restarted"]),
@@ -246,7 +248,7 @@ def test_a_warning_that_is_a_but_is_no_cause() -> None:
         ("failed_rate > 25%", 0.2, None, "✓ failed_rate 20.0 % (fails above 25 %)"),
         ("failed <= 3", 4, None, "✓ failed 4 (fails at 3 or less)"),
         ("server_ready.p50 < 10m", 2.54, None, "✗ server_ready.p50 2.54 s (fails below 10 min 0 s)"),
-        ("hub.metrics.cpu_share_max > 1", 0.914, None, "✓ hub.metrics.cpu_share_max 91.4 % (fails "),
+        ("hub.metrics.cpu_share_max > 100%", 0.914, None, "✓ hub.metrics.cpu_share_max 91.4 % (fails "),
         ("hub.metrics.rss_max_bytes > 1GB", 1.17e8, None, "✓ hub.metrics.rss_max_bytes 117 MB (fails "),
         ("capacity.rate_per_s > 1", 46.5, None, "✗ capacity.rate_per_s 46.5 (fails "),
     ],
