@@ -266,7 +266,7 @@ def test_throttled_starts_are_retried_when_a_place_is_free(make_hub: Make, tmp_p
     hub = make_hub(concurrent_spawn_limit=5, spawn_s=0.2, slow_spawn_timeout_s=0)
     done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "40", "-b", "50", hub=hub)
     assert done.code == 0 and not tool_users(hub)
-    assert re.search(r"40 ready, 0 failed; [1-9]\d* throttled, from [\d.]+ m?s after the first start on", done.summary)
+    assert re.search(r"40 ready, 0 failed; [1-9]\d* throttled, ", done.summary)
     line = found["timeline"]["servers"]
     waits_s = [asked_s - at_s for at_s, asked_s in zip(line["throttled_s"], line["asked_s"]) if at_s is not None]
     assert 0 < min(waits_s) < 25  # the hub's shortest pause is 30 s
