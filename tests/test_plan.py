@@ -386,7 +386,7 @@ BAD_USAGE = {
     "purge --fail-if 'ping.p95 > 2x'": "needs a --baseline",
     "purge --fail-if 'pong.p95 > 2s'": "nearest is ping.p95",
     "purge --fail-if 'visit.p42 > 1s'": "no 'visit.p42' in the results; nearest",
-    "purge --fail-if 'hub.cpu_share_max > 9'": "is hub.metrics.cpu_share_max",
+    "purge --fail-if 'hub.cpu_share_max > 90%'": "is hub.metrics.cpu_share_max",
     "purge --fail-if 'capacity.steps > 2'": "no 'capacity.steps' in the",
     "activity-stress-test --find-capacity --fail-if 'hub.metrics.cpu_share > 90%'": "throttled and OPERATION.STAT",
     # options beside each other
@@ -433,7 +433,7 @@ def test_a_wrong_environment_is_refused(env: dict[str, str], expected: str, caps
 def test_a_condition_may_be_on_a_step_that_somebody_takes() -> None:
     for words in ("--work at_work.p95", "--visit operations.at_work.latency_s.p95", "--check-proxy visit.failed"):
         option, metric = words.split()
-        assert plan_for("stress-test", *HUB, option, "--fail-if", f"{metric} > 9").fail_if
+        assert plan_for("stress-test", *HUB, option, "--fail-if", f"{metric} > 9{hst.unit_of(metric)}").fail_if
 
 
 def test_an_operations_file_is_refused_with_its_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_do(make_hub:
     assert re.search("^next .*raise c.JupyterHub.concurrent_spawn_limit", done.summary, re.M)
     sentence = re.search(r"of (\S+ m?s) until ready, (\S+ m?s) throttling, (\S+ m?s) the spawner", done.summary)
     assert sentence, done.summary
-    wait_s, waited_s, start_s = (float(text.removesuffix(" s")) for text in sentence.groups())
+    wait_s, waited_s, start_s = (float(text.split()[0]) * hst.UNITS[text.split()[1]] for text in sentence.groups())
     assert start_s >= 1.6 and waited_s > 0.1 and start_s + waited_s <= wait_s * 1.01
 
 
