@@ -755,6 +755,7 @@ EVENT, GROUP = "the table above the groups", "a group"  # of an event's file, wh
 ARRIVALS, ACTIONS, FAILS, OUTPUT = "who comes", "what they do", "when it fails", "where results go"
 CAPACITY, CONNECTION, RARE = "capacity", "connection", "rare"
 HELP_GROUPS = (ARRIVALS, ACTIONS, FAILS, OUTPUT, CAPACITY, CONNECTION, RARE)
+OPENING = "visit page work check_proxy"  # fields of the plan by which people open their servers
 DEFAULT_MIX: Mapping[str, float] = {"activity": 1.0}
 
 
@@ -918,7 +919,7 @@ class Plan:
     visit: bool = for_groups("--visit", "each person opens the start page of their server",
         locust_flag="--hub-open", about=ACTIONS)
     visit_timeout_s: float = for_people("--visit-timeout DURATION", "how long a person tries to open it",
-        duration, "30s", needs="visit page work check_proxy", locust=True, about=FAILS)
+        duration, "30s", needs=OPENING, locust=True, about=FAILS)
     page: Recording | None = for_groups("--page FILE.har",
         "each person fetches what a browser did that this HAR file recorded", recording, about=ACTIONS)
     work: bool = for_groups("--work", "each person starts a kernel and runs cells",
@@ -939,7 +940,7 @@ class Plan:
         about=ACTIONS)
     public_url: str | None = for_people("--public-url URL",
         "where people reach the hub, if not at the endpoint", endpoint_url,
-        needs="visit page work check_proxy", locust=True, about=CONNECTION)
+        needs=OPENING, locust=True, about=CONNECTION)
     workers: int = for_requests("--workers N", "threads that send; with --rate up to 200, as the rate needs",
         whole_number, "100")
     duration_s: float | None = option("--duration DURATION",
@@ -982,7 +983,7 @@ class Plan:
     @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
-        return any(group.visit or group.page or group.work or group.check_proxy for group in self.groups)
+        return any(getattr(group, name) for group in self.groups for name in OPENING.split())
 
     @property
     def rehearses(self) -> bool:
@@ -3524,31 +3525,51 @@ class Step:
     name: str
     title: str
     act: Act | None = None  # what a person does; None: it is measured elsewhere
-    wanted: Callable[[Plan], object] = lambda plan: True  # whether a person does it
+    by: str = ""  # fields of the plan: with any of them a person takes it; "": always
     always: bool = False  # also after an earlier step has failed
+    waits_for: str = ""  # what a person waits for meanwhile
+    did: str = ""  # what somebody who has taken it did
+    meaning: str = ""
+
+    def wanted(self, plan: Plan) -> bool:
+        """Whether people take it by this plan."""
+        return not self.by or any(getattr(plan, name) for name in self.by.split())
 
 
+# fmt: off
 STEPS = {
     step.name: step
     for step in (
-        Step("server_ready", "server ready", come),
-        Step("start_server", "start request"),
-        Step("visit", "visit", visit, lambda plan: plan.opens),
-        Step("page", "page", load_page, lambda plan: plan.page),
-        Step("kernel_ready", "kernel ready", start_kernel, lambda plan: plan.work),
-        Step("at_work", "at work", get_to_work, lambda plan: plan.rehearses),
-        Step("cell", "cell", work, lambda plan: plan.work),
-        Step("stay", "stay", stay, lambda plan: plan.hold_s or plan.stay_s),
-        Step("stop_server", "stop request", stop, lambda plan: plan.stay_s, always=True),
-        Step("create_users", "create users"),
-        Step("delete_user", "delete user", delete, lambda plan: plan.stay_s, always=True),
-        Step("list_users", "list users"),
-        Step("activity", "activity report"),
+        Step("server_ready", "server ready", come, waits_for="the server", did="started a server",
+            meaning="from the moment a start was due until the hub said that the server was ready"),
+        Step("start_server", "start request",
+            meaning="from requesting a server until the hub accepted the start, without throttling"),
+        Step("visit", "visit", visit, OPENING, waits_for="the start page", did="opened its page",
+            meaning="from ready until the server's start page was loaded"),
+        Step("page", "page", load_page, "page", waits_for="the rest of it",
+            meaning="from the first request of a recorded page to its last answer"),
+        Step("kernel_ready", "kernel ready", start_kernel, "work", waits_for="the kernel",
+            did="started a kernel", meaning="from requesting a kernel until the first cell had its result"),
+        Step("at_work", "at work", get_to_work, f"{OPENING} event group",
+            meaning="from the moment a person was due until they could work"),
+        Step("cell", "cell", work, "work", did="ran cells",
+            meaning="from sending a later cell until its result"),
+        Step("stay", "stay", stay, "hold_s stay_s", did="stayed", meaning="how long the server was held"),
+        Step("stop_server", "stop request", stop, "stay_s", always=True,
+            meaning="from requesting the stop of a server until the hub accepted it"),
+        Step("create_users", "create users", meaning="from sending the names of a batch until they existed"),
+        Step("delete_user", "delete user", delete, "stay_s", always=True,
+            meaning="from sending the request until its answer"),
+        Step("list_users", "list users",
+            meaning="from sending the request for a page of users until it came"),
+        Step("activity", "activity report", meaning="what a running server sends the hub, one every 300 s"),
         Step("read", "read user"),
         Step("list", "list page"),
-        Step("ping", "ping"),
+        Step("ping", "ping",
+            meaning="reading one user, five times a second: what everybody else on the hub feels"),
     )
 }
+# fmt: on
 PERSONAL = tuple(step.name for step in STEPS.values() if step.act and not step.always)
 SCOPES = {  # that the token needs for a command
     STRESS: {"admin:users", "list:users", "delete:users", "servers", "read:servers", "delete:servers"},
@@ -4536,7 +4557,7 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
     tried = {name: record.count([name]) for name in PERSONAL}
     failed = {name: record.failures([name]) for name in PERSONAL}
     ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
-    opening = ready - works - sum(failed[name] for name in ("visit", "page", "kernel_ready", "at_work"))
+    opening = ready - works - sum(failed[name] for name in PERSONAL[1 : PERSONAL.index("at_work") + 1])
     return {
         f"of {count:,} came": tried["server_ready"] + starting,
         "starting": max(0, starting - throttled),
@@ -5070,8 +5091,6 @@ def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_fr
 # ==== What it means: where the time went, and what to look at next ==========================================
 
 HANDLERS = {"activity": "POST ActivityAPIHandler", "ping": "GET UserAPIHandler"}  # by operation
-WAITS = {"server_ready": "the server", "visit": "the start page", "page": "the rest of it"}
-WAITS |= {"kernel_ready": "the kernel"}
 NEGLIGIBLE_S = 0.02  # too little to mention
 SLOW_PING_S = 0.1  # as a mean; a faster one is no news
 
@@ -5122,7 +5141,8 @@ def time_spent(results: Results) -> Iterator[str]:
     if own and own.fullness and own.fullness not in results.but:
         yield own.fullness
     if results.people and (means := results.people.until_work_s):
-        waits = [f"{title} {duration_text(means[step])}" for step, title in WAITS.items() if step in means]
+        steps = [step for step in STEPS.values() if step.waits_for and step.name in means]
+        waits = [f"{step.waits_for} {duration_text(means[step.name])}" for step in steps]
         at_work = f"people waited {duration_text(means['at_work'])} on average until they could work"
         yield f"{at_work}: {', '.join(waits)}"
     if results.capacity:  # operations are of one step, the hub's figures of all
@@ -6361,19 +6381,13 @@ GROUP_COLOURS = ("#db2777", "#854d0e", "#7c3aed", "#0891b2", "#be123c", "#4d7c0f
 Trace = dict[str, Any]  # of plotly
 Span = tuple[int, float, float]  # which server was in a state, from when to when
 DETAILS = ("hub", "hold", "slowest", "requests", "duration", "hub's own")  # rows that are folded
-WORDS = {  # in tables and plots
+WORDS = {step.title: step.meaning for step in STEPS.values() if step.meaning}  # in tables and plots
+WORDS |= {
+    "count": "how many there were, failures included",
     "throttled": "the hub refused the start for the moment (429), and it was tried again",
     "lost": "the server had become ready, and stopped while it was held",
-    "server ready": "from the moment a start was due until the hub said that the server was ready",
-    "start request": "from requesting a server until the hub accepted the start, without throttling",
-    "visit": "from ready until the server's start page was loaded",
-    "kernel ready": "from requesting a kernel until the first cell had its result",
-    "cell": "from sending a later cell until its result",
-    "at work": "from the moment a person was due until they could work",
-    "stay": "how long the server was held",
-    "activity report": "what a running server sends the hub, one every 300 s",
-    "ping": "reading one user, five times a second: what everybody else on the hub feels",
-    "p95": "95 % of those that succeeded took no longer; a dash: too few samples to say",
+    "p50": "half of those that succeeded took at most this long",
+    "p95": "95 % of those that succeeded took at most this long; a dash: too few samples to say",
 }
 
 
@@ -6415,9 +6429,7 @@ def element(tag: str, text: str, kind: str = "") -> str:
 def tested_text(results: Results) -> str:
     """What was tested, on which hub, and when, in a sentence."""
     options, hub = results.options, results.hub
-    acts = {"visit": "opened its page", "kernel_ready": "started a kernel", "cell": "ran cells"}
-    acts["stay"] = "stayed"
-    did = ["started a server", *(act for name, act in acts.items() if name in results.operations)]
+    did = [step.did for name, step in STEPS.items() if step.did and name in results.operations]
     mix = ", ".join(f"{title_of(name)}s" for name in options.get("mix") or DEFAULT_MIX)
     load = f"{mix} for {counted(options.get('count') or 0, 'user')} without servers"
     if results.command == PURGE:
@@ -6856,6 +6868,12 @@ def decided_by_stages(command: str, rate: float | Schedule | None) -> Json:
     return {"count": rate.count} if command == STRESS else {"duration_s": rate.lasts_s}
 
 
+def flags_text(names: str) -> str:
+    """The options of these fields that a command line can have: --a, --b or --c."""
+    flags = [OPTIONS[name].flag for name in names.split() if name in OPTIONS and STRESS in OPTIONS[name].on]
+    return " or ".join(flags).replace(" or ", ", ", len(flags) - 2)
+
+
 def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]]:
     """Each given field that breaks a rule, with the sentence that says which."""
     given = [name for name in OPTIONS if name in given and getattr(plan, name)]
@@ -6865,8 +6883,7 @@ def broken_rules(plan: Plan, given: Collection[str]) -> Iterator[tuple[str, str]
         if plan.command not in row.rules_on or (name == "within_s" and plan.find_capacity):
             needs = excludes = []  # in a search, --rate is that of the first step
         if needs and not any(getattr(each, need) for each in (plan, *plan.groups) for need in needs):
-            flags = " or ".join(OPTIONS[need].flag for need in needs).replace(" or ", ", ", len(needs) - 2)
-            yield name, f"{row.flag} needs {flags}"
+            yield name, f"{row.flag} needs {flags_text(row.needs)}"
         for other in (other for other in excludes if other in given):
             yield other, f"{row.flag} and {OPTIONS[other].flag} exclude each other: give one of them"
         package, module = row.package
@@ -6934,9 +6951,7 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
         return f"there is no group {unknown!r}"
     step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
     if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
-        alone: Json = {"visit": True, "page": Given("", ()), "work": True, "hold_s": 1.0, "stay_s": 1.0}
-        flags = [OPTIONS[name].flag for name, value in alone.items() if step.wanted(Plan(**{name: value}))]
-        return f"{step.name} is measured only with {' or '.join(flags)}"
+        return f"{step.name} is measured only with {flags_text(step.by)}"
     if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
         return f"the unit {limit.unit!r} does not fit {limit.metric}"
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""

@@ -378,7 +378,7 @@ BAD_USAGE = {
     "purge --results /nowhere/r.json": "cannot be written",
     "purge --report /nowhere/r.html": "cannot be written",
     # conditions
-    "stress-test --fail-if 'visit.p95 > 9s'": "visit is measured only with --visit or --page or --work (see",
+    "stress-test --fail-if 'visit.p95 > 9s'": "is measured only with --visit, --page, --work or --check-proxy (see",
     "stress-test --fail-if 'page.p95 > 9s'": "page is measured only with --page (see",
     "stress-test --fail-if 'kernel_ready.p95 > 9s'": "kernel_ready is measured only with --work (see",
     "stress-test --fail-if 'operations.at_work.latency_s.p95 > 9s'": "at_work is measured only with",

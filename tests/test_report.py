@@ -139,7 +139,7 @@ def test_a_report_says_first_what_was_tested_and_explains_its_words() -> None:
         assert part in tested
     legend = page.partition("<h2>Words</h2>")[2].partition("</table>")[0]
     words = re.findall('<tr><td class="?left"?>(.*?)</td>', legend)
-    assert words == ["throttled", "lost", "server ready", "start request", "stay", "ping", "p95"]
+    assert words == ["server ready", "start request", "stay", "ping", "count", "throttled", "lost", "p50", "p95"]
 
 
 ENDS = ["Against the baseline", "Words", "Details", "Options"]
