@@ -459,7 +459,7 @@ def value_text(value: float, metric: str) -> str:
 def matching(
     pattern: str, expected: str, value_of: Callable[[str], T], secret: bool = False
 ) -> Callable[[str], T]:
-    """A kind of value: text of this form, of which `value_of` makes a value that is not 0."""
+    """A kind of value: a text that fits the pattern, and its value, which must not be 0."""
 
     def parse(text: str) -> T:
         """The value of a text."""
@@ -1438,7 +1438,7 @@ c.JupyterHub.load_roles.append({
 })"""
 
 
-# ==== Pure rules: what is said while a server starts ========================================================
+# ==== Pure rules: messages while a server starts ============================================================
 
 Said = Sequence[tuple[float, Json]]  # the events of a progress stream, and when each arrived
 
@@ -1643,7 +1643,7 @@ class Reply:
 
     @property
     def seen_status(self) -> int:
-        """The status, whoever gave it; 0 when no answer came."""
+        """The status of whatever answered; 0 when nothing did."""
         return self.status or self.front
 
     def __str__(self) -> str:
@@ -1841,7 +1841,7 @@ class HubSession(requests.Session):
 
     @property
     def hub_is_gone(self) -> bool:
-        """Whether the hub has been silent for so long that sending more is no use."""
+        """Whether the hub has been silent too long to go on sending."""
         return self.clock() - self.answered_s > self.gone_after_s
 
     def pause(self, seconds: float) -> bool:
@@ -3172,7 +3172,7 @@ def ask_for_server(person: Visitor, event: Event) -> Reply:
 
 
 def too_many(limit: int, count: int) -> str:
-    """Why so many named servers cannot be started, and what to do."""
+    """Why that many named servers cannot be started, and what to do."""
     if not limit:
         return "the hub allows no named servers (allow_named_servers is off), and --own-servers needs them"
     wanted = f", and this run is to start {count}" if count else ""
@@ -3627,7 +3627,7 @@ def take(name: str, act: Act, person: Visitor) -> bool:
 
 
 class Streak:
-    """Listens for failures in a row: `reached`, for good, once so many people failed in a row."""
+    """Listens for failures in a row: `reached` stays true once this many people failed in a row."""
 
     def __init__(self, length: int, goal: str) -> None:
         self.reached = False
@@ -4798,7 +4798,7 @@ class Run:
             )
 
     def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool]) -> None:
-        """Remove users now; `states` are what is thought of their servers."""
+        """Remove users now; `states` are the last known states of their servers."""
         limits = self.plan.removed_at_once, self.plan.cleanup_timeout_s
         self.cleaned = remove_users(states, ours, self.hub, self.record, *limits, self.site.removal)
 
