@@ -5258,18 +5258,18 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         yield f"{REFUSED_NAMES[cause]}, or test with --own-servers"
     elif Kind.SPAWN in kinds and alike and not chosen:
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
-    if in_time := re.search(r"did not start in (\d+) s", words):
-        more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
-        below = "keep --server-timeout below it: such failures count towards the hub's exit"
-        yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
     if no_room := re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods", words):
         guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
         room = f"raise the node pool's maximum, or reserve less for each ({guarantee})"
         yield f"servers did not fit on the nodes ({no_room[0]}): {room}"
-    elif Kind.TIMED_OUT in kinds:
+    elif in_time := re.search(r"did not start in (\d+) s", words):
+        more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
+        below = "keep --server-timeout below it: such failures count towards the hub's exit"
+        yield f"starts timed out after {in_time[1]} s: if they need more time, {more_time}, and {below}"
+    if Kind.TIMED_OUT in kinds and not no_room:
         log = "see the hub's log and the spawner's events, or raise --server-timeout"
         yield f"some servers were still starting: {log}"
-    elif failures:
+    elif failures and not no_room:
         log = "where the spawner runs them (squeue, sacct, docker ps, journalctl)"
         log = "the events of their pods: kubectl get events -n NAMESPACE" if pods else log
         yield f"see the hub's log for the {thing(results.own_servers)}s named above, and {log}"
