@@ -119,6 +119,15 @@ def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     chatty.setLevel(before[2])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests come first in each worker's share, so that none is left alone with them at the end."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    slow = [item for item in items if item.get_closest_marker("faults") or item.get_closest_marker("rehearsal")]
+    quick = [item for item in items if item not in slow]
+    share = -(-len(quick) // workers)
+    items[:] = [item for n in range(workers) for item in (*slow[n::workers], *quick[n * share : (n + 1) * share])]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of faults, if any were tested."""
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]

@@ -203,7 +203,7 @@ def test_prometheus_sees_what_the_results_say(
     prometheus: tuple[int, int], make_hub: Callable[..., LocalHub], tmp_path: Path
 ) -> None:
     scraped, own = prometheus
-    hub = make_hub(spawn_s=0.5, concurrent_spawn_limit=3, slow_spawn_timeout_s=0, fail_rate=0.25)
+    hub = make_hub(spawn_s=2, concurrent_spawn_limit=3, slow_spawn_timeout_s=0, fail_rate=0.25)
     words = ("stress-test", "-c", "12", "-b", "6", "--hold", "5s", "--metrics-port", str(scraped))
     _, found = run_for_results(tmp_path / "r", *words, hub=hub)
     servers, ready = found["servers"], found["operations"]["server_ready"]

@@ -152,7 +152,7 @@ def test_a_server_that_is_lost_while_its_person_stays_fails_the_run(locust: Locu
     new_hub.call("DELETE", f"/users/{servers_ready(new_hub)[0]}/server")
     code, said = process.wait(150), locust.said("run")
     assert rows(said)["server_ready"] == (4, 0) and rows(said)["stay"] == (4, 1), said
-    assert "gone while it was held" in said and "failed 1 (fails above 0)" in said and code == 1
+    assert "stopped while it was held" in said and "failed 1 (fails above 0)" in said and code == 1
     locust.check_secrets(new_hub.environment)
     assert not tool_users(new_hub)
 
