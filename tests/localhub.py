@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import secrets
@@ -385,6 +386,8 @@ def _parse_args() -> argparse.Namespace:
 
 def main() -> int:
     options = vars(_parse_args())
+    if options.get("kube") and not importlib.util.find_spec("kubespawner"):
+        raise SystemExit("--kube needs KubeSpawner: pip install '.[test]'")
     command = options.pop("command")
     command = command[1:] if command[:1] == ["--"] else command
     began_s = time.monotonic()
