@@ -201,7 +201,7 @@ def failed_starts(number: int, text: str, **more: Any) -> hst.Results:
 @pytest.mark.parametrize(
     ("reason", "setting"),
     [
-        ("did not start in 300 s: 0/3 nodes are available: 3 Insufficient memory", "singleuser.startTimeout"),
+        ("did not start in 300 s: 0/3 nodes are available: 3 Insufficient memory", "singleuser.memory.guarantee"),
         ("did not start in 300 s", "c.Spawner.start_timeout"),
         ("exceeded quota: users (403)", "kubectl get events"),
         ("sbatch: error: Batch job submission failed", "squeue"),
