@@ -17,7 +17,7 @@ import hub_stress_test as hst
 from conftest import OLD_HUB
 from fault_proxy import Answer, FaultProxy, Request, every, hub_answer, matching
 from localhub import LocalHub
-from made_up import ENDPOINT
+from made_up import ENDPOINT, HubWithUsers, TimeTraveller
 from test_faults import FromThenOn
 from tool import THEIRS, run_for_results, run_tool, tool_users
 
@@ -225,3 +225,18 @@ def test_a_hub_behind_a_gateway_with_its_own_errors_is_missed(new_hub: LocalHub,
     assert "The hub has not answered since" in done.stderr and "The hub answers again" in done.stderr
     assert "something in front of the hub (nginx/1.22.1) answered 521" in done.summary
     assert not tool_users(new_hub)
+
+
+def test_a_name_stays_claimed_after_a_lost_answer() -> None:
+    """The hub may act late: it lists nobody yet."""
+
+    class Lossy(HubWithUsers):
+        def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+            if request.method == "POST":
+                raise requests.ConnectionError("reset")
+            return super().send(request, *args, **kwargs)
+
+    hub, claims = hst.Hub(ENDPOINT, TimeTraveller(Lossy())), hst.Claims()
+    with pytest.raises(hst.HubRefused):
+        hst.make_batch(["hub-stress-test-1"], hub, hst.Recorder(), claims)
+    assert claims.ours == ["hub-stress-test-1"]
