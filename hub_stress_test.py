@@ -3118,11 +3118,11 @@ def come(person: Visitor) -> None:
                 event.ended_s = await_answered(person, reply)
             finally:
                 event.message = last_word(person.said)
-                event.phases = phases_of(person.said, event.asked_s or person.due_s, person.clock())
+                ended_s = event.ended_s or person.clock()
+                event.phases = phases_of(person.said, event.asked_s or person.due_s, ended_s)
                 if reply.status != 429 and site.turns.free():
                     site.hub.session.pause(HEAD_START_S)
             site.states[name] = ServerState.READY
-            event.phases = phases_of(person.said, event.asked_s or person.due_s, event.ended_s)
             event.message = longest_wait(person.said, event.phases, event.ended_s)
     except Failed as error:
         failure = error
@@ -3436,15 +3436,15 @@ def cell(person: Visitor) -> Iterator[Event]:
             page, front = (
                 person.browser.ask("GET", url, call=once(observer=True)).seen_status for url in urls
             )
-            lost = "the server ended while it was in use: "
             if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
-                lost += "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
+                cause = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
             elif state is ServerState.READY and (page, front) == (503, 200):
-                lost += "nobody answers there, and the hub has not noticed (evicted, out of memory, its node "
-                lost += "lost?)"
+                cause = (
+                    "nobody answers there, and the hub has not noticed (evicted, out of memory, node lost?)"
+                )
             else:
                 raise
-            raise Failed(Kind.LOST, lost) from None
+            raise Failed(Kind.LOST, f"the server ended while it was in use: {cause}") from None
 
 
 def stay(person: Visitor) -> None:
@@ -3741,11 +3741,11 @@ def costs_and_risks(plan: Plan) -> Iterator[str]:
     by_the_clock = plan.is_open or plan.find_capacity
     if by_the_clock and plan.batch_size != Plan.batch_size:
         yield "--batch-size does not limit starts here: people arrive when they are due"
-    exits = "A hub may exit after five failed starts in a row (Zero to JupyterHub does)"
-    if plan.count > 4 and not plan.fail_fast and not plan.own_servers:
-        yield f"{exits}: see {'--fail-fast 4' if by_the_clock else '--batch-size 4 --fail-fast'}"
-    elif plan.count > 4 and by_the_clock and not plan.own_servers:
-        yield f"{exits}: --fail-fast ends no starts that are under way when it sees a failure"
+    advice = f"give {'--fail-fast 4' if by_the_clock else '--batch-size 4 --fail-fast'}"
+    if plan.fail_fast and by_the_clock:
+        advice = "--fail-fast ends no starts that are under way when it sees a failure"
+    if plan.count > 4 and not plan.own_servers and (by_the_clock or not plan.fail_fast):
+        yield f"A hub may exit after five failed starts in a row (Zero to JupyterHub does): {advice}"
 
 
 # ==== The hub: checks before a run ==========================================================================
@@ -4542,7 +4542,7 @@ class LivePage:
 LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
 
 
-# ==== A run =========================================================================
+# ==== A run =================================================================================================
 
 
 def seeded(plan: Plan) -> Plan:
@@ -5043,9 +5043,8 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
 
 
 LIMITED_IN_FRONT = (
-    "something in front of the hub limits requests (429): exempt this machine, or run inside the "
+    "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
 )
-LIMITED_IN_FRONT += "cluster"
 UNKNOWN_LIMIT = "the hub's figures do not tell what the limit was"
 
 
@@ -5252,13 +5251,14 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         if images >= many and phases.image_s > 5:
             pull = "prePuller.hook.enabled and prePuller.continuous.enabled pull it before"
             yield f"{images} servers waited for their image: {pull}; a smaller image is faster"
+    no_room = re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods", words)
     chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
     alike = servers and not servers.ready and len(failures) > len(reasons) == 1
     if cause := next((cause for cause in REFUSED_NAMES if re.search(cause, words)), ""):
         yield f"{REFUSED_NAMES[cause]}, or test with --own-servers"
-    elif Kind.SPAWN in kinds and alike and not chosen:
+    elif Kind.SPAWN in kinds and alike and not chosen and not no_room:
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
-    if no_room := re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods", words):
+    if no_room:
         guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
         room = f"raise the node pool's maximum, or reserve less for each ({guarantee})"
         yield f"servers did not fit on the nodes ({no_room[0]}): {room}"
@@ -5816,10 +5816,13 @@ def verdict_of(results: Results) -> tuple[str, str]:
 def goal_of(results: Results) -> str:
     """What people did when they had what they came for."""
     groups = results.options.get("event") or [results.options]
-    works = [bool(group.get("work")) for group in groups]
-    opened = all(group.get("visit") or group.get("page") or group.get("check_proxy") for group in groups)
-    alike = "opened their page" if opened else "got what they came for"
-    return "got to work" if all(works) else alike if not any(works) else "got what they came for"
+    goals = {
+        "got to work" if group.get("work") else
+        "opened their page" if any(map(group.get, OPENING.split())) else
+        "got a server"
+        for group in groups
+    }  # fmt: skip
+    return goals.pop() if len(goals) == 1 else "got what they came for"
 
 
 def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:

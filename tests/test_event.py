@@ -164,7 +164,7 @@ def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path
         "big": (4, 4, 0),
         "small": (6, 6 - failed, failed),
     }
-    assert f"{10 - failed} of 10 people got what they came for" in done.summary.splitlines()[0]
+    assert f"{10 - failed} of 10 people got a server" in done.summary.splitlines()[0]
     assert "big: 4 expected" in done.summary and "small: 6 expected" in done.summary
     options = found["options"]
     assert ([group["name"] for group in options["event"]], options["count"]) == (["big", "small"], 10)
