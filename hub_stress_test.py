@@ -1682,7 +1682,6 @@ class HubSession(requests.Session):
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
-        self._of_thread = threading.local()
         self._wire, self._pool_maxsize = wire, pool_maxsize
         for scheme in ("http://", "https://"):
             self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
@@ -1715,10 +1714,10 @@ class HubSession(requests.Session):
 
         Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400, a
         second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
+        Response and error have the `call`, for `perform`.
         """
         call = call or Call()
         until_s = self.clock() + self.retry_window_s if call.until_s is None else call.until_s
-        self._of_thread.sent = request, call
         settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
         if self.stopping.is_set():
             raise Stopped("the run was stopped before this was sent")
@@ -1730,6 +1729,7 @@ class HubSession(requests.Session):
             except OSError as error:  # which requests' own errors are too
                 call.lost |= not any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
                 if not isinstance(error, BROKEN) or not self._back_off(call, until_s):
+                    error.call = call  # type: ignore[attr-defined]
                     raise
                 continue
             hubs = self.is_hubs(response)
@@ -1742,6 +1742,7 @@ class HubSession(requests.Session):
                 self._silence_reported = False
             retried = response.status_code in (RETRIED - call.handled if hubs else RETRIED)
             if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
+                response.call = call  # type: ignore[attr-defined]
                 return response
             response.close()
 
@@ -1756,11 +1757,6 @@ class HubSession(requests.Session):
         if was_stopped:
             raise Stopped("the run was stopped")
         return True
-
-    def call_of(self, request: object) -> Call:
-        """The call with which this thread has just sent a request; of any other request nothing is known."""
-        sent, call = getattr(self._of_thread, "sent", (None, None))
-        return call if call and sent is request else Call(tries=1)
 
     def exchange(
         self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0.0, **parts: Any
@@ -4082,7 +4078,7 @@ def perform(
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
-        call = session.call_of(response.request)
+        call = getattr(response, "call", call)
         if str(response.url).startswith(endpoint) and not session.is_hubs(response):
             reason = Reason(Kind.IN_FRONT, in_front(response))
         elif not response.ok and response.status_code not in fine:
@@ -4090,7 +4086,7 @@ def perform(
     except Stopped:
         return None
     except requests.RequestException as error:
-        reason, call = Reason(Kind.NO_ANSWER, why(error)), session.call_of(error.request)
+        reason, call = Reason(Kind.NO_ANSWER, why(error)), getattr(error, "call", call)
     except Exception as error:
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
         reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
