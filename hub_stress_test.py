@@ -2155,10 +2155,12 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
         yield tell
 
 
-def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
+def start_thread(name: str, act: Callable[..., object], *args: Any) -> threading.Thread:
     """Do this in a daemon thread. Raises `CutShort` where the system starts no more."""
+    thread = threading.Thread(target=act, args=args, name=name, daemon=True)
     try:
-        threading.Thread(target=act, args=args, name=name, daemon=True).start()
+        thread.start()
+        return thread
     except RuntimeError:
         raise CutShort(
             f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit "
@@ -2233,7 +2235,7 @@ class Team:
 class Regularly:
     """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
-    `at_most` are under way at the same time; what is due beyond that calls `skip` instead.
+    `at_most` threads take turns. Where all of them are late, `skip` is called for what they missed.
     """
 
     def __init__(
@@ -2245,36 +2247,27 @@ class Regularly:
         skip: Callable[[], None] = lambda: None,
     ) -> None:
         self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
-        self._places, self._ended = threading.Semaphore(at_most), threading.Event()
+        self._ended, self._numbers = threading.Event(), itertools.count(1)
 
     def __enter__(self) -> None:
-        start_thread(self._name, self._run)
+        self._began_s = time.monotonic()
+        self._threads = [start_thread(self._name, self._run) for _ in range(self._at_most)]
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         until_s = time.monotonic() + 1.0  # a silent hub may hold some up for longer
-        for _place in range(self._at_most):
-            self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
-        began_s = time.monotonic()
-        for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
+        for n in self._numbers:
+            due_s = self._began_s + n * self._period_s
             if self._ended.wait(max(0.0, due_s - time.monotonic())):
                 return
-            if not self._places.acquire(blocking=False):
+            if time.monotonic() < due_s + self._period_s:
+                self._act(due_s)
+            else:
                 self._skip()
-                continue
-            try:
-                start_thread(self._name, self._do, due_s)
-            except CutShort:
-                self._places.release()
-                self._skip()
-
-    def _do(self, due_s: float) -> None:
-        try:
-            self._act(due_s)
-        finally:
-            self._places.release()
 
 
 # ==== The hub's own figures =================================================================================
