@@ -1622,11 +1622,6 @@ class Call:
     lost: bool = False  # an answer was lost: the hub may have acted without our knowing
 
 
-def once(observer: bool = False, again: bool = False) -> Call:
-    """A call without retries; `again` when it is itself a retry."""
-    return Call(observer, once=True, tries=int(again))
-
-
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """The final answer to a request, or why there was none."""
@@ -1825,7 +1820,10 @@ class HubSession(requests.Session):
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
         if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
             self._token_checked_s = self.clock()
-            self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
+            self._token_refused = self.ask("GET", f"{endpoint}/user", call=Call(once=True)).status in (
+                401,
+                403,
+            )
         return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
@@ -2357,7 +2355,7 @@ class Monitor(Regularly):
             sent_s = self._session.clock()
             try:
                 response = self._session.exchange(
-                    "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
+                    "GET", self._url, Call(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
                 )
                 hubs = not self._is_hub or self._session.is_hubs(response)
                 good = response.status_code == 200 and hubs
@@ -2716,7 +2714,10 @@ class PublicSide:
         self._hub, self._token = hub, plan.visit_token
 
     def browser(self, name: str) -> HubSession:
-        """A session with this person's own connections. On 1.x its token is the user's. Raises `Failed`."""
+        """A session with this person's own connections, which tries once. Raises `Failed`.
+
+        On 1.x its token is the user's.
+        """
         token: str | None = self._token
         if self._hub.version.startswith("1.") and not self._hub.owner:
             made = self._hub.make_token(name)
@@ -2726,7 +2727,7 @@ class PublicSide:
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire)
-        browser.traffic, browser.of_servers = self.traffic, True
+        browser.traffic, browser.of_servers, browser.retry_window_s = self.traffic, True, 0.0
         return browser
 
     def server_in(self, reply: Reply) -> str:
@@ -3256,7 +3257,7 @@ def open_page(person: Visitor, event: Event, until_s: float) -> Reply:
     url = person.url
     for _ in range(REDIRECTS_MAX):
         left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - person.clock()))
-        reply = person.browser.ask("GET", url, call=once(again=event.tries > 1), timeout=left_s)
+        reply = person.browser.ask("GET", url, call=Call(tries=int(event.tries > 1)), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
@@ -3264,7 +3265,7 @@ def open_page(person: Visitor, event: Event, until_s: float) -> Reply:
     event.message = reply.message if isinstance(reply.data, dict) else ""
     judge_visit(reply, url, hub.version)
     anonymous = {"Authorization": None}
-    if not reply.version and person.browser.ask("GET", url, call=once(), headers=anonymous).status == 200:
+    if not reply.version and person.browser.ask("GET", url, headers=anonymous).status == 200:
         raise Failed(Kind.ROUTE, NO_SERVER, final=True)
     return reply
 
@@ -3282,7 +3283,7 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
 
     def status(**headers: str) -> int:
         anonymous = headers | {"Authorization": None}
-        return browser.ask("GET", f"{url}api/status", call=once(observer=True), headers=anonymous).status
+        return browser.ask("GET", f"{url}api/status", call=Call(observer=True), headers=anonymous).status
 
     if status(Origin=origin) != 404 or (otherwise := status()) not in (200, 403):
         return ""
@@ -3303,7 +3304,7 @@ def load_page(person: Visitor) -> None:
         if failures or browser.stopping.is_set():
             return
         try:
-            with browser.exchange("GET", person.url + path, once(), stream=True) as response:
+            with browser.exchange("GET", person.url + path, Call(), stream=True) as response:
                 for _ in response.raw.stream(1 << 16, decode_content=False):
                     pass
             status = response.status_code
@@ -3325,7 +3326,7 @@ def start_kernel(person: Visitor) -> None:
     browser, timeout_s = person.browser, person.plan.cell_timeout_s
     with person.step("kernel_ready") as event:
         until_s = event.sent_s + timeout_s
-        reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=timeout_s)
+        reply = browser.ask("POST", f"{person.url}api/kernels", json={}, timeout=timeout_s)
         if reply.status != 201 or not isinstance(reply.data, dict):
             event.message = reply.message
             if reply.message == TIMED_OUT:
@@ -3369,7 +3370,7 @@ def work(person: Visitor) -> None:
     crowd.settle(person.name)
     think(person, math.inf)
     if plan.stay_s:
-        person.browser.ask("DELETE", person.kernel_url, call=once())
+        person.browser.ask("DELETE", person.kernel_url)
 
 
 def think(person: Visitor, until_s: float) -> None:
@@ -3394,7 +3395,7 @@ def cell(person: Visitor) -> Iterator[Event]:
             state = person.site.hub.state(person.name)
             urls = f"{person.url}api", f"{person.site.public.url}hub/api/"
             page, front = (
-                person.browser.ask("GET", url, call=once(observer=True)).seen_status for url in urls
+                person.browser.ask("GET", url, call=Call(observer=True)).seen_status for url in urls
             )
             if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
                 cause = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
@@ -3729,7 +3730,7 @@ def check_hub(plan: Plan, session: HubSession) -> Hub:
 
 def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
     """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
-    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
+    reply = session.ask("GET", f"{endpoint}/", call=Call(once=True), headers={"Authorization": None})
     return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
 
 
@@ -3785,7 +3786,7 @@ def _remedies(endpoint: str, reply: Reply, session: HubSession) -> Iterator[tupl
 
 def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
     """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
-    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
+    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=Call(once=True))
     if reply.status in (401, 403):
         reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
         if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
@@ -4226,7 +4227,7 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
     def read(user: str, endpoint: str, session: HubSession) -> requests.Response:
         """`GET /users/{name}`, once: a retry would hide what it is there to see."""
-        return session.exchange("GET", user_url(endpoint, user), once(observer=True))
+        return session.exchange("GET", user_url(endpoint, user), Call(observer=True, once=True))
 
     def ping(due_s: float) -> None:
         if session.stopping.is_set():
@@ -4362,10 +4363,10 @@ def unanswered(replies: Sequence[Reply]) -> bool:
 def shut_down(person: Visitor) -> int:
     """Have the server end by itself; its page's status then: 0 if it did not, 200 if it is still there."""
     browser, until_s = person.browser, person.clock() + SHUTDOWN_S
-    if browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+    if browser.ask("POST", f"{person.url}api/shutdown").status != 200:
         return 0
     while True:
-        page = browser.ask("GET", f"{person.url}api", call=once())
+        page = browser.ask("GET", f"{person.url}api")
         if page.status != 200 or person.clock() > until_s:
             return page.status
         person.sleep(0.5)
@@ -4378,7 +4379,7 @@ def open_websockets(person: Visitor, at_most: int, enough: Callable[[Sequence[Re
         person.sleep(next_s - person.clock())
         next_s = person.clock() + 1 / HANDSHAKES_PER_S
         url = f"{person.url}{EVENTS}"
-        replies.append(person.browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
+        replies.append(person.browser.ask("GET", url, timeout=UNANSWERED_S, headers=UPGRADE))
         person.browser.close()
     return replies
 
