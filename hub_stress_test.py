@@ -240,10 +240,8 @@ def share_text(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def bytes_text(number: float | None) -> str:
-    """117 MB, 40 kB; a dash for None."""
-    if number is None:
-        return "–"
+def bytes_text(number: float) -> str:
+    """117 MB, 40 kB."""
     return f"{number / 1e6:.0f} MB" if number >= 9.95e5 else f"{number / 1e3:.0f} kB"
 
 
@@ -280,17 +278,6 @@ def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, ho
         return f"{clock_text(passed_s)}, holding for {clock_text(hold_s)} more"
     end = f" of {clock_text(last_s)}" if passed_s < last_s else f" of at most {clock_text(at_most_s)}"
     return clock_text(passed_s) + end * (passed_s < max(last_s, at_most_s))
-
-
-def status_line(
-    moment: str, numbers: Mapping[str, int], ping_s: float | None = None, cpu_share: float | None = None
-) -> str:
-    """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
-    first = next(iter(numbers), "")
-    counts = ", ".join(f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
-    ping = f"ping {duration_text(ping_s)}" if ping_s is not None else ""
-    hub = f"hub {share_text(cpu_share)}" if cpu_share is not None else ""
-    return " | ".join(part for part in (moment, counts, ping, hub) if part)
 
 
 def optional(module: str) -> Any:
@@ -4748,12 +4735,16 @@ class Run:
             return spread_load(load, session, record, tell)
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
-        """The line that says how far the run is, and how busy the hub."""
-        silent_s = self.session.clock() - self.session.answered_s
+        """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
+        first, silent_s = next(iter(numbers)), self.session.clock() - self.session.answered_s
+        counts = (f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
+        parts = [moment, ", ".join(counts)]
         if silent_s > SILENT_S:
-            return status_line(moment, numbers) + f" | no answer from the hub for {clock_text(silent_s)}"
-        share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
-        return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
+            return " | ".join([*parts, f"no answer from the hub for {clock_text(silent_s)}"])
+        if (ping_s := self.site.record.latest_s("ping")) is not None:
+            parts.append(f"ping {duration_text(ping_s)}")
+        parts += [f"hub {share_text(share)}" for _, share in cpu_shares(self.monitor.snapshots[-2:])]
+        return " | ".join(parts)
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when a server ends. Raises `CutShort`."""
@@ -7211,9 +7202,8 @@ def delete_users_after_stopping_servers(
     stopped: Mapping[str, bool], endpoint: str, session: HubSession
 ) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
-    hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, [names], 10)
-    return all(gone.get(name) for name in stopped)
+    names = [name for name, has_stopped in stopped.items() if has_stopped]
+    return delete_users(names, endpoint, session) and all(stopped.values())
 
 
 @timeit
