@@ -4110,12 +4110,6 @@ class Load:
         return self.schedule.count if self.schedule else len(self.users)
 
     @property
-    def title(self) -> str:
-        """What is going on while it is sent."""
-        rate, for_s = self.plan.rate_per_s, self.plan.duration_s
-        return f"sending {rate_text(rate)}" if rate else f"sending for {for_s:g} s" if for_s else "sending"
-
-    @property
     def workers(self) -> int:
         """Threads in each process; an open load needs enough to go on through 3 seconds of silence.
 
@@ -4720,9 +4714,10 @@ class Run:
         with progress(line) as tell:
             send_people(names, site, tell)
 
-    def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
+    def send_requests(self, load: Load) -> float:
         """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
-        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.plan.duration_s
+        session, record, began_s = self.session, self.site.record, self.session.clock()
+        lasts_s = load.schedule.lasts_s if load.schedule else load.plan.duration_s
 
         def line() -> str:
             passed_s = session.clock() - began_s
@@ -4733,6 +4728,18 @@ class Run:
 
         with progress(line) as tell:
             return spread_load(load, session, record, tell)
+
+    def send(self, load: Load) -> float:
+        """Have the load's people come, or send its requests, pinging meanwhile: the share of a processor.
+
+        Raises `CutShort`.
+        """
+        cpu_s, began_s = time.process_time(), self.session.clock()
+        with pinging(self.hub.owner or load.users[0], self.hub.endpoint, self.session, self.site.record):
+            if load.plan.command == ACTIVITY:
+                return self.send_requests(load)
+            self.start_servers(load.users)
+        return (time.process_time() - cpu_s) / (self.session.clock() - began_s)
 
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
         """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
@@ -4774,9 +4781,6 @@ class Run:
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
-
-    def pinging(self, name: str) -> Regularly:
-        return pinging(self.hub.owner or name, self.hub.endpoint, self.session, self.site.record)
 
     def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
         """Warn if this tool, and not the hub, set the pace."""
@@ -4975,22 +4979,16 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
 def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
     """Have these people come, or send requests for these users: the step, and its events alone."""
     session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
-    load, of_people, public = Load(plan, run.hub.endpoint, users), plan.command == STRESS, run.site.public
+    load, public = Load(plan, run.hub.endpoint, users), run.site.public
     run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
     run.site.public.traffic = public.traffic
     earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
-    cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
-    with run.pinging(users[0]):
-        if of_people:
-            run.start_servers(users)
-            cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
-        else:
-            cpu_share = run.send_requests(load, session, record)
+    cpu_share = run.send(load)
     monitor.look()
     traffic.add(session.traffic.counts - before)
     step = judge_step(load, record, traffic, cpu_share)
-    if step.held and of_people:
+    if step.held and plan.command == STRESS:
         own = hub_figures(monitor.snapshots[earlier:], math.inf, 0)
         limit = limit_of(step, record, own, in_front=traffic.counts[-429] > traffic.throttled)
         step = dataclasses.replace(step, limited_by=limit)
@@ -5341,21 +5339,27 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Servers:
-    """The outcome of the servers: of the `ready` ones, `lost` stopped while they were held.
+class Outcome:
+    """What servers and people have in common.
 
     Of a run that ended early, `failed` also counts those that were under way or had not begun.
     """
 
-    requested: int
-    ready: int
     failed: int
-    lost: int
-    given_up: int  # of those that failed: they timed out
     reasons: dict[str, int]
     failures: list[Failure]
     under_way: int
     not_begun: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Servers(Outcome):
+    """The outcome of the servers: of the `ready` ones, `lost` stopped while they were held."""
+
+    requested: int
+    ready: int
+    lost: int
+    given_up: int  # of those that failed: they timed out
     throttled: int
     throttling_began_s: float | None
     throttling_s: float  # the mean that those that became ready waited because of it
@@ -5368,19 +5372,11 @@ class Servers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsed:
-    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`.
-
-    Of a run that ended early, `failed` also counts those who were under way or had not begun.
-    """
+class Rehearsed(Outcome):
+    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`."""
 
     expected: int
     at_work: int
-    failed: int
-    reasons: dict[str, int]
-    failures: list[Failure]
-    under_way: int
-    not_begun: int
     until_work_s: dict[str, float]  # the mean of each step, of those who got to work
 
 
@@ -5563,7 +5559,7 @@ def people_of(
     took_s = {step: sum(row[step].latency_s for row in at_work if step in row) for step in steps}
     means = {step: total_s / len(at_work) for step, total_s in took_s.items() if total_s}
     number = sum(outcome["reasons"].values())
-    return Rehearsed(expected, len(at_work), number, until_work_s=means, **outcome)
+    return Rehearsed(expected=expected, at_work=len(at_work), failed=number, until_work_s=means, **outcome)
 
 
 def servers_of(
@@ -5783,7 +5779,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
         return word, _capacity_sentence(results.capacity, results.options)
-    outcome: Servers | Rehearsed
+    outcome: Outcome
     if people:
         outcome, missing = people, people.expected - people.at_work
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} {goal_of(results)}"
@@ -5816,7 +5812,7 @@ def goal_of(results: Results) -> str:
     return goals.pop() if len(goals) == 1 else "got what they came for"
 
 
-def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:
+def unfinished_text(outcome: Outcome, missing: int) -> str:
     """How many of the missing ones failed, and of a run that ended early, where the others were."""
     numbers = {"cut short": outcome.under_way, "not begun": outcome.not_begun}
     others = "".join(f", {number:,} {place}" for place, number in numbers.items() if number)
@@ -6293,7 +6289,8 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     unlimited = lasts_s and not load.schedule
     number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
     mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
-    yield "load", f"{load.title} from {counted(threads, 'thread')}: {number}, {mix}"
+    pace = f" {rate_text(plan.rate_per_s)}" if plan.rate_per_s else f" for {lasts_s:g} s" if lasts_s else ""
+    yield "load", f"sending{pace} from {counted(threads, 'thread')}: {number}, {mix}"
     lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
     deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
     yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
@@ -6666,8 +6663,7 @@ def stress(run: Run) -> None:
     noun = ("person", "people") if plan.rehearses else ("server",)
     run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
-    with run.pinging(names[0]):
-        run.start_servers(names)
+    run.send(Load(plan, run.hub.endpoint, names))
     if plan.is_open:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
     if plan.check_proxy and not run.session.stopping.is_set() and not run.session.hub_is_gone:
@@ -6684,8 +6680,7 @@ def activity(run: Run) -> None:
         search(run, users)
         return
     load = Load(plan, run.hub.endpoint, users)
-    with run.pinging(users[0]):
-        cpu_share = run.send_requests(load, session, run.record)
+    cpu_share = run.send(load)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
         waiting = "all threads were waiting for the hub: give more --workers or --processes"
