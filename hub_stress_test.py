@@ -4567,38 +4567,43 @@ class Interruption:
     """A handler of signals: the first sets a flag, and the second exits at once.
 
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
-    thread sees the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the
-    first signal raises `KeyboardInterrupt`.
+    thread sees the flag within a tenth of a second, and ends the load. Until `watch`, nothing has been made,
+    and the first signal raises `KeyboardInterrupt`.
     """
 
     def __init__(self) -> None:
-        self.number: int | None = None  # of the first signal since `begin`
-        self._leave: Callable[[int], None] | None = None
-        self._ended = threading.Event()
+        self.number: int | None = None  # of the first signal since `watch`
+        self.ended = threading.Event()  # the run: a signal changes nothing any more
+        self._site: Site | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._leave is None:
+        if self._site is None:
             raise KeyboardInterrupt(number)
         if self.number is not None:
-            self._leave(number)
+            leave_at_once(number, self._site)
         self.number = number
 
-    def begin(self, stop: Callable[[], None], leave: Callable[[int], None]) -> None:
-        """From now on, `stop` follows the first signal, and `leave` the second."""
+    def watch(self, site: Site) -> None:
+        """From now on, the first signal ends the load on this site, so that cleaning up begins."""
+        self._site = site
+        start_thread("interruption", self._stop_when_told, site.hub.session)
 
-        def watch() -> None:
-            while self.number is None and not self._ended.wait(0.1):
-                pass
-            if not self._ended.is_set():
-                stop()
+    def _stop_when_told(self, session: HubSession) -> None:
+        while self.number is None and not self.ended.wait(0.1):
+            pass
+        if not self.ended.is_set():
+            what_to_do = "Interrupt once more to exit at once, and leave users on the hub."
+            LOG.warning("Interrupted: cleaning up. %s", what_to_do)
+            session.stop()
 
-        self._leave = leave
-        start_thread("interruption", watch)
 
-    def end(self) -> int | None:
-        """The signal that came, if any; a later one changes nothing, since all is done."""
-        self._ended.set()
-        return self.number
+def leave_at_once(number: int, site: Site) -> None:
+    """End the program, saying what remains and how to remove it. A signal's handler may call this."""
+    plan, remain = site.plan, len(set(site.claims.ours) - site.removal.gone)
+    sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
+    remedy = purge_command(plan.run, plan.own_servers)
+    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
+    os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
 
 
 def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, list[Json]]:
@@ -4659,23 +4664,14 @@ class Run:
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
         self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
+        self._interruption = interruption
         self.load_ended_s = self.began_s
         for monitor in self.monitors.values():
             closing.enter_context(monitor)
         for watch in plan.watch:
             if not (monitor := self.monitors[watch.parts[0]]).snapshots:
                 LOG.warning("--watch %s cannot be read: %s", watch.text, monitor.missing or "no answer")
-        self._interruption = interruption
-        interruption.begin(self._stop, self._leave)
-
-    def _stop(self) -> None:
-        LOG.warning(
-            "Interrupted: cleaning up. Interrupt once more to exit at once, and leave users on the hub."
-        )
-        self.session.stop()
-
-    def _leave(self, number: int) -> None:
-        leave_at_once(number, len(set(self.claims.ours) - self.site.removal.gone), self.plan)
+        interruption.watch(self.site)
 
     def look(self) -> None:
         """Have all monitors look once more."""
@@ -4815,15 +4811,8 @@ class Run:
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
             self.cleaned = remove_made(self.site, self.record)
-        self.interrupted_by = self._interruption.end()
-
-
-def leave_at_once(number: int, remain: int, plan: Plan) -> None:
-    """End the program, saying what remains and how to remove it. A signal's handler may call this."""
-    remedy = purge_command(plan.run, plan.own_servers)
-    sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
-    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
-    os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
+        self._interruption.ended.set()
+        self.interrupted_by = self._interruption.number
 
 
 def pace_text(options: Json) -> str:
@@ -7377,8 +7366,8 @@ if locust_is_loading():
 
         def clean_up(self) -> Json:
             """Delete the users that this process has made, once; the report for the master."""
-            site, remain = self.site, len(self.site.claims.ours)
-            with self._cleaning, on_signals(lambda number, _: leave_at_once(number, remain, site.plan)):
+            site = self.site
+            with self._cleaning, on_signals(lambda number, _: leave_at_once(number, site)):
                 if self._cleaned is None:
                     self._cutting.kill()
                     site.public.close_kernels()
@@ -7511,16 +7500,17 @@ if locust_is_loading():
             runner.register_message("hub-clean-up", lambda **_: runner.stop(), concurrent=True)
             return
         if isinstance(runner, MasterRunner):
-            runner.register_message("hub-cleaned-up", _note_report)
+
+            def note(msg: Any, **_: Any) -> None:
+                environment.hub_reports[msg.node_id] = msg.data
+
+            runner.register_message("hub-cleaned-up", note)
         if options.headless:
             try:
                 _check(environment)
             except HubStressError as error:
                 sys.stderr.write(f"hub-stress-test: {error}\n")
                 raise SystemExit(int(error.exit_code)) from None
-
-    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
-        environment.hub_reports[msg.node_id] = msg.data
 
     def _check(environment: Any) -> None:
         """Raise `HubStressError` unless a test could begin."""
