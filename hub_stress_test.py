@@ -968,6 +968,11 @@ class Plan:
         return self.event or (self,)
 
     @property
+    def load(self) -> Mapping[str, float]:
+        """The operations that the load consists of, by weight."""
+        return {"server_ready": 1.0} if self.command == STRESS else self.mix or DEFAULT_MIX
+
+    @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
         return any(getattr(group, name) for group in self.groups for name in OPENING.split())
@@ -998,9 +1003,8 @@ class Plan:
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What fails the run: a proven leak always does; in a search, by default, also slow requests."""
-        slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
-        limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
+        limits = [condition(f"{name}.p95 > {limit}") for name in self.load if self.find_capacity]
         leaks = [PROXY_LEAKING] if self.check_proxy else []
         return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
@@ -4095,10 +4099,6 @@ class Load:
     users: Sequence[str]
 
     @property
-    def mix(self) -> Mapping[str, float]:
-        return self.plan.mix or DEFAULT_MIX
-
-    @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
         rate = self.plan.rate_per_s
@@ -4135,7 +4135,7 @@ def send_load(
     last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
 
     def send(n: int, user: str, due_s: float | None = None) -> None:
-        name = choose(load.mix, n)
+        name = choose(plan.load, n)
         perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
     def send_when_due(schedule: Schedule) -> None:
@@ -4717,7 +4717,7 @@ class Run:
 
         def line() -> str:
             passed_s = session.clock() - began_s
-            sent, failed = record.count(load.mix), record.failures(load.mix)
+            sent, failed = record.count(load.plan.load), record.failures(load.plan.load)
             numbers = {f"sent ({sent / passed_s:.1f} per second)": sent}
             numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
             return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
@@ -4861,11 +4861,9 @@ def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
     usual_per_s, usual_s = FIRST_STEPS[plan.command]
     rate_per_s, for_s = fastest(plan.rate_per_s) or usual_per_s, plan.duration_s or usual_s
-    count, mix = plan.count, plan.mix
-    if plan.command == STRESS:
-        count, mix = max(1, round(rate_per_s * for_s)), {"server_ready": 1.0}
+    count = max(1, round(rate_per_s * for_s)) if plan.command == STRESS else plan.count
     when: Json = {"rate_per_s": rate_per_s, "duration_s": for_s, "within_s": None}
-    return dataclasses.replace(plan, count=count, mix=mix, **when)
+    return dataclasses.replace(plan, count=count, **when)
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -4934,7 +4932,7 @@ def doubts(first: Plan, steps: Sequence[CapacityStep], best: Recorder, tried: st
     """Why a search sustained no rate, `tried` being the last one, or why its answer is doubtful."""
     operations = best.summarise()
     if steps and sustained_rate(steps) is None:  # then each rate was lower than the one before it
-        judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
+        judged, errors = {*first.load, *PERSONAL}, collections.Counter[str]()
         for name, operation in operations.items():
             errors.update(operation.errors if name in judged else {})
         usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
@@ -4954,8 +4952,7 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
     """What the steps of a search have shown; it has not finished if nothing but --max-servers ended it."""
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
     if plan.command == ACTIVITY:
-        mix = plan.mix or DEFAULT_MIX
-        reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
+        reports_per_s = (sustained or 0) * plan.load.get("activity", 0) / sum(plan.load.values())
         servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
         return Capacity(sustained, servers, bound, steps, finished)
     broken = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
@@ -4987,12 +4984,12 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
 def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float) -> CapacityStep:
     """Judge one rate by its own requests alone."""
     plan, of_people = load.plan, load.plan.command == STRESS
-    count, failed = record.count(load.mix), record.failures({*load.mix, *PERSONAL})
+    count, failed = record.count(plan.load), record.failures({*plan.load, *PERSONAL})
     results = as_json({"operations": record.summarise(), "http": traffic.summarise(), "failed": failed})
     results["failed_rate"] = failed / count if count else None
     held = next((limit.text for limit in plan.conditions if limit.judge(results, plan.baseline).held), None)
     unsent = load.planned - count
-    late = record.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
+    late = record.late_share(plan.load) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
     bound = late and cpu_share > BUSY
     ends = [row[plan.goal] for row in record.people.values() if plan.goal in row]
     waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
@@ -5004,7 +5001,7 @@ def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float)
         held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
     elif not held and falls_behind(waits_s):
         held = "the hub fell behind: the last waited longer than the first"
-    p95_s = metric_value(results, next(iter(load.mix)) + ".p95")
+    p95_s = metric_value(results, next(iter(plan.load)) + ".p95")
     sent_per_s = count / (plan.duration_s or math.nan)
     return CapacityStep(fastest(plan.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
@@ -5082,12 +5079,10 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         return "most of that time was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
-    used = f"used up to {share_text(hub.cpu_share_max)} of a processor"
     if hub.cpu_share_max > BUSY:
-        return f"{waiting}'s one thread, which {used}"
+        return f"{waiting}'s one thread"
     if hub.late_s and hub.late_s > outside_s / 2:
-        late = f"whose event loop was late by {duration_text(hub.late_s)}, and which {used}"
-        return f"{waiting}, {late}: a slow disk or database, or a busy machine"
+        return f"{waiting}, whose event loop was late: a slow disk or database, or a busy machine"
     if hub.cpu_share_max < IDLE:
         return "most of that time was spent between this machine and the hub: network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
@@ -5666,8 +5661,7 @@ def results_of(run: Run) -> Results:
     elif servers and not plan.find_capacity:
         failed, tried = servers.failed + servers.lost, plan.count
     else:
-        mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-        failed, tried = run.record.failures(mix), run.record.count(mix)
+        failed, tried = run.record.failures(plan.load), run.record.count(plan.load)
     began = [shot.get(BEGAN) for shot in snapshots]
     restarts = sum(map(operator.ne, began, began[1:]))
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
@@ -6273,11 +6267,11 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
     load = Load(plan, "", [""] * plan.count)
     lasts_s = load.schedule.lasts_s if load.schedule else plan.duration_s
-    threads, total = load.workers * plan.processes, sum(load.mix.values())
+    threads, total = load.workers * plan.processes, sum(plan.load.values())
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
     unlimited = lasts_s and not load.schedule
     number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
-    mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
+    mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in plan.load.items())
     pace = f" {rate_text(plan.rate_per_s)}" if plan.rate_per_s else f" for {lasts_s:g} s" if lasts_s else ""
     yield "load", f"sending{pace} from {counted(threads, 'thread')}: {number}, {mix}"
     lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
@@ -6673,8 +6667,8 @@ def activity(run: Run) -> None:
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
         waiting = "all threads were waiting for the hub: give more --workers or --processes"
-        unsent = load.planned - run.record.count(load.mix) if plan.rate_per_s else 0
-        run.warn_if_late(load.mix, unsent, slow if cpu_share > BUSY else waiting)
+        unsent = load.planned - run.record.count(plan.load) if plan.rate_per_s else 0
+        run.warn_if_late(plan.load, unsent, slow if cpu_share > BUSY else waiting)
 
 
 def purge(run: Run) -> None:

@@ -83,7 +83,7 @@ def send(part: int, hub: HubWithUsers, **settings: Any) -> hst.Recorder:
     """Send one process's part of a load to a hub without sockets."""
     session, record, load = Hurried(hub), hst.Recorder(), load_of(**settings)
     hst.send_load(load, part, session.clock(), session, record, lambda: None)
-    assert record.failures(load.mix) == 0
+    assert record.failures(load.plan.load) == 0
     return record
 
 
