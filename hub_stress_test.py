@@ -272,12 +272,11 @@ def clock_text(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
 
 
-def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, hold_s: float = 0.0) -> str:
-    """01:14 of 05:00 while people come, then of the time that it takes at most; a hold counts down."""
+def moment_text(passed_s: float, last_s: float, hold_s: float = 0.0) -> str:
+    """01:14 of 05:00 until the last is due, then 05:10; a hold counts down."""
     if hold_s > 0:
         return f"{clock_text(passed_s)}, holding for {clock_text(hold_s)} more"
-    end = f" of {clock_text(last_s)}" if passed_s < last_s else f" of at most {clock_text(at_most_s)}"
-    return clock_text(passed_s) + end * (passed_s < max(last_s, at_most_s))
+    return clock_text(passed_s) + f" of {clock_text(last_s)}" * (passed_s < last_s)
 
 
 def optional(module: str) -> Any:
@@ -4698,14 +4697,11 @@ class Run:
         """Take the people through their journeys. Raises `CutShort`."""
         site, plan, session, began_s = self.site, self.site.plan, self.session, self.session.clock()
         last_s = arrivals(plan)[-1][0]
-        worst = timetable(dataclasses.replace(plan, hold_s=0.0), at_worst=True) if plan.is_open else []
-        at_most_s = max((leaves_s for _, leaves_s, _ in worst), default=0.0)
 
         def line() -> str:
             now_s, leave_s = session.clock(), site.gathering.leave_s
             hold_s = leave_s - now_s if leave_s < math.inf else 0.0
-            moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
-            return self.status(moment, whereabouts(site, len(names)))
+            return self.status(moment_text(now_s - began_s, last_s, hold_s), whereabouts(site, len(names)))
 
         with progress(line) as tell:
             send_people(names, site, tell)
