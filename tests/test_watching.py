@@ -398,7 +398,7 @@ def test_the_largest_cpu_share_is_of_the_load_and_memory_is_shared_by_ready_serv
 
 # ==== Where the time went ============================================================================================
 
-FRONT, THREAD = "between this machine and the hub", "the hub's one thread, which used up to {} of a processor"
+FRONT, THREAD, LATE = "between this machine and the hub", "the hub's one thread", "whose event loop was late"
 UNKNOWN = "the hub's figures do not tell"
 
 
@@ -406,10 +406,10 @@ UNKNOWN = "the hub's figures do not tell"
     ("whole_s", "inside_s", "lag_s", "cpu_share", "where"),
     [
         (0.400, 0.050, 0.05, 0.95, THREAD),
-        (0.400, 0.050, 0.30, 0.63, "late by 300 ms"),  # on a busy machine it gets no more of a processor
+        (0.400, 0.050, 0.30, 0.63, LATE),  # on a busy machine it gets no more of a processor
         (0.400, 0.050, 0.10, 0.63, UNKNOWN),
         (0.900, 0.050, 0.30, 0.63, UNKNOWN),  # more than that was somewhere else
-        (0.400, 0.050, 0.30, 0.20, "late by 300 ms"),
+        (0.400, 0.050, 0.30, 0.20, LATE),
         (0.205, 0.004, 0.05, 0.10, FRONT),
         # it is the hub that took long, or there is nothing to explain
         (0.400, 0.300, 0.30, 0.95, "in the hub"),
@@ -424,7 +424,7 @@ def test_where_a_request_spent_its_time(
     whole_s: float, inside_s: float, lag_s: float | None, cpu_share: float, where: str
 ) -> None:
     hub = hub_with(cpu_share_max=cpu_share, event_loop_lag_p95_s=lag_s).metrics or FIGURES
-    assert where.format(hst.share_text(cpu_share)) in hst.where_time_went(whole_s, inside_s, hub)
+    assert where in hst.where_time_went(whole_s, inside_s, hub)
 
 
 def test_a_ping_did_not_take_longer_inside_the_hub_than_in_all() -> None:
