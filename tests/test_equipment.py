@@ -205,15 +205,6 @@ def test_a_fault_shows_before_or_after_the_hub_acted(
     assert entry.fault == type(fault).__name__
 
 
-def test_a_proxy_refuses_and_is_silent_as_a_whole(new_hub: LocalHub, proxy: FaultProxy) -> None:
-    for whole, error in ((proxy.refuse, "Connection refused"), (proxy.silence, "timed out")):
-        whole(True)
-        with pytest.raises(requests.RequestException, match=error):
-            requests.get(f"{proxy.endpoint}/", timeout=1)
-        whole(False)
-        assert requests.get(f"{proxy.endpoint}/", timeout=TIMEOUT_S).status_code == 200
-
-
 # ==== The stub of Kubernetes, under a real KubeSpawner ===============================================================
 
 PHASES = ["FailedScheduling", "TriggeredScaleUp", "Scheduled", "SuccessfulAttachVolume"]
