@@ -197,12 +197,16 @@ class FaultProxy:
             await self._closing.wait()
             await runner.cleanup()
 
+    async def fault_for(self, request: Request) -> Fault | None:
+        """What the rule says, which may take its time."""
+        return await self._loop.run_in_executor(self._rules, self.rule, request) if self.rule else None
+
     async def _exchange(self, request: web.Request) -> web.StreamResponse:
         path = re.sub("^http://[^/]*", "", request.raw_path)  # a forward proxy is asked for a whole URL
         seen = Request(request.method, path, await request.read(), request.headers)
         entry = Entry(seen.method, seen.path, time.monotonic())
         self._log.append(entry)
-        fault = await self._loop.run_in_executor(self._rules, self.rule, seen) if self.rule else None
+        fault = await self.fault_for(seen)
         entry.fault = type(fault).__name__ if fault else None
         try:
             return await self._act(request, seen, fault, entry)

@@ -1,6 +1,6 @@
 """A hub of known behaviour, to check the numbers of `activity-stress-test`.
 
-It is a fault proxy without an upstream: a rule answers every request, as the simulated hub does, and says when.
+It is a fault proxy without an upstream, which answers every request as the simulated hub does, and says when.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -56,29 +55,27 @@ class KnownServer(FaultProxy):
         super().__init__("http://127.0.0.1:1")
         self.behaviour = Behaviour(**behaviour)
         self.environment = {"JUPYTERHUB_ENDPOINT": self.endpoint, "JUPYTERHUB_API_TOKEN": "known"}
-        self.rule = self.answer
         self._hub = hst.SimulatedHub()
         self._arrivals: list[float] = []
         self._next_begin_s = 0.0
-        self._turn = threading.Lock()
 
     def arrivals(self) -> list[float]:
         """The moment (of `time.monotonic`) at which each activity report arrived, in order."""
         return self._arrivals[:]
 
     def users(self) -> set[str]:
-        answer = self.answer(Request("GET", "/hub/api/users", b""))
-        return {user["name"] for user in json.loads(answer.body)}
+        return {user["name"] for user in json.loads(self._answer("GET", "/hub/api/users").body)}
 
-    def answer(self, request: Request) -> Answer:
-        with self._turn:
-            if request.path.endswith("/activity"):
-                return dataclasses.replace(hub_answer(200), at_s=self._report())
-            if request.path in ABOUT:
-                return hub_answer(200, json.dumps(ABOUT[request.path]).encode())
-            url = self.url + request.path
-            reply = self._hub.send(requests.Request(request.method, url, data=request.body).prepare())
-            return hub_answer(reply.status_code, reply.content)
+    async def fault_for(self, request: Request) -> Answer:
+        if request.path.endswith("/activity"):
+            return dataclasses.replace(hub_answer(200), at_s=self._report())
+        if request.path in ABOUT:
+            return hub_answer(200, json.dumps(ABOUT[request.path]).encode())
+        return self._answer(request.method, request.path, request.body)
+
+    def _answer(self, method: str, path: str, body: bytes = b"") -> Answer:
+        reply = self._hub.send(requests.Request(method, self.url + path, data=body).prepare())
+        return hub_answer(reply.status_code, reply.content)
 
     def _report(self) -> float:
         """When to answer the report that has just arrived; it takes its place in the queue."""
