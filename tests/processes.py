@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
+import random
 import signal
 import socket
 import subprocess
@@ -94,19 +94,17 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB_", "CONFIGPROXY_"))}
 
 
-def free_port() -> int:
-    """A port that nobody has, below those that the system gives out, so that it is still free after a restart."""
-    for _ in range(1000):
-        port = 20000 + secrets.randbelow(12000)
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has, below those that the system gives out, so that they are still free after a restart."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            found.append(port)
+        if len(found) == count:
+            return found
     raise RuntimeError("there is no free port between 20000 and 32000")
 
 
-def free_ports(count: int) -> list[int]:
-    """As many free ports, each another one."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        ports.add(free_port())
-    return list(ports)
+def free_port() -> int:
+    return free_ports(1)[0]
