@@ -11,7 +11,7 @@ import pytest
 
 import hub_stress_test as hst
 from localhub import LocalHub
-from tool import NOWHERE, refused_usage, run_for_results, run_tool, tool_users
+from tool import HUB, NOWHERE, plan_for, refused_usage, run_for_results, run_tool, tool_users
 
 CLASS = """
 hold = "5m"
@@ -40,10 +40,8 @@ server-timeout = 90
 GROUP = '[[people]]\nname = "a"\ncount = 3\nwithin = "2s"\n'
 
 
-def plan_for(file: Path, *words: str) -> hst.Plan:
-    args = hst.parse_args(["stress-test", "--event", str(file), "-e", "http://x/hub/api", "-t", "x", *words])
-    hst.validate(args)
-    return hst.plan_of(args)
+def plan_of(file: Path, *words: str) -> hst.Plan:
+    return plan_for("stress-test", "--event", str(file), *HUB, *words)
 
 
 @pytest.fixture
@@ -55,11 +53,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_each_group_has_its_own_keys_and_those_above(file: Path) -> None:
-    plan = plan_for(file)
+    plan = plan_of(file)
     assert (plan.count, plan.hold_s, plan.opens, plan.is_open, plan.work) == (255, 300.0, True, True, False)
     assert [limit.text for limit in plan.fail_if] == ["failed > 0", "server_ready[students].p95 > 30s"]
     assert [each.text for each in plan.watch] == ["proxy=http://proxy:8002/metrics"]
-    base: Any = {"endpoint": "http://x/hub/api", "token": "x", "hold_s": 300.0, "think_s": 5.0}
+    base: Any = {"endpoint": HUB[1], "token": HUB[3], "hold_s": 300.0, "think_s": 5.0}
     base |= {"fail_if": plan.fail_if, "watch": plan.watch}
     cells = hst.Given(str(file.parent / "class.py"), (hst.Code("1+1\n"),))
     students: Any = {"group": "students", "count": 250, "within_s": 300.0, "profile": "small", "notebook": cells}
@@ -72,7 +70,7 @@ def test_each_group_has_its_own_keys_and_those_above(file: Path) -> None:
 
 
 def test_once_one_person_of_each_group_comes_at_once(file: Path) -> None:
-    plan, usual = plan_for(file, "--once"), plan_for(file)
+    plan, usual = plan_of(file, "--once"), plan_of(file)
     assert plan.count == 2 and plan.options()["once"]
     alone = {"count": 1, "within_s": 1.0, "rate_per_s": None, "after_s": 0.0, "once": True}
     assert plan.event == tuple(dataclasses.replace(group, **alone) for group in usual.event)
@@ -80,13 +78,13 @@ def test_once_one_person_of_each_group_comes_at_once(file: Path) -> None:
 
 
 def test_the_command_line_wins_over_keys_above_the_groups(file: Path) -> None:
-    plan = plan_for(file, "--hold", "9s", "--fail-if", "failed > 7", "--think", "2s")
+    plan = plan_of(file, "--hold", "9s", "--fail-if", "failed > 7", "--think", "2s")
     assert (plan.hold_s, [limit.text for limit in plan.fail_if]) == (9.0, ["failed > 7"])
     assert [group.think_s for group in plan.event] == [2.0, 2.0]
 
 
 def test_the_same_seed_gives_each_group_the_same_moments(file: Path) -> None:
-    first, again, other = (hst.arrivals(plan_for(file, "--seed", seed)) for seed in "778")
+    first, again, other = (hst.arrivals(plan_of(file, "--seed", seed)) for seed in "778")
     assert first == again and first != other and first == sorted(first, key=lambda person: person[0])
     moments = {name: [at_s for at_s, plan in first if plan.group == name] for name in ("students", "assistants")}
     assert len(moments["students"]) == 250 and moments["students"][0] >= 0 and moments["students"][-1] <= 300
@@ -133,12 +131,6 @@ def test_a_wrong_file_is_refused_with_the_line(text: str, tmp_path: Path, capsys
     assert expected in said and "5ecret" not in said
     named = re.search(r"class\.toml, line (\d+): ", said)
     assert (int(named[1]) if named else None) == line
-
-
-def test_options_of_groups_are_refused_beside_an_event(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--count", "9"], ["--within", "9s"], ["--rate", "9"], ["--rate", "9:1m"]):
-        said = refused_usage(["stress-test", "--event", str(file), *words], NOWHERE, capsys)
-        assert f"--event and {words[0]} exclude each other" in said
 
 
 def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path) -> None:
