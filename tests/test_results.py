@@ -20,7 +20,7 @@ from bench.whole_run import hub_counts
 from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from localhub import LocalHub
 from made_up_results import ready, results_of
-from tool import MODULE, results_in, run_for_results, start_tool, tool_users, wait_until
+from tool import MODULE, run_for_results, tool_users
 
 Make = Callable[..., LocalHub]
 
@@ -86,32 +86,6 @@ def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_do(make_hub:
     assert sentence, done.summary
     wait_s, waited_s, start_s = (float(text.split()[0]) * hst.UNITS[text.split()[1]] for text in sentence.groups())
     assert start_s >= 1.6 and waited_s > 0.1 and start_s + waited_s <= wait_s * 1.01
-
-
-# ==== Interrupted ====================================================================================================
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "both_send"),
-    [(signal.SIGINT, 130, False), (signal.SIGINT, 130, True), (signal.SIGTERM, 143, True)],
-)
-def test_an_interrupt_of_all_processes_cleans_up_and_writes_results(
-    number: int, code: int, both_send: bool, new_hub: LocalHub, tmp_path: Path
-) -> None:
-    def reported() -> int:
-        return sum(bool(user["last_activity"]) for name, user in new_hub.users().items() if hst.is_test_user(name))
-
-    words = ["activity-stress-test", "-c", "10", "--rate", "20", "--duration", "60s", "--processes", "2"]
-    with start_tool(*words, "--workers", "10", "--results", str(tmp_path / "r"), hub=new_hub) as run:
-        wait_until(lambda: len(tool_users(new_hub)) == 10)
-        if both_send:
-            wait_until(lambda: reported() == 10)
-        os.killpg(run.pid, number)  # as a terminal does
-        done = run.outcome(60)
-    found = results_in(tmp_path / "r", done)
-    assert done.code == code and done.stdout.startswith("INTERRUPTED: ")
-    assert found["users"]["left_behind"] == [] and not tool_users(new_hub)
-    assert not both_send or found["operations"]["activity"]["count"] >= 10
 
 
 # ==== The exit code ==================================================================================================
