@@ -48,12 +48,8 @@ def test_a_search_ends_within_five_percent_below_the_truth(truth: float) -> None
         ((100, 1000, 0.0, math.inf, 150), [100, 200], 100),  # of what this tool cannot send nothing is known
         # People of a step are whole; the steps here take one second.
         ((6.2, 0, 1.0), [6, 3, 2, 1], None),
-        ((6.2, 1, 1.0), [6, 3, 2, 1], 1),
-        ((6.2, 2.5, 1.0), [6, 3, 2], 2),
-        ((6.2, 7, 1.0), [6, 12, 9, 8, 7], 7),
         ((6.2, 199, 1.0), [6, 12, 24, 48, 96, 192, 384, 288, 240, 216, 204, 198], 198),
-        ((6, 99, 1.0, 30), [6, 12, 24, 30], 30),  # no more than --max-servers
-        ((6, 24, 1.0, 30), [6, 12, 24, 30, 27, 26, 25], 24),
+        ((6, 24, 1.0, 30), [6, 12, 24, 30, 27, 26, 25], 24),  # no more than --max-servers
     ],
 )
 def test_rates_are_doubled_then_halved_between(
@@ -77,14 +73,11 @@ def test_a_search_that_only_max_servers_ended_is_not_finished(truth: int, answer
     ("waits_s", "behind"),
     [
         ([], False),
-        ([9.0], False),
         ([1.0, 2.1], True),
         ([1.0, 2.0], False),  # not by more than a second
         ([4.0] * 4 + [5.9] * 4, False),  # not by half
         ([4.0] * 4 + [6.1] * 4, True),
         ([1.0, 9.0, 1.0, 1.0] * 10, False),  # some wait long, but not ever longer
-        ([1.0] * 30 + [3.0] * 10, True),
-        ([3.0] * 10 + [1.0] * 30, False),
     ],
 )
 def test_a_hub_falls_behind_when_the_last_wait_longer_than_the_first(waits_s: list[float], behind: bool) -> None:
@@ -157,32 +150,20 @@ CPU, THROTTLED, SPAWNS, PROXY, UNKNOWN = (
     ("held", "waits_s", "own", "failures", "limit"),  # waits: for a server, for work; then the time throttled
     [
         (NOT_SENT, (5.0, 5.0, 3.0), BUSY_HUB, [], "this machine"),
-        (BEHIND, (5.0, 5.0, 0.0), BUSY_HUB, [], CPU),
         (BEHIND, (5.0, 5.0, 3.0), BUSY_HUB, [], CPU),  # which makes it throttle, too
         (BEHIND, (5.0, 5.0, 3.0), LATE_HUB, [], "event loop was late"),
-        (BEHIND, (5.0, 5.0, 3.0), IDLE_HUB, [], THROTTLED),
         (BEHIND, (5.0, 5.0, 0.0), IDLE_HUB, [], UNKNOWN),  # 4 s that were not the spawner's
-        (BEHIND, (1.2, 1.5, 0.0), IDLE_HUB, [], SPAWNS),
         (BEHIND, (1.2, 9.0, 0.0), IDLE_HUB, [], PROXY),
         (BEHIND, (5.0, 5.0, 3.0), None, [], THROTTLED),
-        (BEHIND, (5.0, 5.0, 0.0), None, [], UNKNOWN),
         ("visit.p95 > 5s", (1.2, 1.4, 0.0), IDLE_HUB, [], PROXY),  # though servers were ready, and the spawner slow
-        ("visit.p95>5s", (1.2, 1.4, 1.0), BUSY_HUB, [], CPU),
-        ("at_work.p95 > 5s", (1.2, 9.0, 0.5), IDLE_HUB, [], PROXY),  # most of the wait, whatever was throttled
         ("at_work.p95 > 5s", (1.2, 1.5, 0.0), IDLE_HUB, [], SPAWNS),
         ("server_ready.p95 > 1s", (1.2, 9.0, 0.0), IDLE_HUB, [], SPAWNS),  # whatever came later
-        ("server_ready.p95 > 1s", (1.2, 9.0, 0.5), IDLE_HUB, [], THROTTLED),
-        ("server_ready.p95 > 1s", (5.0, 9.0, 0.0), IDLE_HUB, [], UNKNOWN),
         ("throttled > 0", (1.2, 9.0, 0.01), IDLE_HUB, [], THROTTLED),
-        ("ping.p95 > 1s", (1.2, 9.0, 3.0), BUSY_HUB, [], CPU),
         ("ping.p95 > 1s", (1.2, 9.0, 3.0), None, [], UNKNOWN),
-        ("ping.failed > 0", (1.2, 9.0, 3.0), IDLE_HUB, [], UNKNOWN),
-        ("failed > 0", (5.0, 5.0, 0.0), BUSY_HUB, NO_MEMORY + NO_PAGE, "3 × no memory"),
         ("failed_rate > 1%", (5.0, 5.0, 0.0), IDLE_HUB, NO_MEMORY + NOT_READY, "3 × no memory"),
         ("visit.failed > 0", (5.0, 5.0, 0.0), IDLE_HUB, NO_MEMORY + NO_PAGE, "1 × 503"),
         ("2 of 9 people never came, after …", (5.0, 5.0, 0.0), IDLE_HUB, NO_MEMORY, "3 × no memory"),
         ("failed > 0", (5.0, 5.0, 0.0), BUSY_HUB, NOT_READY + NO_PAGE, CPU),  # a time-out is a wait
-        ("failed > 0", (5.0, 5.0, 0.0), None, NOT_READY, "2 × not ready"),
         ("server_ready.p95 > 1s", (5.0, 5.0, 0.0), BUSY_HUB, NO_MEMORY, CPU),
     ],
 )
@@ -219,15 +200,12 @@ CLASS = {"count": 300, "within_s": 300.0}
         (dataclasses.replace(NONE, generator_bound=True), {}, ["this tool could not send the first rate"]),
         (dataclasses.replace(NONE, finished=False), {}, ["the search did not finish"]),
         (dataclasses.replace(REQUESTS, finished=False), {}, ["sustains at least 64 requests"]),
-        (REQUESTS, {}, ["sustains 64 requests"]),
         (PEOPLE, {}, ["takes 60 people a minute (found with 60 people in 60.0 s)", "class of 300 in 5 min 0 s"]),
-        (PEOPLE, {"duration_s": 24.0}, ["takes 60 people", "(found with 24 people in 24.0 s)"]),
         (PEOPLE, {"duration_s": 1.0}, ["(found with 1 person in 1.00 s)"]),
         (AT_LEAST, {"max_servers": 60}, ["takes at least 60 people a minute with at most 60 servers at a time (found"]),
         (PEOPLE, CLASS | {"count": 225}, ["class of 225", "225 in 5 min 0 s are 45 a minute: fits, 1.3 t"]),
         (PEOPLE, CLASS, ["are 60 a minute: fits, 1 times"]),
         (PEOPLE, CLASS | {"count": 301}, ["are 60.2 a minute: does not fit: 0.9 times"]),
-        (AT_LEAST, CLASS | {"count": 150}, ["are 30 a minute: fits, at least 2 times"]),
         (AT_LEAST, CLASS | {"count": 600}, ["are 120 a minute: not known: at least 0.5 times"]),
     ],
 )

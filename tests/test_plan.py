@@ -92,7 +92,6 @@ def test_a_metric_has_the_value_at_its_path() -> None:
         ("server_ready.p95 > 3999ms", True),
         ("server_ready.p95>4s", False),
         ("server_ready.p95 >= 4s", True),
-        ("server_ready.p95 < 4s", False),
         ("server_ready.p95 <= 4s", True),
         ("server_ready.p95 < 0.1m", True),
         ("failed_rate > 2%", True),
@@ -102,10 +101,8 @@ def test_a_metric_has_the_value_at_its_path() -> None:
         ("server_ready.p95 > 0.9x", True),
         ("ping.p95 > 1s", True),  # nothing succeeded, so nothing was measured
         ("activity.p95 > 1s", True),  # there was none
-        ("activity.p95 > 2x", True),  # neither run has any
         ("people.until_work_s.at_work > 10s", True),
         ("groups.students.failed > 3", True),  # there are no groups
-        ("http.servers.requests < 1", True),
     ],
 )
 def test_a_condition_has_units_and_is_met_without_data(text: str, met: bool) -> None:

@@ -55,17 +55,13 @@ def test_gets_of_a_recording_keep_their_order_and_statuses(read: Read) -> None:
     "left_out",
     [
         entry("https://cdn.example.org/font.woff"),
-        entry("https://hub.example.org/hub/home"),
         entry("https://hub.example.org/hub/user/alice/lab", 302),
-        entry("https://hub.example.org/hub/api/users/alice/server/progress"),
         entry("https://hub.example.org/user/bob/lab"),
         entry("https://hub.example.org/user/alice"),
         entry(OURS + "api/contents", 201, "POST"),
         entry(OURS + "api/events/subscribe", 101),
-        entry(OURS + "static/blocked.js", 0),
         entry("wss://hub.example.org/user/alice/api/kernels/1/channels", 200),
         entry(OURS + "oauth_callback?code=c0de&state=5tate", 302),
-        entry("data:font/woff;base64,/user/alice/x"),
     ],
     ids=lambda left_out: f"{left_out['request']['url']} {left_out['response']['status']}",
 )
@@ -83,12 +79,9 @@ def test_the_server_is_the_one_with_most_files(read: Read) -> None:
 @pytest.mark.parametrize(
     ("query", "kept"),
     [
-        ("", ""),
-        ("?token=5ecret", ""),
         ("?code=5ecret&state=5ecret&_xsrf=5ecret", ""),
         ("?a=1&token=5ecret&a=2&empty=", "?a=1&a=2&empty="),
         ("?content=0&path=a%2Fb%20c&_xsrf=5ecret", "?content=0&path=a%2Fb+c"),
-        ("?1700000000000", "?1700000000000="),
         ("#token=5ecret", ""),
     ],
 )
@@ -128,12 +121,9 @@ not_python
 @pytest.mark.parametrize(
     ("name", "content", "cells"),
     [
-        ("a.ipynb", ipynb(cell("1+1")), [("1+1", False)]),
         ("a.ipynb", ipynb(cell(["a = 1\n", "a"])), [("a = 1\na", False)]),
         ("a.ipynb", ipynb(cell("# Title", "markdown"), cell("x", "raw"), cell("2")), [("2", False)]),
-        ("a.ipynb", ipynb(cell(""), cell(" \n"), cell([]), cell("3")), [("3", False)]),
         ("a.ipynb", ipynb(cell("1/0", tags=["slow", "raises-exception"])), [("1/0", True)]),
-        ("a.ipynb", ipynb(cell("1/0", tags=["slow"]), cell("2")), [("1/0", False), ("2", False)]),
         ("a.py", "\ufeff# %%\n1+1\n# %%\n2", [("1+1\n", False), ("2", False)]),
         ("a.py", "x = 1  # %% not here\n# %%\r\nx\r\n", [("x = 1  # %% not here\n", False), ("x\n", False)]),
         ("a.py", "# the title\n\n#%%\nx\n", [("x\n", False)]),

@@ -77,7 +77,6 @@ def test_a_start_on_a_warm_node_pulls_nothing() -> None:
     ("events", "longest"),
     [
         ([], ""),
-        ([text(0.0, "requested")], "requested"),
         ([text(0.0, "requested"), text(1.0, "pulling"), text(7.0, "started")], "pulling"),
         ([text(0.0, "requested"), text(1.0, "pulling"), text(2.0, "started")], "started"),
         (ON_A_NEW_NODE, "waiting for a node, 20.0 s"),
@@ -110,10 +109,8 @@ def api_error(status: int, message: str) -> str:
         ("Spawn failed: no such profile", [], 0.3, "no such profile"),
         ("Spawn failed: ", [], 0.3, "the hub gives no reason"),
         ("Spawn failed: ", [], 59.8, "did not start in 60 s"),
-        ("Spawn failed: ", [], 300.7, "did not start in 300 s"),
         ("Spawn failed: pod jhub/jupyter-x did not start in 300 seconds!", [], 296.0, "did not start in 300 s"),
         ("Spawn failed: ", [said(1, "Pulling", MAIN)], 300.7, "did not start in 300 s: Pulling it"),
-        ("", [said(1, "Failed", MAIN, "Warning")], 300.7, "did not start in 300 s: Failed it"),
     ],
 )
 def test_a_failed_start_says_why(message: str, events: list[Any], lasted_s: float, reason: str) -> None:

@@ -51,16 +51,12 @@ OF_PURGE: dict[str, Any] = {"command": hst.PURGE, "servers": None, "users": hst.
     ("events", "requested", "more", "numbers"),
     [
         ([], 3, {}, "0 of 3 servers, 0 failed, 3 not begun"),
-        ([failed(1)], 1, {}, "0 of 1 server"),
-        ([ready(1), failed(2)], 3, {}, "1 of 3 servers, 1 failed, 1 not begun"),
         ([ready(1), ready(2), held(1, lost=True), held(2)], 2, {}, "2 of 2 servers; 1 was lost"),
         ([ready(1), ready(2), held(1, lost=True), held(2, lost=True)], 2, {}, "2 of 2 servers; 2 were lost"),
         ([], 0, OF_PURGE, "7 users removed"),
         ([REPORT] * 3 + [did("activity", 1, 1.0, REFUSED)], 0, OF_LOAD, "3 of 4 activity reports were"),
         ([REPORT], 0, OF_LOAD, "1 of 1 activity report was"),
         ([REPORT, READ, *pings(0.1)], 0, OF_LOAD | {"options": MIXED}, "2 of 2 requests were"),
-        ([], 0, OF_LOAD | {"capacity": hst.Capacity(None, None, False, [])}, "no rate was sustained"),
-        ([], 0, OF_LOAD | {"capacity": hst.Capacity(42.4, None, True, [])}, "at least 42 requests per second"),
     ],
 )
 def test_the_verdict_counts_what_was_asked_for(
@@ -155,7 +151,6 @@ def pods(number: int, new_node: int, pulled: int) -> list[Event]:
         (set(), [], {"http": hst.Http(9, 0, 0, {"502": 1}, 0, 0.0, None, {"502": 1})}, ["answered 5xx"]),
         (set(), [], {"http": hst.Http(9, 0, 0, {"429": 1}, 0, 0.0, None, {"429": 1})}, ["(429)"]),
         (set(), [], {"http": hst.Http(9, 0, 0, {"403": 2}, 0, 0.0, None, {"403": 1})}, ["(403)", "denies"]),
-        (set(), [ready(1)], {}, []),
     ],
 )
 def test_advice_follows_from_how_it_failed(
@@ -174,15 +169,11 @@ P95 = hst.Judgement("server_ready.p95 > 60s", 1.0, False)
 @pytest.mark.parametrize(
     ("events", "more", "parts"),
     [
-        (pings(*[0.1] * 200), {}, []),
         (pings(*[0.1] * 200, failed=3), {}, ["3 of 203 pings failed"]),
         (pings(*[0.1] * 200, 2.9), {}, []),
         (pings(*[0.1] * 200, 3.1), {}, ["up to 3.10 s"]),
-        (pings(*[0.1] * 200, *[1.2] * 3), {}, []),
         (pings(*[0.1] * 20, *[1.2] * 3), {}, ["up to 1.20 s"]),
-        (pings(*[0.1] * 16, *[1.2] * 3), {}, []),  # too few for a p95
         (pings(0.1), {"hub": hub_with(cpu_share_max=0.98)}, ["full: it used up to 98 %"]),
-        (pings(0.1), {"hub": hub_with(cpu_share_max=0.5)}, []),
         (pings(0.1), {"hub": hub_with(cpu_share_max=0.4, event_loop_lag_p95_s=0.425)}, ["late: by 425 ms"]),
         (STARTS[5], {}, []),
         ([ready(1)], {"warnings": ["the hub restarted"]}, ["the hub restarted"]),
