@@ -95,20 +95,16 @@ WRONG = {
     # what is in the file: (the line that is named, what is said)
     "hold = \n": (None, "cannot be read as TOML (Invalid value (at line 1"),
     "hold = 3\n": (None, "expected groups of people, each below a line [[people]]"),
-    "[people]\nname = 'a'\n": (None, "expected groups of people"),
     GROUP + GROUP: (None, "there are 2 groups called a"),
     '\n[[people]]\ncount = 3\nwithin = "2s"\n': (2, "a group needs a name"),
     GROUP + '[[people]]\nname = "b"\nrate = 3\n': (5, "a group needs a count"),
     '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within or rate"),
     GROUP + 'wihtin = "3s"\n': (5, "wihtin: a group has no such key: did you mean within?"),
-    GROUP + GROUP.replace('"a"', '"b"') + "serevr-timeout = 3\n": (9, "did you mean server-timeout?"),
     'token = "5ecret"\n' + GROUP: (1, "token: the table above the groups has no such key"),
-    'header = "X: 5ecret"\n' + GROUP: (1, "header: the table above the groups has no such key"),
     GROUP + "hold = 3\n": (5, "hold: a group has no such key: it is one of the table above the groups"),
     "count = 3\n" + GROUP: (1, "count: the table above the groups has no such key: it is one of a group"),
     GROUP.replace("= 3", "= [3]"): (3, "count: expected a whole number of at least 1, not '[3]'"),
     GROUP.replace("= 3", "= true"): (3, "count: expected N, not True"),
-    GROUP.replace("= 3", "= false"): (3, "count: expected N, not False"),
     GROUP.replace('"a"', "{x = 7}"): (2, "name: expected letters, digits and hyphens"),
     GROUP + 'visit = "yes"\n': (5, "visit: expected true or false, not 'yes'"),
     GROUP + "work = true\nnotebook = 'nope.py'\n": (6, "nope.py cannot be read as a notebook"),
@@ -117,7 +113,6 @@ WRONG = {
     '[[people]]\nname = "a"\nrate = "1:2x"\n': (3, "rate: expected a duration like 90, 90s, 5m or 1h, not '2x'"),
     GROUP + "work = false\nthink = 5\n": (6, "--think needs --work"),
     "keep = true\n" + GROUP + "stay = 5\n": (6, "--keep and --stay exclude each other"),
-    "think = 5\n" + GROUP: (None, "--think needs --work"),
     'fail-if = "server_ready[b].p95 > 3s"\n' + GROUP: (None, "there is no group 'b'"),
     'fail-if = ["failed > 3", "failed"]\n' + GROUP: (1, "fail-if: expected METRIC OP VALUE"),
 }
@@ -158,5 +153,3 @@ def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path
     }
     assert f"{10 - failed} of 10 people got a server" in done.summary.splitlines()[0]
     assert "big: 4 expected" in done.summary and "small: 6 expected" in done.summary
-    options = found["options"]
-    assert ([group["name"] for group in options["event"]], options["count"]) == (["big", "small"], 10)

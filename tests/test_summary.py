@@ -11,7 +11,7 @@ import pytest
 
 import golden
 import hub_stress_test as hst
-from hub_stress_test import Event, ExitCode, Kind, Reason
+from hub_stress_test import Event, Kind, Reason
 from made_up_results import REFUSED, did, failed, folded, held, hub_with, pings, ready, results_of, sentences, throttled
 
 
@@ -22,23 +22,6 @@ def test_a_page_is_the_golden_one(page: Callable[[], str]) -> None:
 
 
 # ==== The verdict ====================================================================================================
-
-
-@pytest.mark.parametrize(
-    ("code", "word", "colour"),
-    [
-        (ExitCode.OK, "PASSED", 32),
-        (ExitCode.FAILED, "FAILED", 31),
-        (ExitCode.LEFT_BEHIND, "LEFT SOMETHING BEHIND", 31),
-        (ExitCode.SIGINT, "INTERRUPTED", 33),
-        (ExitCode.SIGTERM, "INTERRUPTED", 33),
-    ],
-)
-def test_the_first_word_is_how_the_run_ended(code: ExitCode, word: str, colour: int) -> None:
-    results = results_of([ready(1)], exit_code=int(code))
-    assert hst.verdict_of(results)[0] == word
-    assert hst.render_summary(results).startswith(f"{word}: 1 of 1 server ")
-    assert hst.render_summary(results, colour=True).startswith(f"\033[1;{colour}m{word.split()[0]}\033[0m")
 
 
 REPORT, READ = did("activity", 1, 1.0), did("read", 1, 1.0)
