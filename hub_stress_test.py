@@ -6016,7 +6016,9 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         yield "failed", f"{others} × something else: see the results file"
     if by_number:
         name = min((failure.user for failure in by_number[0][1]), key=natural)
-        pods = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
+        pods = (
+            f"look with: kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
+        )
         file = f"look for {name}, from {results.started} on"
         yield "hub's log", pods if on_kubernetes(results) else file
     slowest = []
@@ -6204,13 +6206,22 @@ def render_page(
             continue
         indent = max(len(row[0]) for row in rows) + 2
         for label, sentence in labelled_once(rows):
-            page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
+            page += wrap(label.ljust(indent) + unbroken(sentence), subsequent_indent=" " * indent)
     if colour:
         word = re.compile(rf"^({'|'.join(_COLOURS)})\b")
         page = [
             word.sub(lambda match: f"\033[1;{_COLOURS[match[0]]}m{match[0]}\033[0m", line) for line in page
         ]
-    return "\n".join(page)
+    return "\n".join(page).replace(NO_BREAK, " ")
+
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def unbroken(sentence: str) -> str:
+    """The sentence with the command at its end in one piece: half of one, pasted, would do something else."""
+    command = r"(hub-stress-test purge|kubectl (get|logs)) .*"
+    return re.sub(command, lambda match: match[0].replace(" ", NO_BREAK), sentence)
 
 
 def spelled(text: str, encoding: str) -> str:
@@ -6397,12 +6408,12 @@ WORDS |= {
 def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
     word, sentence = verdict_of(results)
-    unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
+    headline = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", NO_BREAK, sentence)
     rows = facts(results, baseline).rows
     first, later = ([row for row in rows if (row[0] in DETAILS) is folded] for folded in (False, True))
     body = [
         element("p", tested_text(results)),
-        f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
+        f"<h1>{element('b', word, word.split()[0])} {html.escape(headline)}</h1>",
         *(element("p", f"but: {sentence}", "but") for sentence in results.but),
         section_html(Section("Summary", [row for row in first if row[0] != "but"])),
         *_server_plots(results.timeline),
