@@ -198,10 +198,8 @@ MAY_RAISE = ' tags=["raises-exception"]\nraise ValueError()'
 @pytest.mark.parametrize(
     ("cells", "reason", "done_before"),
     [
-        (["1 * 1", MAY_RAISE, "raise MemoryError()", "2 * 2"], "cell 3 raised MemoryError", 2),
         (["raise KeyError()", "2 * 2"], "cell 1 raised KeyError", 0),
-        (["1 * 1", "import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 1),
-        (["import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 0),
+        (["1 * 1", MAY_RAISE, "import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 2),
         (["1 * 1", "import os; os._exit(1)", "2 * 2"], "the kernel died", 1),
     ],
 )
@@ -232,7 +230,7 @@ def test_at_the_hubs_own_port_the_public_url_is_missing(labs: LocalHub, witness:
 
 
 def test_an_interrupt_while_people_work_counts_each_once(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "6", "--within", "30s", "--seed", "71", "--work", "--think", "0.2s")
+    words = ("stress-test", "-c", "6", "--within", "30s", "--seed", "71", "--work", "--think", "5m")
     with start_tool(*words, "--results", str(tmp_path / "r"), hub=labs) as run:
         wait_until(lambda: len(witness.truth["cells"]) >= 2)
         run.send_signal(signal.SIGINT)
