@@ -15,6 +15,7 @@ import re
 import select
 import socket
 import socketserver
+import ssl
 import struct
 import sys
 import threading
@@ -381,7 +382,7 @@ class FaultProxy:
     `url` is where it listens, and stays the same. `rule` may be replaced at any time; `None` passes everything through.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname or HOST, parts.port or 80)
         self.rule: Rule | None = None
@@ -393,8 +394,10 @@ class FaultProxy:
         self._refusing = False
         self._server = Server(self, 0)
         self._port: int = self._server.server_address[1]
-        self.url = f"http://{HOST}:{self._port}"
+        self.url = f"{'https' if tls else 'http'}://{HOST}:{self._port}"
         self.endpoint = f"{self.url}/hub/api"  # of a hub behind it
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._server.start()
 
     def __enter__(self) -> FaultProxy:

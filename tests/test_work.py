@@ -125,8 +125,9 @@ def test_servers_count_the_cells_and_requests_of_twelve_people(
     labs: LocalHub, witness: Witness, tmp_path: Path
 ) -> None:
     words = ["-v", "-c", "12", "--within", "2s", "--work", "--think", "0.2s"]
-    book = script(tmp_path, *FIVE_CELLS)
-    done, found = run_for_results(tmp_path / "r", "stress-test", *words, "--notebook", book, hub=labs)
+    words += ["--notebook", script(tmp_path, *FIVE_CELLS)]
+    words += ["--watch", f"proxy=http://127.0.0.1:{labs.proxy.metrics_port}/metrics"]
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
     assert done.code == 0 and done.summary.startswith("PASSED: 12 of 12 people got to work; half waited ")
     means = found["people"].pop("until_work_s")
     counts = {"expected": 12, "at_work": 12, "failed": 0, "under_way": 0, "not_begun": 0}
@@ -145,6 +146,11 @@ def test_servers_count_the_cells_and_requests_of_twelve_people(
     asked = re.findall(r"200 GET \S*/hub/api/user \(hub-stress-test(\S*)@", witness.log)
     assert sorted(asked) == ["", *["-visits"] * 13]  # each token is checked once, and then the visits are
     assert truth["hub_checks"] == 12  # a server asks the hub once for each token that it sees
+    after = found["aftermath"]
+    assert {"open_files", "rss_bytes", "active_handles"} <= after["proxy"].keys()
+    files = after["hub"]["open_files"]
+    assert files["peak"] >= files["before"] and files["grown"] == files["after"] - files["before"] <= 50
+    assert after["hub"]["proxy_error_pages"]["grown"] == 0 and "aftermath" not in done.summary
 
 
 def test_people_fetch_what_a_browser_fetched(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
