@@ -55,7 +55,6 @@ CHART = {  # the defaults with --kube: the values of Zero to JupyterHub, with na
     "named_servers": 5,
 }
 START_TIMEOUT_S = 30.0
-KERNELS_END_WITHIN_S = 10.0  # after their servers
 
 
 def option(flag: str, default: Any, help: str, metavar: str | None = None) -> Any:
@@ -133,7 +132,7 @@ def hub_python(version: str | None, with_servers: bool = False, with_kube: bool 
 
 
 class LocalHub:
-    """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
+    """A running hub, until `kill` or the end of the `with` block. It asks the hub with a token of its own.
 
     A real proxy, the stub labs and the stub of Kubernetes are processes beside the hub: they outlive its crashes, and
     end with the block.
@@ -177,23 +176,15 @@ class LocalHub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.kill()
         if self._proxy:
             self._proxy.stop()
         if self._labs:
             end_now(self._labs)
         if self._cluster:
             self._cluster.stop()
-        if self.options.real_servers:
-            self._end_kernels()
+        kill_all(processes_in(self._directory))  # kernels of real servers
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _end_kernels(self) -> None:
-        """Wait for the kernels of servers that had no time to end them, which look for their server every second."""
-        until_s = time.monotonic() + KERNELS_END_WITHIN_S
-        while (left := processes_in(self._directory)) and time.monotonic() < until_s:
-            time.sleep(0.05)
-        kill_all(left)
 
     @property
     def pid(self) -> int:
@@ -253,16 +244,10 @@ class LocalHub:
         except OSError:
             return False
 
-    def stop(self) -> None:
-        """End the hub and its servers: politely, then not."""
-        if self._process:
-            self._process.end(patience_s=10.0)
-        self._process = None
-
     def kill(self) -> None:
-        """End the hub as a crash would."""
-        assert self._process
-        self._process.end()
+        """End the hub as a crash would: to end politely costs it as much time as to boot."""
+        if self._process:
+            self._process.end()
         self._process = None
 
     def restart(self) -> None:
