@@ -61,6 +61,10 @@ class Running(subprocess.Popen[str]):
             os.killpg(self.pid, signal.SIGKILL)
         super().__exit__(kind, error, traceback)
 
+    def log_up_to(self, words: str) -> None:
+        """Read its log up to the line with these words."""
+        assert self.stderr and any(words in line for line in self.stderr), f"the log never said {words!r}"
+
     def outcome(self, within_s: float = PATIENCE_S) -> Outcome:
         """Wait for its end; the token must be in none of its output, and no traceback."""
         stdout, stderr = self.communicate(timeout=within_s)
