@@ -1629,7 +1629,7 @@ class Reply:
     status: int  # 0 when no answer came, or only one from something in front of the hub
     sent_s: float
     answered_s: float
-    data: Any = None  # the body, where it is JSON
+    data: Any = None  # what the body holds as JSON, or else its bytes
     message: str = ""  # why no answer came, or the hub's own message
     call: Call = dataclasses.field(default_factory=Call)
     retry_after_s: float | None = None
@@ -1673,7 +1673,7 @@ class HubSession(requests.Session):
         self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s, self._silence_reported = self.clock(), False
         self.marked = False  # whether the hub's answers have `VERSION_HEADER`
-        self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
+        self.of_others = False  # whether it asks others than the hub: there all answers count as they are
         self._token_checked_s, self._token_refused = -math.inf, False
         self.traffic = Traffic()
         self.stopping = threading.Event()
@@ -1814,7 +1814,7 @@ class HubSession(requests.Session):
             return True
         is_json = "json" in response.headers.get("Content-Type", "")
         of_proxy = response.status_code in (502, 503, 504) or (response.status_code == 404 and not is_json)
-        return self.of_servers or not (self.marked or of_proxy)
+        return self.of_others or not (self.marked or of_proxy)
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
@@ -1883,7 +1883,7 @@ def _content_of(response: requests.Response, hubs: bool) -> Json:
         data = response.json() if response.content else None
     except ValueError:
         kind = headers.get("Content-Type", "").partition(";")[0]
-        return content | {"message": f"not JSON but {kind}" if kind else "not JSON"}
+        return content | {"data": response.content, "message": f"not JSON but {kind}" if kind else "not JSON"}
     message = data.get("message") if isinstance(data, dict) else ""
     return content | {"data": data, "message": message or ""}
 
@@ -2331,12 +2331,12 @@ class Monitor(Regularly):
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
-        self._url, self._is_hub = url, is_hub
-        self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
+        self._url, self._looking = url, threading.Lock()
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.clone(own_stop=True)
-        self._session.traffic = session.traffic if is_hub else Traffic()
-        self._looking = threading.Lock()
+        if not is_hub:
+            self._session.headers.clear()  # which are for the hub alone
+            self._session.traffic, self._session.of_others = Traffic(), True
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
         else:
@@ -2352,25 +2352,18 @@ class Monitor(Regularly):
         with self._looking:
             if self.missing:
                 return None
-            sent_s = self._session.clock()
-            try:
-                response = self._session.exchange(
-                    "GET", self._url, Call(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
-                )
-                hubs = not self._is_hub or self._session.is_hubs(response)
-                good = response.status_code == 200 and hubs
-                families = list(self._parser.text_string_to_metric_families(response.text if good else ""))
-            except (requests.RequestException, ValueError) as error:
-                LOG.debug("The hub's metrics could not be read: %s", why(error))
-                return None
-            if good:
-                samples = [sample[:3] for family in families for sample in family.samples]
-                self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
-                return self.snapshots[-1]
-            if response.status_code == 403 and hubs:
+            reply = self._session.ask("GET", self._url, call=Call(observer=True), timeout=METRICS_TIMEOUT_S)
+            if reply.status == 200:
+                page = reply.data.decode(errors="replace") if isinstance(reply.data, bytes) else ""
+                families = self._parser.text_string_to_metric_families(page)
+                with contextlib.suppress(ValueError):  # this is no such page
+                    samples = [sample[:3] for family in families for sample in family.samples]
+                    self.snapshots.append(snapshot(samples, (reply.sent_s + reply.answered_s) / 2))
+                    return self.snapshots[-1]
+            elif reply.status == 403:
                 self.missing = NO_METRICS_SCOPE
-            elif not self.snapshots:
-                answered = f"answered {response.status_code}" if hubs else in_front(response)
+            elif reply.seen_status and not self.snapshots:
+                answered = reply.message if reply.front else f"answered {reply.status}"
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path}: {answered}"
             return None
 
@@ -2727,7 +2720,7 @@ class PublicSide:
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire)
-        browser.traffic, browser.of_servers, browser.retry_window_s = self.traffic, True, 0.0
+        browser.traffic, browser.of_others, browser.retry_window_s = self.traffic, True, 0.0
         return browser
 
     def server_in(self, reply: Reply) -> str:
@@ -2933,10 +2926,15 @@ class Crowd:
 
     def start_ended(self, name: str, failure: Reason | None) -> None:
         """How a start ended. Raises `CutShort` when nobody else is to start."""
+        kind = failure.kind if failure else None
         with self.changed:
             self.one_is_ready |= failure is None
-            if failure and failure.kind in (Kind.SPAWN, Kind.REFUSED):
+            if failure and kind in (Kind.SPAWN, Kind.REFUSED):
                 self._failures.append(failure.text)
+            self.freed += kind not in (Kind.THROTTLED, Kind.SERVER_LIMIT)
+            self.changed.notify_all()
+        self._session.pause(HEAD_START_S if self.throttled else 0.0)
+        with self.changed:
             self.starting.pop(name, None)
             self.changed.notify_all()
         self.check()
@@ -2951,13 +2949,6 @@ class Crowd:
     def failed_too_often(self) -> bool:
         """Whether so many people have failed in a row that no more are to start."""
         return 0 < self._plan.fail_fast <= self._failed_in_a_row
-
-    def free_place(self) -> bool:
-        """A place on the hub is free; whether a throttled start waits for it."""
-        with self.changed:
-            self.freed += 1
-            self.changed.notify_all()
-            return bool(self.throttled)
 
     def wait_for_place(self, due_s: float, freed_before: int, until_s: float) -> None:
         """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
@@ -3083,8 +3074,6 @@ def come(person: Visitor) -> None:
                 event.message = last_word(person.said)
                 ended_s = event.ended_s or person.clock()
                 event.phases = phases_of(person.said, event.asked_s or person.due_s, ended_s)
-                if reply.status != 429 and crowd.free_place():
-                    site.hub.session.pause(HEAD_START_S)
             site.states[name] = ServerState.READY
             event.message = longest_wait(person.said, event.phases, event.ended_s)
     except Failed as error:
@@ -3439,10 +3428,17 @@ def stay(person: Visitor) -> None:
 def stop(person: Visitor) -> None:
     """Stop the server, if there is one, and wait until it has stopped."""
     ask_to_stop(person)
-    states, until_s = person.site.states, person.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while states.get(person.name) is ServerState.STOPPING and person.clock() < until_s:
-        person.sleep(0.5)
-        states[person.name] = person.site.hub.state(person.name)
+    if (states := person.site.states).get(person.name) is ServerState.STOPPING:
+        states[person.name] = await_stopped(person.name, person.site.hub)
+
+
+def await_stopped(name: str, hub: Hub) -> ServerState:
+    """What the hub says of a server when it has stopped, or after `SERVER_LIFECYCLE_TIMEOUT` seconds."""
+    session, until_s = hub.session, hub.session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    while (state := hub.state(name)) not in (ServerState.STOPPED, ServerState.GONE):
+        if session.clock() >= until_s or not session.pause(0.5):
+            break
+    return state
 
 
 def ask_to_stop(person: Visitor) -> None:
@@ -4106,40 +4102,28 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    plan, schedule, planned, clock = load.plan, load.schedule, load.planned, session.clock
-    numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
-    until_s = started_s + (plan.duration_s or math.inf)
-    last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
+    plan, schedule, clock = load.plan, load.schedule, session.clock
+    numbers, threads = itertools.count(part, plan.processes), load.workers
+    planned: float = load.planned
+    last_s = started_s + (schedule.lasts_s + OPEN_GRACE_S if schedule else plan.duration_s or math.inf)
+    if not schedule:
+        threads = min(threads, math.ceil(len(load.users) / plan.processes))
+        planned = math.inf if plan.duration_s else planned
 
-    def send(n: int, user: str, due_s: float | None = None) -> None:
-        name = choose(load.mix, n)
-        perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
-
-    def send_when_due(schedule: Schedule) -> None:
-        """Take the next number, and send that request when it is due (open model)."""
-        while (n := next(numbers)) < planned and clock() < last_s:
-            due_s = started_s + schedule.due_s(n)
-            if not session.pause(due_s - clock()):
+    def send() -> None:
+        """Take the next number; its request is due at its time (open model), or in 0 to 1 s (closed)."""
+        while (n := next(numbers)) < planned:
+            due_s = started_s + schedule.due_s(n) if schedule else None
+            if not session.pause(random.random() if due_s is None else due_s - clock()) or clock() >= last_s:
                 return
-            send(n, load.users[n % len(load.users)], due_s)
-
-    def send_share(worker: int) -> None:
-        """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
-        share = load.users[worker::workers]
-        for n, user in enumerate(itertools.cycle(share) if plan.duration_s else share):
-            if not session.pause(random.random()) or clock() >= until_s:
-                return
-            send(n, user)
+            name, user = choose(load.mix, n), load.users[n % len(load.users)]
+            perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
     cpu_s = time.process_time()
     session.pause(started_s - clock())
     with Team(session, on_tick) as team:
-        if schedule:
-            for _ in range(load.workers):
-                team.start(send_when_due, schedule)
-        else:
-            for worker in range(part, min(workers, len(load.users)), plan.processes):
-                team.start(send_share, worker)
+        for _ in range(threads):
+            team.start(send)
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
@@ -7158,12 +7142,8 @@ def stop_servers(
 
 def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
     """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
-    hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while session.clock() < until_s:
-        if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
-            return True
-        if not session.pause(0.5):
-            return False
+    if await_stopped(username, Hub(endpoint, session)) in (ServerState.STOPPED, ServerState.GONE):
+        return True
     LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
     return False
 
