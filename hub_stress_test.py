@@ -241,10 +241,8 @@ def share_text(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def bytes_text(number: float | None) -> str:
-    """117 MB, 40 kB; a dash for None."""
-    if number is None:
-        return "–"
+def bytes_text(number: float) -> str:
+    """117 MB, 40 kB."""
     return f"{number / 1e6:.0f} MB" if number >= 9.95e5 else f"{number / 1e3:.0f} kB"
 
 
@@ -275,23 +273,11 @@ def clock_text(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
 
 
-def moment_text(passed_s: float, last_s: float = 0.0, at_most_s: float = 0.0, hold_s: float = 0.0) -> str:
-    """01:14 of 05:00 while people come, then of the time that it takes at most; a hold counts down."""
+def moment_text(passed_s: float, last_s: float, hold_s: float = 0.0) -> str:
+    """01:14 of 05:00 until the last is due, then 05:10; a hold counts down."""
     if hold_s > 0:
         return f"{clock_text(passed_s)}, holding for {clock_text(hold_s)} more"
-    end = f" of {clock_text(last_s)}" if passed_s < last_s else f" of at most {clock_text(at_most_s)}"
-    return clock_text(passed_s) + end * (passed_s < max(last_s, at_most_s))
-
-
-def status_line(
-    moment: str, numbers: Mapping[str, int], ping_s: float | None = None, cpu_share: float | None = None
-) -> str:
-    """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
-    first = next(iter(numbers), "")
-    counts = ", ".join(f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
-    ping = f"ping {duration_text(ping_s)}" if ping_s is not None else ""
-    hub = f"hub {share_text(cpu_share)}" if cpu_share is not None else ""
-    return " | ".join(part for part in (moment, counts, ping, hub) if part)
+    return clock_text(passed_s) + f" of {clock_text(last_s)}" * (passed_s < last_s)
 
 
 def optional(module: str) -> Any:
@@ -982,6 +968,11 @@ class Plan:
         return self.event or (self,)
 
     @property
+    def load(self) -> Mapping[str, float]:
+        """The operations that the load consists of, by weight."""
+        return {"server_ready": 1.0} if self.command == STRESS else self.mix or DEFAULT_MIX
+
+    @property
     def opens(self) -> bool:
         """Whether people open their servers: whatever else they do there begins with that."""
         return any(getattr(group, name) for group in self.groups for name in OPENING.split())
@@ -1012,9 +1003,8 @@ class Plan:
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What fails the run: a proven leak always does; in a search, by default, also slow requests."""
-        slow = ["server_ready"] if self.command == STRESS else self.mix or DEFAULT_MIX
         limit = "30s" if self.command == STRESS else "500ms"
-        limits = [condition(f"{name}.p95 > {limit}") for name in slow if self.find_capacity]
+        limits = [condition(f"{name}.p95 > {limit}") for name in self.load if self.find_capacity]
         leaks = [PROXY_LEAKING] if self.check_proxy else []
         return tuple(dict.fromkeys((*(self.fail_if or (FAILED, *limits)), *leaks)))
 
@@ -4062,10 +4052,6 @@ class Load:
     users: Sequence[str]
 
     @property
-    def mix(self) -> Mapping[str, float]:
-        return self.plan.mix or DEFAULT_MIX
-
-    @property
     def schedule(self) -> Schedule | None:
         """When each request of an open load is due."""
         rate = self.plan.rate_per_s
@@ -4075,12 +4061,6 @@ class Load:
     def planned(self) -> int:
         """How many requests a load consists of, once through the users in the closed model."""
         return self.schedule.count if self.schedule else len(self.users)
-
-    @property
-    def title(self) -> str:
-        """What is going on while it is sent."""
-        rate, for_s = self.plan.rate_per_s, self.plan.duration_s
-        return f"sending {rate_text(rate)}" if rate else f"sending for {for_s:g} s" if for_s else "sending"
 
     @property
     def workers(self) -> int:
@@ -4116,7 +4096,7 @@ def send_load(
             due_s = started_s + schedule.due_s(n) if schedule else None
             if not session.pause(random.random() if due_s is None else due_s - clock()) or clock() >= last_s:
                 return
-            name, user = choose(load.mix, n), load.users[n % len(load.users)]
+            name, user = choose(plan.load, n), load.users[n % len(load.users)]
             perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
     cpu_s = time.process_time()
@@ -4528,38 +4508,44 @@ class Interruption:
     """A handler of signals: the first sets a flag, and the second exits at once.
 
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
-    thread sees the flag within a tenth of a second, and acts. Until `begin`, nothing has been made, and the
-    first signal raises `KeyboardInterrupt`.
+    thread sees the flag within a tenth of a second, and ends the load. Until `watch`, nothing has been made,
+    and the first signal raises `KeyboardInterrupt`.
     """
 
     def __init__(self) -> None:
-        self.number: int | None = None  # of the first signal since `begin`
-        self._leave: Callable[[int], None] | None = None
-        self._ended = threading.Event()
+        self.number: int | None = None  # of the first signal since `watch`
+        self.ended = threading.Event()  # the run: a signal changes nothing any more
+        self._site: Site | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._leave is None:
+        if self._site is None:
             raise KeyboardInterrupt(number)
         if self.number is not None:
-            self._leave(number)
+            leave_at_once(number, self._site)
         self.number = number
 
-    def begin(self, stop: Callable[[], None], leave: Callable[[int], None]) -> None:
-        """From now on, `stop` follows the first signal, and `leave` the second."""
+    def watch(self, site: Site) -> None:
+        """From now on, the first signal ends the load on this site, so that cleaning up begins."""
+        self._site = site
+        start_thread("interruption", self._stop_when_told, site.hub.session)
 
-        def watch() -> None:
-            while self.number is None and not self._ended.wait(0.1):
-                pass
-            if not self._ended.is_set():
-                stop()
+    def _stop_when_told(self, session: HubSession) -> None:
+        while self.number is None and not self.ended.wait(0.1):
+            pass
+        if not self.ended.is_set():
+            what_to_do = "Interrupt once more to exit at once, and leave users on the hub."
+            LOG.warning("Interrupted: cleaning up. %s", what_to_do)
+            session.stop()
 
-        self._leave = leave
-        start_thread("interruption", watch)
 
-    def end(self) -> int | None:
-        """The signal that came, if any; a later one changes nothing, since all is done."""
-        self._ended.set()
-        return self.number
+def leave_at_once(number: int, site: Site) -> None:
+    """End the program, saying what remains and how to remove it. A signal's handler may call this."""
+    plan, states = site.plan, site.states
+    remain = sum(states.get(name) is not ServerState.GONE for name in site.claims.ours)
+    sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
+    remedy = purge_command(plan.run, plan.own_servers)
+    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
+    os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
 
 
 def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, list[Json]]:
@@ -4619,25 +4605,14 @@ class Run:
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
         self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
+        self._interruption = interruption
         self.load_ended_s = self.began_s
         for monitor in self.monitors.values():
             closing.enter_context(monitor)
         for watch in plan.watch:
             if not (monitor := self.monitors[watch.parts[0]]).snapshots:
                 LOG.warning("--watch %s cannot be read: %s", watch.text, monitor.missing or "no answer")
-        self._interruption = interruption
-        interruption.begin(self._stop, self._leave)
-
-    def _stop(self) -> None:
-        LOG.warning(
-            "Interrupted: cleaning up. Interrupt once more to exit at once, and leave users on the hub."
-        )
-        self.session.stop()
-
-    def _leave(self, number: int) -> None:
-        states = self.site.states
-        remain = [name for name in self.claims.ours if states.get(name) is not ServerState.GONE]
-        leave_at_once(number, len(remain), self.plan)
+        interruption.watch(self.site)
 
     def look(self) -> None:
         """Have all monitors look once more."""
@@ -4664,25 +4639,23 @@ class Run:
         """Take the people through their journeys. Raises `CutShort`."""
         site, plan, session, began_s = self.site, self.site.plan, self.session, self.session.clock()
         last_s = arrivals(plan)[-1][0]
-        worst = timetable(dataclasses.replace(plan, hold_s=0.0), at_worst=True) if plan.is_open else []
-        at_most_s = max((leaves_s for _, leaves_s, _ in worst), default=0.0)
 
         def line() -> str:
             now_s, leave_s = session.clock(), site.crowd.leave_s
             hold_s = leave_s - now_s if leave_s < math.inf else 0.0
-            moment = moment_text(now_s - began_s, last_s, at_most_s, hold_s)
-            return self.status(moment, whereabouts(site, len(names)))
+            return self.status(moment_text(now_s - began_s, last_s, hold_s), whereabouts(site, len(names)))
 
         with progress(line) as tell:
             send_people(names, site, tell)
 
-    def send_requests(self, load: Load, session: HubSession, record: Recorder) -> float:
+    def send_requests(self, load: Load) -> float:
         """Send a load; the busiest process's share of a processor. Raises `CutShort`."""
-        began_s, lasts_s = session.clock(), load.schedule.lasts_s if load.schedule else load.plan.duration_s
+        session, record, began_s = self.session, self.site.record, self.session.clock()
+        lasts_s = load.schedule.lasts_s if load.schedule else load.plan.duration_s
 
         def line() -> str:
             passed_s = session.clock() - began_s
-            sent, failed = record.count(load.mix), record.failures(load.mix)
+            sent, failed = record.count(load.plan.load), record.failures(load.plan.load)
             numbers = {f"sent ({sent / passed_s:.1f} per second)": sent}
             numbers |= {f"failed ({failed / passed_s:.1f} per second)": failed}
             return self.status(moment_text(passed_s, lasts_s or 0.0), numbers)
@@ -4690,13 +4663,29 @@ class Run:
         with progress(line) as tell:
             return spread_load(load, session, record, tell)
 
+    def send(self, load: Load) -> float:
+        """Have the load's people come, or send its requests, pinging meanwhile: the share of a processor.
+
+        Raises `CutShort`.
+        """
+        cpu_s, began_s = time.process_time(), self.session.clock()
+        with pinging(self.hub.owner or load.users[0], self.hub.endpoint, self.session, self.site.record):
+            if load.plan.command == ACTIVITY:
+                return self.send_requests(load)
+            self.start_servers(load.users)
+        return (time.process_time() - cpu_s) / (self.session.clock() - began_s)
+
     def status(self, moment: str, numbers: Mapping[str, int]) -> str:
-        """The line that says how far the run is, and how busy the hub."""
-        silent_s = self.session.clock() - self.session.answered_s
+        """01:14 of 05:00 | 61 came, 2 failed | ping 24 ms | hub 31 %: no number of 0 but the first."""
+        first, silent_s = next(iter(numbers)), self.session.clock() - self.session.answered_s
+        counts = (f"{number:,} {noun}" for noun, number in numbers.items() if number or noun == first)
+        parts = [moment, ", ".join(counts)]
         if silent_s > SILENT_S:
-            return status_line(moment, numbers) + f" | no answer from the hub for {clock_text(silent_s)}"
-        share = next((share for _, share in cpu_shares(self.monitor.snapshots[-2:])), None)
-        return status_line(moment, numbers, self.site.record.latest_s("ping"), share)
+            return " | ".join([*parts, f"no answer from the hub for {clock_text(silent_s)}"])
+        if (ping_s := self.site.record.latest_s("ping")) is not None:
+            parts.append(f"ping {duration_text(ping_s)}")
+        parts += [f"hub {share_text(share)}" for _, share in cpu_shares(self.monitor.snapshots[-2:])]
+        return " | ".join(parts)
 
     def check_proxy(self, names: Sequence[str]) -> None:
         """Whether the proxy loses connections when a server ends. Raises `CutShort`."""
@@ -4726,9 +4715,6 @@ class Run:
             team.start(check)
         if self.proxy_check and self.proxy_check.verdict == UNDECIDED:
             self.warnings.append(f"the check of the proxy is undecided: {self.proxy_check.reason}")
-
-    def pinging(self, name: str) -> Regularly:
-        return pinging(self.hub.owner or name, self.hub.endpoint, self.session, self.site.record)
 
     def warn_if_late(self, names: Collection[str], unsent: int, cause: str) -> None:
         """Warn if this tool, and not the hub, set the pace."""
@@ -4764,15 +4750,8 @@ class Run:
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
             self.cleaned = remove_made(self.site, self.record)
-        self.interrupted_by = self._interruption.end()
-
-
-def leave_at_once(number: int, remain: int, plan: Plan) -> None:
-    """End the program, saying what remains and how to remove it. A signal's handler may call this."""
-    remedy = purge_command(plan.run, plan.own_servers)
-    sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
-    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
-    os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
+        self._interruption.ended.set()
+        self.interrupted_by = self._interruption.number
 
 
 def pace_text(options: Json) -> str:
@@ -4821,11 +4800,9 @@ def first_step(plan: Plan) -> Plan:
     """The plan of the first step of a search for capacity."""
     usual_per_s, usual_s = FIRST_STEPS[plan.command]
     rate_per_s, for_s = fastest(plan.rate_per_s) or usual_per_s, plan.duration_s or usual_s
-    count, mix = plan.count, plan.mix
-    if plan.command == STRESS:
-        count, mix = max(1, round(rate_per_s * for_s)), {"server_ready": 1.0}
+    count = max(1, round(rate_per_s * for_s)) if plan.command == STRESS else plan.count
     when: Json = {"rate_per_s": rate_per_s, "duration_s": for_s, "within_s": None}
-    return dataclasses.replace(plan, count=count, mix=mix, **when)
+    return dataclasses.replace(plan, count=count, **when)
 
 
 def sustained_rate(steps: Iterable[CapacityStep]) -> float | None:
@@ -4893,7 +4870,7 @@ def doubts(first: Plan, steps: Sequence[CapacityStep], best: Recorder, tried: st
     """Why a search sustained no rate, `tried` being the last one, or why its answer is doubtful."""
     operations = best.summarise()
     if steps and sustained_rate(steps) is None:  # then each rate was lower than the one before it
-        judged, errors = {*(first.mix or DEFAULT_MIX), *PERSONAL}, collections.Counter[str]()
+        judged, errors = {*first.load, *PERSONAL}, collections.Counter[str]()
         for name, operation in operations.items():
             errors.update(operation.errors if name in judged else {})
         usual = "".join(f" ({number:,} × {reason})" for reason, number in errors.most_common(1))
@@ -4913,8 +4890,7 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
     """What the steps of a search have shown; it has not finished if nothing but --max-servers ended it."""
     sustained, bound = sustained_rate(steps), any(step.generator_bound for step in steps)
     if plan.command == ACTIVITY:
-        mix = plan.mix or DEFAULT_MIX
-        reports_per_s = (sustained or 0) * mix.get("activity", 0) / sum(mix.values())
+        reports_per_s = (sustained or 0) * plan.load.get("activity", 0) / sum(plan.load.values())
         servers = int(reports_per_s * SERVER_REPORTS_EVERY_S) or None
         return Capacity(sustained, servers, bound, steps, finished)
     broken = min((step for step in steps if step.held), key=lambda step: step.rate_per_s, default=None)
@@ -4927,21 +4903,15 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
 def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
     """Have these people come, or send requests for these users: the step, and its events alone."""
     session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
-    load, of_people, site = Load(plan, run.hub.endpoint, users), plan.command == STRESS, run.site
+    load, site = Load(plan, run.hub.endpoint, users), run.site
     site.plan, site.record, site.crowd = plan, record, Crowd(session, plan, site.crowd.one_is_ready)
     earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
-    cpu_s, began_s = time.process_time(), session.clock()
     monitor.look()
-    with run.pinging(users[0]):
-        if of_people:
-            run.start_servers(users)
-            cpu_share = (time.process_time() - cpu_s) / (session.clock() - began_s)
-        else:
-            cpu_share = run.send_requests(load, session, record)
+    cpu_share = run.send(load)
     monitor.look()
     traffic.add(session.traffic.counts - before)
     step = judge_step(load, record, traffic, cpu_share)
-    if step.held and of_people:
+    if step.held and plan.command == STRESS:
         own = hub_figures(monitor.snapshots[earlier:], math.inf, 0)
         limit = limit_of(step, record, own, in_front=traffic.counts[-429] > traffic.throttled)
         step = dataclasses.replace(step, limited_by=limit)
@@ -4951,12 +4921,12 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
 def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float) -> CapacityStep:
     """Judge one rate by its own requests alone."""
     plan, of_people = load.plan, load.plan.command == STRESS
-    count, failed = record.count(load.mix), record.failures({*load.mix, *PERSONAL})
+    count, failed = record.count(plan.load), record.failures({*plan.load, *PERSONAL})
     results = as_json({"operations": record.summarise(), "http": traffic.summarise(), "failed": failed})
     results["failed_rate"] = failed / count if count else None
     held = next((limit.text for limit in plan.conditions if limit.judge(results, plan.baseline).held), None)
     unsent = load.planned - count
-    late = record.late_share(load.mix) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
+    late = record.late_share(plan.load) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
     bound = late and cpu_share > BUSY
     ends = [row[plan.goal] for row in record.people.values() if plan.goal in row]
     waits_s = [end.latency_s for end in sorted(ends, key=lambda end: end.due_s) if end.reason is None]
@@ -4968,7 +4938,7 @@ def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float)
         held = f"{unsent:,} of {counted(load.planned, *noun)} {why_not}"
     elif not held and falls_behind(waits_s):
         held = "the hub fell behind: the last waited longer than the first"
-    p95_s = metric_value(results, next(iter(load.mix)) + ".p95")
+    p95_s = metric_value(results, next(iter(plan.load)) + ".p95")
     sent_per_s = count / (plan.duration_s or math.nan)
     return CapacityStep(fastest(plan.rate_per_s), sent_per_s, p95_s, failed, held, bound)
 
@@ -5046,12 +5016,10 @@ def where_time_went(whole_s: float, inside_s: float, hub: HubFigures) -> str:
         return "most of that time was spent in the hub"
     if outside_s < NEGLIGIBLE_S:
         return "the rest is too little to matter"
-    used = f"used up to {share_text(hub.cpu_share_max)} of a processor"
     if hub.cpu_share_max > BUSY:
-        return f"{waiting}'s one thread, which {used}"
+        return f"{waiting}'s one thread"
     if hub.late_s and hub.late_s > outside_s / 2:
-        late = f"whose event loop was late by {duration_text(hub.late_s)}, and which {used}"
-        return f"{waiting}, {late}: a slow disk or database, or a busy machine"
+        return f"{waiting}, whose event loop was late: a slow disk or database, or a busy machine"
     if hub.cpu_share_max < IDLE:
         return "most of that time was spent between this machine and the hub: network, proxy or TLS"
     return "the hub's figures do not tell where the rest was spent"
@@ -5292,21 +5260,27 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Servers:
-    """The outcome of the servers: of the `ready` ones, `lost` stopped while they were held.
+class Outcome:
+    """What servers and people have in common.
 
     Of a run that ended early, `failed` also counts those that were under way or had not begun.
     """
 
-    requested: int
-    ready: int
     failed: int
-    lost: int
-    given_up: int  # of those that failed: they timed out
     reasons: dict[str, int]
     failures: list[Failure]
     under_way: int
     not_begun: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Servers(Outcome):
+    """The outcome of the servers: of the `ready` ones, `lost` stopped while they were held."""
+
+    requested: int
+    ready: int
+    lost: int
+    given_up: int  # of those that failed: they timed out
     throttled: int
     throttling_began_s: float | None
     throttling_s: float  # the mean that those that became ready waited because of it
@@ -5319,19 +5293,11 @@ class Servers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsed:
-    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`.
-
-    Of a run that ended early, `failed` also counts those who were under way or had not begun.
-    """
+class Rehearsed(Outcome):
+    """The outcome of a rehearsal's people: `failed` are those with any failed step, also after `at_work`."""
 
     expected: int
     at_work: int
-    failed: int
-    reasons: dict[str, int]
-    failures: list[Failure]
-    under_way: int
-    not_begun: int
     until_work_s: dict[str, float]  # the mean of each step, of those who got to work
 
 
@@ -5514,7 +5480,7 @@ def people_of(
     took_s = {step: sum(row[step].latency_s for row in at_work if step in row) for step in steps}
     means = {step: total_s / len(at_work) for step, total_s in took_s.items() if total_s}
     number = sum(outcome["reasons"].values())
-    return Rehearsed(expected, len(at_work), number, until_work_s=means, **outcome)
+    return Rehearsed(expected=expected, at_work=len(at_work), failed=number, until_work_s=means, **outcome)
 
 
 def servers_of(
@@ -5632,8 +5598,7 @@ def results_of(run: Run) -> Results:
     elif servers and not plan.find_capacity:
         failed, tried = servers.failed + servers.lost, plan.count
     else:
-        mix = ["server_ready"] if plan.command == STRESS else plan.mix or DEFAULT_MIX
-        failed, tried = run.record.failures(mix), run.record.count(mix)
+        failed, tried = run.record.failures(plan.load), run.record.count(plan.load)
     began = [shot.get(BEGAN) for shot in snapshots]
     restarts = sum(map(operator.ne, began, began[1:]))
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
@@ -5734,7 +5699,7 @@ def verdict_of(results: Results) -> tuple[str, str]:
         return word, f"{counted(results.cleaned.deleted, thing(results.own_servers))} removed"
     if results.capacity:
         return word, _capacity_sentence(results.capacity, results.options)
-    outcome: Servers | Rehearsed
+    outcome: Outcome
     if people:
         outcome, missing = people, people.expected - people.at_work
         sentence = f"{people.at_work:,} of {counted(people.expected, 'person', 'people')} {goal_of(results)}"
@@ -5767,7 +5732,7 @@ def goal_of(results: Results) -> str:
     return goals.pop() if len(goals) == 1 else "got what they came for"
 
 
-def unfinished_text(outcome: Servers | Rehearsed, missing: int) -> str:
+def unfinished_text(outcome: Outcome, missing: int) -> str:
     """How many of the missing ones failed, and of a run that ended early, where the others were."""
     numbers = {"cut short": outcome.under_way, "not begun": outcome.not_begun}
     others = "".join(f", {number:,} {place}" for place, number in numbers.items() if number)
@@ -6250,12 +6215,13 @@ def load_planned(plan: Plan) -> Iterator[Row]:
     """Which requests are sent for users without servers, and how long that takes."""
     load = Load(plan, "", [""] * plan.count)
     lasts_s = load.schedule.lasts_s if load.schedule else plan.duration_s
-    threads, total = load.workers * plan.processes, sum(load.mix.values())
+    threads, total = load.workers * plan.processes, sum(plan.load.values())
     rounds = 1 if lasts_s else math.ceil(plan.count / threads)
     unlimited = lasts_s and not load.schedule
     number = "as many requests as that allows" if unlimited else counted(load.planned, "request")
-    mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in load.mix.items())
-    yield "load", f"{load.title} from {counted(threads, 'thread')}: {number}, {mix}"
+    mix = ", ".join(f"{share_text(weight / total)} {name}" for name, weight in plan.load.items())
+    pace = f" {rate_text(plan.rate_per_s)}" if plan.rate_per_s else f" for {lasts_s:g} s" if lasts_s else ""
+    yield "load", f"sending{pace} from {counted(threads, 'thread')}: {number}, {mix}"
     lists, creates = counted(2 - plan.keep, "list"), counted(math.ceil(plan.count / 10), "create")
     deletes = "" if plan.keep else f", {counted(plan.count, 'delete')}"
     yield "requests", f"besides, 2 checks, {lists}, at most {creates}{deletes}; {MEANWHILE}"
@@ -6628,8 +6594,7 @@ def stress(run: Run) -> None:
     noun = ("person", "people") if plan.rehearses else ("server",)
     run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
     names = run.make_users(plan.count, plan.batch_size)
-    with run.pinging(names[0]):
-        run.start_servers(names)
+    run.send(Load(plan, run.hub.endpoint, names))
     if plan.is_open:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
     if plan.check_proxy and not run.session.stopping.is_set() and not run.session.hub_is_gone:
@@ -6646,13 +6611,12 @@ def activity(run: Run) -> None:
         search(run, users)
         return
     load = Load(plan, run.hub.endpoint, users)
-    with run.pinging(users[0]):
-        cpu_share = run.send_requests(load, session, run.record)
+    cpu_share = run.send(load)
     if not session.stopping.is_set():
         slow = "this machine was too slow: spread the load over more --processes"
         waiting = "all threads were waiting for the hub: give more --workers or --processes"
-        unsent = load.planned - run.record.count(load.mix) if plan.rate_per_s else 0
-        run.warn_if_late(load.mix, unsent, slow if cpu_share > BUSY else waiting)
+        unsent = load.planned - run.record.count(plan.load) if plan.rate_per_s else 0
+        run.warn_if_late(plan.load, unsent, slow if cpu_share > BUSY else waiting)
 
 
 def purge(run: Run) -> None:
@@ -7160,9 +7124,8 @@ def delete_users_after_stopping_servers(
     stopped: Mapping[str, bool], endpoint: str, session: HubSession
 ) -> bool:
     """Whether every user is gone; those whose server has not stopped are left alone."""
-    hub, names = Hub(endpoint, session), [name for name, has_stopped in stopped.items() if has_stopped]
-    gone = _for_each(lambda name: hub.delete(name).status in AFTER_DELETE, [names], 10)
-    return all(gone.get(name) for name in stopped)
+    names = [name for name, has_stopped in stopped.items() if has_stopped]
+    return delete_users(names, endpoint, session) and all(stopped.values())
 
 
 @timeit
@@ -7342,8 +7305,8 @@ if locust_is_loading():
 
         def clean_up(self) -> Json:
             """Delete the users that this process has made, once; the report for the master."""
-            site, remain = self.site, len(self.site.claims.ours)
-            with self._cleaning, on_signals(lambda number, _: leave_at_once(number, remain, site.plan)):
+            site = self.site
+            with self._cleaning, on_signals(lambda number, _: leave_at_once(number, site)):
                 if self._cleaned is None:
                     self._cutting.kill()
                     site.public.close_kernels()
@@ -7476,16 +7439,17 @@ if locust_is_loading():
             runner.register_message("hub-clean-up", lambda **_: runner.stop(), concurrent=True)
             return
         if isinstance(runner, MasterRunner):
-            runner.register_message("hub-cleaned-up", _note_report)
+
+            def note(msg: Any, **_: Any) -> None:
+                environment.hub_reports[msg.node_id] = msg.data
+
+            runner.register_message("hub-cleaned-up", note)
         if options.headless:
             try:
                 _check(environment)
             except HubStressError as error:
                 sys.stderr.write(f"hub-stress-test: {error}\n")
                 raise SystemExit(int(error.exit_code)) from None
-
-    def _note_report(environment: Any, msg: Any, **_: Any) -> None:
-        environment.hub_reports[msg.node_id] = msg.data
 
     def _check(environment: Any) -> None:
         """Raise `HubStressError` unless a test could begin."""
