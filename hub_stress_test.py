@@ -2891,7 +2891,7 @@ class Crowd:
     Each start that ends frees a place on the hub, and the throttled start that was due first takes it:
     sleeping for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
 
-    All who have no stay of their own leave when the last has settled, and has been held.
+    People without a stay of their own leave when the last of all has settled, and the hold is over.
     """
 
     def __init__(self, session: HubSession, plan: Plan, one_is_ready: bool = False) -> None:
@@ -2930,14 +2930,14 @@ class Crowd:
         self.check()
 
     def count(self, failed: bool) -> None:
-        """Whether a person has failed, or has what they came for."""
+        """Count a person who has failed, or has what they came for."""
         with self.changed:
             if not self.failed_too_often:
                 self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
 
     @property
     def failed_too_often(self) -> bool:
-        """Whether so many people have failed in a row that no more are to start."""
+        """Whether as many people have failed in a row as --fail-fast allows; this stays true."""
         return 0 < self._plan.fail_fast <= self._failed_in_a_row
 
     def wait_for_place(self, due_s: float, freed_before: int, until_s: float) -> None:
@@ -2977,8 +2977,8 @@ class Site:
     record: Recorder
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
-    interrupted: set[str] = dataclasses.field(default_factory=set)  # users whose server was stopped starting
-    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one to remove each user
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # whose server was stopped while starting
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the hub's last to remove each user
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -3919,7 +3919,7 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
 
 
 def in_the_way(site: Site, left: Iterable[str], stopping_s: Mapping[str, float]) -> str:
-    """Why these users are still there, as far as the hub tells; it has been stopping some for a while."""
+    """Why these users are still there, by what the hub said, and since when it has been stopping servers."""
     refusals = [site.refusals[name] for name in left if name in site.refusals.keys() - stopping_s]
     reasons = [reason for reason, _ in collections.Counter(refusals).most_common(2)]
     if stopping_s:
@@ -4144,12 +4144,11 @@ def spread_load(
                 events, counts, cpu_share = pipe.recv()
                 for event in events:
                     record.add(event)
-                if counts is None:
-                    pipe.send(session.stopping.is_set())
-                    continue
-                session.traffic.add(counts)
-                busiest = max(busiest, cpu_share)
-                sending.remove(pipe)
+                pipe.send(session.stopping.is_set())
+                if counts is not None:
+                    session.traffic.add(counts)
+                    busiest = max(busiest, cpu_share)
+                    sending.remove(pipe)
             on_tick()
         return busiest
     except (EOFError, OSError):
@@ -4170,20 +4169,17 @@ def _send_in_process(
     load_operations(load.plan.operations)
     session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
 
-    def hand_on(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
+    def report(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
         number = len(events)
         pipe.send((events[:number], counts, cpu_share))
         del events[:number]
-
-    def report() -> None:
-        hand_on()
         if pipe.recv():
             session.stop()
 
     with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
         pipe.send("ready")
         cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), report)
-        hand_on(session.traffic.counts, cpu_share)
+        report(session.traffic.counts, cpu_share)
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
