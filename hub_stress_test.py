@@ -2807,16 +2807,10 @@ class Kernel:
         content = {"code": code.source, "silent": False, "store_history": False, "allow_stdin": False}
         header = {"msg_id": request, "msg_type": "execute_request", "version": "5.3"}
         header |= {"session": USERNAME_PREFIX, "username": ""}
-        message = {
-            "channel": "shell",
-            "header": header,
-            "parent_header": {},
-            "metadata": {},
-            "content": content,
-        }
+        parts = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
         try:
             self._socket.settimeout(SEND_TIMEOUT_S)
-            self._socket.send(json.dumps(message))
+            self._socket.send(json.dumps(parts | {"channel": "shell"}))
         except Exception:  # of websocket-client, ssl or the socket
             raise self._lost() from None
         awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
@@ -4449,12 +4443,10 @@ class LivePage:
         states = collections.Counter(list(self._states.values()))
         if self._run.plan.command == STRESS:
             states["expected"] = max(0, self._run.plan.count - states.total())
-            people = self._prometheus.GaugeMetricFamily(
-                "hub_stress_test_people", "by state", labels=["state"]
-            )
+            gauge = self._prometheus.GaugeMetricFamily("hub_stress_test_people", "by state", labels=["state"])
             for state in ("expected", *dict.fromkeys(BECOMES.values()), "failed"):
-                people.add_metric([state], states[state])
-            yield people
+                gauge.add_metric([state], states[state])
+            yield gauge
 
 
 LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
