@@ -1619,7 +1619,7 @@ class Reply:
     status: int  # 0 when no answer came, or only one from something in front of the hub
     sent_s: float
     answered_s: float
-    data: Any = None  # the body, where it is JSON
+    data: Any = None  # what the body holds as JSON, or else its bytes
     message: str = ""  # why no answer came, or the hub's own message
     call: Call = dataclasses.field(default_factory=Call)
     retry_after_s: float | None = None
@@ -1663,7 +1663,7 @@ class HubSession(requests.Session):
         self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s, self._silence_reported = self.clock(), False
         self.marked = False  # whether the hub's answers have `VERSION_HEADER`
-        self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
+        self.of_others = False  # whether it asks others than the hub: there all answers count as they are
         self._token_checked_s, self._token_refused = -math.inf, False
         self.traffic = Traffic()
         self.stopping = threading.Event()
@@ -1804,7 +1804,7 @@ class HubSession(requests.Session):
             return True
         is_json = "json" in response.headers.get("Content-Type", "")
         of_proxy = response.status_code in (502, 503, 504) or (response.status_code == 404 and not is_json)
-        return self.of_servers or not (self.marked or of_proxy)
+        return self.of_others or not (self.marked or of_proxy)
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
@@ -1873,7 +1873,7 @@ def _content_of(response: requests.Response, hubs: bool) -> Json:
         data = response.json() if response.content else None
     except ValueError:
         kind = headers.get("Content-Type", "").partition(";")[0]
-        return content | {"message": f"not JSON but {kind}" if kind else "not JSON"}
+        return content | {"data": response.content, "message": f"not JSON but {kind}" if kind else "not JSON"}
     message = data.get("message") if isinstance(data, dict) else ""
     return content | {"data": data, "message": message or ""}
 
@@ -2321,12 +2321,12 @@ class Monitor(Regularly):
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
-        self._url, self._is_hub = url, is_hub
-        self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
+        self._url, self._looking = url, threading.Lock()
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.clone(own_stop=True)
-        self._session.traffic = session.traffic if is_hub else Traffic()
-        self._looking = threading.Lock()
+        if not is_hub:
+            self._session.headers.clear()  # which are for the hub alone
+            self._session.traffic, self._session.of_others = Traffic(), True
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
         else:
@@ -2342,25 +2342,18 @@ class Monitor(Regularly):
         with self._looking:
             if self.missing:
                 return None
-            sent_s = self._session.clock()
-            try:
-                response = self._session.exchange(
-                    "GET", self._url, Call(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
-                )
-                hubs = not self._is_hub or self._session.is_hubs(response)
-                good = response.status_code == 200 and hubs
-                families = list(self._parser.text_string_to_metric_families(response.text if good else ""))
-            except (requests.RequestException, ValueError) as error:
-                LOG.debug("The hub's metrics could not be read: %s", why(error))
-                return None
-            if good:
-                samples = [sample[:3] for family in families for sample in family.samples]
-                self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
-                return self.snapshots[-1]
-            if response.status_code == 403 and hubs:
+            reply = self._session.ask("GET", self._url, call=Call(observer=True), timeout=METRICS_TIMEOUT_S)
+            if reply.status == 200:
+                page = reply.data.decode(errors="replace") if isinstance(reply.data, bytes) else ""
+                families = self._parser.text_string_to_metric_families(page)
+                with contextlib.suppress(ValueError):  # this is no such page
+                    samples = [sample[:3] for family in families for sample in family.samples]
+                    self.snapshots.append(snapshot(samples, (reply.sent_s + reply.answered_s) / 2))
+                    return self.snapshots[-1]
+            elif reply.status == 403:
                 self.missing = NO_METRICS_SCOPE
-            elif not self.snapshots:
-                answered = f"answered {response.status_code}" if hubs else in_front(response)
+            elif reply.seen_status and not self.snapshots:
+                answered = reply.message if reply.front else f"answered {reply.status}"
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path}: {answered}"
             return None
 
@@ -2717,7 +2710,7 @@ class PublicSide:
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire)
-        browser.traffic, browser.of_servers, browser.retry_window_s = self.traffic, True, 0.0
+        browser.traffic, browser.of_others, browser.retry_window_s = self.traffic, True, 0.0
         return browser
 
     def server_in(self, reply: Reply) -> str:
@@ -2814,16 +2807,10 @@ class Kernel:
         content = {"code": code.source, "silent": False, "store_history": False, "allow_stdin": False}
         header = {"msg_id": request, "msg_type": "execute_request", "version": "5.3"}
         header |= {"session": USERNAME_PREFIX, "username": ""}
-        message = {
-            "channel": "shell",
-            "header": header,
-            "parent_header": {},
-            "metadata": {},
-            "content": content,
-        }
+        parts = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
         try:
             self._socket.settimeout(SEND_TIMEOUT_S)
-            self._socket.send(json.dumps(message))
+            self._socket.send(json.dumps(parts | {"channel": "shell"}))
         except Exception:  # of websocket-client, ssl or the socket
             raise self._lost() from None
         awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
@@ -2898,7 +2885,7 @@ class Crowd:
     Each start that ends frees a place on the hub, and the throttled start that was due first takes it:
     sleeping for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
 
-    All who have no stay of their own leave when the last has settled, and has been held.
+    People without a stay of their own leave when the last of all has settled, and the hold is over.
     """
 
     def __init__(self, session: HubSession, plan: Plan, one_is_ready: bool = False) -> None:
@@ -2923,31 +2910,29 @@ class Crowd:
 
     def start_ended(self, name: str, failure: Reason | None) -> None:
         """How a start ended. Raises `CutShort` when nobody else is to start."""
+        kind = failure.kind if failure else None
         with self.changed:
             self.one_is_ready |= failure is None
-            if failure and failure.kind in (Kind.SPAWN, Kind.REFUSED):
+            if failure and kind in (Kind.SPAWN, Kind.REFUSED):
                 self._failures.append(failure.text)
+            self.freed += kind not in (Kind.THROTTLED, Kind.SERVER_LIMIT)
+            self.changed.notify_all()
+        self._session.pause(HEAD_START_S if self.throttled else 0.0)
+        with self.changed:
             self.starting.pop(name, None)
             self.changed.notify_all()
         self.check()
 
     def count(self, failed: bool) -> None:
-        """Whether a person has failed, or has what they came for."""
+        """Count a person who has failed, or has what they came for."""
         with self.changed:
             if not self.failed_too_often:
                 self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
 
     @property
     def failed_too_often(self) -> bool:
-        """Whether so many people have failed in a row that no more are to start."""
+        """Whether as many people have failed in a row as --fail-fast allows; this stays true."""
         return 0 < self._plan.fail_fast <= self._failed_in_a_row
-
-    def free_place(self) -> bool:
-        """A place on the hub is free; whether a throttled start waits for it."""
-        with self.changed:
-            self.freed += 1
-            self.changed.notify_all()
-            return bool(self.throttled)
 
     def wait_for_place(self, due_s: float, freed_before: int, until_s: float) -> None:
         """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
@@ -2986,8 +2971,8 @@ class Site:
     record: Recorder
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
-    interrupted: set[str] = dataclasses.field(default_factory=set)  # users whose server was stopped starting
-    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one to remove each user
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # whose server was stopped while starting
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the hub's last to remove each user
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -3073,8 +3058,6 @@ def come(person: Visitor) -> None:
                 event.message = last_word(person.said)
                 ended_s = event.ended_s or person.clock()
                 event.phases = phases_of(person.said, event.asked_s or person.due_s, ended_s)
-                if reply.status != 429 and crowd.free_place():
-                    site.hub.session.pause(HEAD_START_S)
             site.states[name] = ServerState.READY
             event.message = longest_wait(person.said, event.phases, event.ended_s)
     except Failed as error:
@@ -3429,10 +3412,17 @@ def stay(person: Visitor) -> None:
 def stop(person: Visitor) -> None:
     """Stop the server, if there is one, and wait until it has stopped."""
     ask_to_stop(person)
-    states, until_s = person.site.states, person.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while states.get(person.name) is ServerState.STOPPING and person.clock() < until_s:
-        person.sleep(0.5)
-        states[person.name] = person.site.hub.state(person.name)
+    if (states := person.site.states).get(person.name) is ServerState.STOPPING:
+        states[person.name] = await_stopped(person.name, person.site.hub)
+
+
+def await_stopped(name: str, hub: Hub) -> ServerState:
+    """What the hub says of a server when it has stopped, or after `SERVER_LIFECYCLE_TIMEOUT` seconds."""
+    session, until_s = hub.session, hub.session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    while (state := hub.state(name)) not in (ServerState.STOPPED, ServerState.GONE):
+        if session.clock() >= until_s or not session.pause(0.5):
+            break
+    return state
 
 
 def ask_to_stop(person: Visitor) -> None:
@@ -3923,7 +3913,7 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
 
 
 def in_the_way(site: Site, left: Iterable[str], stopping_s: Mapping[str, float]) -> str:
-    """Why these users are still there, as far as the hub tells; it has been stopping some for a while."""
+    """Why these users are still there, by what the hub said, and since when it has been stopping servers."""
     refusals = [site.refusals[name] for name in left if name in site.refusals.keys() - stopping_s]
     reasons = [reason for reason, _ in collections.Counter(refusals).most_common(2)]
     if stopping_s:
@@ -4086,40 +4076,28 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    plan, schedule, planned, clock = load.plan, load.schedule, load.planned, session.clock
-    numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
-    until_s = started_s + (plan.duration_s or math.inf)
-    last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
+    plan, schedule, clock = load.plan, load.schedule, session.clock
+    numbers, threads = itertools.count(part, plan.processes), load.workers
+    planned: float = load.planned
+    last_s = started_s + (schedule.lasts_s + OPEN_GRACE_S if schedule else plan.duration_s or math.inf)
+    if not schedule:
+        threads = min(threads, math.ceil(len(load.users) / plan.processes))
+        planned = math.inf if plan.duration_s else planned
 
-    def send(n: int, user: str, due_s: float | None = None) -> None:
-        name = choose(plan.load, n)
-        perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
-
-    def send_when_due(schedule: Schedule) -> None:
-        """Take the next number, and send that request when it is due (open model)."""
-        while (n := next(numbers)) < planned and clock() < last_s:
-            due_s = started_s + schedule.due_s(n)
-            if not session.pause(due_s - clock()):
+    def send() -> None:
+        """Take the next number; its request is due at its time (open model), or in 0 to 1 s (closed)."""
+        while (n := next(numbers)) < planned:
+            due_s = started_s + schedule.due_s(n) if schedule else None
+            if not session.pause(random.random() if due_s is None else due_s - clock()) or clock() >= last_s:
                 return
-            send(n, load.users[n % len(load.users)], due_s)
-
-    def send_share(worker: int) -> None:
-        """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
-        share = load.users[worker::workers]
-        for n, user in enumerate(itertools.cycle(share) if plan.duration_s else share):
-            if not session.pause(random.random()) or clock() >= until_s:
-                return
-            send(n, user)
+            name, user = choose(plan.load, n), load.users[n % len(load.users)]
+            perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
     cpu_s = time.process_time()
     session.pause(started_s - clock())
     with Team(session, on_tick) as team:
-        if schedule:
-            for _ in range(load.workers):
-                team.start(send_when_due, schedule)
-        else:
-            for worker in range(part, min(workers, len(load.users)), plan.processes):
-                team.start(send_share, worker)
+        for _ in range(threads):
+            team.start(send)
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
@@ -4160,12 +4138,11 @@ def spread_load(
                 events, counts, cpu_share = pipe.recv()
                 for event in events:
                     record.add(event)
-                if counts is None:
-                    pipe.send(session.stopping.is_set())
-                    continue
-                session.traffic.add(counts)
-                busiest = max(busiest, cpu_share)
-                sending.remove(pipe)
+                pipe.send(session.stopping.is_set())
+                if counts is not None:
+                    session.traffic.add(counts)
+                    busiest = max(busiest, cpu_share)
+                    sending.remove(pipe)
             on_tick()
         return busiest
     except (EOFError, OSError):
@@ -4186,20 +4163,17 @@ def _send_in_process(
     load_operations(load.plan.operations)
     session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
 
-    def hand_on(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
+    def report(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
         number = len(events)
         pipe.send((events[:number], counts, cpu_share))
         del events[:number]
-
-    def report() -> None:
-        hand_on()
         if pipe.recv():
             session.stop()
 
     with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
         pipe.send("ready")
         cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), report)
-        hand_on(session.traffic.counts, cpu_share)
+        report(session.traffic.counts, cpu_share)
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
@@ -4469,12 +4443,10 @@ class LivePage:
         states = collections.Counter(list(self._states.values()))
         if self._run.plan.command == STRESS:
             states["expected"] = max(0, self._run.plan.count - states.total())
-            people = self._prometheus.GaugeMetricFamily(
-                "hub_stress_test_people", "by state", labels=["state"]
-            )
+            gauge = self._prometheus.GaugeMetricFamily("hub_stress_test_people", "by state", labels=["state"])
             for state in ("expected", *dict.fromkeys(BECOMES.values()), "failed"):
-                people.add_metric([state], states[state])
-            yield people
+                gauge.add_metric([state], states[state])
+            yield gauge
 
 
 LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
@@ -7122,12 +7094,8 @@ def stop_servers(
 
 def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
     """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
-    hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while session.clock() < until_s:
-        if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
-            return True
-        if not session.pause(0.5):
-            return False
+    if await_stopped(username, Hub(endpoint, session)) in (ServerState.STOPPED, ServerState.GONE):
+        return True
     LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
     return False
 
