@@ -205,7 +205,7 @@ class Kernel:
 # ==== Servers ========================================================================================================
 
 
-Access = enum.Enum("Access", "UNKNOWN FORBIDDEN ALLOWED")  # the token is not known, not allowed here, or allowed
+Access = enum.Enum("Access", "UNKNOWN FORBIDDEN ALLOWED")  # of a token: not known, not allowed here, allowed
 
 
 class Refusal(Exception):
@@ -316,13 +316,14 @@ class Server:
         return response
 
     async def _route(self, request: web.BaseRequest, parts: list[str]) -> web.StreamResponse:
-        access = await self._access(request)
         match request.method, parts:
             case "GET", [""]:
                 return _redirect(self.prefix + "lab?")
             case "GET", ["static", *_, name]:
                 kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
                 return web.Response(body=bytes(STATIC_BYTES), content_type=kind)
+        access = await self._access(request)
+        match request.method, parts:
             case "GET", ["lab"]:
                 if access is Access.ALLOWED:
                     return web.Response(body=PAGE, content_type="text/html")
