@@ -52,6 +52,7 @@ CHART = {  # the defaults with --kube: the values of Zero to JupyterHub, with na
     "named_servers": 5,
 }
 START_TIMEOUT_S = 60.0
+PAGE = 200  # users: the most that hubs hand out at once
 
 
 def option(flag: str, default: Any, help: str, metavar: str | None = None) -> Any:
