@@ -24,7 +24,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import hub_stress_test as hst
-from known_server import KnownServer
 from localhub import LocalHub
 from processes import free_port, free_ports
 from tool import NOWHERE, refused_usage, run_for_results, start_tool, tool_users, wait_until
@@ -126,9 +125,6 @@ def page_at(port: int) -> dict[tuple[str, ...], float]:
     return {(name, *labels.values()): value for each in families for name, labels, value, *_ in each.samples}
 
 
-COUNT_OF_REPORTS = ("hub_stress_test_latency_seconds_count", "activity", "ok")
-
-
 def people(page: dict[tuple[str, ...], float]) -> dict[str, float]:
     """How many people are in each state."""
     return {
@@ -149,17 +145,6 @@ def test_a_run_is_served_while_it_lasts(new_hub: LocalHub) -> None:
     assert [page["hub_stress_test_latency_seconds_count", "server_ready", end] for end in ("ok", "spawn")] == [3, 3]
     assert page["hub_stress_test_lateness_seconds_count",] >= 14 and page["hub_stress_test_throttled_total",] == 0
     assert page_at(port) == {} and not tool_users(new_hub)
-
-
-def test_a_search_for_capacity_is_served_too_and_has_no_people(tmp_path: Path) -> None:
-    port, pages = free_port(), []
-    with KnownServer() as server:
-        words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "2s", "--metrics-port", str(port))
-        with start_tool(*words, env=server.environment) as run:
-            wait_until(lambda: pages.append(page_at(port)) or COUNT_OF_REPORTS in pages[-1])
-            run.send_signal(signal.SIGINT)
-            assert run.outcome().code == 130
-    assert people(pages[-1]) == {} and pages[-1][COUNT_OF_REPORTS] > 0
 
 
 def test_a_port_that_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

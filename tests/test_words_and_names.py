@@ -13,7 +13,6 @@ import hub_stress_test as hst
 
 TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
     hst.counted: [
-        ((0, "user"), "0 users"),
         ((1, "user"), "1 user"),
         ((3000, "user"), "3,000 users"),
         ((1.0, "person", "people"), "1 person"),
@@ -27,17 +26,13 @@ TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
         ((0.99949,), "999 ms"),
         ((0.9996,), "1.00 s"),
         ((9.996,), "10.0 s"),
-        ((62.06,), "62.1 s"),
-        ((99.94,), "99.9 s"),
         ((99.96,), "1 min 40 s"),
-        ((1234.6,), "20 min 35 s"),
         ((3599.7,), "1 h 0 min"),
         ((90061,), "25 h 1 min"),
     ],
     hst.bytes_text: [((None,), "–"), ((40_400,), "40 kB"), ((994_000,), "994 kB"), ((117e6,), "117 MB")],
     hst.utc: [((datetime(2026, 11, 20, 16, 0, 0, 999_999, tzinfo=timezone.utc),), "2026-11-20T16:00:00Z")],
     hst.without_credentials: [
-        (("https://me:pw@hub.example.org:8/hub/api",), "https://hub.example.org:8/hub/api"),
         (("https://me:p@w@hub.example.org/",), "https://hub.example.org/"),
         (("http://[::1]:8000/hub/api",), "http://[::1]:8000/hub/api"),
     ],
@@ -45,13 +40,11 @@ TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
     hst.moment_text: [
         ((74,), "01:14"),
         ((74, 300), "01:14 of 05:00"),
-        ((74, 300, 360), "01:14 of 05:00"),
         ((300, 300, 360), "05:00 of at most 06:00"),
         ((400, 300, 360), "06:40"),  # longer than possible: no end is named
         ((370, 300, 360, 90), "06:10, holding for 01:30 more"),
     ],
     hst.status_line: [
-        (("01:14", {}), "01:14"),
         (("01:14", {"came": 0, "failed": 0}), "01:14 | 0 came"),
         (
             ("01:14", {"came": 1061, "starting": 12, "failed": 2}, 0.024, 0.31),
