@@ -11,6 +11,12 @@ import pytest
 
 import hub_stress_test as hst
 
+
+def made(ends: str) -> list[str]:
+    """Names of users, from their ends."""
+    return [f"hub-stress-test{end}" for end in ends.split()]
+
+
 TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
     hst.counted: [
         ((1, "user"), "1 user"),
@@ -51,6 +57,12 @@ TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
             "01:14 | 1,061 came, 12 starting, 2 failed | ping 24 ms | hub 31 %",
         ),
         (("01:14", {"came": 1, "at work": 1}, None, 0.0), "01:14 | 1 came, 1 at work | hub 0 %"),
+    ],
+    hst.names_text: [
+        (([],), ""),
+        ((made("-2 -1"),), "hub-stress-test-1 hub-stress-test-2"),
+        ((made("-10 -9 -8 -2"),), "hub-stress-test-2 hub-stress-test-8 to -10"),
+        ((made("-a-1 -2 -b-3"),), "hub-stress-test-2 hub-stress-test-a-1 hub-stress-test-b-3"),
     ],
     hst.purge_command: [
         ((None,), "hub-stress-test purge"),
@@ -104,16 +116,3 @@ def test_names_follow_the_highest_index() -> None:
 def test_the_second_user_comes_before_the_tenth() -> None:
     ordered = ["alice", *(hst.username(index, run) for run in ("", "a", "b") for index in (1, 2, 9, 10, 11, 100))]
     assert sorted(random.Random(1).sample(ordered, len(ordered)), key=hst.natural) == ordered
-
-
-@pytest.mark.parametrize(
-    ("names", "text"),
-    [
-        ("", ""),
-        ("-2 -1", "hub-stress-test-1 hub-stress-test-2"),
-        ("-10 -9 -8 -2", "hub-stress-test-2 hub-stress-test-8 to -10"),
-        ("-a-1 -2 -b-3", "hub-stress-test-2 hub-stress-test-a-1 hub-stress-test-b-3"),
-    ],
-)
-def test_names_in_a_row_are_shown_as_first_and_last(names: str, text: str) -> None:
-    assert hst.names_text(f"hub-stress-test{name}" for name in names.split()) == text
