@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -107,7 +106,7 @@ def test_a_disk_that_is_full_fails_the_run_and_leaves_whole_lines(new_hub: Local
     env: Any = {"env": os.environ | new_hub.environment, "preexec_fn": limited}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, **env)
     assert done.returncode == 1, done
-    assert f"--samples {path} could not be written: File too large" in re.sub(r"\n +", " ", done.stdout)
+    assert "File too large" in " ".join(done.stdout.split())
     text = path.read_text()
     assert text.endswith("\n") and len({line.count(",") for line in text.splitlines()}) == 1
 
@@ -151,8 +150,8 @@ def test_a_port_that_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         said = refused_usage(["stress-test", "--metrics-port", port], NOWHERE, capsys)
-    assert said.startswith(f"hub-stress-test: --metrics-port {port}: Address already in use (see ")
-    assert "port must be 0-65535" in refused_usage(["stress-test", "--metrics-port", "65536"], NOWHERE, capsys)
+    assert f"--metrics-port {port}: Address already in use" in said
+    assert "65535" in refused_usage(["stress-test", "--metrics-port", "65536"], NOWHERE, capsys)
 
 
 def query_result(port: int, query: str) -> dict[tuple[str, ...], float]:

@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_written_keeps_the_worse_code(code: int, tmp_path:
     found = hst.write_files(plan, results_of([ready(1)], exit_code=code))
     written = json.loads((tmp_path / "r.json").read_text())  # the other file
     assert written["exit_code"] == found.exit_code == (code or 1)
-    assert written["warnings"] == [f"--report {plan.report} could not be written: No such file or directory"]
+    assert written["warnings"][0].startswith(f"--report {plan.report} could not be written")
 
 
 def test_links_stay_links_and_pipes_are_written_to(tmp_path: Path) -> None:
