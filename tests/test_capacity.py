@@ -80,7 +80,7 @@ def test_a_search_that_only_max_servers_ended_is_not_finished(truth: int, answer
         ([1.0, 9.0, 1.0, 1.0] * 10, False),  # some wait long, but not ever longer
     ],
 )
-def test_a_hub_falls_behind_when_the_last_wait_longer_than_the_first(waits_s: list[float], behind: bool) -> None:
+def test_a_hub_falls_behind_when_the_last_wait_longer(waits_s: list[float], behind: bool) -> None:
     assert hst.falls_behind(waits_s) is behind
 
 
@@ -111,7 +111,7 @@ def test_a_rate_that_was_not_reached_is_not_sustained(command: str, step: str, c
         ([(1.0, 0.2, "slow")], 1.0, ["no rate was sustained, not even so many: slow"]),
     ],
 )
-def test_a_search_doubts_an_answer_that_its_steps_do_not_bear_out(
+def test_a_search_doubts_what_its_steps_contradict(
     p95s_s: list[tuple[float, float, str | None]], ready_s: float, doubt: list[str]
 ) -> None:
     steps = [hst.CapacityStep(rate, rate, p95_s, 0, held, False) for rate, p95_s, held in p95s_s]
@@ -167,7 +167,7 @@ CPU, THROTTLED, SPAWNS, PROXY, UNKNOWN = (
         ("server_ready.p95 > 1s", (5.0, 5.0, 0.0), BUSY_HUB, NO_MEMORY, CPU),
     ],
 )
-def test_the_limit_is_told_by_condition_waits_and_the_hubs_figures(
+def test_the_limit_follows_from_condition_waits_and_figures(
     held: str, waits_s: tuple[float, float, float], own: hst.HubFigures | None, failures: list[hst.Event], limit: str
 ) -> None:
     (ready_s, at_work_s, throttled_s), record = waits_s, hst.new_recorder()
@@ -269,9 +269,7 @@ def test_a_capacity_that_is_not_found_fails_the_run(new_hub: LocalHub, tmp_path:
     assert capacity["rate_per_s"] is None and found["operations"]["server_ready"]["failed"] == 1
 
 
-def test_a_hub_that_starts_two_servers_a_second_is_limited_by_that(
-    make_hub: Callable[..., LocalHub], tmp_path: Path
-) -> None:
+def test_a_hub_that_throttles_starts_is_limited_by_that(make_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
     hub = make_hub(concurrent_spawn_limit=2, spawn_s=1.0, slow_spawn_timeout_s=0)
     words = ("stress-test", "--find-capacity", "--duration", "5s", "--rate", "1.6", "-c", "60", "--within", "2m")
     done, found = run_for_results(tmp_path / "r", *words, hub=hub)

@@ -29,7 +29,7 @@ def make(hub: LocalHub, session: hst.HubSession, count: int) -> list[list[str]]:
 # ==== One function at a time =========================================================================================
 
 
-def test_users_and_servers_come_and_go_one_function_at_a_time(hub: LocalHub) -> None:
+def test_users_and_servers_come_and_go(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     users = make(hub, session, 4)
     assert [len(batch) for batch in users] == [2, 2]

@@ -96,7 +96,7 @@ def test_all_lines_are_whole_when_the_program_is_killed(new_hub: LocalHub, tmp_p
     assert hst.delete_users(sorted(tool_users(new_hub)), new_hub.endpoint, hst.get_session(new_hub.token))
 
 
-def test_a_disk_that_is_full_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
 
     def limited() -> None:

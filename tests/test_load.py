@@ -65,7 +65,7 @@ def load_of(**settings: Any) -> hst.Load:
         ),
     ],
 )
-def test_a_load_knows_how_much_it_sends_from_how_many_threads(
+def test_a_load_knows_its_requests_threads_and_title(
     settings: dict[str, Any], requests: int, threads: int, title: str
 ) -> None:
     load = load_of(**settings)

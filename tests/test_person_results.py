@@ -65,7 +65,7 @@ def test_each_person_is_at_work_or_failed_once(
     assert [people.reasons[failure.reason] for failure in people.failures] == [1] * len(people.failures)
 
 
-def test_a_person_fails_for_the_first_failed_step_with_its_last_word() -> None:
+def test_a_person_fails_for_the_first_failed_step() -> None:
     people = rehearsed("no page", 1).people
     assert people and people.failures == [hst.Failure(hst.username(4), NOBODY.text, "not JSON but text/html", 31.0)]
     row = {"cell": did("cell", 1, 5.0, RAISED), "stay": did("stay", 1, 9.0, LOST)}

@@ -196,7 +196,7 @@ def test_a_file_without_results_is_no_baseline(content: str, tmp_path: Path) -> 
         hst.results_file(str(tmp_path / "results.json"))
 
 
-def test_nothing_is_written_to_find_out_that_a_file_is_writable(tmp_path: Path) -> None:
+def test_writable_files_are_recognised_without_writing(tmp_path: Path) -> None:
     for bad in (tmp_path, tmp_path / "missing" / "file"):
         with pytest.raises(hst.UsageError, match="cannot be written"):
             hst.writable_file(str(bad))
@@ -261,7 +261,7 @@ COMPANIONS = {  # options without which these say nothing
 
 
 @pytest.mark.parametrize("field", GIVEN)
-def test_every_flag_of_an_option_sets_its_field_and_no_other(field: str, files: Path) -> None:
+def test_every_flag_sets_its_field_and_no_other(field: str, files: Path) -> None:
     (value, meaning), row = GIVEN[field], hst.OPTIONS[field]
     default = {field: getattr(hst.Plan(), field)}
     for command, flag in itertools.product({*row.on} & {*hst.COMMANDS}, row.flags):
@@ -312,7 +312,7 @@ def test_results_have_the_commands_options_without_secrets_and_baseline(command:
     assert json.loads(json.dumps(options)) == options
 
 
-def test_what_was_read_from_a_text_is_reported_as_that_text(files: Path) -> None:
+def test_what_was_read_from_text_is_reported_as_text(files: Path) -> None:
     words = ["--work", "--notebook", "class.py", "--page", "lab.har", "--watch", "p=http://me:pw@x/m", "--rate", "1:2m"]
     options = plan_for("stress-test", *HUB, *words).options()
     names = ("notebook", "page", "watch", "rate", "count")

@@ -27,7 +27,7 @@ Make = Callable[..., LocalHub]
 # ==== The results file ===============================================================================================
 
 
-def test_each_command_writes_results_and_counts_its_requests_as_the_hub_does(hub: LocalHub, tmp_path: Path) -> None:
+def test_each_commands_results_count_requests_as_the_hub_does(hub: LocalHub, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
 
     def run(*words: str) -> hst.Json:

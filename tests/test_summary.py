@@ -65,7 +65,7 @@ def test_the_lag_of_the_event_loop_needs_samples(samples: int, shown: str) -> No
 # ==== The outcome of servers and people ==============================================================================
 
 
-def test_the_commonest_reasons_name_a_few_users_and_the_rest_is_counted() -> None:
+def test_the_commonest_reasons_name_users_the_rest_is_counted() -> None:
     numbers = iter(range(1, 29))
     reasons = [f"reason {kind}" for kind in "abcdefg" for _ in range("_abcdefg".index(kind))]
     given = list(reversed(sentences(results_of([failed(next(numbers), reason) for reason in reasons]), "failed")))

@@ -95,7 +95,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_ours_only_if_the_whole_of_it_fits(name: str) -> None:
+def test_a_name_is_ours_only_if_all_of_it_fits(name: str) -> None:
     assert tuple(hst.is_test_user(name, run) for run in (None, "", "a", "a-1")) == NAMES[name]
 
 
