@@ -95,9 +95,7 @@ def test_the_manifest_that_the_readme_applies_is_valid_yaml() -> None:
         assert {variable["name"] for variable in container["env"]} == {"JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_TOKEN"}
 
 
-def test_the_canary_is_a_job_whose_commands_are_understood(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_canary_is_a_job_whose_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim, canary = yaml.safe_load_all((ROOT / "tests/deploy/canary.yaml").read_text())
     assert (canary["kind"], canary["spec"]["concurrencyPolicy"]) == ("CronJob", "Forbid")
     job = canary["spec"]["jobTemplate"]["spec"]
@@ -112,9 +110,7 @@ def test_the_canary_is_a_job_whose_commands_are_understood(
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         words = [word.replace("/results/", f"{tmp_path}/") for word in container["args"]]
-        assert plan_for(*words)
-        assert hst.main([*(word for word in words if not word.startswith("--results")), "--dry-run"]) == 0
-        assert "hub-stress-test-canary-" in capsys.readouterr().out
+        assert plan_for(*words).run == "canary"
     assert {"--work", "--fail-if=failed > 0", "--results=/results/$(POD_NAME).json"} <= {*work["args"]}
 
 
