@@ -74,15 +74,6 @@ def test_every_event_of_a_run_is_a_row(new_hub: LocalHub, tmp_path: Path) -> Non
         assert 0 <= ended - began - float(row["ended_s"]) < 1.01  # `started` is in whole seconds
 
 
-def test_the_events_of_several_processes_are_all_there(new_hub: LocalHub, tmp_path: Path) -> None:
-    path = tmp_path / "s.csv.gz"
-    words = ("activity-stress-test", "-c", "30", "--processes", "2", "--rate", "30", "--samples", str(path))
-    _, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
-    reports = [row for row in samples_in(path) if row["step"] == "activity"]
-    assert len(reports) == found["operations"]["activity"]["count"] == 30
-    assert len({row["user"] for row in reports}) == 30
-
-
 def test_all_lines_are_whole_when_the_program_is_killed(new_hub: LocalHub, tmp_path: Path) -> None:
     path = tmp_path / "s.csv.gz"
     with start_tool("stress-test", "-c", "4", "--hold", "60s", "--samples", str(path), hub=new_hub) as run:
