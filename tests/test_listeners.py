@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import hub_stress_test as hst
 from localhub import LocalHub
 from processes import free_port, free_ports
-from tool import NOWHERE, refused_usage, run_for_results, start_tool, tool_users, wait_until
+from tool import NOWHERE, PATIENCE_S, refused_usage, run_for_results, start_tool, tool_users, wait_until
 
 HALF_FAIL = ("--profile", '{"fail_rate": 0.5, "spawn_s": 0.3}')
 COLUMNS = [
@@ -91,11 +91,11 @@ def test_a_full_disk_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp
     path = tmp_path / "s.csv"
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
-    command = [sys.executable, hst.__file__, "stress-test", "-c", "40", "--samples", str(path)]
+    command = [sys.executable, hst.__file__, "stress-test", "-c", "20", "--samples", str(path)]
     env: Any = {"env": os.environ | new_hub.environment, "preexec_fn": limited}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, **env)
     assert done.returncode == 1, done
     assert "File too large" in " ".join(done.stdout.split())
     text = path.read_text()
