@@ -6,7 +6,7 @@ import pytest
 
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
-from made_up_results import LOST, NO_NODE, did, folded, results_of
+from made_up import LOST, NO_NODE, did, folded, results_of
 
 NOBODY = Reason(Kind.ROUTE, "nobody listens there (503)")
 RAISED = Reason(Kind.CELL, "cell 4 raised MemoryError")

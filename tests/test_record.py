@@ -12,7 +12,7 @@ import pytest
 
 import hub_stress_test as hst
 from hub_stress_test import Distribution, Event, Kind, Reason, Recorder, Statistics, Traffic
-from made_up_results import REFUSED, did, folded
+from made_up import REFUSED, did, folded
 
 AWAY = Reason(Kind.NO_ANSWER, "connection refused")
 

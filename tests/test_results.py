@@ -18,7 +18,7 @@ import pytest
 import hub_stress_test as hst
 from bench.whole_run import hub_counts
 from localhub import LocalHub
-from made_up_results import ready, results_of
+from made_up import ready, results_of
 from tool import MODULE, run_for_results, tool_users
 
 Make = Callable[..., LocalHub]
