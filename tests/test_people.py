@@ -20,6 +20,7 @@ import hub_stress_test as hst
 from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
+from made_up_results import did
 from tool import MODULE, THEIRS, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
@@ -78,8 +79,7 @@ def test_failing_spawns_are_counted_with_reason_and_names(
     (reason,), failures = found["servers"]["reasons"], found["servers"]["failures"]
     assert "no node has 4 GB of memory free" in reason and {failure["reason"] for failure in failures} == {reason}
     failed = sorted({failure["user"] for failure in failures}, key=hst.natural)
-    assert len(failed) == 8
-    assert f"8 × {reason} ({', '.join(failed[:3])} and 5 more, all in --results)" in done.summary
+    assert len(failed) == 8 and f"8 × {reason} ({', '.join(failed[:3])} and 5 more" in done.summary
     if fixture == "eager":  # others answer the start when it has failed, and there is no progress
         assert {failure["message"] for failure in failures} <= {"Looking for a node", "Pulling the image"}
 
@@ -114,25 +114,19 @@ def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
     assert f"{failed} failed, {20 - count} not begun (--fail-fast)" in done.summary
 
 
-@pytest.mark.parametrize(
-    ("ends", "reached"),
-    [
-        ("FFF", True),
-        ("FF", False),
-        ("FFsFFsFF", False),
-        ("sFFFs", True),  # it stays so
-        ("", False),
-        ("sss", False),
-    ],
-)
+@pytest.mark.parametrize(("ends", "reached"), [("FF", False), ("FFsFFsFF", False), ("sFFFs", True)])
 def test_a_streak_of_failures_ends_with_a_person_at_the_goal(ends: str, reached: bool) -> None:
     streak, never = hst.Streak(3, "at_work"), hst.Streak(0, "at_work")
+    events = {
+        "s": did("at_work", 1, 1.0),
+        "F": did("cell", 1, 1.0, hst.Reason(Kind.CELL, "cell 4 raised")),
+        "ready": did("server_ready", 1, 1.0),  # which is not yet the goal
+        "not deleted": did("delete_user", 1, 1.0, hst.Reason(Kind.NO_ANSWER, "reset")),  # no failure of a person
+    }
     for end in ends:
-        streak(hst.Event("server_ready", "x", 0, 0, 1))  # which is not yet the goal
-        last = hst.Event("at_work", "x", 0, 0, 1)
-        streak(last if end == "s" else hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
-        streak(hst.Event("delete_user", "x", 0, 0, 1, hst.Reason(Kind.NO_ANSWER, "reset")))  # no failure of a person
-        never(hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
+        for event in ("ready", end, "not deleted"):
+            streak(events[event])
+            never(events[event])
     assert streak.reached is reached and not never.reached
 
 
@@ -317,24 +311,17 @@ def test_all_leave_when_the_last_has_settled_and_the_hold_is_over() -> None:
     assert gathering.known.is_set() and gathering.leave_s == 20.0
 
 
-@pytest.mark.parametrize(
-    ("options", "due_s"),
-    [
-        ({}, [0.0, 0.0, 0.0]),
-        ({"rate_per_s": 4.0}, [0.0, 0.25, 0.5]),
-        ({"within_s": 60.0, "seed": 1}, [8.06, 45.83, 50.85]),
-    ],
-)
-def test_people_arrive_at_a_rate_at_random_or_at_once(options: dict[str, Any], due_s: list[float]) -> None:
+@pytest.mark.parametrize(("options", "due_s"), [({}, [0.0, 0.0, 0.0]), ({"rate_per_s": 4.0}, [0.0, 0.25, 0.5])])
+def test_people_arrive_at_a_rate_or_at_once(options: dict[str, Any], due_s: list[float]) -> None:
     plan = hst.Plan(count=3, **options)
-    assert [at_s for at_s, _ in hst.arrivals(plan)] == pytest.approx(due_s, abs=0.01)
-    assert plan.is_open == bool(options)
+    assert [at_s for at_s, _ in hst.arrivals(plan)] == due_s and plan.is_open == bool(options)
 
 
 def test_random_arrivals_depend_on_the_seed_and_fill_their_time() -> None:
     plans = [hst.Plan(count=300, within_s=60.0, seed=seed) for seed in (1, 1, 2)]
     first, again, other = ([at_s for at_s, _ in hst.arrivals(plan)] for plan in plans)
-    assert first == again != other
+    assert first == again != other and plans[0].is_open
+    assert first[:3] == pytest.approx([0.126, 0.343, 0.509], abs=1e-3)  # whatever the version of Python
     assert len(first) == 300 and first == sorted(first) and first[0] >= 0.0 and first[-1] <= 60.0
     assert 130 < sum(at_s < 30.0 for at_s in first) < 170  # about half of them in the first half
 
