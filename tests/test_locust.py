@@ -169,14 +169,11 @@ def test_without_admin_rights_people_come_to_named_servers(locust: Locust, make_
 
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
     "a wrong token": ((), {"JUPYTERHUB_API_TOKEN": "5ca1ab1e"}, 3, "refuses the token"),
-    "no hub": (("--hub-endpoint", "http://127.0.0.1:1/hub/api"), {}, 3, "Nothing answers"),
     "no endpoint and no token": (
         *((), {"JUPYTERHUB_ENDPOINT": "", "JUPYTERHUB_API_TOKEN": ""}, 2),
         "--hub-endpoint; and no token: set JUPYTERHUB_API_TOKEN",
     ),
     "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "--hub-mix: there is no operation 'walk'"),
-    "a header of the tool": (("--hub-header", "Host: 5ecret"), {}, 2, "the header Host cannot be set"),
-    "a strange scale": (("--hub-scale", "-3"), {}, 2, "expected a number above 0"),
     "a path": (("--hub-fail-if", "http.requests > 9"), {}, 2, "'http.requests' among failed, failed_rate, throttled"),
 }
 
