@@ -11,7 +11,7 @@ import hub_stress_test as hst
 from fault_proxy import Answer, FaultProxy
 from hub_stress_test import Change, Snapshot
 from localhub import LocalHub
-from made_up_results import results_of, sentences
+from made_up import results_of, sentences
 from tool import run_for_results
 
 FILES, PAGES = ("process_open_fds", ""), ("request_duration_seconds_count", "GET ProxyErrorHandler")

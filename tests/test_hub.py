@@ -107,7 +107,7 @@ def test_a_reply_tells_in_few_words_what_came_or_why_nothing_came(
     fault: Fault, text: str, kind: Kind, lost: bool, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
 ) -> None:
     proxy.rule = every(matching("GET", "/users"), fault)
-    reply = hst.get_session(new_hub.token).ask("GET", endpoint + "/users", call=hst.once(), timeout=1)
+    reply = hst.get_session(new_hub.token).ask("GET", endpoint + "/users", call=hst.Call(once=True), timeout=1)
     assert (str(reply), reply.call.lost) == (text, lost)
     event = reply.event("list_users")
     assert event.reason and event.reason.kind is kind
@@ -216,7 +216,7 @@ def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: p
 
 def test_a_certificate_file_that_is_not_there_is_a_reason_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
-    reply = hst.get_session("x").ask("GET", "https://127.0.0.1:1/hub/api/", call=hst.once())
+    reply = hst.get_session("x").ask("GET", "https://127.0.0.1:1/hub/api/", call=hst.Call(once=True))
     assert reply.status == 0 and "/nowhere/ca.pem" in reply.message
 
 
@@ -225,7 +225,9 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, proxy:
     session = hst.get_session(new_hub.token)
     hub = hst.Hub(proxy.endpoint, session)
     assert hub.create([NAME]).status == 201
-    assert session.ask("POST", hub.server_url(NAME), json={"hang_rate": 1}, call=hst.once(), timeout=0.5).call.lost
+    assert session.ask(
+        "POST", hub.server_url(NAME), json={"hang_rate": 1}, call=hst.Call(once=True), timeout=0.5
+    ).call.lost
     until_s = session.clock() + (60 if end == "stop" else 2)
     found: list[hst.Kind] = []
 
@@ -291,33 +293,20 @@ def test_users_of_a_batch_that_a_dying_hub_half_made_are_not_left_behind(
 # ==== Pages of users, and the simulated hub ==========================================================================
 
 
-class Pages(hst.SimulatedHub):
-    """Pages of users by their offset."""
-
-    def __init__(self, pages: dict[int, dict[str, Any]]) -> None:
-        super().__init__()
-        self._pages = pages
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        response = super().send(request)
-        offset = int((request.url or "").partition("offset=")[2].partition("&")[0])
-        response._content = json.dumps(self._pages[offset]).encode()
-        return response
-
-
-def test_a_users_page_that_ends_early_is_not_the_last_page() -> None:
+def test_a_users_page_that_ends_early_is_not_the_last_page(proxy: FaultProxy, endpoint: str) -> None:
     """`next` decides: pages may be short or empty while there is another (state filters do that on real hubs)."""
-    wire = Pages(
-        {
-            0: {"items": [{"name": NAME}], "_pagination": {"next": {"offset": 200, "url": "http://wrong"}}},
-            200: {"items": [], "_pagination": {"next": {"offset": 400, "url": "http://wrong"}}},
-            400: {"items": [{"name": "hub-stress-test-2"}], "_pagination": {"next": None}},
-        }
-    )
-    record = hst.Recorder()
-    listed = hst.list_users(hst.Hub(ENDPOINT, hst.HubSession("x", wire)), record)
+    names = {0: [NAME], 200: [], 400: ["hub-stress-test-2"]}
+
+    def page(request: Request) -> Answer:
+        offset = int(request.path.partition("offset=")[2].partition("&")[0])
+        following = {"offset": offset + 200, "url": "http://wrong"} if offset < 400 else None
+        items = [{"name": name} for name in names[offset]]
+        return hub_answer(200, json.dumps({"items": items, "_pagination": {"next": following}}).encode())
+
+    proxy.rule = page
+    listed = hst.list_users(hst.Hub(endpoint, hst.HubSession("x")), hst.Recorder())
     assert [user["name"] for user in hst.test_users(listed, None)] == [NAME, "hub-stress-test-2"]
-    assert record.summarise()["list_users"].count == 3
+    assert len(proxy.requests) == 3
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import hub_stress_test as hst
 from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried
-from made_up_results import did
 from tool import MODULE, THEIRS, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
@@ -115,18 +114,12 @@ def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
 
 @pytest.mark.parametrize(("ends", "reached"), [("FF", False), ("FFsFFsFF", False), ("sFFFs", True)])
 def test_a_streak_of_failures_ends_with_a_person_at_the_goal(ends: str, reached: bool) -> None:
-    streak, never = hst.Streak(3, "at_work"), hst.Streak(0, "at_work")
-    events = {
-        "s": did("at_work", 1, 1.0),
-        "F": did("cell", 1, 1.0, hst.Reason(Kind.CELL, "cell 4 raised")),
-        "ready": did("server_ready", 1, 1.0),  # which is not yet the goal
-        "not deleted": did("delete_user", 1, 1.0, hst.Reason(Kind.NO_ANSWER, "reset")),  # no failure of a person
-    }
+    session = hst.get_session("x", dry_run=True)
+    crowd, never = hst.Crowd(session, hst.Plan(fail_fast=3)), hst.Crowd(session, hst.Plan())
     for end in ends:
-        for event in ("ready", end, "not deleted"):
-            streak(events[event])
-            never(events[event])
-    assert streak.reached is reached and not never.reached
+        crowd.count(failed=end == "F")
+        never.count(failed=end == "F")
+    assert crowd.failed_too_often is reached and not never.failed_too_often
 
 
 @pytest.mark.parametrize(
@@ -154,28 +147,30 @@ def test_after_a_failed_start_only_leaving_follows(wish: dict[str, float], steps
 
 
 def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
-    session, turns = hst.get_session("x", dry_run=True), hst.Turns()
+    session = hst.get_session("x", dry_run=True)
+    crowd = hst.Crowd(session, hst.Plan())
     order: list[float] = []
 
     def wait(due_s: float) -> None:
-        turns.wait(due_s, 0, session.clock() + 60, session)
+        crowd.wait_for_place(due_s, 0, session.clock() + 60)
         order.append(due_s)
 
     threads = [threading.Thread(target=wait, args=(due_s,)) for due_s in (3.0, 1.0, 2.0)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(turns.waiting) == 3)
+    wait_until(lambda: len(crowd.throttled) == 3)
     for number in (1, 2, 3):
-        assert turns.free()  # somebody waits, so that a new start lets them go first
+        assert crowd.free_place()  # somebody waits, so that a new start lets them go first
         wait_until(lambda: len(order) == number)  # noqa: B023
-    assert order == [1.0, 2.0, 3.0] and not turns.free()
+    assert order == [1.0, 2.0, 3.0] and not crowd.free_place()
 
 
 def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
-    session, turns = hst.get_session("x", dry_run=True), hst.Turns()
-    turns.free()
+    session = hst.get_session("x", dry_run=True)
+    crowd = hst.Crowd(session, hst.Plan())
+    crowd.free_place()
     began_s = session.clock()
-    turns.wait(1.0, turns.freed, began_s + 0.3, session)
+    crowd.wait_for_place(1.0, crowd.freed, began_s + 0.3)
     assert session.clock() - began_s >= 0.3
 
 

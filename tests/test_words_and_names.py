@@ -34,7 +34,7 @@ TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
         ((3599.7,), "1 h 0 min"),
         ((90061,), "25 h 1 min"),
     ],
-    hst.bytes_text: [((None,), "–"), ((40_400,), "40 kB"), ((994_000,), "994 kB"), ((117e6,), "117 MB")],
+    hst.bytes_text: [((40_400,), "40 kB"), ((994_000,), "994 kB"), ((117e6,), "117 MB")],
     hst.utc: [((datetime(2026, 11, 20, 16, 0, 0, 999_999, tzinfo=timezone.utc),), "2026-11-20T16:00:00Z")],
     hst.without_credentials: [
         (("https://me:pw@hub.example.org:8/hub/api",), "https://hub.example.org:8/hub/api"),
@@ -43,21 +43,10 @@ TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
     ],
     hst.clock_text: [((-3,), "00:00"), ((74.4,), "01:14"), ((3599.6,), "1:00:00"), ((36061,), "10:01:01")],
     hst.moment_text: [
-        ((74,), "01:14"),
+        ((74, 0), "01:14"),
         ((74, 300), "01:14 of 05:00"),
-        ((74, 300, 360), "01:14 of 05:00"),
-        ((300, 300, 360), "05:00 of at most 06:00"),
-        ((400, 300, 360), "06:40"),  # longer than possible: no end is named
-        ((370, 300, 360, 90), "06:10, holding for 01:30 more"),
-    ],
-    hst.status_line: [
-        (("01:14", {}), "01:14"),
-        (("01:14", {"came": 0, "failed": 0}), "01:14 | 0 came"),
-        (
-            ("01:14", {"came": 1061, "starting": 12, "failed": 2}, 0.024, 0.31),
-            "01:14 | 1,061 came, 12 starting, 2 failed | ping 24 ms | hub 31 %",
-        ),
-        (("01:14", {"came": 1, "at work": 1}, None, 0.0), "01:14 | 1 came, 1 at work | hub 0 %"),
+        ((300, 300), "05:00"),
+        ((370, 300, 90), "06:10, holding for 01:30 more"),
     ],
     hst.purge_command: [
         ((None,), "hub-stress-test purge"),
@@ -69,12 +58,6 @@ TEXTS: dict[Callable[..., str], list[tuple[tuple[Any, ...], str]]] = {
 @pytest.mark.parametrize("function", TEXTS, ids=lambda function: function.__name__)
 def test_values_become_texts(function: Callable[..., str]) -> None:
     assert [function(*values) for values, _ in TEXTS[function]] == [text for _, text in TEXTS[function]]
-
-
-def test_a_secret_is_in_no_repr() -> None:
-    secret = hst.Secret("abc123")
-    assert "abc123" not in repr({"token": secret}) + repr([secret]) + repr(hst.Plan(token=secret))
-    assert secret == "abc123"
 
 
 NAMES = {
@@ -123,9 +106,7 @@ def test_the_second_user_comes_before_the_tenth() -> None:
     ("names", "text"),
     [
         ("", ""),
-        ("-7", "hub-stress-test-7"),
         ("-2 -1", "hub-stress-test-1 hub-stress-test-2"),
-        ("-3 -1 -2", "hub-stress-test-1 to -3"),
         ("-10 -9 -8 -2", "hub-stress-test-2 hub-stress-test-8 to -10"),
         ("-a-1 -2 -b-3", "hub-stress-test-2 hub-stress-test-a-1 hub-stress-test-b-3"),
     ],

@@ -27,6 +27,7 @@ SCHEMA: dict[str, Any] = json.loads(Path(__file__).with_name("results.schema.jso
 THEIRS = {"alice", "hub-stress-tester", "hub-stress-test-admin"}  # users of every hub, which are not the tool's
 THEIR_ADMIN = "hub-stress-test-400"  # of the shared hubs: named as the tool would, and an admin
 NOWHERE = {"JUPYTERHUB_ENDPOINT": "http://127.0.0.1:1/hub/api", "JUPYTERHUB_API_TOKEN": "not-a-token"}
+HUB = ("--endpoint", "http://hub.example.org/hub/api", "--token", "t")  # options for what asks no hub
 PATIENCE_S = 170.0  # a test may take 180 s
 
 
@@ -50,7 +51,7 @@ class Running(subprocess.Popen[str]):
 
     def __init__(self, words: tuple[str, ...], environment: dict[str, str]) -> None:
         self.token = environment.get("JUPYTERHUB_API_TOKEN")
-        command = [sys.executable, "-W", "error", str(MODULE), *words]
+        command = [sys.executable, "-W", "error", "-m", MODULE.stem, *words]  # which, unlike a script, is compiled once
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         super().__init__(command, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -77,8 +78,8 @@ def start_tool(
     *words: str, hub: LocalHub | None = None, proxy: FaultProxy | None = None, env: dict[str, str] | None = None
 ) -> Running:
     """Start the tool for a hub, through a proxy if one is given; of JupyterHub its environment has this and `env`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB")}
-    environment |= hub.environment if hub else {}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB", "PYTHON"))}
+    environment = kept | {"PYTHONPATH": str(MODULE.parent)} | (hub.environment if hub else {})
     environment |= {"JUPYTERHUB_ENDPOINT": proxy.endpoint} if proxy else {}
     return Running(words, environment | (env or {}))
 
@@ -101,6 +102,13 @@ def results_in(path: Path, done: Outcome) -> dict[str, Any]:
     jsonschema.validate(found, SCHEMA)
     assert found["exit_code"] == done.code
     return found
+
+
+def plan_for(*words: str) -> hst.Plan:
+    """The plan that a command line stands for."""
+    args = hst.parse_args(words)
+    hst.validate(args)
+    return hst.plan_of(args)
 
 
 def refused_usage(words: list[str], env: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
