@@ -37,7 +37,7 @@ from fault_proxy import (
     matching,
 )
 from localhub import LocalHub
-from tool import THEIRS, Outcome, run_tool, start_tool, tool_users, wait_until
+from tool import PATIENCE_S, THEIRS, Outcome, run_tool, start_tool, tool_users, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 
@@ -186,7 +186,7 @@ class Ran:
 
 
 def run_through(
-    hub: LocalHub, rule: Rule | None, *more: str, words: Sequence[str] = WORDS, limit_s: float = 100
+    hub: LocalHub, rule: Rule | None, *more: str, words: Sequence[str] = WORDS, limit_s: float = PATIENCE_S
 ) -> Ran:
     """A run through a proxy with this rule."""
     began_s = time.monotonic()
@@ -385,7 +385,7 @@ def test_a_token_that_is_revoked(phase: str, hub: LocalHub, record_property: Rec
 def test_a_hub_that_dies_for_good(phase: str, hub: LocalHub, record_property: Record) -> None:
     code, made = {"listing": (3, 0), "creating": (4, BATCH)}.get(phase, (4, COUNT))
     rule = FromThenOn(PHASES[phase](hub), act=hub.kill)
-    ran = run_through(hub, rule, "--cleanup-timeout", "10s", limit_s=150)
+    ran = run_through(hub, rule, "--cleanup-timeout", "10s")
     assert not hub.running
     why = "connection reset|connection refused"
     ran.check_left(record_property, ("the hub dies for good", phase), code, made, why)
@@ -440,8 +440,8 @@ def interrupt(hub: LocalHub, number: int, after_s: float) -> tuple[Outcome, floa
 
         delayed = threading.Timer(after_s, strike)
         proxy.rule = FromThenOn(matching("POST", "/users$"), act=delayed.start)
-        done = run.outcome(90)
-        wait_until(lambda: struck, 10)
+        done = run.outcome()
+        wait_until(lambda: struck)
         struck_s, too_late = struck[0]
         load = [entry for entry in proxy.requests if entry.method == "POST" and entry.time > struck_s + 1]
         assert not load, "load was sent more than a second after the signal"
@@ -479,7 +479,7 @@ def test_the_second_signal_leaves_at_once_and_says_how_to_purge(hub: LocalHub, r
         wait_until(lambda: hst.ServerState.STOPPING in map(hst.server_state, hub.users().values()))
         began_s = time.monotonic()
         run.send_signal(signal.SIGINT)
-        done = run.outcome(30)
+        done = run.outcome()
         took_s = time.monotonic() - began_s
     left = len(tool_users(hub))
     said = "8 users may remain on the hub" in done.stderr and "hub-stress-test purge --run x" in done.stderr
