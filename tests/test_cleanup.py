@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +169,16 @@ def test_more_users_than_fit_on_a_page_are_purged_and_nobody_else_is(new_hub: Lo
     assert done.code == 0 and "0 users removed" in done.summary
 
 
-def test_a_run_skips_the_names_of_others_and_a_purge_of_one_run_leaves_theirs(hub: LocalHub) -> None:
+def test_a_run_skips_the_names_of_others_and_a_purge_of_one_run_leaves_theirs(new_hub: LocalHub) -> None:
     ones, others = {"hub-stress-test-1", "hub-stress-test-3"}, {"hub-stress-test-a-1", "hub-stress-test-a-1-1"}
-    hub.call("POST", "/users", {"usernames": sorted(ones | others)})
-    assert run_tool("stress-test", "-c", "2", hub=hub).code == 0
-    assert tool_users(hub) == ones | others
-    assert run_tool("purge", "--run", "a", hub=hub).code == 0
-    assert tool_users(hub) == ones | {"hub-stress-test-a-1-1"}
-    assert run_tool("--run", "a-1", "purge", hub=hub).code == 0
-    assert tool_users(hub) == ones
-    assert run_tool("purge", hub=hub).code == 0
+    new_hub.call("POST", "/users", {"usernames": sorted(ones | others)})
+    assert run_tool("stress-test", "-c", "2", hub=new_hub).code == 0
+    assert tool_users(new_hub) == ones | others
+    assert run_tool("purge", "--run", "a", hub=new_hub).code == 0
+    assert tool_users(new_hub) == ones | {"hub-stress-test-a-1-1"}
+    assert run_tool("--run", "a-1", "purge", hub=new_hub).code == 0
+    assert tool_users(new_hub) == ones
+    assert run_tool("purge", hub=new_hub).code == 0
 
 
 def test_a_purge_removes_users_whose_servers_are_in_any_state(new_hub: LocalHub) -> None:
@@ -281,17 +281,18 @@ def test_without_its_scope_the_hubs_figures_are_unknown(new_hub: LocalHub, tmp_p
     assert done.summary.count("read:metrics") == 1 and "CPU, memory, event-loop lag" in done.summary
 
 
-@pytest.fixture(scope="module")
-def hanging_hub() -> Iterator[LocalHub]:
-    """A hub whose starts, answered with 202, never end."""
-    with LocalHub(hang_rate=1.0, slow_spawn_timeout_s=0) as hub:
-        yield hub
-
-
 @pytest.mark.parametrize("how", ["time-out", "SIGINT", "purge"])
-def test_servers_stopped_while_starting_may_leave_traces(how: str, hanging_hub: LocalHub, tmp_path: Path) -> None:
-    hub, results = hanging_hub, tmp_path / "r"
-    words = ("stress-test", "-c", "3", "--server-timeout", "1s" if how == "time-out" else "60s")
+def test_servers_stopped_while_starting_may_leave_traces(how: str, new_hub: LocalHub, tmp_path: Path) -> None:
+    hub, results = new_hub, tmp_path / "r"
+    words = (
+        "stress-test",
+        "-c",
+        "3",
+        "--server-timeout",
+        "1s" if how == "time-out" else "60s",
+        "-p",
+        '{"hang_rate": 1}',
+    )
     with start_tool(*words, "--results", str(results), *["--keep"] * (how == "purge"), hub=hub) as run:
         wait_until(lambda: sum(bool(user["servers"]) for user in hub.users().values()) == 3)
         if how != "time-out":
