@@ -13,9 +13,7 @@ import sys
 import types
 from pathlib import Path
 
-import jupyterhub.app
 import pytest
-import traitlets.config
 import yaml
 
 import hub_stress_test as hst
@@ -132,11 +130,14 @@ def test_the_readmes_role_is_the_one_printed_and_tested() -> None:
 
 @pytest.mark.parametrize("there", ([], [{"name": "theirs"}]), ids=("nothing", "something"))
 def test_the_role_in_the_readme_is_added_to_what_is_there(there: list[dict[str, str]]) -> None:
-    config = traitlets.config.Config()
+    from jupyterhub.app import JupyterHub  # which takes seconds
+    from traitlets.config import Config
+
+    config = Config()
     if there:
         config.JupyterHub.services, config.JupyterHub.load_roles = [*there], [*there]
     exec(readme_blocks("python")[0], {"c": config})
-    hub = jupyterhub.app.JupyterHub(config=config)
+    hub = JupyterHub(config=config)
     for found in (hub.services, hub.load_roles):
         ours = ["hub-stress-test", "hub-stress-test-visits"]
         assert [one["name"] for one in found] == [*(one["name"] for one in there), *ours]
