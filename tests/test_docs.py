@@ -13,9 +13,7 @@ import sys
 import types
 from pathlib import Path
 
-import jupyterhub.app
 import pytest
-import traitlets.config
 import yaml
 
 import hub_stress_test as hst
@@ -132,7 +130,7 @@ def test_the_readmes_role_is_added_to_what_is_there(there: list[dict[str, str]])
     if there:
         config.JupyterHub.services, config.JupyterHub.load_roles = [*there], [*there]
     exec(readme_blocks("python")[0], {"c": config})
-    hub = jupyterhub.app.JupyterHub(config=config)
+    hub = JupyterHub(config=config)
     for found in (hub.services, hub.load_roles):
         ours = ["hub-stress-test", "hub-stress-test-visits"]
         assert [one["name"] for one in found] == [*(one["name"] for one in there), *ours]
