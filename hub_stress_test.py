@@ -4963,7 +4963,7 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
     session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
     load, public = Load(plan, run.hub.endpoint, users), run.site.public
     run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
-    run.site.public.traffic = public.traffic
+    run.site.public = public
     earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     monitor.look()
     cpu_share = run.send(load)
@@ -7326,7 +7326,7 @@ if locust_is_loading():
             self.site.record = Recorder(self._report)
             taken = [user["name"] for user in existing]
             self._names = (username(n, run) for n in itertools.count(first_free_index(taken, run)))
-            self.throttled, self.cut_short = 0, False
+            self.cut_short = False
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
@@ -7335,7 +7335,6 @@ if locust_is_loading():
 
         def _report(self, event: Event) -> None:
             """Hand an event to Locust, in its milliseconds."""
-            self.throttled += event.throttled if event.step == "server_ready" else 0
             failure = HubStressError(event.reason.text) if event.reason else None
             times: Json = {"response_time": event.latency_s * 1000, "response_length": 0}
             self._fire(request_type="hub", name=event.step, exception=failure, context={}, **times)
@@ -7363,7 +7362,7 @@ if locust_is_loading():
                     site.public.close_kernels()
                     self._cleaned = remove_made(site, Recorder())
             report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left)}
-            report |= {"starting": len(site.removal.interrupted), "throttled": self.throttled}
+            report |= {"starting": len(site.removal.interrupted), "throttled": self.session.traffic.throttled}
             return report | {"run": site.plan.run, "cut_short": self.cut_short}
 
     def locust_plan(environment: Any) -> Plan:
