@@ -59,6 +59,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -1611,11 +1612,6 @@ class Call:
     lost: bool = False  # an answer was lost: the hub may have acted without our knowing
 
 
-def once(observer: bool = False, again: bool = False) -> Call:
-    """A call without retries; `again` when it is itself a retry."""
-    return Call(observer, once=True, tries=int(again))
-
-
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """The final answer to a request, or why there was none."""
@@ -1672,7 +1668,6 @@ class HubSession(requests.Session):
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
-        self._of_thread = threading.local()
         self._wire, self._pool_maxsize = wire, pool_maxsize
         for scheme in ("http://", "https://"):
             self.mount(scheme, wire or HTTPAdapter(pool_maxsize=pool_maxsize))
@@ -1705,10 +1700,10 @@ class HubSession(requests.Session):
 
         Repeating a POST or DELETE is safe on a hub: a second create answers 409, a second start 202 or 400, a
         second stop 204 or 202, a second delete 404; see `Call.lost`. Raises as requests does, or `Stopped`.
+        Response and error have the `call`, for `perform`.
         """
         call = call or Call()
         until_s = self.clock() + self.retry_window_s if call.until_s is None else call.until_s
-        self._of_thread.sent = request, call
         settings["timeout"] = settings.get("timeout") or DEFAULT_TIMEOUT
         if self.stopping.is_set():
             raise Stopped("the run was stopped before this was sent")
@@ -1720,6 +1715,7 @@ class HubSession(requests.Session):
             except OSError as error:  # which requests' own errors are too
                 call.lost |= not any(isinstance(cause, NEVER_SENT) for cause in _causes(error))
                 if not isinstance(error, BROKEN) or not self._back_off(call, until_s):
+                    error.call = call  # type: ignore[attr-defined]
                     raise
                 continue
             hubs = self.is_hubs(response)
@@ -1732,6 +1728,7 @@ class HubSession(requests.Session):
                 self._silence_reported = False
             retried = response.status_code in (RETRIED - call.handled if hubs else RETRIED)
             if not retried or not self._back_off(call, until_s, _retry_after_s(response)):
+                response.call = call  # type: ignore[attr-defined]
                 return response
             response.close()
 
@@ -1746,11 +1743,6 @@ class HubSession(requests.Session):
         if was_stopped:
             raise Stopped("the run was stopped")
         return True
-
-    def call_of(self, request: object) -> Call:
-        """The call with which this thread has just sent a request; of any other request nothing is known."""
-        sent, call = getattr(self._of_thread, "sent", (None, None))
-        return call if call and sent is request else Call(tries=1)
 
     def exchange(
         self, method: str, url: str, call: Call, stream: bool = False, timeout: float = 0.0, **parts: Any
@@ -1818,7 +1810,10 @@ class HubSession(requests.Session):
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
         if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
             self._token_checked_s = self.clock()
-            self._token_refused = self.ask("GET", f"{endpoint}/user", call=once()).status in (401, 403)
+            self._token_refused = self.ask("GET", f"{endpoint}/user", call=Call(once=True)).status in (
+                401,
+                403,
+            )
         return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
@@ -2148,10 +2143,12 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
         yield tell
 
 
-def start_thread(name: str, act: Callable[..., object], *args: Any) -> None:
+def start_thread(name: str, act: Callable[..., object], *args: Any) -> threading.Thread:
     """Do this in a daemon thread. Raises `CutShort` where the system starts no more."""
+    thread = threading.Thread(target=act, args=args, name=name, daemon=True)
     try:
-        threading.Thread(target=act, args=args, name=name, daemon=True).start()
+        thread.start()
+        return thread
     except RuntimeError:
         raise CutShort(
             f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit "
@@ -2163,18 +2160,23 @@ class Team:
     """Threads that work at the same time, and the loop that waits for them, ticking ten times a second.
 
     The end of a `with` block waits for all of them, or for the end of the run. `changed` announces that a
-    thread has ended, or that a place is free.
+    thread has ended, and what else is waited for.
     """
 
-    def __init__(self, session: HubSession, on_tick: Callable[[], None] = lambda: None) -> None:
-        self.changed, self.running = threading.Condition(), 0
+    def __init__(
+        self,
+        session: HubSession,
+        on_tick: Callable[[], None] = lambda: None,
+        changed: threading.Condition | None = None,
+    ) -> None:
+        self.running, self._changed = 0, changed or threading.Condition()
         self._session, self._on_tick, self._tick_s = session, on_tick, session.clock()
         self._error: Exception | None = None
         session.answered_s = session.clock()
 
     def start(self, act: Callable[..., object], *args: Any) -> None:
         """Do this in a thread of its own. Raises `CutShort` where the system starts no more threads."""
-        with self.changed:
+        with self._changed:
             self.running += 1
         start_thread("hub-stress-test", self._do, act, *args)
 
@@ -2189,9 +2191,9 @@ class Team:
                 self._tick_s = session.clock() + 0.1
                 session.cut_streams()
                 self._on_tick()
-            with self.changed:
+            with self._changed:
                 left_s = max(0.0, min(at_s, self._tick_s) - session.clock())
-                is_ready = self.changed.wait_for(lambda: self._error or ready(), left_s)
+                is_ready = self._changed.wait_for(lambda: self._error or ready(), left_s)
             if self._error:
                 raise self._error
             if is_ready:
@@ -2213,15 +2215,15 @@ class Team:
             pass
         except Exception as error:
             self._error = self._error or error
-        with self.changed:
+        with self._changed:
             self.running -= 1
-            self.changed.notify()
+            self._changed.notify_all()
 
 
 class Regularly:
     """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
-    `at_most` are under way at the same time; what is due beyond that calls `skip` instead.
+    `at_most` threads take turns. Where all of them are late, `skip` is called for what they missed.
     """
 
     def __init__(
@@ -2233,36 +2235,27 @@ class Regularly:
         skip: Callable[[], None] = lambda: None,
     ) -> None:
         self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
-        self._places, self._ended = threading.Semaphore(at_most), threading.Event()
+        self._ended, self._numbers = threading.Event(), itertools.count(1)
 
     def __enter__(self) -> None:
-        start_thread(self._name, self._run)
+        self._began_s = time.monotonic()
+        self._threads = [start_thread(self._name, self._run) for _ in range(self._at_most)]
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         until_s = time.monotonic() + 1.0  # a silent hub may hold some up for longer
-        for _place in range(self._at_most):
-            self._places.acquire(timeout=max(0.0, until_s - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
 
     def _run(self) -> None:
-        began_s = time.monotonic()
-        for due_s in (began_s + n * self._period_s for n in itertools.count(1)):
+        for n in self._numbers:
+            due_s = self._began_s + n * self._period_s
             if self._ended.wait(max(0.0, due_s - time.monotonic())):
                 return
-            if not self._places.acquire(blocking=False):
+            if time.monotonic() < due_s + self._period_s:
+                self._act(due_s)
+            else:
                 self._skip()
-                continue
-            try:
-                start_thread(self._name, self._do, due_s)
-            except CutShort:
-                self._places.release()
-                self._skip()
-
-    def _do(self, due_s: float) -> None:
-        try:
-            self._act(due_s)
-        finally:
-            self._places.release()
 
 
 # ==== The hub's own figures =================================================================================
@@ -2352,7 +2345,7 @@ class Monitor(Regularly):
             sent_s = self._session.clock()
             try:
                 response = self._session.exchange(
-                    "GET", self._url, once(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
+                    "GET", self._url, Call(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
                 )
                 hubs = not self._is_hub or self._session.is_hubs(response)
                 good = response.status_code == 200 and hubs
@@ -2547,7 +2540,7 @@ def list_users(hub: Hub, record: Recorder) -> Iterator[Json]:
         record.add(reply.event("list_users"))
         page = {"items": reply.data} if isinstance(reply.data, list) else reply.data
         if reply.status != 200 or not isinstance(page, dict) or "items" not in page:
-            raise HubRefused(f"{TO_LIST}{thing(isinstance(hub, OwnServers))}s", reply, hub.denial(reply))
+            raise HubRefused(f"{TO_LIST}{thing(bool(hub.owner))}s", reply, hub.denial(reply))
         yield from page["items"]
         offset = (page.get("_pagination", {}).get("next") or {}).get("offset")
 
@@ -2611,7 +2604,7 @@ def make_batch(wanted: list[str], hub: Hub, record: Recorder, claims: Claims) ->
     409, by a request that was never sent, nor with a token that the hub refuses. After any other answer, and
     after a lost one, some of them may have been made: then the hub's list of users decides.
     """
-    if isinstance(hub, OwnServers):  # a start makes and claims them
+    if hub.owner:  # a start makes and claims them
         return wanted
     claims.ask(wanted)
     reply = hub.create(wanted)
@@ -2711,7 +2704,10 @@ class PublicSide:
         self._hub, self._token = hub, plan.visit_token
 
     def browser(self, name: str) -> HubSession:
-        """A session with this person's own connections. On 1.x its token is the user's. Raises `Failed`."""
+        """A session with this person's own connections, which tries once. Raises `Failed`.
+
+        On 1.x its token is the user's.
+        """
         token: str | None = self._token
         if self._hub.version.startswith("1.") and not self._hub.owner:
             made = self._hub.make_token(name)
@@ -2721,7 +2717,7 @@ class PublicSide:
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire)
-        browser.traffic, browser.of_servers = self.traffic, True
+        browser.traffic, browser.of_servers, browser.retry_window_s = self.traffic, True, 0.0
         return browser
 
     def server_in(self, reply: Reply) -> str:
@@ -2892,119 +2888,93 @@ class Kernel:
 # A person is a thread, or under Locust a greenlet, that runs plain, blocking steps.
 
 
-class Turns:
-    """Which of the starts that the hub has throttled retries next.
+class Crowd:
+    """The people of a run, as far as they wait for each other; `changed` announces what they wait for.
+
+    Until one server is ready, at most three start at the same time, and three failures end the run: a hub may
+    exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it. A start
+    that merely takes long does not count, nor one that is throttled or gets no answer.
 
     Each start that ends frees a place on the hub, and the throttled start that was due first takes it:
     sleeping for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
+
+    All who have no stay of their own leave when the last has settled, and has been held.
     """
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
+    def __init__(self, session: HubSession, plan: Plan, one_is_ready: bool = False) -> None:
+        self.changed, self._session, self._plan = threading.Condition(), session, plan
+        self.starting: dict[str, Said] = {}  # the hub's words on each start
+        self.one_is_ready, self._failures, self._failed_in_a_row = one_is_ready, list[str](), 0
+        self.throttled: list[float] = []  # when the starts that wait for a place were due
         self.freed = self._taken = 0
-        self.waiting: list[float] = []  # when the throttled starts that wait for a place were due
+        self.leave_s, self.leave_known = math.inf, threading.Event()  # the moment to leave
+        self._settled, self._expected = set[str](), math.inf
 
-    def free(self) -> bool:
-        """A place is free; whether a throttled start waits for it."""
-        with self._changed:
-            self.freed += 1
-            self._changed.notify_all()
-            return bool(self.waiting)
-
-    def wait(self, due_s: float, freed_before: int, until_s: float, session: HubSession) -> None:
-        """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
-        with self._changed:
-            self._taken = max(self._taken, freed_before)
-            self.waiting.append(due_s)
-            try:
-                while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
-                    if self.freed > self._taken and due_s == min(self.waiting):
-                        self._taken += 1
-                        break
-                    self._changed.wait(min(left_s, 0.2))
-            finally:  # also when the waiting thread is killed, as Locust does to its users
-                self.waiting.remove(due_s)
-
-
-class FirstStarts:
-    """The starts of a run until one server is ready. Three failures before that end the run.
-
-    A hub may exit after a few failed spawns in a row (Zero to JupyterHub's after five), with everybody on it.
-    A start that merely takes long does not count, nor one that is throttled or gets no answer.
-    """
-
-    def __init__(self) -> None:
-        self._ready, self._failures = False, list[str]()
-
-    def places(self, limit: int) -> int:
-        """How many servers may be starting at the same time, of the `limit` that holds later."""
-        return limit if self._ready else min(limit, FIRST_STARTS - len(self._failures))
+    @property
+    def has_place(self) -> bool:
+        """Whether one more may start in the closed model."""
+        limit, first = self._plan.batch_size, FIRST_STARTS - len(self._failures)
+        return len(self.starting) < (limit if self.one_is_ready else min(limit, first))
 
     def check(self) -> None:
         """Raises `CutShort` when nobody else is to start."""
-        if not self._ready and len(self._failures) >= FIRST_STARTS:
+        if not self.one_is_ready and len(self._failures) >= FIRST_STARTS:
             raise CutShort(f"nothing started: the first three starts failed: {self._failures[0]}")
 
-    def note(self, failure: Reason | None) -> None:
+    def start_ended(self, name: str, failure: Reason | None) -> None:
         """How a start ended. Raises `CutShort` when nobody else is to start."""
-        self._ready |= failure is None
-        if failure and failure.kind in (Kind.SPAWN, Kind.REFUSED):
-            self._failures.append(failure.text)
-            self.check()
+        with self.changed:
+            self.one_is_ready |= failure is None
+            if failure and failure.kind in (Kind.SPAWN, Kind.REFUSED):
+                self._failures.append(failure.text)
+            self.starting.pop(name, None)
+            self.changed.notify_all()
+        self.check()
 
+    def count(self, failed: bool) -> None:
+        """Whether a person has failed, or has what they came for."""
+        with self.changed:
+            if not self.failed_too_often:
+                self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
 
-class Gathering:
-    """People who stay until the last of them has settled, and for `hold_s` after that."""
+    @property
+    def failed_too_often(self) -> bool:
+        """Whether so many people have failed in a row that no more are to start."""
+        return 0 < self._plan.fail_fast <= self._failed_in_a_row
 
-    def __init__(self, hold_s: float, clock: Callable[[], float]) -> None:
-        self.leave_s, self.known = math.inf, threading.Event()  # the moment to leave, and whether it is known
-        self._hold_s, self._clock, self._expected = hold_s, clock, math.inf
-        self._settled, self._changing = set[str](), threading.Lock()
+    def free_place(self) -> bool:
+        """A place on the hub is free; whether a throttled start waits for it."""
+        with self.changed:
+            self.freed += 1
+            self.changed.notify_all()
+            return bool(self.throttled)
+
+    def wait_for_place(self, due_s: float, freed_before: int, until_s: float) -> None:
+        """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
+        session = self._session
+        with self.changed:
+            self._taken = max(self._taken, freed_before)
+            self.throttled.append(due_s)
+            try:
+                while (left_s := until_s - session.clock()) > 0 and not session.stopping.is_set():
+                    if self.freed > self._taken and due_s == min(self.throttled):
+                        self._taken += 1
+                        break
+                    self.changed.wait(min(left_s, 0.2))
+            finally:  # also when the waiting thread is killed, as Locust does to its users
+                self.throttled.remove(due_s)
 
     def settle(self, name: str = "", expected: float | None = None) -> None:
         """This person has done what the others wait for, or has left; or `expected` people are to do so."""
-        with self._changing:
+        hold_s = self._plan.hold_s
+        with self.changed:
             self._expected = self._expected if expected is None else expected
             self._settled |= {name} if name else set()
-            if len(self._settled) >= self._expected and not self.known.is_set():
-                if self._hold_s and self._expected:
-                    LOG.info("Holding the servers for %g s", self._hold_s)
-                self.leave_s = self._clock() + self._hold_s
-                self.known.set()
-
-
-class Removal:
-    """How far users have been removed, and what the hub said."""
-
-    def __init__(self) -> None:
-        self.gone = set[str]()
-        self.interrupted = set[str]()  # users whose server was stopped while it was starting
-        self.refusals = dict[str, str]()  # the last one, for each user
-        self.stopping_s = dict[str, float]()  # since when the hub stops a user's server
-
-    def note(self, name: str, reply: Reply, task: str) -> None:
-        """What the hub answered to a request to stop a server or delete a user."""
-        self.refusals.pop(name, None)
-        if reply.front:
-            self.refusals[name] = reply.message
-        elif reply.status >= 400:
-            verb = "fails" if reply.status >= 500 else "refuses"
-            message = f": {without_name(reply.message, name)}" if reply.message else ""
-            self.refusals[name] = f"the hub {verb} to {task} ({reply.status}){message}"
-
-    def look(self, left: Mapping[str, ServerState], now_s: float) -> None:
-        """What the hub listed."""
-        self.gone.difference_update(left)
-        stopping = [name for name, state in left.items() if state is ServerState.STOPPING]
-        self.stopping_s = {name: self.stopping_s.get(name, now_s) for name in stopping}
-
-    def in_the_way(self, left: Iterable[str], now_s: float) -> str:
-        """Why these users are still there, as far as the hub tells."""
-        since_s = min((self.stopping_s[name] for name in left if name in self.stopping_s), default=None)
-        lasts = duration_text(now_s - since_s) if since_s is not None else ""
-        reasons = [f"the hub has been stopping servers for {lasts}"] if lasts else []
-        refusals = [self.refusals[name] for name in left if name in self.refusals.keys() - self.stopping_s]
-        return "; ".join(reasons + [text for text, _ in collections.Counter(refusals).most_common(2)])
+            if len(self._settled) >= self._expected and not self.leave_known.is_set():
+                if hold_s and self._expected:
+                    LOG.info("Holding the servers for %g s", hold_s)
+                self.leave_s = self._session.clock() + hold_s
+                self.leave_known.set()
 
 
 @dataclasses.dataclass
@@ -3014,31 +2984,24 @@ class Site:
     hub: Hub
     plan: Plan
     record: Recorder
-    turns: Turns = dataclasses.field(default_factory=Turns)
-    first_starts: FirstStarts = dataclasses.field(default_factory=FirstStarts)
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
-    removal: Removal = dataclasses.field(default_factory=Removal)
-    starting: dict[str, Said] = dataclasses.field(default_factory=dict)  # the hub's words on each start
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # users whose server was stopped starting
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one to remove each user
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
-        self.gathering = Gathering(self.plan.hold_s, self.hub.session.clock)
+        self.crowd = Crowd(self.hub.session, self.plan)
 
 
 class Visitor:
-    """A person with a user of their own, who is due at a moment, and acts by a plan.
-
-    `on_started` is called when the start of their server has ended.
-    """
+    """A person with a user of their own, who is due at a moment, and acts by a plan."""
 
     browser: HubSession  # is there once they have a `url`
     kernel: Kernel  # is there once they have a `kernel_url`
 
-    def __init__(
-        self, name: str, due_s: float, plan: Plan, site: Site, on_started: Callable[[], None] = lambda: None
-    ) -> None:
-        self.name, self.due_s, self.plan, self.site, self.on_started = name, due_s, plan, site, on_started
+    def __init__(self, name: str, due_s: float, plan: Plan, site: Site) -> None:
+        self.name, self.due_s, self.plan, self.site = name, due_s, plan, site
         self.since_s = self.works_s = 0.0  # when their last step ended, and when they got to work
         self.url = self.kernel_url = ""
         self.said: list[tuple[float, Json]] = []  # while their server was starting
@@ -3079,12 +3042,13 @@ class Visitor:
     @property
     def leaves_s(self) -> float:
         """When they leave: at the end of their own stay, or when all do."""
-        return self.works_s + self.plan.stay_s if self.plan.stay_s else self.site.gathering.leave_s
+        return self.works_s + self.plan.stay_s if self.plan.stay_s else self.site.crowd.leave_s
 
     def go_home(self) -> None:
         """Close what they have open."""
-        self.on_started()
-        self.site.gathering.settle(self.name)
+        if not self.site.hub.session.stopping.is_set():  # else `still_waiting` tells of it
+            self.site.crowd.starting.pop(self.name, None)
+        self.site.crowd.settle(self.name)
         if self.kernel_url:
             self.site.public.kernels.discard(self.kernel)
             self.kernel.close()
@@ -3097,10 +3061,9 @@ def come(person: Visitor) -> None:
 
     Records `start_server`, unless no answer came, and `server_ready`. Raises `Failed` or `CutShort`.
     """
-    site, name, failure = person.site, person.name, None
-    site.first_starts.check()
+    site, name, crowd, failure = person.site, person.name, person.site.crowd, None
+    crowd.check()
     site.states[name] = ServerState.STARTING  # from now on something may be running
-    site.starting[name] = person.said
     try:
         with person.step("server_ready", person.due_s) as event:
             reply = ask_for_server(person, event)
@@ -3110,7 +3073,7 @@ def come(person: Visitor) -> None:
                 event.message = last_word(person.said)
                 ended_s = event.ended_s or person.clock()
                 event.phases = phases_of(person.said, event.asked_s or person.due_s, ended_s)
-                if reply.status != 429 and site.turns.free():
+                if reply.status != 429 and crowd.free_place():
                     site.hub.session.pause(HEAD_START_S)
             site.states[name] = ServerState.READY
             event.message = longest_wait(person.said, event.phases, event.ended_s)
@@ -3118,9 +3081,7 @@ def come(person: Visitor) -> None:
         failure = error
         if failure.reason.kind in (Kind.SPAWN, Kind.VANISHED, Kind.THROTTLED, Kind.SERVER_LIMIT):
             site.states[name] = ServerState.STOPPED
-    del site.starting[name]
-    site.first_starts.note(failure.reason if failure else None)
-    person.on_started()
+    crowd.start_ended(name, failure.reason if failure else None)
     if failure:
         raise failure
 
@@ -3131,27 +3092,27 @@ def ask_for_server(person: Visitor, event: Event) -> Reply:
     Records `start_server`, unless no answer came. Raises `CutShort` when the hub allows no more servers.
     """
     site, name, hub, session = person.site, person.name, person.site.hub, person.site.hub.session
-    own, until_s, backoff_s = isinstance(hub, OwnServers), person.due_s + person.plan.server_timeout_s, 0.0
-    if own:
+    until_s, backoff_s = person.due_s + person.plan.server_timeout_s, 0.0
+    if hub.owner:
         site.claims.ask([name])
     while True:
-        freed, event.asked_s = site.turns.freed, session.clock()
+        freed, event.asked_s = site.crowd.freed, session.clock()
         reply = hub.start(name, person.plan.profile, until_s)
         backoff_s += reply.call.backoff_s
         if reply.status == 429:
             event.throttled += 1
             event.throttled_s = event.throttled_s or reply.answered_s
             pause_s = reply.retry_after_s or THROTTLE_PAUSE_S
-            site.turns.wait(person.due_s, freed, min(until_s, reply.answered_s + pause_s), session)
+            site.crowd.wait_for_place(person.due_s, freed, min(until_s, reply.answered_s + pause_s))
             backoff_s += session.clock() - reply.answered_s
         if reply.status != 429 or session.clock() >= until_s or session.stopping.is_set():
             break
     event.tries = event.throttled + 1
-    limit = named_server_limit(reply) if own else None
+    limit = named_server_limit(reply) if hub.owner else None
     if limit is not None:
         site.claims.settle([name], [])
         raise CutShort(too_many(limit, site.plan.count))
-    if own and reply.status in (201, 202, 429):
+    if hub.owner and reply.status in (201, 202, 429):
         site.claims.settle([name], [name])
     if reply.seen_status:
         asked = reply.event("start_server", name, ok=(201, 202))
@@ -3286,7 +3247,7 @@ def open_page(person: Visitor, event: Event, until_s: float) -> Reply:
     url = person.url
     for _ in range(REDIRECTS_MAX):
         left_s = max(1.0, min(DEFAULT_TIMEOUT, until_s - person.clock()))
-        reply = person.browser.ask("GET", url, call=once(again=event.tries > 1), timeout=left_s)
+        reply = person.browser.ask("GET", url, call=Call(tries=int(event.tries > 1)), timeout=left_s)
         target = urllib.parse.urljoin(url, reply.location or "")
         if not reply.location or not target.startswith(person.url):
             break
@@ -3294,7 +3255,7 @@ def open_page(person: Visitor, event: Event, until_s: float) -> Reply:
     event.message = reply.message if isinstance(reply.data, dict) else ""
     judge_visit(reply, url, hub.version)
     anonymous = {"Authorization": None}
-    if not reply.version and person.browser.ask("GET", url, call=once(), headers=anonymous).status == 200:
+    if not reply.version and person.browser.ask("GET", url, headers=anonymous).status == 200:
         raise Failed(Kind.ROUTE, NO_SERVER, final=True)
     return reply
 
@@ -3312,7 +3273,7 @@ def why_browsers_are_refused(url: str, browser: HubSession) -> str:
 
     def status(**headers: str) -> int:
         anonymous = headers | {"Authorization": None}
-        return browser.ask("GET", f"{url}api/status", call=once(observer=True), headers=anonymous).status
+        return browser.ask("GET", f"{url}api/status", call=Call(observer=True), headers=anonymous).status
 
     if status(Origin=origin) != 404 or (otherwise := status()) not in (200, 403):
         return ""
@@ -3333,7 +3294,7 @@ def load_page(person: Visitor) -> None:
         if failures or browser.stopping.is_set():
             return
         try:
-            with browser.exchange("GET", person.url + path, once(), stream=True) as response:
+            with browser.exchange("GET", person.url + path, Call(), stream=True) as response:
                 for _ in response.raw.stream(1 << 16, decode_content=False):
                     pass
             status = response.status_code
@@ -3355,7 +3316,7 @@ def start_kernel(person: Visitor) -> None:
     browser, timeout_s = person.browser, person.plan.cell_timeout_s
     with person.step("kernel_ready") as event:
         until_s = event.sent_s + timeout_s
-        reply = browser.ask("POST", f"{person.url}api/kernels", json={}, call=once(), timeout=timeout_s)
+        reply = browser.ask("POST", f"{person.url}api/kernels", json={}, timeout=timeout_s)
         if reply.status != 201 or not isinstance(reply.data, dict):
             event.message = reply.message
             if reply.message == TIMED_OUT:
@@ -3387,19 +3348,19 @@ def work(person: Visitor) -> None:
 
     Without a notebook a person works on until they leave, and the others do not wait for that.
     """
-    plan, cells, gathering = person.plan, cells_of(person.plan), person.site.gathering
+    plan, cells, crowd = person.plan, cells_of(person.plan), person.site.crowd
     if not plan.notebook or plan.find_capacity:
-        gathering.settle(person.name)
+        crowd.settle(person.name)
     for number, code in enumerate(cells[1:] if plan.notebook else itertools.repeat(cells[0]), 2):
         think(person, person.clock() + plan.think_s)
         if person.clock() >= person.leaves_s:
             break
         with cell(person) as event:
             person.kernel.run(code, number, event.sent_s + plan.cell_timeout_s)
-    gathering.settle(person.name)
+    crowd.settle(person.name)
     think(person, math.inf)
     if plan.stay_s:
-        person.browser.ask("DELETE", person.kernel_url, call=once())
+        person.browser.ask("DELETE", person.kernel_url)
 
 
 def think(person: Visitor, until_s: float) -> None:
@@ -3424,7 +3385,7 @@ def cell(person: Visitor) -> Iterator[Event]:
             state = person.site.hub.state(person.name)
             urls = f"{person.url}api", f"{person.site.public.url}hub/api/"
             page, front = (
-                person.browser.ask("GET", url, call=once(observer=True)).seen_status for url in urls
+                person.browser.ask("GET", url, call=Call(observer=True)).seen_status for url in urls
             )
             if state in (ServerState.STOPPED, ServerState.STOPPING, ServerState.GONE):
                 cause = "the hub has stopped it, or noticed that it ended (culled, evicted, its node lost?)"
@@ -3439,13 +3400,13 @@ def cell(person: Visitor) -> Iterator[Event]:
 
 def stay(person: Visitor) -> None:
     """Keep the server, then check that it is there, and answers if it was visited. Raises `HubRefused`."""
-    hub, gathering = person.site.hub, person.site.gathering
+    hub, crowd = person.site.hub, person.site.crowd
     person.works_s = person.works_s or person.since_s
     with person.step("stay") as event:
         event.due_s = event.sent_s = person.works_s
-        gathering.settle(person.name)
+        crowd.settle(person.name)
         if not person.plan.stay_s:
-            gathering.known.wait()
+            crowd.leave_known.wait()
         person.sleep(person.leaves_s - person.clock())
         look_until_s = person.clock() + RETRY_WINDOW_S
         while (state := state_in(reply := hub.read(person.name))) is ServerState.UNKNOWN:
@@ -3486,9 +3447,9 @@ def ask_to_stop(person: Visitor) -> None:
     if (state := site.states.get(name)) in (ServerState.STARTING, ServerState.READY):
         reply = site.hub.stop(name)
         site.states[name] = AFTER_STOP.get(reply.status, ServerState.UNKNOWN)
-        site.removal.note(name, reply, "stop servers")
+        note_refusal(site, name, reply, "stop servers")
         if state is ServerState.STARTING and reply.status in (0, 202, 204):
-            site.removal.interrupted.add(name)
+            site.interrupted.add(name)
         person.record(reply.event("stop_server", name, ok=(202, 204, 404)))
 
 
@@ -3498,8 +3459,19 @@ def delete(person: Visitor) -> None:
     if site.states.get(name) is ServerState.STOPPED:
         reply = site.hub.delete(name)
         site.states[name] = AFTER_DELETE.get(reply.status, ServerState.UNKNOWN)
-        site.removal.note(name, reply, f"delete {thing(isinstance(site.hub, OwnServers))}s")
+        note_refusal(site, name, reply, f"delete {thing(bool(site.hub.owner))}s")
         person.record(reply.event("delete_user", name, ok=(202, 204, 404)))  # 202: an own server stops first
+
+
+def note_refusal(site: Site, name: str, reply: Reply, task: str) -> None:
+    """Keep why a user is still there, by the hub's answer to the request that was to remove them."""
+    site.refusals.pop(name, None)
+    if reply.front:
+        site.refusals[name] = reply.message
+    elif reply.status >= 400:
+        verb = "fails" if reply.status >= 500 else "refuses"
+        message = f": {without_name(reply.message, name)}" if reply.message else ""
+        site.refusals[name] = f"the hub {verb} to {task} ({reply.status}){message}"
 
 
 # ==== The table of steps, and a person's journey through them ===============================================
@@ -3595,6 +3567,8 @@ def journey(person: Visitor) -> None:
         for step in STEPS.values():
             if step.act and step.wanted(person.plan) and (step.always or not failed):
                 failed |= not take(step.name, step.act, person)
+                if step.name == person.site.plan.goal or (failed and not step.always):
+                    person.site.crowd.count(failed)
     finally:
         person.go_home()
 
@@ -3616,53 +3590,32 @@ def take(name: str, act: Act, person: Visitor) -> bool:
         return False
 
 
-class Streak:
-    """Listens for failures in a row: `reached` stays true once this many people failed in a row."""
-
-    def __init__(self, length: int, goal: str) -> None:
-        self.reached = False
-        self._goal, self._failed = goal, collections.deque[bool](maxlen=length or None)
-
-    def __call__(self, event: Event) -> None:
-        if event.step == self._goal or (event.step in PERSONAL and event.reason):
-            self._failed.append(event.reason is not None)
-            if len(self._failed) == self._failed.maxlen and all(self._failed):
-                self.reached = True
-
-
 def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = lambda: None) -> None:
     """Send people through their journeys, and wait for all of them. Raises `CutShort`.
 
     They start when they are due (open model), or while fewer than the plan's batch size are starting (closed
     model).
     """
-    plan, session, begun = site.plan, site.hub.session, 0
-    began_s, streak, starting = session.clock(), Streak(plan.fail_fast, plan.goal), set[str]()
-    site.record.listeners.append(streak)
+    plan, session, crowd, begun = site.plan, site.hub.session, site.crowd, 0
+    began_s = session.clock()
 
-    def has_place(due_s: float) -> bool:
-        if plan.is_open:
-            return session.clock() >= due_s or streak.reached
-        return len(starting) < site.first_starts.places(plan.batch_size) or streak.reached
-
-    def started(name: str) -> None:
-        with team.changed:
-            starting.discard(name)
-            team.changed.notify()
+    def goes_on(due_s: float) -> bool:
+        may_start = session.clock() >= due_s if plan.is_open else crowd.has_place
+        return may_start or crowd.failed_too_often
 
     try:
-        with Team(session, on_tick) as team:
+        with Team(session, on_tick, crowd.changed) as team:
             for name, (after_s, group) in zip(names, arrivals(plan)):
                 due_s = began_s + after_s if plan.is_open else math.inf  # else when there is a place
-                if not team.wait_for(functools.partial(has_place, due_s), due_s) or streak.reached:
+                if not team.wait_for(functools.partial(goes_on, due_s), due_s) or crowd.failed_too_often:
                     break
-                due_s = min(due_s, session.clock())
-                starting.add(name)
+                person = Visitor(name, min(due_s, session.clock()), group, site)
+                crowd.starting[name] = person.said
                 begun += 1
-                team.start(journey, Visitor(name, due_s, group, site, functools.partial(started, name)))
-            site.gathering.settle(expected=begun)
+                team.start(journey, person)
+            crowd.settle(expected=begun)
     finally:
-        site.gathering.known.set()  # those who wait for it when a run ends early go on
+        crowd.leave_known.set()  # those who wait for it when a run ends early go on
 
 
 def arrivals(plan: Plan) -> list[tuple[float, Plan]]:
@@ -3767,7 +3720,7 @@ def check_hub(plan: Plan, session: HubSession) -> Hub:
 
 def _probe(endpoint: str, session: HubSession) -> tuple[Reply, str]:
     """What `GET /` answers, and the hub's version in it. Sent without the token, which only a hub may see."""
-    reply = session.ask("GET", f"{endpoint}/", call=once(), headers={"Authorization": None})
+    reply = session.ask("GET", f"{endpoint}/", call=Call(once=True), headers={"Authorization": None})
     return reply, str(reply.data.get("version") or "") if isinstance(reply.data, dict) else ""
 
 
@@ -3823,7 +3776,7 @@ def _remedies(endpoint: str, reply: Reply, session: HubSession) -> Iterator[tupl
 
 def _owner_of_token(hub: Hub, right: str, variable: str = "JUPYTERHUB_API_TOKEN") -> Json:
     """Whose token it is, by `GET /user`. Raises `SetupError`, naming the right token and its variable."""
-    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=once())
+    reply = hub.session.ask("GET", f"{hub.endpoint}/user", call=Call(once=True))
     if reply.status in (401, 403):
         reason = f"it is wrong, has expired, or belongs to another hub. Put {right} into {variable}."
         if len(hub.session.token) == 64 and hub.version in ("5.5.3", "6.1.0"):
@@ -3891,7 +3844,7 @@ def check_visits(hub: Hub, plan: Plan) -> None:
 def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
     """Raise `SetupError` if the hub refuses names of own servers: from 6.0 it takes 30 characters."""
     major, run = hub.version.partition(".")[0], plan.run or ""
-    if not isinstance(hub, OwnServers) or plan.command == PURGE or not major.isdigit() or int(major) < 6:
+    if not hub.owner or plan.command == PURGE or not major.isdigit() or int(major) < 6:
         return
     count = plan.count + plan.check_proxy if plan.count and not plan.find_capacity else MANY
     longest = username(first_free_index(taken, run) + count - 1, run)
@@ -3917,63 +3870,70 @@ class CleanUp:
     in_the_way: str = ""
 
 
-def remove_users(
-    states: Mapping[str, ServerState],
-    ours: Callable[[str], bool],
-    hub: Hub,
-    record: Recorder,
-    concurrency: int,
-    timeout_s: float = CLEANUP_TIMEOUT_S,
-    removal: Removal | None = None,
-) -> CleanUp:
-    """Remove users until the hub lists none that are `ours`, or nothing has moved for `timeout_s` seconds.
+def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
+    """Remove users until the hub lists none that are `ours`, or nothing has moved for the plan's time-out.
 
-    `states` are what this program knows of each user; after every round the hub's own list replaces them.
-    `UNKNOWN` users are looked for first. Nothing is done to a user for whom `ours` is not true, nor to an
-    admin. `removal` is kept up to date meanwhile.
+    The site's states are what this program knows of each user; after every round the hub's own list corrects
+    them. `UNKNOWN` users are looked for first. Nothing is done to a user for whom `ours` is not true, nor to
+    an admin.
     """
-    session, site = hub.session, Site(hub, Plan(), record, removal=removal or Removal())
-    left = {name: state for name, state in states.items() if ours(name)}
+    hub, session, states, timeout_s = site.hub, site.hub.session, site.states, site.plan.cleanup_timeout_s
+    left = {name for name in states if ours(name)}
     rewritten = [name for name in left if f"{USERNAME_PREFIX}-" not in name]  # which no list may have
-    existing = {name for name, state in left.items() if state is not ServerState.UNKNOWN}
-    site.states, pause_s, until_s, refusals = dict(left), 0.2, session.clock() + timeout_s, 0
+    existing = {name for name in left if states[name] is not ServerState.UNKNOWN}
+    pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
+    stopping_s: dict[str, float] = {}  # since when the hub has been stopping a user's server
+
+    def gone(name: str) -> bool:
+        return states[name] is ServerState.GONE
 
     def line() -> str:
-        removed, user = len(existing & site.removal.gone), thing(isinstance(hub, OwnServers))
-        return f"cleaning up: {removed:,} of {len(existing):,} {user}s removed"
+        removed, noun = sum(map(gone, existing)), thing(bool(hub.owner))
+        return f"cleaning up: {removed:,} of {len(existing):,} {noun}s removed"
 
     with progress(line) as tell:
         while True:
             before = len(left)
-            let_go(site, concurrency, tell)
-            gone = site.removal.gone
+            let_go(site, left, tell)
             try:
-                listed = [user for user in list_users(hub, record) if not user.get("admin")]
-                left = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
-                found = {name: hub.state(name) for name in rewritten if name not in {*left, *gone}}
-                left |= {name: state for name, state in found.items() if state is not ServerState.GONE}
-                site.states, refusals, refused, done = dict(left), 0, "", not left
-                existing |= left.keys()
-                site.removal.look(left, session.clock())
+                listed = [user for user in list_users(hub, site.record) if not user.get("admin")]
+                found = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
+                found |= {name: hub.state(name) for name in rewritten if name not in found and not gone(name)}
+                states |= dict.fromkeys(left, ServerState.GONE) | found
+                left = {name for name in found if not gone(name)}
+                existing |= left
+                stopping = [name for name in left if states[name] is ServerState.STOPPING]
+                stopping_s = {name: stopping_s.get(name, session.clock()) for name in stopping}
+                refusals, refused, done = 0, "", not left
             except (HubRefused, Stopped) as error:
-                left, site.states = {name: state for name, state in left.items() if name not in gone}, {}
+                left = {name for name in left if not gone(name)}
                 if isinstance(error, HubRefused):
                     LOG.log(logging.DEBUG if refused else logging.WARNING, "Cleaning up: %s", error)
                     refused = str(error)
                     refusals += error.denied or not left
                 done = refusals == 3
             if done or session.clock() >= until_s or not session.pause(pause_s):
-                reason = refused or site.removal.in_the_way(left, session.clock())
-                deleted, named = len(existing - left.keys()), tuple(sorted(left, key=natural))
-                return CleanUp(deleted, named, in_the_way=reason)
+                named = tuple(sorted(left, key=natural))
+                reason = refused or in_the_way(site, named, stopping_s)
+                return CleanUp(len(existing - left), named, in_the_way=reason)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
-def let_go(site: Site, concurrency: int, on_tick: Callable[[], None]) -> None:
-    """One round: stop and delete each user of `site.states` as far as that goes at once.
+def in_the_way(site: Site, left: Iterable[str], stopping_s: Mapping[str, float]) -> str:
+    """Why these users are still there, as far as the hub tells; it has been stopping some for a while."""
+    refusals = [site.refusals[name] for name in left if name in site.refusals.keys() - stopping_s]
+    reasons = [reason for reason, _ in collections.Counter(refusals).most_common(2)]
+    if stopping_s:
+        lasts = duration_text(site.hub.session.clock() - min(stopping_s.values()))
+        reasons.insert(0, f"the hub has been stopping servers for {lasts}")
+    return "; ".join(reasons)
+
+
+def let_go(site: Site, names: Iterable[str], on_tick: Callable[[], None]) -> None:
+    """One round: stop and delete each of these users as far as that goes at once.
 
     Servers that are starting are stopped last: meanwhile some become ready, and leave nothing that the hub
     forgets.
@@ -3984,12 +3944,10 @@ def let_go(site: Site, concurrency: int, on_tick: Callable[[], None]) -> None:
         person = Visitor(name, session.clock(), site.plan, site)
         if take("stop_server", ask_to_stop, person):
             take("delete_user", delete, person)
-        if states[name] is ServerState.GONE:
-            site.removal.gone.add(name)
 
     with Team(session, on_tick) as team:
-        for name in sorted(states, key=lambda name: states[name] is ServerState.STARTING):
-            if not team.wait_for(lambda: team.running < concurrency):
+        for name in sorted(names, key=lambda name: (states[name] is ServerState.STARTING, natural(name))):
+            if not team.wait_for(lambda: team.running < site.plan.removed_at_once):
                 break
             try:
                 team.start(leave, name)
@@ -4072,7 +4030,7 @@ def perform(
     sent_s, call, reason = session.clock(), Call(tries=1), None
     try:
         response = send(user, endpoint, session)
-        call = session.call_of(response.request)
+        call = getattr(response, "call", call)
         if str(response.url).startswith(endpoint) and not session.is_hubs(response):
             reason = Reason(Kind.IN_FRONT, in_front(response))
         elif not response.ok and response.status_code not in fine:
@@ -4080,7 +4038,7 @@ def perform(
     except Stopped:
         return None
     except requests.RequestException as error:
-        reason, call = Reason(Kind.NO_ANSWER, why(error)), session.call_of(error.request)
+        reason, call = Reason(Kind.NO_ANSWER, why(error)), getattr(error, "call", call)
     except Exception as error:
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
         reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
@@ -4249,7 +4207,7 @@ def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> 
 
     def read(user: str, endpoint: str, session: HubSession) -> requests.Response:
         """`GET /users/{name}`, once: a retry would hide what it is there to see."""
-        return session.exchange("GET", user_url(endpoint, user), once(observer=True))
+        return session.exchange("GET", user_url(endpoint, user), Call(observer=True, once=True))
 
     def ping(due_s: float) -> None:
         if session.stopping.is_set():
@@ -4385,10 +4343,10 @@ def unanswered(replies: Sequence[Reply]) -> bool:
 def shut_down(person: Visitor) -> int:
     """Have the server end by itself; its page's status then: 0 if it did not, 200 if it is still there."""
     browser, until_s = person.browser, person.clock() + SHUTDOWN_S
-    if browser.ask("POST", f"{person.url}api/shutdown", call=once()).status != 200:
+    if browser.ask("POST", f"{person.url}api/shutdown").status != 200:
         return 0
     while True:
-        page = browser.ask("GET", f"{person.url}api", call=once())
+        page = browser.ask("GET", f"{person.url}api")
         if page.status != 200 or person.clock() > until_s:
             return page.status
         person.sleep(0.5)
@@ -4401,7 +4359,7 @@ def open_websockets(person: Visitor, at_most: int, enough: Callable[[Sequence[Re
         person.sleep(next_s - person.clock())
         next_s = person.clock() + 1 / HANDSHAKES_PER_S
         url = f"{person.url}{EVENTS}"
-        replies.append(person.browser.ask("GET", url, call=once(), timeout=UNANSWERED_S, headers=UPGRADE))
+        replies.append(person.browser.ask("GET", url, timeout=UNANSWERED_S, headers=UPGRADE))
         person.browser.close()
     return replies
 
@@ -4533,7 +4491,7 @@ def seeded(plan: Plan) -> Plan:
 
 def whereabouts(site: Site, count: int) -> dict[str, int]:
     """How many of these people have come, and where they are now."""
-    record, starting, throttled = site.record, len(site.starting), len(site.turns.waiting)
+    record, starting, throttled = site.record, len(site.crowd.starting), len(site.crowd.throttled)
     tried = {name: record.count([name]) for name in PERSONAL}
     failed = {name: record.failures([name]) for name in PERSONAL}
     ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
@@ -4598,7 +4556,8 @@ class Interruption:
 
 def leave_at_once(number: int, site: Site) -> None:
     """End the program, saying what remains and how to remove it. A signal's handler may call this."""
-    plan, remain = site.plan, len(set(site.claims.ours) - site.removal.gone)
+    plan, states = site.plan, site.states
+    remain = sum(states.get(name) is not ServerState.GONE for name in site.claims.ours)
     sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
     remedy = purge_command(plan.run, plan.own_servers)
     os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
@@ -4624,15 +4583,14 @@ def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, 
 
 def remove_made(site: Site, record: Recorder) -> CleanUp:
     """Remove all users that were made on a site, also after its session was stopped."""
-    plan, claims = site.plan, site.claims
-    ours, unsure = claims.ours, claims.unconfirmed.copy()
-    states = {name: site.states.get(name, ServerState.STOPPED) for name in ours}
-    states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
-    limits = (plan.removed_at_once, plan.cleanup_timeout_s)
+    ours, unsure = site.claims.ours, site.claims.unconfirmed.copy()
     with site.hub.session.clone(own_stop=True) as session:  # urllib3 before 2 closes nothing by itself
         session.pause(LATE_ACT_S if unsure else 0)
-        hub = dataclasses.replace(site.hub, session=session)
-        return remove_users(states, set(ours).__contains__, hub, record, *limits, site.removal)
+        site = copy.copy(site)
+        site.hub, site.record = dataclasses.replace(site.hub, session=session), record
+        site.states |= {name: ServerState.STOPPED for name in ours if name not in site.states}
+        site.states |= dict.fromkeys(unsure, ServerState.UNKNOWN)
+        return remove_users(site, set(ours).__contains__)
 
 
 class Run:
@@ -4699,7 +4657,7 @@ class Run:
         last_s = arrivals(plan)[-1][0]
 
         def line() -> str:
-            now_s, leave_s = session.clock(), site.gathering.leave_s
+            now_s, leave_s = session.clock(), site.crowd.leave_s
             hold_s = leave_s - now_s if leave_s < math.inf else 0.0
             return self.status(moment_text(now_s - began_s, last_s, hold_s), whereabouts(site, len(names)))
 
@@ -4754,8 +4712,8 @@ class Run:
         }
         working = (name for name in names if name in good and states.get(name) is ServerState.READY)
         name = next(working, None) or self.make_users(1, 1)[0]
-        site = dataclasses.replace(self.site, record=Recorder())  # the check is no part of the load's results
-        site.public = self.site.public
+        site = copy.copy(self.site)
+        site.record = Recorder()  # the check is no part of the load's results
         person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
 
         def check() -> None:
@@ -4784,10 +4742,11 @@ class Run:
                 "when a request was due"
             )
 
-    def remove(self, states: Mapping[str, ServerState], ours: Callable[[str], bool]) -> None:
-        """Remove users now; `states` are the last known states of their servers."""
-        limits = self.plan.removed_at_once, self.plan.cleanup_timeout_s
-        self.cleaned = remove_users(states, ours, self.hub, self.record, *limits, self.site.removal)
+    def remove(self, ours: Callable[[str], bool]) -> None:
+        """Remove users now."""
+        site = copy.copy(self.site)
+        site.record = self.record  # that of the site may be of one step of a search
+        self.cleaned = remove_users(site, ours)
 
     def clean_up(self) -> None:
         """Remove what this run made."""
@@ -4796,7 +4755,7 @@ class Run:
             silence = duration_text(HUB_GONE_S)
             self.troubles.append(f"the hub did not answer for {silence}: no more load was sent")
         if self.session.stopping.is_set():
-            self.warnings += still_waiting(self.site.starting.copy())
+            self.warnings += still_waiting(self.site.crowd.starting.copy())
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
         self.site.public.close_kernels()
@@ -4907,9 +4866,8 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             LOG.info("At %s: %s", tried, step.held or "sustained")
             best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
-                states = {name: run.site.states.get(name, ServerState.STOPPED) for name in users}
-                run.remove(states, states.__contains__)
-                run.site.states |= dict.fromkeys(states.keys() - run.cleaned.left, ServerState.GONE)
+                run.site.states = dict.fromkeys(users, ServerState.STOPPED) | run.site.states
+                run.remove(set(users).__contains__)
                 if run.cleaned.left and not session.stopping.is_set():
                     remain = counted(len(run.cleaned.left), thing(plan.own_servers))
                     raise CutShort(f"{remain} could not be removed before others come")
@@ -4961,9 +4919,8 @@ def capacity_of(plan: Plan, steps: list[CapacityStep], finished: bool) -> Capaci
 def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, Recorder]:
     """Have these people come, or send requests for these users: the step, and its events alone."""
     session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
-    load, public = Load(plan, run.hub.endpoint, users), run.site.public
-    run.site = dataclasses.replace(run.site, plan=plan, record=record, turns=Turns())
-    run.site.public = public
+    load, site = Load(plan, run.hub.endpoint, users), run.site
+    site.plan, site.record, site.crowd = plan, record, Crowd(session, plan, site.crowd.one_is_ready)
     earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     monitor.look()
     cpu_share = run.send(load)
@@ -5630,7 +5587,7 @@ def _users_in(run: Run) -> Users:
     return dataclasses.replace(
         Users() if run.plan.own_servers else users,
         in_the_way=cleaned.in_the_way,
-        stopped_while_starting=len(run.site.removal.interrupted),
+        stopped_while_starting=len(run.site.interrupted),
         stops_failed=int(failures) if len(snapshots) > 1 else None,
     )
 
@@ -5640,7 +5597,7 @@ def results_of(run: Run) -> Results:
     plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
-    ends: Json = {"began_s": run.began_s, "starting": run.site.starting.copy()}
+    ends: Json = {"began_s": run.began_s, "starting": run.site.crowd.starting.copy()}
     servers = servers_of(rows, expected, cut_short, **ends) if expected or plan.own_servers else None
     if servers and plan.own_servers:
         removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
@@ -5982,7 +5939,9 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         yield "failed", f"{others} × something else: see the results file"
     if by_number:
         name = min((failure.user for failure in by_number[0][1]), key=natural)
-        pods = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
+        pods = (
+            f"look with: kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
+        )
         file = f"look for {name}, from {results.started} on"
         yield "hub's log", pods if on_kubernetes(results) else file
     slowest = []
@@ -6170,13 +6129,22 @@ def render_page(
             continue
         indent = max(len(row[0]) for row in rows) + 2
         for label, sentence in labelled_once(rows):
-            page += wrap(label.ljust(indent) + sentence, subsequent_indent=" " * indent)
+            page += wrap(label.ljust(indent) + unbroken(sentence), subsequent_indent=" " * indent)
     if colour:
         word = re.compile(rf"^({'|'.join(_COLOURS)})\b")
         page = [
             word.sub(lambda match: f"\033[1;{_COLOURS[match[0]]}m{match[0]}\033[0m", line) for line in page
         ]
-    return "\n".join(page)
+    return "\n".join(page).replace(NO_BREAK, " ")
+
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def unbroken(sentence: str) -> str:
+    """The sentence with the command at its end in one piece: half of one, pasted, would do something else."""
+    command = r"(hub-stress-test purge|kubectl (get|logs)) .*"
+    return re.sub(command, lambda match: match[0].replace(" ", NO_BREAK), sentence)
 
 
 def spelled(text: str, encoding: str) -> str:
@@ -6364,12 +6332,12 @@ WORDS |= {
 def render_report(results: Results, baseline: Json | None = None) -> str:
     """One HTML page, which needs no network: the summary's words, and what happened when."""
     word, sentence = verdict_of(results)
-    unbroken = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", "\N{NO-BREAK SPACE}", sentence)
+    headline = re.sub(r"(?<=\d) (?=ms|s|min|h|%)", NO_BREAK, sentence)
     rows = facts(results, baseline).rows
     first, later = ([row for row in rows if (row[0] in DETAILS) is folded] for folded in (False, True))
     body = [
         element("p", tested_text(results)),
-        f"<h1>{element('b', word, word.split()[0])} {html.escape(unbroken)}</h1>",
+        f"<h1>{element('b', word, word.split()[0])} {html.escape(headline)}</h1>",
         *(element("p", f"but: {sentence}", "but") for sentence in results.but),
         section_html(Section("Summary", [row for row in first if row[0] != "but"])),
         *_server_plots(results.timeline),
@@ -6672,9 +6640,9 @@ def purge(run: Run) -> None:
     LOG.info("Found %s to remove", counted(len(run.existing), thing(run.plan.own_servers)))
     if run.plan.own_servers and run.hub.version.startswith(("1.", "2.")):
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
-    states = {user["name"]: server_state(user) for user in run.existing}
-    if states:
-        run.remove(states, functools.partial(is_test_user, run=run.plan.run))
+    run.site.states |= {user["name"]: server_state(user) for user in run.existing}
+    if run.existing:
+        run.remove(functools.partial(is_test_user, run=run.plan.run))
 
 
 def carry_out(plan: Plan) -> Results:
@@ -7183,8 +7151,9 @@ def delete_users_after_stopping_servers(
 @timeit
 def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int = 10) -> bool:
     """Whether every one of these users is gone, their servers stopped first."""
-    states, ours = dict.fromkeys(usernames, ServerState.READY), set(usernames).__contains__
-    return not remove_users(states, ours, Hub(endpoint, session), Recorder(), batch_size).left
+    states, plan = dict.fromkeys(usernames, ServerState.READY), Plan(PURGE, batch_size=batch_size)
+    site = Site(Hub(endpoint, session), plan, Recorder(), states)
+    return not remove_users(site, set(usernames).__contains__).left
 
 
 def run_stress_test(
@@ -7362,7 +7331,7 @@ if locust_is_loading():
                     site.public.close_kernels()
                     self._cleaned = remove_made(site, Recorder())
             report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left)}
-            report |= {"starting": len(site.removal.interrupted), "throttled": self.session.traffic.throttled}
+            report |= {"starting": len(site.interrupted), "throttled": self.session.traffic.throttled}
             return report | {"run": site.plan.run, "cut_short": self.cut_short}
 
     def locust_plan(environment: Any) -> Plan:
@@ -7379,7 +7348,6 @@ if locust_is_loading():
             given |= {name: values} if row.repeatable else {name: values[0]} if values else {}
         if relative := next((limit for limit in given["fail_if"] if limit.unit == "x"), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
-        given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
         people = [issubclass(kind, Person) for kind in environment.user_classes]
         if given.get("own_servers") and not all(people):
             remedy = "name that class at the end of the command line"
@@ -7575,7 +7543,7 @@ if locust_is_loading():
             SAY.warning("%s", still_starting(starting))
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         results = locust_results(runner.stats.entries.values(), load, throttled)
-        judged = [limit.judge(results, None) for limit in plan.fail_if]
+        judged = [limit.judge(results, None) for limit in plan.conditions]
         for judgement in judged:
             SAY.info("%s", spelled(goal_text(judgement), "ascii"))
         cut_short = any(report.get("cut_short") for report in reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -82,15 +83,12 @@ def kube_hub(shared_kube_hub: LocalHub) -> Iterator[LocalHub]:
 @pytest.fixture
 def make_hub() -> Iterator[Callable[..., LocalHub]]:
     """Boots hubs with options of the test's own."""
-    hubs: list[LocalHub] = []
+    with contextlib.ExitStack() as hubs:
 
-    def make(**options: object) -> LocalHub:
-        hubs.append(LocalHub(**options).__enter__())
-        return hubs[-1]
+        def make(**options: object) -> LocalHub:
+            return hubs.enter_context(LocalHub(**options))
 
-    yield make
-    for hub in hubs:
-        hub.__exit__()
+        yield make
 
 
 @pytest.fixture

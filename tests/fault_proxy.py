@@ -1,37 +1,38 @@
 """A proxy on a real socket that does to HTTP what a healthy hub will not do on demand.
 
 It stands between a client and an upstream on the loopback, passes everything through as it arrives (streams piece by
-piece), and lets a rule pick a fault for each request. The whole proxy can also go silent or refuse connections.
+piece), and lets a rule pick a fault for each request.
 
 Every request goes to the upstream on a connection of its own, so nothing is ever sent twice. When the upstream refuses
-or dies in mid-answer, the client's connection is reset, as if there were no proxy.
+or dies in mid-answer, the client's connection is reset, as if there were no proxy. When the client leaves, what was
+going on for it ends.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import itertools
 import re
-import select
 import socket
-import socketserver
 import struct
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException, HTTPResponse, IncompleteRead, responses
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
+from aiohttp.http import SERVER_SOFTWARE
+from yarl import URL
+
 HOST = "127.0.0.1"
-PIECE_BYTES = 65536
-CLOSE_TIMEOUT_S = 5.0
-ACCEPT_POLL_S = 0.02
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 HOP_BY_HOP = {"connection", "expect", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+ADDED_BY_CLIENTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+START_TIMEOUT_S, CLOSE_WITHIN_S = 60.0, 0.01
+RULES_AT_ONCE = 100  # a rule may take its time
 
 
 # ---- Records -------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class HalfBody(Fault):
 
 @dataclass(frozen=True)
 class Silence(Fault):
-    """No answer: held until `silence(False)`, the client leaving, or the proxy closing. The upstream sees nothing."""
+    """No answer: held until the client leaves, or the proxy closes. The upstream sees nothing."""
 
 
 # ---- Rules ---------------------------------------------------------------------------------------------------------
@@ -142,309 +143,141 @@ def first(n: int, match: Match, fault: Fault) -> Rule:
     return lambda request: fault if match(request) and next(seen) < n else None
 
 
-# ---- Sockets -------------------------------------------------------------------------------------------------------
-
-
-class ClientLeft(Exception):
-    """The client's connection has ended, by its own doing or by the proxy's."""
-
-
-def wait(client: socket.socket, upstream: socket.socket | None = None, seconds: float | None = None) -> None:
-    """Return when the upstream can be read or the time is over; raise ClientLeft as soon as the client has ended.
-
-    No client here pipelines, so one that becomes readable while it waits for an answer has hung up.
-    """
-    poll = select.poll()
-    for end_point in filter(None, (client, upstream)):
-        poll.register(end_point, select.POLLIN)
-    if client.fileno() in dict(poll.poll(None if seconds is None else seconds * 1000)):
-        raise ClientLeft
-
-
-def end(client: socket.socket, *, reset: bool) -> None:
-    """Wake the thread that serves this client, so that it closes the connection, with a TCP reset if so asked.
-
-    Closing it from here would not interrupt that thread, and shutting down both directions would say goodbye first.
-    """
-    with contextlib.suppress(OSError):
-        if reset:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        client.shutdown(socket.SHUT_RD)
-
-
-class Upstream(socket.socket):
-    """A connection to the upstream; whoever waits for its answer also notices the client leaving."""
-
-    def __init__(self, address: tuple[str, int], client: socket.socket) -> None:
-        super().__init__(socket.AF_INET, socket.SOCK_STREAM)
-        self._address = address
-        self._client = client
-
-    def send_request(self, request: bytes) -> None:
-        self.connect(self._address)
-        self.sendall(request)
-
-    def recv_into(self, *args: Any) -> int:
-        wait(self._client, self)
-        return super().recv_into(*args)
-
-
-def head(start: str, headers: Iterable[tuple[str, str]], **added: str) -> bytes:
-    """A message's head: its first line, its headers but for the hop-by-hop ones, and those added (`_` for `-`)."""
-    kept = [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]
-    kept += [(name.replace("_", "-"), value) for name, value in added.items()]
-    return "\r\n".join([start, *(f"{name}: {value}" for name, value in kept), "\r\n"]).encode("latin-1")
-
-
-# ---- One connection ------------------------------------------------------------------------------------------------
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One client's connection, request after request."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: Server
-    entry: Entry
-
-    def log_message(self, *args: Any) -> None:
-        """Nothing: the proxy keeps its own log."""
-
-    def exchange(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        # Not self.path, in which the standard library merges leading slashes; a forward proxy is asked for a whole URL.
-        path = re.sub("^http://[^/]*", "", self.requestline.split()[1])
-        request = Request(self.command, path, body, self.headers)
-        self.entry = self.server.proxy.arrived(request)
-        try:
-            self.hold_if_silent()
-            rule = self.server.proxy.rule
-            fault = rule(request) if rule else None
-            self.entry.fault = type(fault).__name__ if fault else None
-            self.act(request, fault)
-        except ClientLeft:
-            self.close_connection = True
-        except (OSError, HTTPException):
-            self.reset()
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = exchange
-
-    def act(self, request: Request, fault: Fault | None) -> None:
-        if isinstance(fault, ResetBefore):
-            self.reset()
-        elif isinstance(fault, Silence):
-            self.hold_if_silent(always=True)
-        elif type(fault) is Answer:
-            if (seconds := fault.at_s - time.monotonic()) > 0:
-                wait(self.connection, seconds=seconds)
-            self.answer(fault)
-        else:
-            if isinstance(fault, Delay):
-                wait(self.connection, seconds=fault.seconds)
-            with self.forwarded(request) as response:
-                self.act_after(response, fault)
-
-    def act_after(self, response: HTTPResponse, fault: Fault | None) -> None:
-        if isinstance(fault, AnswerAfter):
-            response.read()
-            self.answer(fault)
-        elif isinstance(fault, ResetAfter):
-            response.read()
-            self.reset()
-        elif isinstance(fault, HalfBody):
-            self.half(response)
-        elif isinstance(fault, ResetStream):
-            self.pass_on(response, itertools.islice(iter(response.readline, b""), fault.lines))
-            self.reset()
-        else:
-            self.pass_on(response, iter(lambda: response.read1(PIECE_BYTES), b""))
-            self.finish_body(response)
-
-    @contextlib.contextmanager
-    def forwarded(self, request: Request) -> Iterator[HTTPResponse]:
-        """The upstream's answer, its head read; the connection is closed on leaving."""
-        start = f"{request.method} {request.path} HTTP/1.1"
-        with Upstream(self.server.proxy.upstream, self.connection) as upstream:
-            upstream.send_request(head(start, self.headers.items(), Connection="close") + request.body)
-            with HTTPResponse(upstream, method=request.method) as response:
-                response.begin()
-                yield response
-
-    def pass_on(self, response: HTTPResponse, pieces: Iterable[bytes]) -> None:
-        """Send the upstream's head, then each piece of the body as it comes, in the upstream's kind of framing."""
-        framing = {}
-        if response.chunked:
-            framing["Transfer_Encoding"] = "chunked"
-        elif response.length is None:
-            framing["Connection"] = "close"
-            self.close_connection = True
-        headers = [(name, value) for name, value in response.getheaders() if name != self.server.proxy.strips]
-        self.send_head(response.status, response.reason, headers, **framing)
-        for piece in pieces:
-            self.send(b"%x\r\n%b\r\n" % (len(piece), piece) if response.chunked else piece)
-
-    def finish_body(self, response: HTTPResponse) -> None:
-        if response.length:
-            raise IncompleteRead(b"", response.length)
-        if response.chunked and self.command != "HEAD":
-            self.send(b"0\r\n\r\n")
-
-    def half(self, response: HTTPResponse) -> None:
-        body = response.read()
-        headers = [(name, value) for name, value in response.getheaders() if name.lower() != "content-length"]
-        self.send_head(response.status, response.reason, headers, Content_Length=str(len(body)))
-        self.send(body[: len(body) // 2])
-        self.close_connection = True
-
-    def answer(self, answer: Answer) -> None:
-        headers = {"Content-Length": str(len(answer.body)), **answer.headers}
-        self.send_head(answer.status, responses.get(answer.status, ""), headers.items())
-        if self.command != "HEAD":
-            self.send(answer.body)
-
-    def send_head(self, status: int, reason: str, headers: Iterable[tuple[str, str]], **added: str) -> None:
-        self.hold_if_silent()
-        # Before the client can know it, so that whoever has the answer also finds it in the log.
-        self.entry.status = status
-        self.send(head(f"HTTP/1.1 {status} {reason}", headers, **added))
-
-    def send(self, data: bytes) -> None:
-        self.hold_if_silent()
-        self.connection.sendall(data)
-
-    def hold_if_silent(self, *, always: bool = False) -> None:
-        """Return at once unless the proxy is silent; otherwise wait for the end of the connection: ClientLeft."""
-        if self.server.proxy.holds(self.connection, always=always):
-            self.entry.fault = Silence.__name__
-            wait(self.connection)
-
-    def reset(self) -> None:
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        self.close_connection = True
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """A bound port with its open connections; it refuses until it is started, and can be started once."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, proxy: FaultProxy, port: int) -> None:
-        self.proxy = proxy
-        self._clients: set[socket.socket] = set()
-        self._changed = threading.Condition()
-        super().__init__((HOST, port), Handler, bind_and_activate=False)
-        self.server_bind()
-
-    def start(self) -> None:
-        self.server_activate()
-        threading.Thread(target=self.serve_forever, args=(ACCEPT_POLL_S,), daemon=True).start()
-
-    def stop(self) -> None:
-        """Close the port and reset the open connections; return when they are gone. TimeoutError if one is not."""
-        self.shutdown()
-        self.server_close()
-        with self._changed:
-            for client in self._clients:
-                end(client, reset=True)
-            if not self._changed.wait_for(lambda: not self._clients, CLOSE_TIMEOUT_S):
-                raise TimeoutError(f"{len(self._clients)} connections to the fault proxy do not end")
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._changed:
-            self._clients.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        # The inherited method shuts the connection down in an orderly way, which would spoil a reset.
-        if request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(RESET_ON_CLOSE)) == RESET_ON_CLOSE:
-            request.close()
-        else:
-            super().shutdown_request(request)
-        with self._changed:
-            self._clients.discard(request)
-            self._changed.notify_all()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client's broken connection is nothing to report; a bug, such as a rule that raises, is."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
-
-
 # ---- The proxy -----------------------------------------------------------------------------------------------------
 
 
 class FaultProxy:
     """A proxy in front of the upstream (a URL of which host and port are used), open until closed.
 
-    `url` is where it listens, and stays the same. `rule` may be replaced at any time; `None` passes everything through.
+    `url` is where it listens. `rule` may be replaced at any time; `None` passes everything through.
     """
 
     def __init__(self, upstream: str) -> None:
-        parts = urlsplit(upstream)
-        self.upstream = (parts.hostname or HOST, parts.port or 80)
+        self._upstream = f"http://{urlsplit(upstream).netloc}"
         self.rule: Rule | None = None
         self.strips = ""  # a header of the upstream's answers
-        self._lock = threading.Lock()
         self._log: list[Entry] = []
-        self._held: set[socket.socket] = set()
-        self._silent = False
-        self._refusing = False
-        self._server = Server(self, 0)
-        self._port: int = self._server.server_address[1]
-        self.url = f"http://{HOST}:{self._port}"
+        self._rules = ThreadPoolExecutor(RULES_AT_ONCE)
+        started: Future[int] = Future()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(started),), daemon=True)
+        self._thread.start()
+        self.url = f"http://{HOST}:{started.result(START_TIMEOUT_S)}"
         self.endpoint = f"{self.url}/hub/api"  # of a hub behind it
-        self._server.start()
 
     def __enter__(self) -> FaultProxy:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        """Close the port and all connections."""
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
+        self._rules.shutdown(wait=False)
 
     @property
     def requests(self) -> list[Entry]:
         """The requests so far, in order of arrival: a copy, which does not change any more."""
-        with self._lock:
-            return [replace(entry) for entry in self._log]
+        return [replace(entry) for entry in self._log]
 
-    def silence(self, on: bool) -> None:
-        """Hold all requests and running streams, or go back to normal and close the connections of those held."""
-        with self._lock:
-            self._silent = on
-            if not on:
-                for client in self._held:
-                    end(client, reset=False)
-                self._held.clear()
+    async def _serve(self, started: Future[int]) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._exchange)
+        app.on_response_prepare.append(drop_what_aiohttp_adds)
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_WITHIN_S)
+        async with ClientSession(
+            connector=TCPConnector(force_close=True, limit=0),
+            auto_decompress=False,
+            cookie_jar=DummyCookieJar(),
+            skip_auto_headers=ADDED_BY_CLIENTS,
+            timeout=ClientTimeout(),
+        ) as self._client:
+            await runner.setup()
+            await web.TCPSite(runner, HOST, 0).start()
+            started.set_result(runner.addresses[0][1])
+            await self._closing.wait()
+            await runner.cleanup()
 
-    def refuse(self, on: bool) -> None:
-        """Close the port and reset all connections, or open the same port again. Returns when it is done."""
-        if on and not self._refusing:
-            self._server.stop()
-            # Bound again at once, so that nobody else takes the port; not listening, so that it refuses.
-            self._server = Server(self, self._port)
-        elif self._refusing and not on:
-            self._server.start()
-        self._refusing = on
+    async def fault_for(self, request: Request) -> Fault | None:
+        """What the rule says, which may take its time."""
+        return await self._loop.run_in_executor(self._rules, self.rule, request) if self.rule else None
 
-    def close(self) -> None:
-        """Close the port and reset all connections."""
-        if self._refusing:
-            self._server.server_close()
-        else:
-            self._server.stop()
+    async def _exchange(self, request: web.Request) -> web.StreamResponse:
+        path = re.sub("^http://[^/]*", "", request.raw_path)  # a forward proxy is asked for a whole URL
+        seen = Request(request.method, path, await request.read(), request.headers)
+        entry = Entry(seen.method, seen.path, time.monotonic())
+        self._log.append(entry)
+        fault = await self.fault_for(seen)
+        entry.fault = type(fault).__name__ if fault else None
+        try:
+            return await self._act(request, seen, fault, entry)
+        except (ClientError, OSError):
+            return await reset(request)
 
-    def arrived(self, request: Request) -> Entry:
-        """The request's entry in the log."""
-        entry = Entry(request.method, request.path, time.monotonic())
-        with self._lock:
-            self._log.append(entry)
-        return entry
+    async def _act(self, request: web.Request, seen: Request, fault: Fault | None, entry: Entry) -> web.StreamResponse:
+        if isinstance(fault, ResetBefore):
+            return await reset(request)
+        if isinstance(fault, Silence):
+            return await until_cancelled()
+        if type(fault) is Answer:
+            await asyncio.sleep(fault.at_s - time.monotonic())
+            return answer_with(fault, entry)
+        if isinstance(fault, Delay):
+            await asyncio.sleep(fault.seconds)
+        url, headers = URL(self._upstream + seen.path, encoded=True), end_to_end(request.headers)
+        async with self._client.request(
+            seen.method, url, headers=headers, data=seen.body or None, allow_redirects=False
+        ) as answer:
+            if isinstance(fault, (AnswerAfter, ResetAfter)):
+                await answer.read()
+                return answer_with(fault, entry) if isinstance(fault, AnswerAfter) else await reset(request)
+            entry.status = answer.status  # before the client can know it
+            return await self._pass_on(request, answer, fault)
 
-    def holds(self, client: socket.socket, *, always: bool) -> bool:
-        """Whether the client has to wait in silence; if so, it is among those that the release will close."""
-        with self._lock:
-            if self._silent or always:
-                self._held.add(client)
-            return self._silent or always
+    async def _pass_on(self, request: web.Request, answer: ClientResponse, fault: Fault | None) -> web.StreamResponse:
+        """The upstream's answer, piece by piece as it comes; with a fault, a part of it."""
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers))
+        response.headers.popall(self.strips, None)
+        if isinstance(fault, HalfBody):
+            body = await answer.read()
+            response.content_length = len(body)
+            response.force_close()
+            await response.prepare(request)
+            await response.write(body[: len(body) // 2])
+            return response
+        await response.prepare(request)
+        if isinstance(fault, ResetStream):
+            for _ in range(fault.lines):
+                await response.write(await answer.content.readline())
+            return await reset(request)
+        async for piece in answer.content.iter_any():
+            await response.write(piece)
+        return response
+
+
+def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP]
+
+
+def answer_with(answer: Answer, entry: Entry) -> web.Response:
+    entry.status = answer.status
+    return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+
+
+async def drop_what_aiohttp_adds(request: web.Request, response: web.StreamResponse) -> None:
+    if response.headers["Server"] == SERVER_SOFTWARE:
+        del response.headers["Server"]
+    if response.content_type == "application/octet-stream":
+        response.headers.popall("Content-Type", None)
+
+
+async def reset(request: web.Request) -> Any:
+    """Reset the client's connection."""
+    if request.transport:
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        request.transport.abort()
+    return await until_cancelled()
+
+
+async def until_cancelled() -> Any:
+    """Wait for the end of the client's connection, with which its request is cancelled."""
+    await asyncio.Event().wait()

@@ -1,28 +1,31 @@
 """Whole pages of made-up results, each in a file of tests/golden/, to be read in review.
 
-    python tests/golden.py
+    REWRITE_GOLDEN=1 pytest -k golden
 
-writes the files anew (plans.txt, the pages of dry runs, is test_plan.py's). Wording is reviewed there, and
-nowhere else: other tests look at labels and numbers.
+writes the files anew. Wording is reviewed there, and nowhere else: other tests look at labels and numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
-from made_up_results import did, failed, held, hub_with, pings, ready, results_of, throttled
+from made_up import did, failed, folded, held, hub_with, pings, ready, results_of, throttled
 
 FOLDER = Path(__file__).with_suffix("")
+
+
+def is_golden(page: str, name: str) -> bool:
+    """Whether a page is the one in the file of this name."""
+    file = FOLDER / f"{name}.txt"
+    if "REWRITE_GOLDEN" in os.environ:
+        file.write_text(page)
+    return page == file.read_text()
 
 
 def judged(*texts: str, results: hst.Results, baseline: hst.Json | None = None) -> list[hst.Judgement]:
@@ -48,16 +51,9 @@ def passing() -> str:
     servers = hst.Http(2412, 3, 0, {"101": 600, "200": 1809, "503": 3}, 0, 0.0)
     http = hst.Http(3306, 0, 0, {"200": 2100, "201": 306, "204": 600, "202": 300}, 1830, 1830 / 3306, servers)
     options = hst.Plan(count=300, within_s=300.0, work=True, fail_if=(hst.condition("at_work.p95 > 60s"),))
-    people = hst.people_of(results_people(events), 300, False)
+    people = hst.people_of(folded(events).people, 300, False)
     results = results_of(events, hub=figures, http=http, people=people, duration_s=362.0, options=options.options())
     return hst.render_summary(dataclasses.replace(results, conditions=judged("at_work.p95 > 60s", results=results)))
-
-
-def results_people(events: list[Event]) -> hst.People:
-    record = hst.new_recorder()
-    for event in events:
-        record.add(event)
-    return record.people
 
 
 def passing_but() -> str:
@@ -101,7 +97,7 @@ def interrupted() -> str:
     """Ctrl-C, while servers were starting; two users could not be removed on their way."""
     events = [ready(1), ready(2, 3.0), failed(3)]
     starting = {hst.username(n) for n in (4, 5)}
-    servers = hst.servers_of(results_people(events), 12, True, starting=starting)
+    servers = hst.servers_of(folded(events).people, 12, True, starting=starting)
     users = hst.Users(12, 12, stopped_while_starting=2)
     warnings = ["2 servers were still starting after 8 s: Pulling the image"]
     return hst.render_summary(results_of(events, servers=servers, users=users, warnings=warnings, exit_code=130))
@@ -149,7 +145,7 @@ def kubernetes() -> str:
     events += [did("at_work", n, 33.0, group="staff" if n < 3 else "students") for n in range(1, 9)]
     short = "did not start in 300 s: 0/3 nodes are available: 3 Insufficient memory"
     events += [failed(n, short, Kind.TIMED_OUT, waited_s=300.0 + n, group="students") for n in (9, 10)]
-    rows = results_people(events)
+    rows = folded(events).people
     staff, students = ({"name": name, "count": n, "within": 60.0} for name, n in (("staff", 2), ("students", 8)))
     options = hst.Plan(count=10, event=(hst.Plan(),)).options() | {"event": [staff, students]}
     groups = {name: hst.people_of(rows, n, False, name) for name, n in (("staff", 2), ("students", 8))}
@@ -167,7 +163,3 @@ PAGES: tuple[Callable[[], str], ...] = (
     search_for_reports,
     kubernetes,
 )
-
-if __name__ == "__main__":
-    for page in PAGES:
-        (FOLDER / f"{page.__name__}.txt").write_text(page() + os.linesep)

@@ -1,6 +1,6 @@
-"""A server of known behaviour that speaks enough of the JupyterHub API to check the numbers of `activity-stress-test`.
+"""A hub of known behaviour, to check the numbers of `activity-stress-test`.
 
-It is a fault proxy without an upstream: a rule answers every request, and says when.
+It is a fault proxy without an upstream, which answers every request as the simulated hub does, and says when.
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import unquote
 
-from fault_proxy import Answer, FaultProxy, Request
+import requests
 
-SCOPES = ("admin:users", "delete:users", "list:users", "read:servers", "delete:servers", "servers", "users:activity")
+import hub_stress_test as hst
+from fault_proxy import Answer, FaultProxy, Request, hub_answer
+
+SCOPES = ["admin:users", "delete:users", "list:users", "read:servers", "delete:servers", "servers", "users:activity"]
+ABOUT = {"/hub/api/": {"version": "6.1.1"}, "/hub/api/user": {"name": "t", "scopes": SCOPES}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,6 @@ class Behaviour:
     freeze_s: float = 0.0  # at the end of every period: a report that comes then is begun when the period is over
     period_s: float = 10.0  # counted from the first report
     capacity_per_s: float = 0.0  # no more reports than this are begun in a second; the others queue
-    also_reads: bool = False  # GET /users/NAME takes the service time too
 
 
 def frozen_s(behaviour: Behaviour, since_first_s: float) -> float:
@@ -54,28 +55,27 @@ class KnownServer(FaultProxy):
         super().__init__("http://127.0.0.1:1")
         self.behaviour = Behaviour(**behaviour)
         self.environment = {"JUPYTERHUB_ENDPOINT": self.endpoint, "JUPYTERHUB_API_TOKEN": "known"}
-        self.rule = self.answer
-        self._users: dict[str, dict[str, Any]] = {}
+        self._hub = hst.SimulatedHub()
         self._arrivals: list[float] = []
         self._next_begin_s = 0.0
-        self._turn = threading.Lock()
 
     def arrivals(self) -> list[float]:
         """The moment (of `time.monotonic`) at which each activity report arrived, in order."""
         return self._arrivals[:]
 
     def users(self) -> set[str]:
-        return set(self._users)
+        return {user["name"] for user in json.loads(self._answer("GET", "/hub/api/users").body)}
 
-    def answer(self, request: Request) -> Answer:
-        with self._turn:
-            path = unquote(request.path.removeprefix("/hub/api").partition("?")[0]).strip("/").split("/")
-            if path[-1] == "activity":
-                return Answer(200, at_s=self._report())
-            status, data = self._act(request, path)
-        body = b"" if status == 204 else json.dumps(data).encode()
-        slow = self.behaviour.also_reads and request.method == "GET" and len(path) == 2
-        return Answer(status, body, at_s=time.monotonic() + self.behaviour.service_s if slow else 0.0)
+    async def fault_for(self, request: Request) -> Answer:
+        if request.path.endswith("/activity"):
+            return dataclasses.replace(hub_answer(200), at_s=self._report())
+        if request.path in ABOUT:
+            return hub_answer(200, json.dumps(ABOUT[request.path]).encode())
+        return self._answer(request.method, request.path, request.body)
+
+    def _answer(self, method: str, path: str, body: bytes = b"") -> Answer:
+        reply = self._hub.send(requests.Request(method, self.url + path, data=body).prepare())
+        return hub_answer(reply.status_code, reply.content)
 
     def _report(self) -> float:
         """When to answer the report that has just arrived; it takes its place in the queue."""
@@ -85,24 +85,3 @@ class KnownServer(FaultProxy):
         if self.behaviour.capacity_per_s:
             self._next_begin_s = begin_s + 1 / self.behaviour.capacity_per_s
         return begin_s + self.behaviour.service_s
-
-    def _act(self, request: Request, path: list[str]) -> tuple[int, Any]:
-        match request.method, path:
-            case "GET", [""]:
-                return 200, {"version": "5.0.0"}
-            case "GET", ["user"]:
-                return 200, {"name": "t", "scopes": SCOPES}
-            case "GET", ["users"]:
-                return 200, list(self._users.values())
-            case "POST", ["users"]:
-                names = [name for name in json.loads(request.body)["usernames"] if name not in self._users]
-                models = {name: {"name": name, "admin": False, "servers": {}} for name in names}
-                self._users |= models
-                return (201, list(models.values())) if names else (409, None)
-            case "GET", ["users", name] if name in self._users:
-                return 200, self._users[name]
-            case "DELETE", ["users", name] if self._users.pop(name, None):
-                return 204, None
-            case "DELETE", ["users", _, "server"]:
-                return 204, None
-        return 404, {"status": 404, "message": None}

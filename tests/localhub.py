@@ -28,15 +28,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cache import installed
 from fork_server import Forked, fork_hub
-from processes import clean_environment, end_now, free_port, kill_all, processes_in, start_process
-
-if TYPE_CHECKING:
-    from kube_cluster import Cluster
-    from real_proxy import RealProxy
+from processes import DIRECTLY, Stub, clean_environment, free_port, kill_all, processes_in
+from real_proxy import RealProxy
 
 ROLE_SCOPES = ("admin:users", "servers", "read:metrics")  # the role that the README tells operators to paste
 PINS = dict.fromkeys("123", ["sqlalchemy<2"])  # which hubs of these versions need beside them
@@ -54,8 +51,8 @@ CHART = {  # the defaults with --kube: the values of Zero to JupyterHub, with na
     "consecutive_failure_limit": 5,
     "named_servers": 5,
 }
-START_TIMEOUT_S = 30.0
-KERNELS_END_WITHIN_S = 10.0  # after their servers
+START_TIMEOUT_S = 60.0
+PAGE = 200  # users: the most that hubs hand out at once
 
 
 def option(flag: str, default: Any, help: str, metavar: str | None = None) -> Any:
@@ -132,6 +129,26 @@ def hub_python(version: str | None, with_servers: bool = False, with_kube: bool 
     return str(home / "bin/python")
 
 
+class Cluster(Stub):
+    """The stub of Kubernetes: what it is told to do, and what it has seen."""
+
+    def __init__(self, options: HubOptions, log_path: Path) -> None:
+        names = ("nodes", "pods_per_node", "node_s", "image_s", "spawn_s", "spawn_jitter_s", "stop_s")
+        super().__init__("kube_stub.py", log_path, json.dumps({name: getattr(options, name) for name in names}))
+
+    def pods(self) -> list[str]:
+        """The names of the pods that exist."""
+        return [pod["name"] for pod in self.truth()["pods"] if pod["exists"]]
+
+    def fault(self, method: str, kind: str, status: int) -> None:
+        """Have the API answer all such requests so."""
+        self.ask("/control", {"fault": {"method": method, "kind": kind, "status": status}})
+
+    def clean(self) -> None:
+        """As at first: no faults, pods and claims."""
+        self.ask("/control", {"clean": True})
+
+
 class LocalHub:
     """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
 
@@ -149,27 +166,23 @@ class LocalHub:
         self.port = free_port()
         own_url = f"http://127.0.0.1:{self.port}{self.options.base_url}"
         self.hub_endpoint = own_url + "hub/api"  # at the hub's own port, as a pod beside the hub reaches it
-        self._proxy = self._proxy_to(own_url) if self.options.real_proxy else None
+        self._proxy: RealProxy | None = None
+        if self.options.real_proxy:
+            self._proxy = RealProxy(self.options.proxy_version, own_url, self._directory / "proxy.log")
         self.public_url = f"http://127.0.0.1:{self.proxy.port}{self.options.base_url}" if self._proxy else own_url
         self.endpoint = self.public_url + "hub/api"
         self._process: Forked | None = None
-        self._labs: subprocess.Popen[bytes] | None = None
-        self._labs_url = ""
+        self._labs: Stub | None = None
         self._cluster: Cluster | None = None
-
-    def _proxy_to(self, hub_url: str) -> RealProxy:
-        from real_proxy import RealProxy  # which needs a package that a plain hub does without
-
-        return RealProxy(self.options.proxy_version, hub_url, self._directory / "proxy.log")
 
     def __enter__(self) -> LocalHub:
         try:
             if self._proxy:
                 self._proxy.start()
             if self.options.stub_labs:
-                self._start_labs()
+                self._labs = Stub("singleuser_stub.py", self._directory / "labs.log")
             if self.options.kube:
-                self._start_cluster()
+                self._cluster = Cluster(self.options, self._directory / "kubernetes.log")
             self.start()
         except BaseException:
             self.__exit__()
@@ -178,22 +191,11 @@ class LocalHub:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        if self._proxy:
-            self._proxy.stop()
-        if self._labs:
-            end_now(self._labs)
-        if self._cluster:
-            self._cluster.stop()
+        for process in filter(None, (self._proxy, self._labs, self._cluster)):
+            process.stop()
         if self.options.real_servers:
-            self._end_kernels()
+            kill_all(processes_in(self._directory))  # the kernels of servers that had no time to end them
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _end_kernels(self) -> None:
-        """Wait for the kernels of servers that had no time to end them, which look for their server every second."""
-        until_s = time.monotonic() + KERNELS_END_WITHIN_S
-        while (left := processes_in(self._directory)) and time.monotonic() < until_s:
-            time.sleep(0.05)
-        kill_all(left)
 
     @property
     def pid(self) -> int:
@@ -225,7 +227,7 @@ class LocalHub:
             "public_url": self.public_url,
             "proxy_api_url": self._proxy.api_url if self._proxy else "",
             "proxy_token": self._proxy.token if self._proxy else "",
-            "labs_url": self._labs_url,
+            "labs_url": self._labs.url if self._labs else "",
             "kubernetes_url": self._cluster.url if self._cluster else "",
             "database": self._database(),
             "server_python": hub_python(self.options.server_version, True) if self.options.server_version else "",
@@ -270,7 +272,7 @@ class LocalHub:
         self.kill()
         self.start()
 
-    # ---- The public side --------------------------------------------------------------------------------------------
+    # ---- What stands beside the hub ---------------------------------------------------------------------------------
 
     @property
     def proxy(self) -> RealProxy:
@@ -278,56 +280,30 @@ class LocalHub:
         assert self._proxy, "there is one with real_proxy=True"
         return self._proxy
 
-    def stop_proxy(self) -> None:
-        """End the proxy as a crash would."""
-        self.proxy.stop()
-
     def start_proxy(self) -> None:
         """Boot the proxy again, at the same port, and have the hub give it its routes back."""
         self.proxy.start()
         self.call("POST", "/proxy")
 
-    # ---- The stub labs ----------------------------------------------------------------------------------------------
-
     def truth(self) -> dict[str, Any]:
         """What happened at the stub labs: see singleuser_stub.py."""
-        with _DIRECTLY.open(f"{self._labs_url}/truth", timeout=30) as response:
-            found: dict[str, Any] = json.load(response)
-        return found
-
-    def _start_labs(self) -> None:
-        command = [sys.executable, Path(__file__).with_name("singleuser_stub.py")]
-        log_path = self._directory / "labs.log"
-        self._labs = start_process(command, clean_environment(), log_path, stdout=subprocess.PIPE)
-        assert self._labs.stdout
-        port = self._labs.stdout.readline().decode().strip()
-        if not port:
-            raise RuntimeError(f"the stub labs did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
-        self._labs_url = f"http://127.0.0.1:{port}"
-
-    # ---- The stub of Kubernetes -------------------------------------------------------------------------------------
+        assert self._labs, "there are some with stub_labs=True"
+        return self._labs.truth()
 
     @property
     def cluster(self) -> Cluster:
         assert self._cluster, "there is one with kube=True"
         return self._cluster
 
-    def _start_cluster(self) -> None:
-        from kube_cluster import Cluster
-
-        names = ("nodes", "pods_per_node", "node_s", "image_s", "spawn_s", "spawn_jitter_s", "stop_s")
-        setting = {name: getattr(self.options, name) for name in names}
-        self._cluster = Cluster(setting, self._directory / "kubernetes.log")
-
     # ---- The oracle -------------------------------------------------------------------------------------------------
 
-    def call(self, method: str, path: str, body: Any = None, accept: str = "application/json") -> tuple[int, Any]:
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and JSON of a request with an admin's token. Raises `OSError` when the hub does not answer."""
-        headers = {"Authorization": f"token {self._oracle_token}", "Accept": accept}
+        headers = {"Authorization": f"token {self._oracle_token}"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.hub_endpoint + path, data, headers, method=method)
         try:
-            with _DIRECTLY.open(request, timeout=90) as response:
+            with DIRECTLY.open(request, timeout=90) as response:
                 return response.status, json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
             with error:
@@ -336,21 +312,14 @@ class LocalHub:
     def users(self) -> dict[str, dict[str, Any]]:
         """What the hub says of every user, by name."""
         found: dict[str, dict[str, Any]] = {}
-        offset: int | None = 0
-        while offset is not None:
-            path = f"/users?limit=200&offset={offset}"
-            _, data = self.call("GET", path, accept="application/jupyterhub-pagination+json")
-            items, following = (data, None) if isinstance(data, list) else (data["items"], data["_pagination"]["next"])
-            found |= {user["name"]: user for user in items}
-            before, offset = offset, following["offset"] if following else None
-            assert offset is None or offset > before, "the hub's pages do not end"
-        return found
+        while True:
+            before = len(found)
+            found |= {user["name"]: user for user in self.call("GET", f"/users?limit={PAGE}&offset={before}")[1]}
+            if len(found) < before + PAGE:  # a hub before 2.0 has no pages
+                return found
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
-
-
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def run_beside(hub: LocalHub, command: list[str]) -> int:

@@ -177,12 +177,8 @@ def set_up_kubespawner(kube: Any, url: str) -> None:
     kube.volume_mounts = {"home": {"name": "home", "mountPath": "/home/jovyan"}}
     blocker = {"name": "block-cloud-metadata", "image": "quay.io/jupyterhub/k8s-network-tools:4.3.5"}
     kube.init_containers = {"block-cloud-metadata": blocker}
-    choices = {name: {"display_name": name, "kubespawner_override": {"image": image(name)}} for name in ("python", "r")}
-    unlisted = {"enabled": True, "display_name": "Another", "kubespawner_override": {"image": "{value}"}}
-    options = {"image": {"display_name": "Image", "choices": choices, "unlisted_choice": unlisted}}
     kube.profile_list = [
-        *({"display_name": slug, "slug": slug, "kubespawner_override": {"image": image(slug)}} for slug in PROFILES),
-        {"display_name": "A course", "slug": "course", "profile_options": options},
+        {"display_name": slug, "slug": slug, "kubespawner_override": {"image": image(slug)}} for slug in PROFILES
     ]
 
 

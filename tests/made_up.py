@@ -1,7 +1,8 @@
-"""Hubs without sockets, and sessions in which time passes as a test wants it."""
+"""Hubs without sockets, sessions in which time passes as a test wants it, and results of runs that never were."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import time
@@ -13,7 +14,9 @@ import requests
 from requests.adapters import BaseAdapter
 
 import hub_stress_test as hst
-from hub_stress_test import ServerState
+from hub_stress_test import Event, Kind, Reason, ServerState
+
+# ==== Hubs and sessions =============================================================================================
 
 ENDPOINT = "http://x/hub/api"
 MODELS: dict[ServerState, dict[str, Any]] = {
@@ -120,3 +123,109 @@ class ErraticHub(BaseAdapter):
                 self.states[name] = self._rng.choice([ServerState.READY, ServerState.STOPPED])
             if state is ServerState.STOPPING and self._rng.random() < 0.3:
                 self.states[name] = ServerState.STOPPED
+
+
+# ==== Results: events of made-up people, folded as those of a run are ===============================================
+
+LOST = Reason(Kind.LOST, "the server stopped while it was held")
+NO_NODE = Reason(Kind.SPAWN, "no node has 4 GB of memory free")
+REFUSED = Reason(Kind.REFUSED, "500")
+FIGURES = hst.HubFigures(
+    cpu_s=1.25,
+    cpu_share=0.2,
+    cpu_share_max=0.2,
+    rss_before_bytes=110e6,
+    rss_max_bytes=120e6,
+    rss_after_bytes=115e6,
+    rss_per_server_bytes=400e3,
+    event_loop_lag_p95_s=0.05,
+    event_loop_lag_max_s=0.06,
+    event_loop_samples=500,
+    running_servers_max=20,
+    requests={},
+    spawns={},
+)
+
+
+def did(step: str, number: int, ended_s: float, reason: Reason | None = None, due_s: float = 0.0, **more: Any) -> Event:
+    """A step of the person with this number, which was due and sent at one moment."""
+    return Event(step, hst.username(number), due_s, due_s, ended_s, reason, **more)
+
+
+def ready(number: int, waited_s: float = 1.0, **more: Any) -> Event:
+    """A server that became ready after this time, or failed for a reason."""
+    return did("server_ready", number, waited_s, **more)
+
+
+def failed(number: int, text: str = "the image does not exist", kind: Kind = Kind.SPAWN, **more: Any) -> Event:
+    return ready(number, reason=Reason(kind, text), **more)
+
+
+def throttled(number: int, waited_s: float = 5.0, **more: Any) -> Event:
+    """A server whose start was throttled after 0.1 s, requested again after 1 s, and became ready."""
+    return ready(number, waited_s, **{"throttled": 2, "throttled_s": 0.1, "asked_s": 1.0} | more)
+
+
+def held(number: int, lost: bool = False) -> Event:
+    """A server that was held from second 10 to second 20."""
+    return did("stay", number, 20.0, LOST if lost else None, due_s=10.0)
+
+
+def pings(*latencies_s: float, failed: int = 0) -> list[Event]:
+    """Pings of these latencies, one a second, and some that failed."""
+    good = [did("ping", 0, n + latency_s, due_s=float(n)) for n, latency_s in enumerate(latencies_s)]
+    return good + [did("ping", 0, 1.0, Reason(Kind.REFUSED, "503"))] * failed
+
+
+def folded(events: Iterable[Event]) -> hst.Recorder:
+    record = hst.new_recorder()
+    for event in events:
+        record.add(event)
+    return record
+
+
+def hub_with(**figures: Any) -> hst.HubSide:
+    """A hub with figures of its own, some of them as given."""
+    return hst.HubSide("http://x/hub/api", "6.1.1", 0, dataclasses.replace(FIGURES, **figures), None)
+
+
+def results_of(events: Iterable[Event] = (), requested: int = 0, load_s: float = 30.0, **more: Any) -> hst.Results:
+    """The results of a stress test with these events; `more` are fields that differ."""
+    record = folded(events)
+    servers = hst.servers_of(record.people, requested or len(record.people), False)
+    bad = servers.failed + servers.lost
+    found = hst.Results(
+        schema=1,
+        tool={"name": "hub-stress-test", "version": "0"},
+        command=hst.STRESS,
+        hub=hst.HubSide("http://x/hub/api", "6.1.1", 0, None, None),
+        started="2026-11-20T16:00:00Z",
+        finished="2026-11-20T16:00:30Z",
+        duration_s=load_s,
+        options=hst.Plan(count=servers.requested).options(),
+        users=hst.Users(servers.requested, servers.requested),
+        failed=bad,
+        failed_rate=bad / servers.requested if servers.requested else None,
+        servers=servers,
+        people=None,
+        groups=None,
+        operations=record.summarise(),
+        http=hst.Http(100, 0, 0, {"200": 100}, 20, 0.2),
+        capacity=None,
+        aftermath=None,
+        proxy_check=None,
+        timeline={
+            "operations": record.timeline(0.0),
+            "servers": hst.servers_timeline(record.people, 0.0),
+            "hub": None,
+            "watched": {},
+            "load_ended_s": load_s,
+        },
+        exit_code=int(hst.ExitCode.FAILED if bad else hst.ExitCode.OK),
+    )
+    return dataclasses.replace(found, **more)
+
+
+def sentences(results: hst.Results, label: str, baseline: hst.Json | None = None) -> list[str]:
+    """The sentences that the summary has behind a label."""
+    return [row[1] for row in hst.facts(results, baseline).rows if row[0] == label]

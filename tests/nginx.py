@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from authority import certificate_for_loopback
 from processes import clean_environment, end_now, free_port, start_process
 from tool import wait_until
 
@@ -44,6 +44,15 @@ http {{
     }}
 }}
 """
+
+
+def certificate_for_loopback(folder: Path) -> tuple[Path, Path]:
+    """The files of a certificate, which is its own authority, for 127.0.0.1, and of its key."""
+    pem, key_pem = folder / "ca.pem", folder / "key.pem"
+    words = "-newkey rsa:2048 -nodes -subj /CN=authority -addext subjectAltName=IP:127.0.0.1"
+    command = ["openssl", "req", "-x509", *words.split(), "-out", pem, "-keyout", key_pem]
+    subprocess.run(command, check=True, capture_output=True)
+    return pem, key_pem
 
 
 @contextlib.contextmanager

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import secrets
+import random
 import signal
 import socket
 import subprocess
+import sys
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the forward proxies of the environment
 
 
 def start_process(
@@ -40,6 +46,33 @@ def end_now(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
+class Stub:
+    """A process beside a hub that serves at the port that it prints; `words` are its arguments."""
+
+    def __init__(self, script: str, log_path: Path, *words: str) -> None:
+        command = [sys.executable, Path(__file__).with_name(script), *words]
+        self._process = start_process(command, clean_environment(), log_path, stdout=subprocess.PIPE)
+        assert self._process.stdout
+        port = self._process.stdout.readline().decode().strip()
+        if not port:
+            raise RuntimeError(f"{script} did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
+        self.url = f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        end_now(self._process)
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """The JSON of its answer to a GET, or to a POST of the body."""
+        data = json.dumps(body).encode() if body else None
+        with DIRECTLY.open(self.url + path, data, timeout=30) as response:
+            return json.load(response)
+
+    def truth(self) -> dict[str, Any]:
+        """What happened: see the script."""
+        found: dict[str, Any] = self.ask("/truth")
+        return found
+
+
 def processes_in(directory: Path) -> list[int]:
     """The processes that work in this directory or below it."""
     found = []
@@ -61,19 +94,17 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB_", "CONFIGPROXY_"))}
 
 
-def free_port() -> int:
-    """A port that nobody has, below those that the system gives out, so that it is still free after a restart."""
-    for _ in range(1000):
-        port = 20000 + secrets.randbelow(12000)
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has, below those that the system gives out, so that they are still free after a restart."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            found.append(port)
+        if len(found) == count:
+            return found
     raise RuntimeError("there is no free port between 20000 and 32000")
 
 
-def free_ports(count: int) -> list[int]:
-    """As many free ports, each another one."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        ports.add(free_port())
-    return list(ports)
+def free_port() -> int:
+    return free_ports(1)[0]

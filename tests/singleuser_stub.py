@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timezone
 from socket import socket as BoundSocket
 from typing import Any
@@ -78,7 +78,6 @@ class Cell:
 
     server: str
     kernel: str
-    msg_id: str
     received_s: float
     sent_s: float | None = None
 
@@ -160,7 +159,7 @@ class Kernel:
         header = request["header"]
         cell = None
         if header["msg_type"] == "execute_request":
-            cell = Cell(self._server, self.id, header["msg_id"], time.monotonic())
+            cell = Cell(self._server, self.id, time.monotonic())
             self._truth.cells.append(cell)
         self._requests.put_nowait((socket, request, cell))
 
@@ -364,59 +363,48 @@ class Server:
         return response
 
     async def _route(self, request: web.BaseRequest, parts: list[str]) -> web.StreamResponse:
-        if "api" in parts and _is_foreign(request) and await self._access(request) is Access.UNKNOWN:
-            return _refused(404, "Not Found")
+        access = await self._access(request)
         match request.method, parts:
             case "GET", [""]:
                 return _redirect(self.prefix + "lab?")
-            case "GET", ["api"]:
-                await self._access(request)
-                return web.json_response({"version": "2.0.0"})
             case "GET", ["static", *_, name]:
                 kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
                 return web.Response(body=bytes(STATIC_BYTES), content_type=kind)
             case "GET", ["lab"]:
-                await self._let_in_to_page(request)
-                return web.Response(body=PAGE, content_type="text/html")
+                if access is Access.ALLOWED:
+                    return web.Response(body=PAGE, content_type="text/html")
+                return self._login() if access is Access.UNKNOWN else self._forbidden()
+            case _, ["api", *_] if access is Access.UNKNOWN and _is_foreign(request):
+                return _refused(404, "Not Found")
+            case "GET", ["api"]:
+                return web.json_response({"version": "2.0.0"})
             case "GET", ["api", "kernels", kernel_id, "channels"]:
-                await self._let_in_to_socket(request)
-                if kernel_id not in self.kernels:
-                    return _not_found_page()
-                return await self._channels(request, self.kernels[kernel_id])
-            case _, ["api", "kernels", *rest]:
-                await self._let_in_to_api(request)
-                return await self._kernels(request, rest)
+                if access is not Access.ALLOWED:
+                    return _page(403, "Forbidden")
+                return await self._channels(request, kernel_id)
+            case method, ["api", "kernels" | "status" | "shutdown" | "kernelspecs", *_] if access is not Access.ALLOWED:
+                unsafe = access is Access.UNKNOWN and method != "GET"
+                return _refused(403, f"'_xsrf' argument missing from {method}" if unsafe else "Forbidden")
             case "GET", ["api", "status"]:
-                await self._let_in_to_api(request)
                 return web.json_response({"started": self.started, "kernels": len(self.kernels)})
+            case "GET", ["api", "kernelspecs"]:
+                return web.json_response({"kernelspecs": {}})
             case "POST", ["api", "shutdown"]:
-                await self._let_in_to_api(request)
                 asyncio.get_running_loop().call_later(0.05, in_background, self.end())
                 return web.Response()
-            case "GET", ["api", "kernelspecs"]:
-                await self._let_in_to_api(request)
-                return web.json_response({"kernelspecs": {}})
-        return _not_found_page()
-
-    async def _let_in_to_page(self, request: web.BaseRequest) -> None:
-        access = await self._access(request)
-        if access is Access.UNKNOWN:
-            raise Refusal(self._login())
-        if access is Access.FORBIDDEN:
-            refused = _forbidden_page()
-            self._set_state(refused, uuid.uuid4().hex)
-            raise Refusal(refused)
-
-    async def _let_in_to_socket(self, request: web.BaseRequest) -> None:
-        if await self._access(request) is not Access.ALLOWED:
-            raise Refusal(_forbidden_page())
-
-    async def _let_in_to_api(self, request: web.BaseRequest) -> None:
-        access = await self._access(request)
-        if access is Access.UNKNOWN and request.method != "GET":
-            raise Refusal(_refused(403, f"'_xsrf' argument missing from {request.method}"))
-        if access is not Access.ALLOWED:
-            raise Refusal(_refused(403, "Forbidden"))
+            case "GET", ["api", "kernels"]:
+                return web.json_response([kernel.model() for kernel in self.kernels.values()])
+            case "POST", ["api", "kernels"]:
+                return await self._start_kernel(await request.text())
+            case _, ["api", "kernels", kernel_id] if kernel_id not in self.kernels:
+                return _refused(404, f"Kernel does not exist: {kernel_id}")
+            case "GET", ["api", "kernels", kernel_id]:
+                return web.json_response(self.kernels[kernel_id].model())
+            case "DELETE", ["api", "kernels", kernel_id]:
+                await self.kernels.pop(kernel_id).end()
+                await asyncio.sleep(DELETE_KERNEL_S)
+                return web.Response(status=204)
+        return _page(404, "Not Found")
 
     def _login(self) -> web.Response:
         state = uuid.uuid4().hex
@@ -431,31 +419,15 @@ class Server:
         self._set_state(response, state)
         return response
 
+    def _forbidden(self) -> web.Response:
+        response = _page(403, "Forbidden")
+        self._set_state(response, uuid.uuid4().hex)
+        return response
+
     def _set_state(self, response: web.Response, state: str) -> None:
         response.set_cookie(f"{self._environment['JUPYTERHUB_CLIENT_ID']}-oauth-state", state, path=self.prefix)
 
     # ---- Kernels ----------------------------------------------------------------------------------------------------
-
-    def _kernel(self, kernel_id: str) -> Kernel:
-        if kernel_id not in self.kernels:
-            raise Refusal(_refused(404, f"Kernel does not exist: {kernel_id}"))
-        return self.kernels[kernel_id]
-
-    async def _kernels(self, request: web.BaseRequest, rest: list[str]) -> web.Response:
-        match request.method, rest:
-            case "GET", []:
-                return web.json_response([kernel.model() for kernel in self.kernels.values()])
-            case "POST", []:
-                return await self._start_kernel(await request.text())
-            case "GET", [kernel_id]:
-                return web.json_response(self._kernel(kernel_id).model())
-            case "DELETE", [kernel_id]:
-                self._kernel(kernel_id)
-                kernel = self.kernels.pop(kernel_id)
-                await kernel.end()
-                await asyncio.sleep(DELETE_KERNEL_S)
-                return web.Response(status=204)
-        return _refused(404, "Not Found")
 
     async def _start_kernel(self, body: str) -> web.Response:
         try:
@@ -471,8 +443,11 @@ class Server:
             kernel.model(), status=201, headers={"Location": f"{self.prefix}api/kernels/{kernel.id}"}
         )
 
-    async def _channels(self, request: web.BaseRequest, kernel: Kernel) -> web.StreamResponse:
+    async def _channels(self, request: web.BaseRequest, kernel_id: str) -> web.StreamResponse:
         """A websocket, which is granted when the kernel listens."""
+        if kernel_id not in self.kernels:
+            return _page(404, "Not Found")
+        kernel = self.kernels[kernel_id]
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return web.Response(status=400, text='Can "Upgrade" only to "WebSocket".', content_type="text/html")
         await kernel.listens.wait()
@@ -512,12 +487,8 @@ def _refused(status: int, reason: str) -> web.Response:
     return web.json_response({"message": reason, "reason": None}, status=status)
 
 
-def _not_found_page() -> web.Response:
-    return web.Response(status=404, text="<html>404 : Not Found</html>", content_type="text/html")
-
-
-def _forbidden_page() -> web.Response:
-    return web.Response(status=403, text="<html>403 : Forbidden</html>", content_type="text/html")
+def _page(status: int, text: str) -> web.Response:
+    return web.Response(status=status, text=f"<html>{status} : {text}</html>", content_type="text/html")
 
 
 # ==== The process ====================================================================================================
@@ -529,31 +500,38 @@ class Stub:
     def __init__(self, hub: ClientSession) -> None:
         self._hub = hub
         self._truth = Truth()
-        self._servers: dict[int, Server] = {}
+        self._servers: dict[str, Server] = {}  # by port
 
-    async def control(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Serve a request to the control port."""
-        match request.method, request.path.split("/")[1:]:
-            case "GET", ["truth"]:
-                return web.json_response(self.truth())
-            case "POST", ["servers"]:
-                asked = await request.json()
-                server = Server(asked["environment"], asked["hub_version"], self._truth, self._hub)
-                await server.start()
-                self._servers[server.port] = server
-                in_background(server.announce())
-                return web.json_response({"port": server.port}, status=201)
-            case "DELETE", ["servers", port] if int(port) in self._servers:
-                await self._servers.pop(int(port)).end()
-                return web.Response(status=204)
-            case "GET", ["servers", port] if int(port) in self._servers and self._servers[int(port)].listening:
-                return web.Response(status=204)
-        return web.Response(status=404)
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/truth", self.tell)
+        app.router.add_post("/servers", self.start)
+        app.router.add_get("/servers/{port}", self.poll)
+        app.router.add_delete("/servers/{port}", self.end)
+        return app
 
-    def truth(self) -> Json:
+    async def start(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        server = Server(asked["environment"], asked["hub_version"], self._truth, self._hub)
+        await server.start()
+        self._servers[str(server.port)] = server
+        in_background(server.announce())
+        return web.json_response({"port": server.port}, status=201)
+
+    async def poll(self, request: web.Request) -> web.Response:
+        server = self._servers.get(request.match_info["port"])
+        return web.Response(status=204 if server and server.listening else 404)
+
+    async def end(self, request: web.Request) -> web.Response:
+        if server := self._servers.pop(request.match_info["port"], None):
+            await server.end()
+        return web.Response(status=204)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        """What happened: see the module."""
         servers = [server for server in self._servers.values() if server.listening]
         kernels = [kernel for server in servers for kernel in server.kernels.values()]
-        return {
+        truth = {
             "cells": [dataclasses.asdict(cell) for cell in self._truth.cells],
             "requests": self._truth.requests,
             "hub_checks": self._truth.hub_checks,
@@ -561,18 +539,19 @@ class Stub:
             "kernels": len(kernels),
             "open_websockets": sum(len(kernel.sockets) for kernel in kernels),
         }
+        return web.json_response(truth)
 
 
-async def serve() -> None:
-    """Serve at a control port, which is printed, until the launcher ends."""
+async def serve(application: Callable[[ClientSession], web.Application]) -> None:
+    """Serve an application, which may ask a hub, at a port, which is printed, until the launcher ends."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     async with ClientSession(timeout=ClientTimeout(total=20)) as hub:
-        loop = asyncio.get_running_loop()
-        control = web.Server(Stub(hub).control, access_log=None)
-        listener = await loop.create_server(control, "127.0.0.1", 0, backlog=1024)
-        print(listener.sockets[0].getsockname()[1], flush=True)
+        runner = web.AppRunner(application(hub), access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        print(runner.addresses[0][1], flush=True)
         threading.Thread(target=end_with_launcher, daemon=True).start()
-        await listener.serve_forever()
+        await asyncio.Event().wait()
 
 
 def end_with_launcher() -> None:
@@ -581,4 +560,4 @@ def end_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve())
+    asyncio.run(serve(lambda hub: Stub(hub).application()))

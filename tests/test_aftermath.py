@@ -14,7 +14,7 @@ import pytest
 import hub_stress_test as hst
 from hub_stress_test import Change, Snapshot
 from localhub import LocalHub
-from made_up_results import results_of, sentences
+from made_up import results_of, sentences
 from tool import run_for_results, tool_users
 
 FILES, PAGES = ("process_open_fds", ""), ("request_duration_seconds_count", "GET ProxyErrorHandler")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from fault_proxy import Answer, FaultProxy, every, first, matching
+from fault_proxy import FaultProxy, every, first, hub_answer, matching
 from known_server import KnownServer
 from localhub import LocalHub
 from tool import results_in, run_for_results, start_tool, tool_users, wait_until
@@ -267,7 +267,7 @@ def test_the_capacity_of_a_known_server_is_found(tmp_path: Path) -> None:
 
 
 def test_a_throttled_step_does_not_count_against_those_after_it(tmp_path: Path) -> None:
-    busy = Answer(429, b'{"status": 429, "message": "Too many requests"}')
+    busy = hub_answer(429, b'{"status": 429, "message": "Too many requests"}')
     with KnownServer() as server, FaultProxy(server.endpoint) as proxy:
         proxy.rule = first(3, REPORTS, busy)  # all in the first step
         words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "1s", "--rate", "8")
@@ -282,7 +282,7 @@ def test_a_throttled_step_does_not_count_against_those_after_it(tmp_path: Path) 
 
 def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
     with KnownServer() as server, FaultProxy(server.endpoint) as proxy:
-        proxy.rule = every(REPORTS, Answer(500, b'{"status": 500, "message": "database is locked"}'))
+        proxy.rule = every(REPORTS, hub_answer(500, b'{"status": 500, "message": "database is locked"}'))
         words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "1s", "--rate", "4")
         where = server.environment | {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
         done, found = run_for_results(tmp_path / "r", *words, env=where)

@@ -28,7 +28,8 @@ STATUSES = st.sampled_from([200, 202, 204, 400, 403, 404, 429, 500, 502, 503])
 
 
 def clean_up(thought: dict[str, ServerState], session: hst.HubSession) -> hst.CleanUp:
-    return hst.remove_users(thought, set(OURS).__contains__, hst.Hub(ENDPOINT, session), hst.Recorder(), 1)
+    site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(hst.PURGE, batch_size=1), hst.Recorder(), dict(thought))
+    return hst.remove_users(site, set(OURS).__contains__)
 
 
 # ==== Hubs that are made up ==========================================================================================
@@ -122,10 +123,10 @@ def test_users_that_the_hub_makes_after_its_answer_was_lost_are_removed_too(
     claims.ask(OURS[3:])
     proxy.rule = first(1, matching("POST", "/users$"), Delay(1))
     body = {"usernames": OURS[3:]}
-    assert session.ask("POST", hub.endpoint + "/users", json=body, timeout=0.3, call=hst.once()).call.lost
+    assert session.ask("POST", hub.endpoint + "/users", json=body, timeout=0.3, call=hst.Call(once=True)).call.lost
     states = dict.fromkeys(claims.confirmed, ServerState.STOPPED) | {OURS[3]: ServerState.UNKNOWN}
     session.pause(hst.LATE_ACT_S)
-    cleaned = hst.remove_users(states, set(claims.ours).__contains__, hub, record, 2)
+    cleaned = hst.remove_users(hst.Site(hub, hst.Plan(), record, states), set(claims.ours).__contains__)
     assert cleaned.left == () and not tool_users(new_hub)
 
 
@@ -188,7 +189,7 @@ def test_a_purge_removes_users_whose_servers_are_in_any_state(new_hub: LocalHub)
 
     def begin(method: str, url: str, wish: dict[str, float] | None = None) -> None:
         """Ask for something that takes longer than anybody waits."""
-        assert session.ask(method, url, json=wish, call=hst.once(), timeout=0.5).call.lost
+        assert session.ask(method, url, json=wish, call=hst.Call(once=True), timeout=0.5).call.lost
 
     assert hub.start(OURS[0], None, session.clock() + 20).status == 201
     assert hub.start(OURS[1], {"stop_s": 3.0}, session.clock() + 20).status == 201
@@ -304,13 +305,14 @@ def test_ready_servers_are_stopped_before_starting_ones(new_hub: LocalHub) -> No
     hub, until_s = hst.Hub(new_hub.endpoint, session), session.clock() + 60
     assert hub.create(OURS).status == 201
     for name in OURS[:2]:
-        assert session.ask("POST", hub.server_url(name), json={"hang_rate": 1}, call=hst.once(), timeout=0.5).call.lost
+        assert session.ask(
+            "POST", hub.server_url(name), json={"hang_rate": 1}, call=hst.Call(once=True), timeout=0.5
+        ).call.lost
     assert [hub.start(name, None, until_s).status for name in OURS[2:]] == [201, 201]
-    removal = hst.Removal()
-    states = {name: hub.state(name) for name in OURS}
-    hst.remove_users(states, set(OURS).__contains__, hub, record, 1, removal=removal)
+    site = hst.Site(hub, hst.Plan(hst.PURGE, batch_size=1), record, {name: hub.state(name) for name in OURS})
+    hst.remove_users(site, set(OURS).__contains__)
     stops = sorted((steps["stop_server"].sent_s, name) for name, steps in record.people.items())
-    assert [name for _, name in stops] == [*OURS[2:], *OURS[:2]] and removal.interrupted == set(OURS[:2])
+    assert [name for _, name in stops] == [*OURS[2:], *OURS[:2]] and site.interrupted == set(OURS[:2])
 
 
 # ==== What cannot be removed =========================================================================================

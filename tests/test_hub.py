@@ -107,7 +107,7 @@ def test_a_reply_tells_in_few_words_what_came_or_why_nothing_came(
     fault: Fault, text: str, kind: Kind, lost: bool, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
 ) -> None:
     proxy.rule = every(matching("GET", "/users"), fault)
-    reply = hst.get_session(new_hub.token).ask("GET", endpoint + "/users", call=hst.once(), timeout=1)
+    reply = hst.get_session(new_hub.token).ask("GET", endpoint + "/users", call=hst.Call(once=True), timeout=1)
     assert (str(reply), reply.call.lost) == (text, lost)
     event = reply.event("list_users")
     assert event.reason and event.reason.kind is kind
@@ -216,7 +216,7 @@ def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: p
 
 def test_a_certificate_file_that_is_not_there_is_a_reason_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
-    reply = hst.get_session("x").ask("GET", "https://127.0.0.1:1/hub/api/", call=hst.once())
+    reply = hst.get_session("x").ask("GET", "https://127.0.0.1:1/hub/api/", call=hst.Call(once=True))
     assert reply.status == 0 and "/nowhere/ca.pem" in reply.message
 
 
@@ -225,7 +225,9 @@ def test_a_silent_progress_stream_is_cut_when_its_time_has_come(end: str, proxy:
     session = hst.get_session(new_hub.token)
     hub = hst.Hub(proxy.endpoint, session)
     assert hub.create([NAME]).status == 201
-    assert session.ask("POST", hub.server_url(NAME), json={"hang_rate": 1}, call=hst.once(), timeout=0.5).call.lost
+    assert session.ask(
+        "POST", hub.server_url(NAME), json={"hang_rate": 1}, call=hst.Call(once=True), timeout=0.5
+    ).call.lost
     until_s = session.clock() + (60 if end == "stop" else 2)
     found: list[hst.Kind] = []
 

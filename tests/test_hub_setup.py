@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from authority import certificate_for_loopback
 from fault_proxy import Answer, FaultProxy, Request, every, hub_answer, matching
 from localhub import LocalHub
+from nginx import certificate_for_loopback
 from tool import THEIR_ADMIN, run_tool, tool_users
 
 EVERYTHING = matching(None, ".*")

@@ -154,7 +154,8 @@ def test_whatever_a_create_answers_nobody_is_left_unnamed(does: list[tuple[int, 
         said = str(error)
     session = hst.HubSession("x", wire).clone(own_stop=True)
     thought = dict.fromkeys(claims.ours, hst.ServerState.UNKNOWN)
-    hst.remove_users(thought, thought.__contains__, hst.Hub(hub.endpoint, session), hst.Recorder(), 3)
+    site = hst.Site(hst.Hub(hub.endpoint, session), hst.Plan(), hst.Recorder(), dict(thought))
+    hst.remove_users(site, thought.__contains__)
     left = [name for name in wire.made if name in wire._users]
     honest = all(status != 409 or not share for share, _, status in does)  # a hub says 409 only when it made nobody
     assert not honest or all(name in said or "to -" in said for name in left), (left, said)

@@ -156,7 +156,7 @@ def test_one_ready_server_lifts_the_limit_on_failures(new_hub: LocalHub) -> None
     names = [hst.username(n) for n in range(1, 7)]
     site = hst.Site(hst.Hub(new_hub.endpoint, session), plan, hst.new_recorder())
     assert site.hub.create(names).status == 201
-    site.first_starts.note(None)
+    site.crowd.one_is_ready = True
     hst.send_people(names, site)
     assert site.record.failures(["server_ready"]) == 5
     assert hst.delete_users(names, new_hub.endpoint, session)
@@ -184,14 +184,12 @@ def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
     ],
 )
 def test_a_streak_of_failures_ends_with_a_person_at_the_goal(ends: str, reached: bool) -> None:
-    streak, never = hst.Streak(3, "at_work"), hst.Streak(0, "at_work")
+    session = hst.get_session("x", dry_run=True)
+    crowd, never = hst.Crowd(session, hst.Plan(fail_fast=3)), hst.Crowd(session, hst.Plan())
     for end in ends:
-        streak(hst.Event("server_ready", "x", 0, 0, 1))  # which is not yet the goal
-        last = hst.Event("at_work", "x", 0, 0, 1)
-        streak(last if end == "s" else hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
-        streak(hst.Event("delete_user", "x", 0, 0, 1, hst.Reason(Kind.NO_ANSWER, "reset")))  # no failure of a person
-        never(hst.Event("cell", "x", 0, 0, 1, hst.Reason(Kind.CELL, "cell 4 raised")))
-    assert streak.reached is reached and not never.reached
+        crowd.count(failed=end == "F")
+        never.count(failed=end == "F")
+    assert crowd.failed_too_often is reached and not never.failed_too_often
 
 
 @pytest.mark.parametrize(
@@ -235,12 +233,13 @@ def test_an_unexpected_error_fails_that_person_alone() -> None:
 
 
 def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
-    session, turns = hst.get_session("x", dry_run=True), hst.Turns()
+    session = hst.get_session("x", dry_run=True)
+    crowd = hst.Crowd(session, hst.Plan())
     order: list[float] = []
     waiting = 0
 
     def wait(due_s: float) -> None:
-        turns.wait(due_s, 0, session.clock() + 60, session)
+        crowd.wait_for_place(due_s, 0, session.clock() + 60)
         order.append(due_s)
 
     threads = [threading.Thread(target=wait, args=(due_s,)) for due_s in (3.0, 1.0, 2.0)]
@@ -248,17 +247,18 @@ def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
         thread.start()
     time.sleep(0.5)  # until all three wait
     for waiting in (1, 2, 3):
-        assert turns.free()  # somebody waits, so that a new start lets them go first
+        assert crowd.free_place()  # somebody waits, so that a new start lets them go first
         wait_until(lambda: len(order) >= waiting)  # noqa: B023
     assert order == [1.0, 2.0, 3.0]
-    assert not turns.free()
+    assert not crowd.free_place()
 
 
 def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
-    session, turns = hst.get_session("x", dry_run=True), hst.Turns()
-    turns.free()
+    session = hst.get_session("x", dry_run=True)
+    crowd = hst.Crowd(session, hst.Plan())
+    crowd.free_place()
     began_s = session.clock()
-    turns.wait(1.0, turns.freed, began_s + 0.3, session)
+    crowd.wait_for_place(1.0, crowd.freed, began_s + 0.3)
     assert session.clock() - began_s >= 0.3
 
 
@@ -428,16 +428,16 @@ def test_with_a_schedule_arrivals_keep_to_it_however_long_each_takes() -> None:
 
 def test_all_leave_when_the_last_has_settled_and_the_hold_is_over() -> None:
     session = TimeTraveller()
-    gathering = hst.Gathering(10.0, session.clock)
-    gathering.settle("first")
+    crowd = hst.Crowd(session, hst.Plan(hold_s=10.0))
+    crowd.settle("first")
     session.pause(5.0)
-    gathering.settle(expected=2)
-    assert not gathering.known.is_set() and gathering.leave_s == math.inf
+    crowd.settle(expected=2)
+    assert not crowd.leave_known.is_set() and crowd.leave_s == math.inf
     session.pause(5.0)
-    gathering.settle("last")
+    crowd.settle("last")
     session.pause(5.0)
-    gathering.settle("last")  # who leaves has settled before
-    assert gathering.known.is_set() and gathering.leave_s == 20.0
+    crowd.settle("last")  # who leaves has settled before
+    assert crowd.leave_known.is_set() and crowd.leave_s == 20.0
 
 
 @pytest.mark.parametrize(

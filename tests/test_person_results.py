@@ -6,8 +6,8 @@ import pytest
 
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
-from made_up_results import results_of
-from made_up_results import sentences as told
+from made_up import results_of
+from made_up import sentences as told
 
 UNREADY = Reason(Kind.SPAWN, "no node is free")
 NOBODY = Reason(Kind.ROUTE, "nobody listens there (503)")

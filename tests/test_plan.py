@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -18,13 +17,13 @@ from typing import Any
 
 import pytest
 
+import golden
 import hub_stress_test as hst
 from fault_proxy import FaultProxy
 from localhub import LocalHub
 from tool import NOWHERE, refused_usage, results_in, run_tool
 
 HUB = ["--endpoint", "http://hub.example.org/hub/api", "--token", "t"]
-PLANS = Path(__file__).with_name("golden") / "plans.txt"
 
 
 def plan_for(*words: str) -> hst.Plan:
@@ -509,17 +508,14 @@ def test_runs_in_one_second_do_not_share_a_log(
 def test_a_dry_run_prints_the_golden_plan(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`REWRITE_GOLDEN=1 pytest -k golden_plan` writes the pages anew, to be read in review."""
     for name in ("JUPYTERHUB_ENDPOINT", "JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN", "JUPYTERHUB_VISIT_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     (files / "class.py").write_text("# %%\n1\n# %%\n2\n# %%\n3\n")
-    lines, pages = re.findall(r"^\$ (.*)\n", PLANS.read_text(), re.M), ""
+    lines, pages = re.findall(r"^\$ (.*)\n", (golden.FOLDER / "plans.txt").read_text(), re.M), ""
     for line in lines:
         assert hst.main(["--dry-run", *shlex.split(line)]) == 0
         pages += f"$ {line}\n{capsys.readouterr().out}\n"
-    if "REWRITE_GOLDEN" in os.environ:
-        PLANS.write_text(pages)
-    assert pages == PLANS.read_text()
+    assert golden.is_golden(pages, "plans")
 
 
 def test_the_moments_of_a_plan_are_those_of_its_seed(capsys: pytest.CaptureFixture[str]) -> None:

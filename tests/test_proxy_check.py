@@ -6,8 +6,8 @@ import pytest
 
 import hub_stress_test as hst
 from hub_stress_test import CLOSED_UNANSWERED, UNANSWERED, Reply, Snapshot
-from made_up_results import results_of
-from made_up_results import sentences as told
+from made_up import results_of
+from made_up import sentences as told
 from test_aftermath import FILES, PAGES, looks
 
 CLOSED, NOBODY = Reply(0, 0.0, 0.1, message=CLOSED_UNANSWERED), Reply(0, 0.0, 10.0, message=UNANSWERED)

@@ -121,7 +121,7 @@ def proxy_away(seconds: float) -> Act:
     """Kills the proxy, which comes back by itself after this time."""
 
     def act(hub: LocalHub, name: str) -> None:
-        hub.stop_proxy()
+        hub.proxy.stop()
         threading.Timer(seconds, hub.start_proxy).start()
 
     return act

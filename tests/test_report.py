@@ -15,7 +15,7 @@ import pytest
 import hub_stress_test as hst
 from browser import browser, complaints
 from hub_stress_test import Event
-from made_up_results import LOST, NO_NODE, did, hub_with, pings, results_of
+from made_up import LOST, NO_NODE, did, hub_with, pings, results_of
 
 Found = dict[str, Any]
 

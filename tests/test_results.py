@@ -19,7 +19,7 @@ import hub_stress_test as hst
 from bench.whole_run import hub_counts
 from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from localhub import LocalHub
-from made_up_results import ready, results_of
+from made_up import ready, results_of
 from tool import MODULE, results_in, run_for_results, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]

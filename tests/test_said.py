@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from made_up_results import results_of
+from made_up import results_of
 
 NODES = "0/3 nodes are available: 3 Insufficient memory."
 BEGAN = datetime(2026, 11, 29, 12, 0, 0, tzinfo=timezone.utc).timestamp()

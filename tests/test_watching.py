@@ -20,10 +20,8 @@ import pytest
 
 import hub_stress_test as hst
 from fault_proxy import Answer, Delay, Fault, FaultProxy, Silence, every, hub_answer, matching
-from known_server import KnownServer
 from localhub import LocalHub
-from made_up import ENDPOINT, HubWithUsers
-from made_up_results import FIGURES, NO_NODE, did, hub_with, results_of, sentences
+from made_up import ENDPOINT, FIGURES, NO_NODE, HubWithUsers, did, hub_with, results_of, sentences
 from tool import MODULE, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
@@ -108,7 +106,7 @@ def whereabouts(plan: hst.Plan, ways: dict[int, str]) -> dict[str, int]:
         for step in steps.split():
             site.record.add(did(step.rstrip("!"), number, 1.0, NO_NODE if step.endswith("!") else None))
         if not steps:
-            site.starting[hst.username(number)] = []
+            site.crowd.starting[hst.username(number)] = []
     return {name: number for name, number in hst.whereabouts(site, 300).items() if number}
 
 
@@ -203,12 +201,11 @@ def test_a_ping_that_is_answered_late_holds_up_no_other(new_hub: LocalHub, proxy
     assert first.latency_s >= 2.0 and sum(event.ended_s < first.ended_s for event in events) >= 5
 
 
-def test_pings_beyond_twenty_under_way_are_skipped_and_keep_nobody() -> None:
-    with KnownServer(service_s=6.0, also_reads=True) as server:
-        session, record = hst.get_session("known"), hst.Recorder()
-        session.post(f"{server.endpoint}/users", json={"usernames": ["hub-stress-test-1"]})
-        with hst.pinging("hub-stress-test-1", server.endpoint, session, record):
-            wait_until(lambda: record.count(["ping"]) >= 3, 40)
+def test_pings_beyond_twenty_under_way_are_skipped_and_keep_nobody(new_hub: LocalHub, proxy: FaultProxy) -> None:
+    proxy.rule = every(matching("GET", "/users/alice$"), Delay(6.0))
+    session, record = hst.get_session(new_hub.token), hst.Recorder()
+    with hst.pinging("alice", proxy.endpoint, session, record):
+        wait_until(lambda: record.count(["ping"]) >= 3)
     ping = record.summarise()["ping"]
     assert ping.skipped >= 3 and ping.latency_s.min is not None and ping.latency_s.min >= 6.0
 
