@@ -4742,12 +4742,6 @@ class Run:
                 "when a request was due"
             )
 
-    def remove(self, ours: Callable[[str], bool]) -> None:
-        """Remove users now."""
-        site = copy.copy(self.site)
-        site.record = self.record  # that of the site may be of one step of a search
-        self.cleaned = remove_users(site, ours)
-
     def clean_up(self) -> None:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
@@ -4866,8 +4860,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             LOG.info("At %s: %s", tried, step.held or "sustained")
             best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
-                run.site.states = dict.fromkeys(users, ServerState.STOPPED) | run.site.states
-                run.remove(set(users).__contains__)
+                run.cleaned = remove_made(run.site, run.record)
                 if run.cleaned.left and not session.stopping.is_set():
                     remain = counted(len(run.cleaned.left), thing(plan.own_servers))
                     raise CutShort(f"{remain} could not be removed before others come")
@@ -6642,7 +6635,7 @@ def purge(run: Run) -> None:
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     run.site.states |= {user["name"]: server_state(user) for user in run.existing}
     if run.existing:
-        run.remove(functools.partial(is_test_user, run=run.plan.run))
+        run.cleaned = remove_users(run.site, functools.partial(is_test_user, run=run.plan.run))
 
 
 def carry_out(plan: Plan) -> Results:
