@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -152,8 +153,8 @@ class FaultProxy:
     `url` is where it listens. `rule` may be replaced at any time; `None` passes everything through.
     """
 
-    def __init__(self, upstream: str) -> None:
-        self._upstream = f"http://{urlsplit(upstream).netloc}"
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
+        self._upstream, self._tls = f"http://{urlsplit(upstream).netloc}", tls
         self.rule: Rule | None = None
         self.strips = ""  # a header of the upstream's answers
         self._log: list[Entry] = []
@@ -161,7 +162,7 @@ class FaultProxy:
         started: Future[int] = Future()
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(started),), daemon=True)
         self._thread.start()
-        self.url = f"http://{HOST}:{started.result(START_TIMEOUT_S)}"
+        self.url = f"{'https' if tls else 'http'}://{HOST}:{started.result(START_TIMEOUT_S)}"
         self.endpoint = f"{self.url}/hub/api"  # of a hub behind it
 
     def __enter__(self) -> FaultProxy:
@@ -192,7 +193,7 @@ class FaultProxy:
             timeout=ClientTimeout(),
         ) as self._client:
             await runner.setup()
-            await web.TCPSite(runner, HOST, 0).start()
+            await web.TCPSite(runner, HOST, 0, ssl_context=self._tls).start()
             started.set_result(runner.addresses[0][1])
             await self._closing.wait()
             await runner.cleanup()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from fault_proxy import FaultProxy, every, first, hub_answer, matching
+from fault_proxy import FaultProxy, first, hub_answer, matching
 from known_server import KnownServer
 from localhub import LocalHub
 from tool import results_in, run_for_results, start_tool, tool_users, wait_until
@@ -48,12 +48,8 @@ def test_a_search_ends_within_five_percent_below_the_truth(truth: float) -> None
         ((100, 1000, 0.0, math.inf, 150), [100, 200], 100),  # of what this tool cannot send nothing is known
         # People of a step are whole; the steps here take one second.
         ((6.2, 0, 1.0), [6, 3, 2, 1], None),
-        ((6.2, 1, 1.0), [6, 3, 2, 1], 1),
-        ((6.2, 2.5, 1.0), [6, 3, 2], 2),
-        ((6.2, 7, 1.0), [6, 12, 9, 8, 7], 7),
         ((6.2, 199, 1.0), [6, 12, 24, 48, 96, 192, 384, 288, 240, 216, 204, 198], 198),
-        ((6, 99, 1.0, 30), [6, 12, 24, 30], 30),  # no more than --max-servers
-        ((6, 24, 1.0, 30), [6, 12, 24, 30, 27, 26, 25], 24),
+        ((6, 24, 1.0, 30), [6, 12, 24, 30, 27, 26, 25], 24),  # no more than --max-servers
     ],
 )
 def test_rates_are_doubled_then_halved_between(
@@ -77,14 +73,11 @@ def test_a_search_that_only_max_servers_ended_is_not_finished(truth: int, answer
     ("waits_s", "behind"),
     [
         ([], False),
-        ([9.0], False),
         ([1.0, 2.1], True),
         ([1.0, 2.0], False),  # not by more than a second
         ([4.0] * 4 + [5.9] * 4, False),  # not by half
         ([4.0] * 4 + [6.1] * 4, True),
         ([1.0, 9.0, 1.0, 1.0] * 10, False),  # some wait long, but not ever longer
-        ([1.0] * 30 + [3.0] * 10, True),
-        ([3.0] * 10 + [1.0] * 30, False),
     ],
 )
 def test_a_hub_falls_behind_when_the_last_wait_longer_than_the_first(waits_s: list[float], behind: bool) -> None:
@@ -157,32 +150,20 @@ CPU, THROTTLED, SPAWNS, PROXY, UNKNOWN = (
     ("held", "waits_s", "own", "failures", "limit"),  # waits: for a server, for work; then the time throttled
     [
         (NOT_SENT, (5.0, 5.0, 3.0), BUSY_HUB, [], "this machine"),
-        (BEHIND, (5.0, 5.0, 0.0), BUSY_HUB, [], CPU),
         (BEHIND, (5.0, 5.0, 3.0), BUSY_HUB, [], CPU),  # which makes it throttle, too
         (BEHIND, (5.0, 5.0, 3.0), LATE_HUB, [], "event loop was late"),
-        (BEHIND, (5.0, 5.0, 3.0), IDLE_HUB, [], THROTTLED),
         (BEHIND, (5.0, 5.0, 0.0), IDLE_HUB, [], UNKNOWN),  # 4 s that were not the spawner's
-        (BEHIND, (1.2, 1.5, 0.0), IDLE_HUB, [], SPAWNS),
         (BEHIND, (1.2, 9.0, 0.0), IDLE_HUB, [], PROXY),
         (BEHIND, (5.0, 5.0, 3.0), None, [], THROTTLED),
-        (BEHIND, (5.0, 5.0, 0.0), None, [], UNKNOWN),
         ("visit.p95 > 5s", (1.2, 1.4, 0.0), IDLE_HUB, [], PROXY),  # though servers were ready, and the spawner slow
-        ("visit.p95>5s", (1.2, 1.4, 1.0), BUSY_HUB, [], CPU),
-        ("at_work.p95 > 5s", (1.2, 9.0, 0.5), IDLE_HUB, [], PROXY),  # most of the wait, whatever was throttled
         ("at_work.p95 > 5s", (1.2, 1.5, 0.0), IDLE_HUB, [], SPAWNS),
         ("server_ready.p95 > 1s", (1.2, 9.0, 0.0), IDLE_HUB, [], SPAWNS),  # whatever came later
-        ("server_ready.p95 > 1s", (1.2, 9.0, 0.5), IDLE_HUB, [], THROTTLED),
-        ("server_ready.p95 > 1s", (5.0, 9.0, 0.0), IDLE_HUB, [], UNKNOWN),
         ("throttled > 0", (1.2, 9.0, 0.01), IDLE_HUB, [], THROTTLED),
-        ("ping.p95 > 1s", (1.2, 9.0, 3.0), BUSY_HUB, [], CPU),
         ("ping.p95 > 1s", (1.2, 9.0, 3.0), None, [], UNKNOWN),
-        ("ping.failed > 0", (1.2, 9.0, 3.0), IDLE_HUB, [], UNKNOWN),
-        ("failed > 0", (5.0, 5.0, 0.0), BUSY_HUB, NO_MEMORY + NO_PAGE, "3 × no memory"),
         ("failed_rate > 1%", (5.0, 5.0, 0.0), IDLE_HUB, NO_MEMORY + NOT_READY, "3 × no memory"),
         ("visit.failed > 0", (5.0, 5.0, 0.0), IDLE_HUB, NO_MEMORY + NO_PAGE, "1 × 503"),
         ("2 of 9 people never came, after …", (5.0, 5.0, 0.0), IDLE_HUB, NO_MEMORY, "3 × no memory"),
         ("failed > 0", (5.0, 5.0, 0.0), BUSY_HUB, NOT_READY + NO_PAGE, CPU),  # a time-out is a wait
-        ("failed > 0", (5.0, 5.0, 0.0), None, NOT_READY, "2 × not ready"),
         ("server_ready.p95 > 1s", (5.0, 5.0, 0.0), BUSY_HUB, NO_MEMORY, CPU),
     ],
 )
@@ -219,15 +200,12 @@ CLASS = {"count": 300, "within_s": 300.0}
         (dataclasses.replace(NONE, generator_bound=True), {}, ["this tool could not send the first rate"]),
         (dataclasses.replace(NONE, finished=False), {}, ["the search did not finish"]),
         (dataclasses.replace(REQUESTS, finished=False), {}, ["sustains at least 64 requests"]),
-        (REQUESTS, {}, ["sustains 64 requests"]),
         (PEOPLE, {}, ["takes 60 people a minute (found with 60 people in 60.0 s)", "class of 300 in 5 min 0 s"]),
-        (PEOPLE, {"duration_s": 24.0}, ["takes 60 people", "(found with 24 people in 24.0 s)"]),
         (PEOPLE, {"duration_s": 1.0}, ["(found with 1 person in 1.00 s)"]),
         (AT_LEAST, {"max_servers": 60}, ["takes at least 60 people a minute with at most 60 servers at a time (found"]),
         (PEOPLE, CLASS | {"count": 225}, ["class of 225", "225 in 5 min 0 s are 45 a minute: fits, 1.3 t"]),
         (PEOPLE, CLASS, ["are 60 a minute: fits, 1 times"]),
         (PEOPLE, CLASS | {"count": 301}, ["are 60.2 a minute: does not fit: 0.9 times"]),
-        (AT_LEAST, CLASS | {"count": 150}, ["are 30 a minute: fits, at least 2 times"]),
         (AT_LEAST, CLASS | {"count": 600}, ["are 120 a minute: not known: at least 0.5 times"]),
     ],
 )
@@ -280,20 +258,15 @@ def test_a_throttled_step_does_not_count_against_those_after_it(tmp_path: Path) 
     assert found["http"]["throttled"] == 3  # though the run's own count has them
 
 
-def test_a_capacity_that_is_not_found_fails_the_run(tmp_path: Path) -> None:
-    with KnownServer() as server, FaultProxy(server.endpoint) as proxy:
-        proxy.rule = every(REPORTS, hub_answer(500, b'{"status": 500, "message": "database is locked"}'))
-        words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "1s", "--rate", "4")
-        where = server.environment | {"JUPYTERHUB_ENDPOINT": proxy.endpoint}
-        done, found = run_for_results(tmp_path / "r", *words, env=where)
-        assert server.users() == set()
-    assert done.code == 1
-    assert done.summary.startswith("FAILED: the capacity was not found: no rate was sustained")
-    assert found["warnings"] == ["no rate was sustained, not even 1 request per second: failed > 0 (1 × 500)"]
-    assert "are of the last rate tried" in done.summary and found["operations"]["activity"]["failed"] == 1
-    assert [step["rate_per_s"] for step in found["capacity"]["steps"]] == [4, 2, 1]
-    assert {step["held"] for step in found["capacity"]["steps"]} == {"failed > 0"}
-    assert found["capacity"]["rate_per_s"] is None is found["capacity"]["servers_reporting_every_300_s"]
+def test_a_capacity_that_is_not_found_fails_the_run(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("--find-capacity", "--duration", "1s", "--rate", "2", "--profile", '{"fail_rate": 1}')
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=new_hub)
+    assert done.code == 1 and done.summary.startswith("FAILED: the capacity was not found") and not tool_users(new_hub)
+    why = "failed > 0 (1 × no node has 4 GB of memory free)"
+    assert found["warnings"] == [f"no rate was sustained, not even 60 people a minute: {why}"]
+    capacity = found["capacity"]
+    assert [(step["rate_per_s"], step["held"]) for step in capacity["steps"]] == [(2, "failed > 0"), (1, "failed > 0")]
+    assert capacity["rate_per_s"] is None and found["operations"]["server_ready"]["failed"] == 1  # of the last step
 
 
 def test_a_hub_that_starts_two_servers_a_second_is_limited_by_that(
@@ -317,14 +290,6 @@ def test_a_hub_that_starts_two_servers_a_second_is_limited_by_that(
     assert all(step["held"].startswith("the hub fell behind") for step in held)
     assert {THROTTLED in step["limited_by"] for step in held} == {True} == {THROTTLED in capacity["limited_by"]}
     assert capacity["limited_by"] in done.summary
-
-
-def test_a_search_for_people_in_which_all_fail_says_why(new_hub: LocalHub, tmp_path: Path) -> None:
-    words = ("--find-capacity", "--duration", "1s", "--rate", "1", "--profile", '{"fail_rate": 1}')
-    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=new_hub)
-    why = "failed > 0 (1 × no node has 4 GB of memory free)"
-    assert found["warnings"] == [f"no rate was sustained, not even 60 people a minute: {why}"]
-    assert done.code == 1 and not tool_users(new_hub)
 
 
 def test_an_interrupted_search_leaves_nobody_and_says_what_it_knows(new_hub: LocalHub, tmp_path: Path) -> None:

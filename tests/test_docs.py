@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import types
-from collections.abc import Iterable
 from pathlib import Path
 
 import jupyterhub.app
@@ -21,7 +20,7 @@ import yaml
 
 import hub_stress_test as hst
 import localhub
-from tool import MODULE
+from tool import HUB, MODULE, plan_for
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,12 +53,6 @@ SEEDS = {
 }
 
 
-def section(heading: str) -> str:
-    """The README's text below a heading."""
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)  # in shell code, # is no heading
-    return re.split(r"^#+ ", prose.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
-
-
 def test_the_readme_is_short_and_names_only_options_that_exist() -> None:
     named = set(re.findall(r"`(--[a-z][a-z-]*)", README.partition("## More than one machine")[0]))
     flags = {flag for row in hst.OPTIONS.values() if row.on for flag in row.flags}
@@ -84,24 +77,10 @@ def test_the_script_block_and_the_project_name_the_same_needs() -> None:
     assert {re.split("[<>=]", need)[0] for need in PROJECT["dependencies"]} == {"requests", "urllib3"}
 
 
-def packages(nodes: Iterable[ast.AST]) -> set[str]:
-    """The packages that these nodes import, the standard library apart."""
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {name.split(".")[0] for name in imported} - sys.stdlib_module_names
-
-
-def test_the_module_imports_only_its_dependencies() -> None:
-    tree = ast.parse(MODULE.read_text())
-    conditional = [node for node in tree.body if isinstance(node, ast.If)]
-    (locust,) = (node for node in conditional if "locust_is_loading" in ast.unparse(node.test))
-    assert packages({*ast.walk(tree)} - {*ast.walk(locust)}) == {"requests", "urllib3"}
-    assert packages([*ast.walk(locust)]) == {"gevent", "locust"}
-
-
 def test_the_readme_documents_exactly_the_options_that_locust_gets() -> None:
     flags = {row.locust_flag for row in hst.LOCUST_OPTIONS.values()}
-    assert set(re.findall(r"`(--hub-[a-z-]+)", section("## More than one machine: Locust"))) == flags
+    section = README.partition("\n## More than one machine: Locust\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(--hub-[a-z-]+)", section)) == flags
 
 
 def test_the_manifest_that_the_readme_applies_is_valid_yaml() -> None:
@@ -133,7 +112,7 @@ def test_the_canary_is_a_job_whose_commands_are_understood(
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         words = [word.replace("/results/", f"{tmp_path}/") for word in container["args"]]
-        hst.validate(hst.parse_args(words))
+        assert plan_for(*words)
         assert hst.main([*(word for word in words if not word.startswith("--results")), "--dry-run"]) == 0
         assert "hub-stress-test-canary-" in capsys.readouterr().out
     assert {"--work", "--fail-if=failed > 0", "--results=/results/$(POD_NAME).json"} <= {*work["args"]}
@@ -240,15 +219,13 @@ def test_every_command_in_the_readme_is_understood(line: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     files_in_readme(tmp_path)
     words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "7", line), comments=True)
-    hst.validate(hst.parse_args([*words, "--token", "x", "--endpoint", "http://x/hub/api"]))
+    assert plan_for(*words, *HUB)
 
 
 def test_the_event_in_the_readme_is_one(tmp_path: Path) -> None:
     files_in_readme(tmp_path)
-    words = ["stress-test", "--event", str(tmp_path / "class.toml"), "-e", "http://x/hub/api", "-t", "x"]
-    args = hst.parse_args(words)
-    hst.validate(args)
-    assert [(group.group, group.count) for group in args.event] == [("students", 240), ("project", 60)]
+    plan = plan_for("stress-test", "--event", str(tmp_path / "class.toml"), *HUB)
+    assert [(group.group, group.count) for group in plan.event] == [("students", 240), ("project", 60)]
     (text,) = readme_blocks("toml")
     used = {*re.findall(r"^([a-z-]+) =", text, re.MULTILINE)} - {"fail-if"}
     named = README.partition("A group has a `name`,")[2].partition("Results show")[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,37 +29,30 @@ def make(hub: LocalHub, session: hst.HubSession, count: int) -> list[list[str]]:
 # ==== One function at a time =========================================================================================
 
 
-def test_users_are_made_in_batches_and_found_again(hub: LocalHub) -> None:
-    session = hst.get_session(hub.token)
-    users = make(hub, session, 5)
-    assert [len(batch) for batch in users] == [2, 2, 1]
-    found = hst.find_existing_stress_test_users(hub.endpoint, session)
-    assert [user["name"] for user in found] == sum(users, [])
-    assert hst.find_existing_stress_test_users(hub.endpoint, session, run="another") == []
-    more = hst.create_users(1, 1, hub.endpoint, session, found, run=RUN)
-    assert more == [["hub-stress-test-lib-6"]]
-    assert hst.delete_users(sum(users, []) + more[0], hub.endpoint, session)
-    assert not tool_users(hub)
-
-
-def test_servers_are_started_waited_for_stopped_and_their_users_deleted(hub: LocalHub) -> None:
+def test_users_and_servers_come_and_go_one_function_at_a_time(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     users = make(hub, session, 4)
+    assert [len(batch) for batch in users] == [2, 2]
     names = sum(users, [])
+    found = hst.find_existing_stress_test_users(hub.endpoint, session)
+    assert [user["name"] for user in found] == names
+    assert hst.find_existing_stress_test_users(hub.endpoint, session, run="another") == []
+    assert hst.create_users(1, 1, hub.endpoint, session, found, run=RUN) == [["hub-stress-test-lib-5"]]
+
     for name in names[:3]:
         assert hst.start_server(name, hub.endpoint, session, profile="small")
     assert not hst.start_server("hub-stress-test-lib-99", hub.endpoint, session)
     ready = hst.wait_for_servers_to_start(users, hub.endpoint, session)
     assert ready == dict(zip(names, [True, True, True, False]))
+
     assert hst.stop_server(names[0], hub.endpoint, session, wait=True)
     stopped = hst.stop_servers(names, hub.endpoint, session, 2)
-    assert stopped == dict.fromkeys(names, True)
     hst.wait_for_servers_to_stop(stopped, hub.endpoint, session)
     assert stopped == dict.fromkeys(names, True)
     assert not any(hub.users()[name]["servers"] for name in names)
     assert not hst.delete_users_after_stopping_servers(stopped | {names[0]: False}, hub.endpoint, session)
-    assert tool_users(hub) == {names[0]}
-    assert hst.delete_users_after_stopping_servers({names[0]: True}, hub.endpoint, session)
+    assert tool_users(hub) == {names[0], "hub-stress-test-lib-5"}
+    assert hst.delete_users([names[0], "hub-stress-test-lib-5"], hub.endpoint, session)
     assert hst.wait_for_server_to_stop(names[0], hub.endpoint, session)  # a user that is gone has no server
     assert not tool_users(hub)
 
@@ -103,16 +95,6 @@ def test_a_refused_batch_deletes_the_users_made_before_it(new_hub: LocalHub, pro
         hst.create_users(3, 1, proxy.endpoint, hst.get_session(new_hub.token))
     assert [entry.status for entry in proxy.requests if entry.path.endswith("/users")] == [201, 500]
     assert not tool_users(new_hub)
-
-
-def test_timeit_logs_how_long_even_when_the_function_raises(caplog: pytest.LogCaptureFixture) -> None:
-    @hst.timeit
-    def fails() -> None:
-        raise KeyError("x")
-
-    with caplog.at_level(logging.INFO, hst.LOG.name), pytest.raises(KeyError):
-        fails()
-    assert "seconds to fails" in caplog.text
 
 
 # ==== A whole run ====================================================================================================

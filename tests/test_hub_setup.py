@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import ssl
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -170,28 +168,9 @@ def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(
 # ==== TLS ============================================================================================================
 
 
-class Versions(BaseHTTPRequestHandler):
-    """Shows a hub's version."""
-
-    def do_GET(self) -> None:
-        body = b'{"version": "6.1.1"}'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing."""
-
-
-class Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: clients that do not speak TLS, or do not trust us, are what is tested."""
-
-
 @pytest.fixture
-def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """The port of a server that shows a hub's version over TLS, and the certificate of the authority that signed it.
+def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The endpoint of a server that shows a hub's version over TLS, and the certificate of the authority behind it.
 
     With a TLS version as parameter it wants certificates of its clients, as a hub's own port with internal_ssl.
     """
@@ -201,30 +180,26 @@ def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[in
     if version := getattr(request, "param", None):
         context.verify_mode, context.maximum_version = ssl.CERT_REQUIRED, version
         context.load_verify_locations(pem)
-    server = Server(("127.0.0.1", 0), Versions)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    serving = threading.Thread(target=server.serve_forever)
-    serving.start()
-    yield server.server_address[1], pem
-    server.shutdown()
-    serving.join()
-    server.server_close()
+    with FaultProxy("http://127.0.0.1:1", tls=context) as server:
+        server.rule = lambda request: Answer(200, b'{"version": "6.1.1"}')
+        yield server.endpoint, pem
 
 
 def test_a_certificate_of_ones_own_authority_names_the_variable_that_makes_it_known(
-    tls_hub: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
+    tls_hub: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = f"https://127.0.0.1:{tls_hub[0]}/hub/api"
+    endpoint, pem = tls_hub
     assert "name the file with its certificate in REQUESTS_CA_BUNDLE" in refusal(endpoint)
     assert f"Use https: --endpoint {endpoint}" in refusal(endpoint.replace("https:", "http:"))
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tls_hub[1]))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(pem))
     assert "is not an admin of this hub" in refusal(endpoint)  # it has got as far as the token's owner
 
 
 @pytest.mark.parametrize("tls_hub", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], indirect=True)
 def test_a_server_that_wants_a_client_certificate_is_named_as_such(
-    tls_hub: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
+    tls_hub: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tls_hub[1]))
-    said = refusal(f"https://127.0.0.1:{tls_hub[0]}/hub/api")
+    endpoint, pem = tls_hub
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(pem))
+    said = refusal(endpoint)
     assert "TLS failed (" in said and "a hub with internal_ssl lets in only those with a certificate" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ def interrupt(
 ) -> Outcome:
     """A run that is sent a signal at the first matching request, to which the fault is done.
 
-    It ends long before its load would, and no load is sent from half a second later on.
+    It ends long before its load would, which is longer than anybody waits for it here, and sends no more load.
     """
     struck_s: list[float] = []
     lock = threading.Lock()
@@ -39,10 +40,8 @@ def interrupt(
                 return fault
 
         proxy.rule = rule
-        done = run.outcome(60)
-    assert time.monotonic() < struck_s[0] + 20
-    later = [entry for entry in proxy.requests if entry.method == "POST" and entry.time > struck_s[0] + 0.5]
-    assert not later
+        done = run.outcome()
+    assert not [entry for entry in proxy.requests if entry.method == "POST" and entry.time > struck_s[0] + 3]
     return done
 
 
@@ -56,13 +55,13 @@ def test_a_signal_before_anything_was_made_ends_the_program(
 
 
 LOADS = {
-    "creating users": ("stress-test -c 40 -b 1", "/users$"),
-    "starting servers": ('stress-test -c 6 -b 3 -p {"spawn_s":30}', "/server$"),
-    "holding servers": ("stress-test -c 2 --hold 1m", "/users/hub-stress-test-[0-9]+$"),
-    "one process": ("activity-stress-test -c 5 --rate 20 --duration 1m", "/activity"),
-    "two processes": ("activity-stress-test -c 5 --rate 20 --duration 1m --processes 2", "/activity"),
-    "a search": ("activity-stress-test -c 5 --find-capacity", "/activity"),
-    "a search with people": ("stress-test --find-capacity --max-servers 20 --rate 0.2", "/server$"),
+    "creating users": ("stress-test -c 400 -b 1", "/users$"),
+    "starting servers": ('stress-test -c 6 -b 3 -p {"spawn_s":600} --server-timeout 10m', "/server$"),
+    "holding servers": ("stress-test -c 2 --hold 10m", "/users/hub-stress-test-[0-9]+$"),
+    "one process": ("activity-stress-test -c 5 --rate 20 --duration 10m", "/activity"),
+    "two processes": ("activity-stress-test -c 5 --rate 20 --duration 10m --processes 2", "/activity"),
+    "a search": ("activity-stress-test -c 5 --find-capacity --duration 10m", "/activity"),
+    "a search with people": ("stress-test --find-capacity --max-servers 20 --rate 0.03 --duration 10m", "/server$"),
 }
 
 
@@ -71,6 +70,7 @@ def test_a_signal_ends_every_load_at_once(load: str, new_hub: LocalHub, proxy: F
     words, path = LOADS[load]
     done = interrupt(new_hub, proxy, words, matching(None, path))
     assert done.code == 130 and done.stdout.startswith("INTERRUPTED: ") and "none left" in done.summary, done
+    assert not re.search("refused|would not|did not answer", done.stdout + done.stderr)  # an interrupt is no refusal
     assert not tool_users(new_hub)
 
 
@@ -94,6 +94,6 @@ def test_a_signal_while_files_are_written_cuts_none_short(new_hub: LocalHub, tmp
             page = pipe.read(1)
             run.send_signal(signal.SIGINT)
             page += pipe.read()
-        done = run.outcome(60)
+        done = run.outcome()
     assert done.code == 0 and page.rstrip().endswith(b"</html>")
     assert results_in(results, done)["users"]["deleted"] == 1

@@ -21,23 +21,18 @@ import golden
 import hub_stress_test as hst
 from fault_proxy import FaultProxy
 from localhub import LocalHub
-from tool import NOWHERE, refused_usage, results_in, run_tool
+from tool import HUB, NOWHERE, plan_for, refused_usage, results_in, run_tool
 
-HUB = ["--endpoint", "http://hub.example.org/hub/api", "--token", "t"]
-
-
-def plan_for(*words: str) -> hst.Plan:
-    args = hst.parse_args(words)
-    hst.validate(args)
-    return hst.plan_of(args)
+PLANS = Path(__file__).with_name("golden") / "plans.txt"
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files that `GIVEN` and the plans name."""
+    """A working directory with the files that options name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.json").write_text('{"schema": 1}')
     (tmp_path / "mine.py").write_text("")
+    (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "class.py").write_text("# %%\n1+1\n")
     asked = {"method": "GET", "url": "https://hub.example.org/user/alice/lab"}
     entry = {"request": asked, "response": {"status": 200}}
@@ -56,19 +51,18 @@ RESULTS: dict[str, Any] = {
     "failed_rate": 0.03,
     "http": {"throttled": 7, "statuses": {"200": 40, "429": 7}, "servers": None},
     "hub": {"metrics": {"cpu_share_max": 0.91, "event_loop_lag_max_s": 0.25}},
-    "people": {"at_work": 0, "failed": 3, "reasons": {}, "until_work_s": {}},  # nobody got to work
+    "people": {"until_work_s": {}},  # nobody got to work
     "groups": None,
-    "servers": {"lost": 1, "reasons": {}},
-    "aftermath": {"hub": {"rss_bytes": {"grown": 7.2e6}, "open_files": {"grown": 60}}},
+    "servers": {"reasons": {}},
+    "aftermath": {"hub": {"rss_bytes": {"grown": 7.2e6}}},
     "operations": {
         "server_ready[first class]": {"count": 2, "failed": 0, "latency_s": dict.fromkeys(LATENCY_S, 9)},
         "server_ready": {"count": 100, "failed": 3, "rate_per_s": 5.0, "latency_s": LATENCY_S},
-        "ping": {"count": 4, "failed": 4, "rate_per_s": None, "latency_s": dict.fromkeys(LATENCY_S), "errors": {}},
+        "ping": {"count": 4, "failed": 4, "rate_per_s": None, "latency_s": dict.fromkeys(LATENCY_S)},
     },
 }
 VALUES = {
     "failed": 3,
-    "failed_rate": 0.03,
     "throttled": 7,
     **{f"server_ready.{name}": value for name, value in LATENCY_S.items()},
     "server_ready.failed": 3,
@@ -76,14 +70,9 @@ VALUES = {
     "server_ready.rate_per_s": 5,
     "server_ready[first class].p95": 9,
     "operations.server_ready.latency_s.p95": 4,
-    "http.statuses.429": 7,
     "http.statuses.503": 0,  # which never came
     "servers.reasons.it was lost": 0,
-    "people.reasons.no page": 0,
-    "operations.ping.errors.502": 0,
-    "servers.lost": 1,
     "hub.metrics.cpu_share_max": 0.91,
-    "aftermath.hub.open_files.grown": 60,
 }
 
 
@@ -95,26 +84,19 @@ def test_a_metric_has_the_value_at_its_path() -> None:
     ("text", "met"),
     [
         ("server_ready.p95 > 3999ms", True),
-        ("server_ready.p95 > 4s", False),
+        ("server_ready.p95>4s", False),
         ("server_ready.p95 >= 4s", True),
-        ("server_ready.p95 < 4s", False),
         ("server_ready.p95 <= 4s", True),
-        ("server_ready.p95 <= 3.9s", False),
         ("server_ready.p95 < 0.1m", True),
         ("failed_rate > 2%", True),
-        ("failed_rate>=3.1%", False),
         ("hub.metrics.cpu_share_max > 92%", False),
         ("aftermath.hub.rss_bytes.grown > 7199kB", True),
-        ("aftermath.hub.rss_bytes.grown>0.008GB", False),
         ("server_ready.p95 > 1.5x", False),
         ("server_ready.p95 > 0.9x", True),
         ("ping.p95 > 1s", True),  # nothing succeeded, so nothing was measured
         ("activity.p95 > 1s", True),  # there was none
-        ("activity.p95 > 2x", True),  # neither run has any
         ("people.until_work_s.at_work > 10s", True),
         ("groups.students.failed > 3", True),  # there are no groups
-        ("http.servers.requests < 1", True),
-        ("hub.metrics.cpu_s > 1m", True),
     ],
 )
 def test_a_condition_has_units_and_is_met_without_data(text: str, met: bool) -> None:
@@ -152,14 +134,10 @@ def test_an_absent_name_counts_0_only_in_mappings_of_counts() -> None:
 GOOD_VALUES = [
     (hst.whole_number, "0100", 100),
     (hst.positive_number, ".5", 0.5),
-    (hst.positive_number, "20", 20.0),
-    (hst.rate_of, "2.5", 2.5),
     (hst.rate_of, "1:2m, .5:90", hst.Schedule(((1.0, 120.0), (0.5, 90.0)))),
     (hst.duration, "90", 90.0),
-    (hst.duration, "90s", 90.0),
     (hst.duration, "1.5m", 90.0),
     (hst.duration, "1h", 3600.0),
-    (hst.run_name, "night-7", "night-7"),
     (hst.run_name, "a" * 40, "a" * 40),
     (hst.endpoint_url, "https://hub.example.org/hub/api/", "https://hub.example.org/hub/api"),
     (hst.endpoint_url, "http://me:pw@[::1]:8/hub/api", "http://[::1]:8/hub/api"),
@@ -168,7 +146,6 @@ GOOD_VALUES = [
     (hst.header, "Cookie:a=1; b=2 ", ("Cookie", "a=1; b=2")),
     (hst.header, "~!#$%&'*+.^_`|-9:\t x", ("~!#$%&'*+.^_`|-9", "x")),
     (hst.mix_of, "activity=8, read=.5,own-one=2", {"activity": 8.0, "read": 0.5, "own-one": 2.0}),
-    (hst.profile_value, "small", "small"),
     (hst.profile_value, ' {"image": "a:b"}', {"image": "a:b"}),
 ]
 BAD_VALUES: dict[Callable[[str], Any], list[str]] = {
@@ -294,6 +271,29 @@ def test_every_flag_of_an_option_sets_its_field_and_no_other(field: str, files: 
         assert dataclasses.replace(plan, **default) == dataclasses.replace(plan_for(*words), **default)
 
 
+@pytest.mark.parametrize("field", COMPANIONS)
+def test_an_option_that_says_nothing_alone_is_refused(field: str, files: Path) -> None:
+    value, _ = GIVEN[field]
+    with pytest.raises(hst.UsageError, match=f"{hst.OPTIONS[field].flag} needs --"):
+        plan_for("stress-test", *HUB, hst.OPTIONS[field].flag, *([value] if value else []))
+
+
+EXCLUDING = {
+    "--find-capacity": ["--hold 5m", "--stay 5m", "--keep", "--check-proxy"],
+    "--dry-run": ["--results r", "--report r", "--samples s.csv", "--metrics-port 9"],
+    "--keep": ["--stay 1m", "--check-proxy"],
+    "--hold 1m": ["--stay 1m"],
+    "--within 1m": ["--rate 2"],
+    "--event class.toml": ["--count 9", "--within 9s", "--rate 9", "--rate 9:1m"],
+}
+
+
+@pytest.mark.parametrize(("first", "other"), [(first, other) for first in EXCLUDING for other in EXCLUDING[first]])
+def test_options_that_contradict_each_other_are_refused(first: str, other: str, files: Path) -> None:
+    with pytest.raises(hst.UsageError, match=f"{first.split()[0]} and {other.split()[0]} exclude each other"):
+        plan_for("stress-test", *HUB, *first.split(), *other.split())
+
+
 def test_the_table_of_options_is_whole() -> None:
     assert hst.OPTIONS.keys() - GIVEN.keys() == {"event", "once", "group", "after_s", "scale", "visits"}
     assert len(hst.OPTIONS) <= 49
@@ -372,14 +372,10 @@ BAD_USAGE = {
     "--run Big purge": "lower-case",
     "-e hub.example.org/hub/api purge": "expected a URL",
     "purge --log-to-file /nowhere/log": "/nowhere/log: cannot be written",
-    "purge --log-to-file /tmp": "/tmp: cannot be written",
     "purge --baseline /nowhere.json": "cannot be read as results",
     "purge --results /nowhere/r.json": "cannot be written",
-    "purge --report /nowhere/r.html": "cannot be written",
     # conditions
     "stress-test --fail-if 'visit.p95 > 9s'": "is measured only with --visit, --page, --work or --check-proxy (see",
-    "stress-test --fail-if 'page.p95 > 9s'": "page is measured only with --page (see",
-    "stress-test --fail-if 'kernel_ready.p95 > 9s'": "kernel_ready is measured only with --work (see",
     "stress-test --fail-if 'operations.at_work.latency_s.p95 > 9s'": "at_work is measured only with",
     "stress-test --fail-if 'stay.failed > 9'": "stay is measured only with --hold or --stay (see",
     "purge --fail-if 'ping.p95 > 2x'": "needs a --baseline",
@@ -391,25 +387,23 @@ BAD_USAGE = {
     # options beside each other
     "stress-test --find-capacity --count 9": "leave out --count, or give --within too",
     "stress-test --find-capacity --within 5m": "leave out --within, or give --count too",
-    **{f"stress-test --find-capacity {words}": f"--find-capacity and {words.partition(' ')[0]} exclude each other"
-       for words in ("--hold 5m", "--stay 5m", "--keep", "--check-proxy")},
     "activity-stress-test --find-capacity --rate 1:2m": "without stages",
     "stress-test --find-capacity --max-servers 5": "the first step has 6 people",
-    "stress-test --max-servers 5": "needs --find-capacity",
     "stress-test --once": "--once needs --event",
     "stress-test --visit-timeout 5s": "needs --visit, --page, --work or --check-proxy",
-    **{f"--dry-run stress-test {words}": f"--dry-run and {words.partition(' ')[0]} exclude each other"
-       for words in ("--results r", "--report r", "--samples s.csv", "--metrics-port 9")},
     "stress-test --rate 1:2m,5:1m -c 9": "leave out --count",
     "activity-stress-test --rate 1:2m,5:1m --duration 9s": "leave out --duration",
     "activity-stress-test --processes 200": "more than --workers 100",
     "activity-stress-test --mix dance=1": "no operation 'dance'",
     "activity-stress-test --operations /nowhere.py": "--operations /nowhere.py",
-}  # fmt: skip
+    "activity-stress-test --operations broken.py": "broken.py: ZeroDivisionError: division by zero",
+    "stress-test --page class.py": "argument --page: class.py cannot be read as a HAR file",
+    "stress-test --work --notebook mine.py": "argument --notebook: mine.py has no code cells",
+}
 
 
 @pytest.mark.parametrize("line", BAD_USAGE)
-def test_bad_usage_is_refused_in_one_sentence(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_refused_in_one_sentence(line: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is sent: nobody answers at `NOWHERE`, which would be exit code 3."""
     said, command = refused_usage(shlex.split(line), NOWHERE, capsys), [w for w in line.split() if w in hst.COMMANDS]
     assert BAD_USAGE[line] in said and said.endswith(f"(see {' '.join(['hub-stress-test', *command])} --help)\n")
@@ -433,12 +427,6 @@ def test_a_condition_may_be_on_a_step_that_somebody_takes() -> None:
     for words in ("--work at_work.p95", "--visit operations.at_work.latency_s.p95", "--check-proxy visit.failed"):
         option, metric = words.split()
         assert plan_for("stress-test", *HUB, option, "--fail-if", f"{metric} > 9{hst.unit_of(metric)}").fail_if
-
-
-def test_an_operations_file_is_refused_with_its_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.py").write_text("1 / 0")
-    said = refused_usage(["activity-stress-test", "--operations", str(tmp_path / "mine.py")], NOWHERE, capsys)
-    assert "mine.py: ZeroDivisionError: division by zero" in said
 
 
 # ==== Help, and logs =================================================================================================

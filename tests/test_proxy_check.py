@@ -79,9 +79,7 @@ def test_a_leak_fails_the_run_whatever_the_conditions(words: tuple[str, ...], co
 
 def test_a_leak_is_projected_to_300_people_and_the_upgrade_is_advised() -> None:
     found = results_of([], proxy_check=hst.ProxyCheck("leaking", 1, "it is so", 100, 100.0))
-    assert told(found, "proxy") == [
-        "leaking: it is so. Each failed reconnect of an open tab adds one, for an hour. If 300 open tabs kept "
-        "reconnecting twice a minute to ended servers that still have a route, the proxy's 28,000 ports would last 47 "
-        "minutes; then every page of the hub answers 503"
-    ]
+    (said,) = told(found, "proxy")
+    assert said.startswith("leaking: it is so. ") and "300 open tabs" in said
+    assert "28,000 ports would last 47 minutes" in said
     assert "before 5.1.0" in " ".join(hst.advice(found, ()))

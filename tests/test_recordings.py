@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +10,8 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from tool import NOWHERE, refused_usage
 
 OURS = "https://hub.example.org/user/alice/"
-HUB = ["--endpoint", "http://hub.example.org/hub/api", "--token", "t"]
 
 
 def entry(url: str, status: Any = 200, method: str = "GET") -> dict[str, Any]:
@@ -34,21 +30,19 @@ def ipynb(*cells: Any) -> str:
     return json.dumps({"cells": cells, "nbformat": 4})
 
 
+Read = Callable[..., list[tuple[str, int]]]
+
+
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., list[tuple[str, int]]]:
+def read(tmp_path: Path) -> Read:
     """Imports a recording with these entries."""
 
     def read(*entries: dict[str, Any]) -> list[tuple[str, int]]:
         file = tmp_path / "lab.har"
         file.write_text(har(*entries), encoding="utf-8-sig")  # it may begin with a byte order mark
-        recording = hst.recording(str(file))
-        assert recording.text == str(file)
-        return list(recording.parts)
+        return list(hst.recording(str(file)).parts)
 
     return read
-
-
-Read = Callable[..., list[tuple[str, int]]]
 
 
 def test_gets_of_a_recording_keep_their_order_and_statuses(read: Read) -> None:
@@ -61,17 +55,13 @@ def test_gets_of_a_recording_keep_their_order_and_statuses(read: Read) -> None:
     "left_out",
     [
         entry("https://cdn.example.org/font.woff"),
-        entry("https://hub.example.org/hub/home"),
         entry("https://hub.example.org/hub/user/alice/lab", 302),
-        entry("https://hub.example.org/hub/api/users/alice/server/progress"),
         entry("https://hub.example.org/user/bob/lab"),
         entry("https://hub.example.org/user/alice"),
         entry(OURS + "api/contents", 201, "POST"),
         entry(OURS + "api/events/subscribe", 101),
-        entry(OURS + "static/blocked.js", 0),
         entry("wss://hub.example.org/user/alice/api/kernels/1/channels", 200),
         entry(OURS + "oauth_callback?code=c0de&state=5tate", 302),
-        entry("data:font/woff;base64,/user/alice/x"),
     ],
     ids=lambda left_out: f"{left_out['request']['url']} {left_out['response']['status']}",
 )
@@ -89,12 +79,9 @@ def test_the_server_is_the_one_with_most_files(read: Read) -> None:
 @pytest.mark.parametrize(
     ("query", "kept"),
     [
-        ("", ""),
-        ("?token=5ecret", ""),
         ("?code=5ecret&state=5ecret&_xsrf=5ecret", ""),
         ("?a=1&token=5ecret&a=2&empty=", "?a=1&a=2&empty="),
         ("?content=0&path=a%2Fb%20c&_xsrf=5ecret", "?content=0&path=a%2Fb+c"),
-        ("?1700000000000", "?1700000000000="),
         ("#token=5ecret", ""),
     ],
 )
@@ -134,13 +121,9 @@ not_python
 @pytest.mark.parametrize(
     ("name", "content", "cells"),
     [
-        ("a.ipynb", ipynb(cell("1+1")), [("1+1", False)]),
         ("a.ipynb", ipynb(cell(["a = 1\n", "a"])), [("a = 1\na", False)]),
         ("a.ipynb", ipynb(cell("# Title", "markdown"), cell("x", "raw"), cell("2")), [("2", False)]),
-        ("a.ipynb", ipynb(cell(""), cell(" \n"), cell([]), cell("3")), [("3", False)]),
         ("a.ipynb", ipynb(cell("1/0", tags=["slow", "raises-exception"])), [("1/0", True)]),
-        ("a.ipynb", ipynb(cell("1/0", tags=["slow"]), cell("2")), [("1/0", False), ("2", False)]),
-        ("a.ipynb", ipynb({"cell_type": "code", "source": "4"}), [("4", False)]),
         ("a.py", "\ufeff# %%\n1+1\n# %%\n2", [("1+1\n", False), ("2", False)]),
         ("a.py", "x = 1  # %% not here\n# %%\r\nx\r\n", [("x = 1  # %% not here\n", False), ("x\n", False)]),
         ("a.py", "# the title\n\n#%%\nx\n", [("x\n", False)]),
@@ -164,10 +147,7 @@ NO_HAR, NO_BOOK = "cannot be read as a HAR file", "cannot be read as a notebook"
         ("lab.har", "", f"{NO_HAR} (Expecting value"),
         ("lab.har", "[]", NO_HAR),
         ("lab.har", '{"log": {}}', f"{NO_HAR} ('entries')"),
-        ("lab.har", har({"request": {}}), NO_HAR),
-        ("lab.har", har("nonsense"), NO_HAR),
         ("lab.har", har(entry(OURS, None)), NO_HAR),
-        ("lab.har", har(entry(OURS, "200")), NO_HAR),
         ("lab.har", har({"request": {"method": "GET", "url": 7}, "response": {"status": 200}}), NO_HAR),
         ("lab.har", har(entry("http://[/user/x/")), NO_HAR),
         ("lab.har", "\xff", NO_HAR),
@@ -176,89 +156,20 @@ NO_HAR, NO_BOOK = "cannot be read as a HAR file", "cannot be read as a notebook"
         ("lab.har", har(entry("https://www.example.org/")), "holds no GET below /user/NAME/"),
         ("lab.har", har(entry(OURS + "lab", 200, "POST")), "holds no GET below /user/NAME/"),
         ("lab.har", har(entry(OURS + "oauth_callback", 302)), "holds no GET below /user/NAME/"),
-        ("a.ipynb", ipynb(), "has no code cells"),
         ("a.ipynb", ipynb(cell("# Title", "markdown"), cell("  ")), "has no code cells"),
         ("a.py", "print(1)\n", "has no code cells (in a Python file, # %% begins one)"),
         ("a.py", "# %% [markdown]\n# text\n", "has no code cells"),
         ("a.ipynb", "", f"{NO_BOOK} (Expecting value"),
-        ("a.ipynb", "[]", NO_BOOK),
         ("a.ipynb", "{}", f"{NO_BOOK} ('cells')"),
-        ("a.ipynb", '{"cells": [7]}', NO_BOOK),
-        ("a.ipynb", '{"cells": null}', NO_BOOK),
         ("a.ipynb", ipynb(cell(7)), NO_BOOK),
         ("a.ipynb", ipynb(cell("1") | {"metadata": None}), NO_BOOK),
         ("a.ipynb", ipynb({"cell_type": "code"}), f"{NO_BOOK} ('source')"),
-        ("a.py", "\xff", NO_BOOK),
-        ("a.py", None, f"{NO_BOOK} (No such file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(name: str, content: str | None, refusal: str, tmp_path: Path) -> None:
     file = tmp_path / name
     if content is not None:
         file.write_text(content, encoding="latin-1")
-    with pytest.raises(argparse.ArgumentTypeError) as refused:
+    with pytest.raises(hst.UsageError) as refused:
         (hst.recording if name.endswith(".har") else hst.notebook)(str(file))
     assert str(refused.value).startswith(f"{file} {refusal}")
-
-
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory with a recording and a notebook, and some that are none."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "lab.har").write_text(har(entry(OURS + "lab")))
-    (tmp_path / "class.py").write_text("# %%\n1+1\n")
-    (tmp_path / "other.har").write_text(har(entry("https://www.example.org/")))
-    (tmp_path / "text.ipynb").write_text(ipynb(cell("# Title", "markdown")))
-
-
-def plan_for(*words: str) -> hst.Plan:
-    args = hst.parse_args([*HUB, "stress-test", *words])
-    hst.validate(args)
-    return hst.plan_of(args)
-
-
-@pytest.mark.parametrize(
-    ("words", "opens"),
-    [("", False), ("--within 5m --stay 5m", False), ("--visit", True), ("--page lab.har", True), ("--work", True)],
-)
-def test_people_open_their_servers_for_a_visit_a_page_or_work(words: str, opens: bool, files: None) -> None:
-    plan = plan_for(*words.split())
-    wanted = {step.name for step in hst.STEPS.values() if step.act and step.wanted(plan)}
-    assert plan.opens is opens is ({"visit", "at_work"} <= wanted)
-    assert ("page" in wanted, "kernel_ready" in wanted) == ("--page" in words, "--work" in words)
-
-
-def test_the_options_in_the_results_name_the_files_and_no_token(files: None) -> None:
-    words = "--page lab.har --work --notebook class.py --within 1m --seed 7"
-    plan = dataclasses.replace(plan_for(*words.split()), visit_token=hst.Secret("5ecret"))
-    options = json.loads(json.dumps(plan.options()))
-    expected = {"page": "lab.har", "notebook": "class.py", "work": True, "visit": False, "within": 60.0, "seed": 7}
-    assert options | expected | {"stay": None, "public_url": None} == options
-    assert "5ecret" not in json.dumps(options) + repr(plan) and "token" not in "".join(options)
-
-
-@pytest.mark.parametrize(
-    ("words", "refusal"),
-    [
-        ("--stay 1m --hold 1m", "--hold and --stay exclude each other"),
-        ("--stay 1m --keep", "--keep and --stay exclude each other"),
-        ("--within 1m --rate 2", "--within and --rate exclude each other"),
-        ("--seed 7", "--seed needs --within"),
-        ("--notebook class.py", "--notebook needs --work"),
-        ("--think 10s", "--think needs --work"),
-        ("--public-url http://x", "--public-url needs --visit, --page, --work or --check-proxy"),
-        ("--work --notebook text.ipynb", "argument --notebook: text.ipynb has no code cells"),
-        ("--work --notebook none.ipynb", "argument --notebook: none.ipynb cannot be read as a notebook"),
-        ("--page other.har", "argument --page: other.har holds no GET below /user/NAME/"),
-        ("--page class.py", "argument --page: class.py cannot be read as a HAR file"),
-        ("--public-url hub.example.org", "argument --public-url: expected a URL"),
-        ("--within soon", "argument --within: expected a duration"),
-        ("--seed 0 --within 1m", "argument --seed: expected a whole number of at least 1"),
-        ("--cell-timeout 0s", "argument --cell-timeout: expected a duration"),
-        ("--check-proxy --keep", "--keep and --check-proxy exclude each other"),
-    ],
-)
-def test_contradictions_are_refused_in_one_sentence(
-    words: str, refusal: str, files: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert refusal in refused_usage(["stress-test", *words.split()], NOWHERE, capsys)

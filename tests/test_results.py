@@ -20,7 +20,7 @@ from bench.whole_run import hub_counts
 from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from localhub import LocalHub
 from made_up import ready, results_of
-from tool import MODULE, results_in, run_for_results, start_tool, tool_users, wait_until
+from tool import MODULE, run_for_results, tool_users
 
 Make = Callable[..., LocalHub]
 
@@ -59,59 +59,23 @@ def test_each_command_writes_results_and_counts_its_requests_as_the_hub_does(hub
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_throttled_and_failing_run_says_what_was_slow_and_what_to_do(make_hub: Make, tmp_path: Path) -> None:
+def test_a_throttled_and_failing_run_says_what_was_slow(make_hub: Make, tmp_path: Path) -> None:
     hub = make_hub(spawn_s=1.6, slow_spawn_timeout_s=0, concurrent_spawn_limit=3, fail_rate=0.2)
-    report = tmp_path / "report.html"
-    words = ("stress-test", "-c", "10", "-b", "10", "--report", str(report))
-    done, found = run_for_results(tmp_path / "r", *words, hub=hub)
-    servers, lines = found["servers"], done.stdout.splitlines()
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "10", "-b", "10", hub=hub)
     assert (done.code, found["failed"], found["failed_rate"]) == (1, 2, 0.2) and not tool_users(hub)
-    assert max(map(len, lines)) <= 100 and len(lines) <= 45 and "FAILED: 8 of 10" in report.read_text()
-    assert (servers["ready"], servers["failed"], servers["lost"]) == (8, 2, 0)
-    assert servers["reasons"] == {"no node has 4 GB of memory free": 2}
-    assert found["timeline"]["servers"]["ready"].count(False) == 2
-    named = ", ".join(sorted((each["user"] for each in servers["failures"]), key=hst.natural))
-    assert f"2 × no node has 4 GB of memory free ({named}), " in done.summary
-    throttled_s = [at_s for at_s in found["timeline"]["servers"]["throttled_s"] if at_s is not None]
-    began_s = min(throttled_s) - min(found["timeline"]["servers"]["due_s"])
+    servers, line = found["servers"], found["timeline"]["servers"]
+    assert (servers["ready"], servers["failed"], servers["lost"], line["ready"].count(False)) == (8, 2, 0, 2)
+    throttled_s = [at_s for at_s in line["throttled_s"] if at_s is not None]
     assert servers["throttled"] == len(throttled_s) >= 3
-    assert servers["throttling_began_s"] == pytest.approx(began_s, abs=0.001)
-    assert f"; {servers['throttled']} throttled, from " in done.summary
+    assert servers["throttling_began_s"] == pytest.approx(min(throttled_s) - min(line["due_s"]), abs=0.001)
     slowest = servers["slowest"]
     assert len(slowest) == 5 and {each["message"] for each in slowest} <= {"Looking for a node", "Pulling the image"}
     first = f"{hst.duration_text(slowest[0]['ready_s'])}, {slowest[0]['user']}: throttled {slowest[0]['throttled']} ×"
     assert slowest[0]["throttled"] and re.search(rf"^slowest +{first}", done.summary, re.M)
-    assert re.search("^next .*raise c.JupyterHub.concurrent_spawn_limit", done.summary, re.M)
     sentence = re.search(r"of (\S+ m?s) until ready, (\S+ m?s) throttling, (\S+ m?s) the spawner", done.summary)
     assert sentence, done.summary
     wait_s, waited_s, start_s = (float(text.split()[0]) * hst.UNITS[text.split()[1]] for text in sentence.groups())
     assert start_s >= 1.6 and waited_s > 0.1 and start_s + waited_s <= wait_s * 1.01
-
-
-# ==== Interrupted ====================================================================================================
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "both_send"),
-    [(signal.SIGINT, 130, False), (signal.SIGINT, 130, True), (signal.SIGTERM, 143, True)],
-)
-def test_an_interrupt_of_all_processes_cleans_up_and_writes_results(
-    number: int, code: int, both_send: bool, new_hub: LocalHub, tmp_path: Path
-) -> None:
-    def reported() -> int:
-        return sum(bool(user["last_activity"]) for name, user in new_hub.users().items() if hst.is_test_user(name))
-
-    words = ["activity-stress-test", "-c", "10", "--rate", "20", "--duration", "60s", "--processes", "2"]
-    with start_tool(*words, "--workers", "10", "--results", str(tmp_path / "r"), hub=new_hub) as run:
-        wait_until(lambda: len(tool_users(new_hub)) == 10)
-        if both_send:
-            wait_until(lambda: reported() == 10)
-        os.killpg(run.pid, number)  # as a terminal does
-        done = run.outcome(60)
-    found = results_in(tmp_path / "r", done)
-    assert done.code == code and done.stdout.startswith("INTERRUPTED: ")
-    assert found["users"]["left_behind"] == [] and not tool_users(new_hub)
-    assert not both_send or found["operations"]["activity"]["count"] >= 10
 
 
 # ==== The exit code ==================================================================================================

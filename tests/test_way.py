@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import ssl
 import subprocess
@@ -17,7 +18,8 @@ import hub_stress_test as hst
 from hub_stress_test import Kind, Reason
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, TimeTraveller
-from tool import MODULE, NOWHERE, refused_usage, run_tool
+from test_hub_setup import refusal
+from tool import MODULE, NOWHERE, refused_usage
 
 NO_ROUTE = Reason(Kind.ROUTE, hst.NO_ROUTE)
 TO_HTTP = Reason(Kind.ROUTE, "a redirect to http: the proxy does not pass X-Forwarded-Proto")
@@ -86,21 +88,21 @@ def test_a_redirect_to_http_behind_tls_is_told_apart(location: str, reason: Reas
     assert judged(answer(302, location), "http://hub.example.org/user/ann/")[0] != TO_HTTP
 
 
-class Pages(HubWithUsers):
-    """A hub with ann, and the pages of her server: answers by path, and where each request went."""
+class OtherHub(HubWithUsers):
+    """A simulated hub with ann's server; some paths are answered with a status, and JSON or the place to go to."""
 
-    def __init__(self, pages: dict[str, tuple[int, str]]) -> None:
+    def __init__(self, others: dict[str, tuple[int, Any]]) -> None:
         super().__init__(["ann"])
         self._users["ann"]["servers"] = {"": {"ready": True, "pending": None, "url": "/user/ann/"}}
-        self.pages, self.visited = pages, list[str]()
+        self._others = others
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        response, url = super().send(request, *args, **kwargs), request.url or ""
-        if "/hub/api/" not in url:
-            self.visited.append(url)
-            response.status_code, location = self.pages[url.removeprefix("http://x")]
-            headers = {"X-JupyterHub-Version": "6.1.1"} | ({"Location": location} if location else {})
-            response.headers = requests.structures.CaseInsensitiveDict(headers)
+        response = super().send(request, *args, **kwargs)
+        response.status_code, other = self._others.get(self.asked[-1][1], (response.status_code, None))
+        if isinstance(other, str):
+            response.headers["Location"] = other
+        elif other is not None:
+            response.raw = io.BytesIO(json.dumps(other).encode())
         return response
 
 
@@ -119,13 +121,14 @@ class Pages(HubWithUsers):
 def test_only_redirects_below_the_servers_url_are_followed(
     pages: dict[str, tuple[int, str]], visited: int, reason: Reason | None
 ) -> None:
-    wire = Pages(pages)
+    wire = OtherHub(pages)
     site = hst.Site(hst.Hub(ENDPOINT, hst.HubSession("x", wire), "6.1.1"), hst.Plan(visit=True), hst.new_recorder())
     person = hst.Visitor("ann", 0.0, site.plan, site)
     with pytest.raises(hst.Failed) if reason else contextlib.nullcontext() as failed:
         hst.open_page(person, hst.Event("visit", "ann", 0.0, 0.0), person.clock() + 30.0)
-    assert len(wire.visited) == visited and (failed.value.reason if failed else None) == reason
-    assert all(url.startswith("http://x/user/ann/") for url in wire.visited)
+    asked = [path for _, path, _ in wire.asked if not path.startswith("/hub/api/")]
+    assert len(asked) == visited and (failed.value.reason if failed else None) == reason
+    assert all(path.startswith("/user/ann/") for path in asked)
 
 
 # ==== Where the server is, and which token enters it =================================================================
@@ -173,20 +176,10 @@ def test_a_servers_url_is_the_hubs_word_and_on_no_other_host(
         assert public.server_in(reply) == url
 
 
-class OtherHub(HubWithUsers):
-    """A simulated hub that answers one path in another way."""
-
-    def __init__(self, path: list[str], status: int, data: dict[str, Any]) -> None:
-        self._other, self._found = path, (status, data)
-        super().__init__(["ann"])
-
-    def _answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
-        return self._found if path == self._other else super()._answer(method, path, body)
-
-
 def public_side(version: str, visit_token: str | None, status: int) -> hst.PublicSide:
     """The public side of a hub that answers with this status when asked for a token for ann."""
-    session = hst.HubSession("the-first", OtherHub(["users", "ann", "tokens"], status, {"token": "anns-own"}))
+    wire = OtherHub({"/hub/api/users/ann/tokens": (status, {"token": "anns-own"})})
+    session = hst.HubSession("the-first", wire)
     plan = hst.Plan(visit=True, visit_token=hst.Secret(visit_token) if visit_token else None)
     return hst.PublicSide(hst.Hub(ENDPOINT, session.clone(own_stop=True), version), plan)
 
@@ -233,26 +226,23 @@ def test_on_1x_no_other_token_enters_a_server(status: int, text: str) -> None:
 def test_the_token_for_visits_has_to_enter_all_servers(
     version: str, scopes: list[str] | None, options: dict[str, Any], fine: bool
 ) -> None:
-    wire = OtherHub(["user"], 200, {"name": "x"} | ({} if scopes is None else {"scopes": scopes}))
-    before, hub = len(wire.asked), hst.Hub(ENDPOINT, hst.HubSession("x", wire), version)
+    wire = OtherHub({"/hub/api/user": (200, {"name": "x"} | ({} if scopes is None else {"scopes": scopes}))})
+    hub = hst.Hub(ENDPOINT, hst.HubSession("x", wire), version)
     with contextlib.nullcontext() if fine else pytest.raises(hst.SetupError, match="lacks what visits need"):
         hst.check_visits(hub, hst.Plan(**options))
-    assert len(wire.asked) - before == (bool(options) and not version.startswith("1."))
+    assert len(wire.asked) == (bool(options) and not version.startswith("1."))
 
 
 def test_a_token_that_may_not_enter_servers_is_refused_with_a_remedy(hub: LocalHub) -> None:
     refusals = {  # by the token for visits
-        "": ("The token lacks what visits need: access:servers. ", hst.VISIT_ROLE_TO_PASTE.splitlines()[-1]),
+        "": ("The token lacks what visits need: access:servers. ", hst.VISIT_ROLE_TO_PASTE),
         "0" * 32: (f"The hub at {hub.endpoint} refuses the token (GET /user answered 403)", "JUPYTERHUB_VISIT_TOKEN."),
         hub.token: ("The token in JUPYTERHUB_VISIT_TOKEN lacks what visits need: access:servers", ""),
     }
-    before = hub.users()
     for token, (begin, end) in refusals.items():
-        env = {"JUPYTERHUB_VISIT_TOKEN": token} if token else {}
-        done = run_tool("stress-test", "-c", "2", "--visit" if token else "--work", hub=hub, env=env)
-        assert (done.code, done.stdout) == (3, "") and hub.users() == before
-        assert done.stderr.startswith(f"hub-stress-test: {begin}") and done.stderr.rstrip().endswith(end)
-        assert "JUPYTERHUB_VISIT_TOKEN" in done.stderr and "0" * 32 not in done.stderr
+        said = refusal(hub.endpoint, hub.token, work=True, visit_token=hst.Secret(token) if token else None)
+        assert said.startswith(begin) and said.endswith(end)
+        assert "JUPYTERHUB_VISIT_TOKEN" in said and "0" * 32 not in said
 
 
 def test_a_visit_token_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

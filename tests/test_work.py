@@ -125,8 +125,9 @@ def test_servers_count_the_cells_and_requests_of_twelve_people(
     labs: LocalHub, witness: Witness, tmp_path: Path
 ) -> None:
     words = ["-v", "-c", "12", "--within", "2s", "--work", "--think", "0.2s"]
-    book = script(tmp_path, *FIVE_CELLS)
-    done, found = run_for_results(tmp_path / "r", "stress-test", *words, "--notebook", book, hub=labs)
+    words += ["--notebook", script(tmp_path, *FIVE_CELLS)]
+    words += ["--watch", f"proxy=http://127.0.0.1:{labs.proxy.metrics_port}/metrics"]
+    done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
     assert done.code == 0 and done.summary.startswith("PASSED: 12 of 12 people got to work; half waited ")
     means = found["people"].pop("until_work_s")
     counts = {"expected": 12, "at_work": 12, "failed": 0, "under_way": 0, "not_begun": 0}
@@ -145,6 +146,11 @@ def test_servers_count_the_cells_and_requests_of_twelve_people(
     asked = re.findall(r"200 GET \S*/hub/api/user \(hub-stress-test(\S*)@", witness.log)
     assert sorted(asked) == ["", *["-visits"] * 13]  # each token is checked once, and then the visits are
     assert truth["hub_checks"] == 12  # a server asks the hub once for each token that it sees
+    after = found["aftermath"]
+    assert {"open_files", "rss_bytes", "active_handles"} <= after["proxy"].keys()
+    files = after["hub"]["open_files"]
+    assert files["peak"] >= files["before"] and files["grown"] == files["after"] - files["before"] <= 50
+    assert after["hub"]["proxy_error_pages"]["grown"] == 0 and "aftermath" not in done.summary
 
 
 def test_people_fetch_what_a_browser_fetched(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
@@ -198,10 +204,8 @@ MAY_RAISE = ' tags=["raises-exception"]\nraise ValueError()'
 @pytest.mark.parametrize(
     ("cells", "reason", "done_before"),
     [
-        (["1 * 1", MAY_RAISE, "raise MemoryError()", "2 * 2"], "cell 3 raised MemoryError", 2),
         (["raise KeyError()", "2 * 2"], "cell 1 raised KeyError", 0),
-        (["1 * 1", "import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 1),
-        (["import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 0),
+        (["1 * 1", MAY_RAISE, "import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 2),
         (["1 * 1", "import os; os._exit(1)", "2 * 2"], "the kernel died", 1),
     ],
 )
@@ -232,7 +236,7 @@ def test_at_the_hubs_own_port_the_public_url_is_missing(labs: LocalHub, witness:
 
 
 def test_an_interrupt_while_people_work_counts_each_once(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "6", "--within", "30s", "--seed", "71", "--work", "--think", "0.2s")
+    words = ("stress-test", "-c", "6", "--within", "30s", "--seed", "71", "--work", "--think", "5m")
     with start_tool(*words, "--results", str(tmp_path / "r"), hub=labs) as run:
         wait_until(lambda: len(witness.truth["cells"]) >= 2)
         run.send_signal(signal.SIGINT)

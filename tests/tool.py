@@ -27,6 +27,7 @@ SCHEMA: dict[str, Any] = json.loads(Path(__file__).with_name("results.schema.jso
 THEIRS = {"alice", "hub-stress-tester", "hub-stress-test-admin"}  # users of every hub, which are not the tool's
 THEIR_ADMIN = "hub-stress-test-400"  # of the shared hubs: named as the tool would, and an admin
 NOWHERE = {"JUPYTERHUB_ENDPOINT": "http://127.0.0.1:1/hub/api", "JUPYTERHUB_API_TOKEN": "not-a-token"}
+HUB = ("--endpoint", "http://hub.example.org/hub/api", "--token", "t")  # options for what asks no hub
 PATIENCE_S = 170.0  # a test may take 180 s
 
 
@@ -60,6 +61,10 @@ class Running(subprocess.Popen[str]):
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
         super().__exit__(kind, error, traceback)
+
+    def log_up_to(self, words: str) -> None:
+        """Read its log up to the line with these words."""
+        assert self.stderr and any(words in line for line in self.stderr), f"the log never said {words!r}"
 
     def outcome(self, within_s: float = PATIENCE_S) -> Outcome:
         """Wait for its end; the token must be in none of its output, and no traceback."""
@@ -97,6 +102,13 @@ def results_in(path: Path, done: Outcome) -> dict[str, Any]:
     jsonschema.validate(found, SCHEMA)
     assert found["exit_code"] == done.code
     return found
+
+
+def plan_for(*words: str) -> hst.Plan:
+    """The plan that a command line stands for."""
+    args = hst.parse_args(words)
+    hst.validate(args)
+    return hst.plan_of(args)
 
 
 def refused_usage(words: list[str], env: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
