@@ -4648,10 +4648,10 @@ class Run:
         for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
             LOG.info("%s", line)
 
-    def make_users(self, count: int, batch_size: int) -> list[str]:
+    def make_users(self, count: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
         taken, run = [*(user["name"] for user in self.existing), *self.claims.confirmed], self.plan.run or ""
-        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, run)
+        batches = make_users(count, self.plan.batch_size, self.hub, self.record, self.claims, taken, run)
         return [name for batch in batches for name in batch]
 
     def start_servers(self, names: Sequence[str]) -> None:
@@ -4714,7 +4714,7 @@ class Run:
             name for name, row in rows.items() if "at_work" in row and not any(e.reason for e in row.values())
         }
         working = (name for name in names if name in good and states.get(name) is ServerState.READY)
-        name = next(working, None) or self.make_users(1, 1)[0]
+        name = next(working, None) or self.make_users(1)[0]
         site = copy.copy(self.site)
         site.record = Recorder()  # the check is no part of the load's results
         person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
@@ -4853,7 +4853,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     try:
         while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
             count = round(rate / grain_per_s) if of_people else plan.count
-            users = run.make_users(count, plan.batch_size) if of_people else users
+            users = run.make_users(count) if of_people else users
             step, record = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
@@ -6592,7 +6592,7 @@ def stress(run: Run) -> None:
         return
     noun = ("person", "people") if plan.rehearses else ("server",)
     run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
-    names = run.make_users(plan.count, plan.batch_size)
+    names = run.make_users(plan.count)
     run.send(Load(plan, run.hub.endpoint, names))
     if plan.is_open:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
@@ -6605,7 +6605,7 @@ def activity(run: Run) -> None:
     plan, session = run.plan, run.session
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
-    users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    users += run.make_users(plan.count - len(users)) if len(users) < plan.count else []
     if plan.find_capacity:
         search(run, users)
         return
