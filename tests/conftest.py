@@ -74,8 +74,7 @@ def kube_hub(shared_kube_hub: LocalHub) -> Iterator[LocalHub]:
     yield hub
     hub.cluster.clean()
     if not hub.running or "consecutive spawns failed" in hub.log()[logged:]:  # which the hub counts on and on
-        hub.stop()
-        hub.start()
+        hub.restart()
     for name in hub.users().keys() - THEIRS:
         hub.call("DELETE", f"/users/{name}")
 

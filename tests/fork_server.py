@@ -1,4 +1,4 @@
-"""Hubs forked from a process that has imported JupyterHub: the import is four fifths of the CPU time of a boot.
+"""Hubs forked from a process that has imported JupyterHub, and set up what all have alike: most of the time of a boot.
 
 One such process for each interpreter ends with the process that started it, and takes its hubs and their files along.
 """
@@ -28,12 +28,11 @@ class Forked:
     def has_ended(self, within_s: float = 0.0) -> bool:
         return bool(select.select([self._pidfd], [], [], within_s)[0])
 
-    def end(self, patience_s: float = 0.0) -> None:
-        """End it politely if there is patience, else as a crash would."""
-        for number in (signal.SIGTERM, signal.SIGKILL) if patience_s else (signal.SIGKILL,):
-            if not self.has_ended():
-                signal.pidfd_send_signal(self._pidfd, number)
-                self.has_ended(patience_s or 10.0)
+    def end(self) -> None:
+        """End it as a crash would."""
+        if not self.has_ended():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self.has_ended(within_s=10.0)
         os.close(self._pidfd)
 
 
@@ -80,8 +79,11 @@ def main() -> None:
     del sys.path[0]  # where the tests' modules are
     # Half of the import of JupyterHub 6 is a grammar for addresses in event schemas, which it can do without.
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
-    from jupyterhub.app import main as hub
+    from jupyterhub.app import JupyterHub
+    from sqlalchemy.orm import configure_mappers
 
+    configure_mappers()
+    JupyterHub()
     configuration, directory, environment = orders()
     os.setsid()
     os.chdir(directory)
@@ -92,7 +94,7 @@ def main() -> None:
     os.environ.update(environment)
     tempfile.tempdir = None
     sys.argv = ["jupyterhub", "-f", configuration]
-    hub()
+    JupyterHub.launch_instance()
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Cluster(Stub):
 
 
 class LocalHub:
-    """A running hub, until `stop` or the end of the `with` block. It asks the hub with a token of its own.
+    """A running hub, until `kill` or the end of the `with` block. It asks the hub with a token of its own.
 
     A real proxy, the stub labs and the stub of Kubernetes are processes beside the hub: they outlive its crashes, and
     end with the block.
@@ -190,11 +190,10 @@ class LocalHub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.kill()
         for process in filter(None, (self._proxy, self._labs, self._cluster)):
             process.stop()
-        if self.options.real_servers:
-            kill_all(processes_in(self._directory))  # the kernels of servers that had no time to end them
+        kill_all(processes_in(self._directory))  # kernels of real servers
         shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
@@ -255,16 +254,10 @@ class LocalHub:
         except OSError:
             return False
 
-    def stop(self) -> None:
-        """End the hub and its servers: politely, then not."""
-        if self._process:
-            self._process.end(patience_s=10.0)
-        self._process = None
-
     def kill(self) -> None:
-        """End the hub as a crash would."""
-        assert self._process
-        self._process.end()
+        """End the hub as a crash would: to end politely costs it as much time as to boot."""
+        if self._process:
+            self._process.end()
         self._process = None
 
     def restart(self) -> None:

@@ -271,11 +271,14 @@ def test_servers_that_the_hub_failed_to_stop_are_counted_once(command: str, hub:
     assert (done.code, results["users"]["stops_failed"]) == (0, 0)
 
 
-def test_without_the_hubs_metrics_failed_stops_are_unknown(new_hub: LocalHub, tmp_path: Path) -> None:
+def test_without_its_scope_the_hubs_figures_are_unknown(new_hub: LocalHub, tmp_path: Path) -> None:
     words = ("stress-test", "-c", "2", "--profile", '{"stop_fails": true}')
     env = {"JUPYTERHUB_API_TOKEN": token_with(new_hub, "admin:users", "servers")}
     done, results = run_for_results(tmp_path / "r", *words, hub=new_hub, env=env)
     assert (done.code, results["users"]["stops_failed"]) == (0, None)
+    missing = {"metrics": None, "restarts": None, "metrics_missing": hst.NO_METRICS_SCOPE}
+    assert results["hub"] == results["hub"] | missing
+    assert done.summary.count("read:metrics") == 1 and "CPU, memory, event-loop lag" in done.summary
 
 
 @pytest.fixture(scope="module")

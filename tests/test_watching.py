@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,74 +31,65 @@ Make = Callable[..., LocalHub]
 # ==== Progress =======================================================================================================
 
 
-def on_a_terminal(
-    *words: str, hub: LocalHub, env: dict[str, str] | None = None, options: tuple[str, ...] = ()
-) -> tuple[str, str]:
-    """What a run wrote to standard output and to standard error, both terminals."""
-    ends = [pty.openpty() for _ in range(2)]
-    for _, theirs in ends:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    said: list[list[bytes]] = [[], []]
-
-    def listen(end: int, into: list[bytes]) -> None:
-        while True:
-            try:
-                into.append(os.read(end, 65536))
-            except OSError:  # the other end is closed
-                return
-
-    environment = os.environ | hub.environment | {"TERM": "xterm"} | (env or {})
-    process = subprocess.Popen(
-        [sys.executable, *options, MODULE, *words], env=environment, stdin=-3, stdout=ends[0][1], stderr=ends[1][1]
-    )
-    listeners = [threading.Thread(target=listen, args=(ends[n][0], said[n])) for n in range(2)]
-    for (_, theirs), listener in zip(ends, listeners):
+def on_a_terminal(*words: str, hub: LocalHub, env: dict[str, str], options: tuple[str, ...] = ()) -> str:
+    """What a run writes to a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command, said = [sys.executable, *options, MODULE, *words], b""
+    environment = os.environ | hub.environment | {"TERM": "xterm"} | env
+    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs) as run:
         os.close(theirs)
-        listener.start()
-    assert process.wait(60) == 0
-    for (ours, _), listener in zip(ends, listeners):
-        listener.join()
-        os.close(ours)
-    return b"".join(said[0]).decode(), b"".join(said[1]).decode()
+        with contextlib.suppress(OSError):  # the other end is closed
+            while True:
+                said += os.read(ours, 65536)
+    os.close(ours)
+    assert run.returncode == 0
+    return said.decode()
 
 
 @pytest.mark.parametrize("with_tqdm", [True, False])
 def test_on_a_terminal_a_line_changes_in_place_and_the_summary_is_coloured(
     with_tqdm: bool, new_hub: LocalHub, bare: dict[str, str]
 ) -> None:
-    words, env = ("stress-test", "-c", "6", "--profile", '{"spawn_s": 1}'), {} if with_tqdm else bare
-    stdout, stderr = on_a_terminal(*words, hub=new_hub, env=env, options=() if with_tqdm else ("-S",))
-    assert stdout.startswith("\033[1;32mPASSED\033[0m: 6 of 6")
-    parts = re.split(r"[\r\n]+", re.sub(r"\033\[[\d;]*[A-Z]", "", stderr))
-    for line in (r"creating users: ", r"00:0\d \| \d of 6 came, \d starting", r"cleaning up: "):
-        assert any(re.match(line, part) for part in parts), stderr
+    words = ("stress-test", "-c", "6", "--profile", '{"spawn_s": 1}', "--hold", "2s")
+    env = {} if with_tqdm else bare
+    said = on_a_terminal(*words, hub=new_hub, env=env, options=() if with_tqdm else ("-S",))
+    assert "\033[1;32mPASSED\033[0m: 6 of 6" in said
+    parts = re.split(r"[\r\n]+", re.sub(r"\033\[[\d;]*[A-Z]", "", said))
+    people = r"\d\d:\d\d \| \d of 6 came, \d starting", r"\d\d:\d\d, holding for 00:0\d more \| 6 of 6 came, 6 ready"
+    for line in ("creating users: ", *people, "cleaning up: "):
+        assert any(re.match(line, part) for part in parts), said
     logged = [part for part in parts if " INFO " in part]
     assert logged and not any(" came" in part or "cleaning up:" in part for part in logged)  # each on its own
+    assert ("pip install prometheus-client" in said) is not with_tqdm and not tool_users(new_hub)
+
+
+def test_a_report_without_plotly_is_refused_before_the_run(new_hub: LocalHub, bare: dict[str, str]) -> None:
+    command = [sys.executable, "-S", MODULE, "stress-test", "--report", "r.html"]
+    done = subprocess.run(command, env=bare | new_hub.environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "") and "pip install plotly" in done.stderr
 
 
 def test_no_color_is_respected_and_a_pipe_gets_no_colours(new_hub: LocalHub) -> None:
-    stdout, _ = on_a_terminal("purge", hub=new_hub, env={"NO_COLOR": "1"})
-    assert stdout.startswith("PASSED") and "\033" not in stdout
+    said = on_a_terminal("purge", hub=new_hub, env={"NO_COLOR": "1"})
+    assert "PASSED: " in said and "\033[1" not in said
     done = run_tool("purge", hub=new_hub)
     assert done.stdout.startswith("PASSED") and "\033" not in done.stdout + done.stderr
 
 
-def test_elsewhere_a_line_every_ten_seconds_says_how_far_it_is_and_counts_a_hold_down(new_hub: LocalHub) -> None:
-    done = run_tool("-v", "stress-test", "-c", "2", "--run", "x", "--rate", "4", "--hold", "14s", hub=new_hub)
-    first, *_ = (line for line in done.stderr.splitlines() if " INFO " in line)
-    for part in ("2 servers, 4 per second, ", new_hub.endpoint, "as hub-stress-test-x-<n>.", "Ctrl-C"):
+def test_elsewhere_a_line_every_ten_seconds_says_how_far_it_is(new_hub: LocalHub) -> None:
+    words = ("activity-stress-test", "-c", "3", "--run", "x", "--rate", "10", "--duration", "2m", "--processes", "2")
+    with start_tool("-v", *words, hub=new_hub) as run:
+        assert run.stderr
+        first = next(line for line in run.stderr if " INFO " in line)
+        later = next(line for line in run.stderr if " sent (" in line)
+        run.send_signal(signal.SIGINT)
+        assert run.outcome().code == 130
+    for part in (new_hub.endpoint, "as hub-stress-test-x-<n>.", "Ctrl-C"):
         assert part in first
-    line = r"^00:1\d, holding for 00:0\d more \| 2 of 2 came, 2 ready \| ping [\d.]+ m?s \| hub \d+ %$"
-    assert re.search(line, done.stderr, re.M), done.stderr
-    assert "Took" not in done.stderr  # the log names no function
-
-
-def test_a_load_over_processes_says_how_far_it_is(new_hub: LocalHub) -> None:
-    words = ("--rate", "10", "--duration", "12s", "--processes", "2", "--workers", "4")
-    done = run_tool("activity-stress-test", "-c", "3", *words, hub=new_hub)
-    pattern = r"^00:1\d of 00:12 \| (\d+) sent \(([\d.]+) per second\) \| ping [\d.]+ m?s \| hub \d+ %$"
-    line = re.search(pattern, done.stderr, re.M)
-    assert line and 0 < int(line[1]) <= 120 and 0 < float(line[2]) < 12
+    pattern = r"00:\d\d of 02:00 \| (\d+) sent \(([\d.]+) per second\) \| ping [\d.]+ m?s \| hub \d+ %$"
+    line = re.match(pattern, later)
+    assert line and int(line[1]) > 0 and 0 < float(line[2]) <= 11, later
 
 
 def whereabouts(plan: hst.Plan, ways: dict[int, str]) -> dict[str, int]:
@@ -158,56 +151,31 @@ def test_a_run_begins_with_what_it_costs_and_the_risk_that_fits(words: str, numb
 # ==== Regularly, and pings ===========================================================================================
 
 
-def test_something_is_done_at_fixed_moments_although_it_takes_long_at_times() -> None:
-    dues_s: list[float] = []
-
-    def act(due_s: float) -> None:
-        dues_s.append(due_s)
-        time.sleep(0.3 if len(dues_s) == 2 else 0)
-
-    began_s = time.monotonic()
-    with hst.Regularly("test", 0.05, act, at_most=20):
-        wait_until(lambda: len(dues_s) >= 12)
-    ended_s, number = time.monotonic(), len(dues_s)
-    steps_s = [after - before for before, after in zip(sorted(dues_s), sorted(dues_s)[1:])]
-    assert steps_s == pytest.approx([0.05] * len(steps_s)) and began_s < min(dues_s)
-    assert max(dues_s) <= ended_s
-    time.sleep(0.2)
-    assert len(dues_s) == number  # nothing is done after the block
-
-
-def test_pings_are_due_five_times_a_second_and_sent_once_each(new_hub: LocalHub, proxy: FaultProxy) -> None:
-    dues_s: list[float] = []
-    proxy.rule = every(matching("GET", "/users/alice"), Answer(503, b""))
-    session, record = hst.get_session(new_hub.token), hst.Recorder(lambda event: dues_s.append(event.due_s))
-    with hst.pinging("alice", proxy.endpoint, session, record):
-        wait_until(lambda: record.count(["ping"]) >= 6)
-    ping, http = record.summarise()["ping"], session.traffic.summarise()
-    assert ping.failed == ping.count >= 6 and list(ping.errors.values()) == [ping.count]
-    steps_s = [after - before for before, after in zip(sorted(dues_s), sorted(dues_s)[1:])]
-    assert steps_s == pytest.approx([0.2] * len(steps_s))
-    assert (http.retries, http.requests, http.observer_share) == (0, len(proxy.requests), 1.0)
-
-
-def test_a_ping_that_is_answered_late_holds_up_no_other(new_hub: LocalHub, proxy: FaultProxy) -> None:
+def test_pings_are_due_five_times_a_second_and_none_waits_for_another(new_hub: LocalHub, proxy: FaultProxy) -> None:
     events: list[hst.Event] = []
-    late = iter([Delay(2.0)])
-    proxy.rule = lambda request: next(late, None)
+    pings = itertools.count()
+    proxy.rule = lambda request: Answer(503) if next(pings) else Delay(2.0)
     session, record = hst.get_session(new_hub.token), hst.Recorder(events.append)
     with hst.pinging("alice", proxy.endpoint, session, record):
         wait_until(lambda: any(event.latency_s >= 2.0 for event in events))
-    assert all(event.reason is None for event in events)
-    first = min(events, key=lambda event: event.due_s)
-    assert first.latency_s >= 2.0 and sum(event.ended_s < first.ended_s for event in events) >= 5
+    events.sort(key=lambda event: event.due_s)
+    steps_s = [after.due_s - before.due_s for before, after in zip(events, events[1:])]
+    assert steps_s == pytest.approx([0.2] * len(steps_s))
+    late, *others = events
+    assert late.reason is None and late.latency_s >= 2.0 and all(event.reason for event in others)
+    assert sum(event.ended_s < late.ended_s for event in others) >= 5
+    http = session.traffic.summarise()
+    assert (http.retries, http.requests, http.observer_share) == (0, len(proxy.requests), 1.0)
+    sent = len(proxy.requests)
+    time.sleep(0.6)
+    assert len(proxy.requests) == sent  # nothing is done after the block
 
 
-def test_pings_beyond_twenty_under_way_are_skipped_and_keep_nobody(new_hub: LocalHub, proxy: FaultProxy) -> None:
-    proxy.rule = every(matching("GET", "/users/alice$"), Delay(6.0))
-    session, record = hst.get_session(new_hub.token), hst.Recorder()
-    with hst.pinging("alice", proxy.endpoint, session, record):
-        wait_until(lambda: record.count(["ping"]) >= 3)
-    ping = record.summarise()["ping"]
-    assert ping.skipped >= 3 and ping.latency_s.min is not None and ping.latency_s.min >= 6.0
+def test_what_is_missed_while_all_are_late_is_skipped() -> None:
+    record = hst.Recorder()
+    record.skip("ping")
+    with hst.Regularly("test", 0.01, lambda due_s: time.sleep(0.2), 3, lambda: record.skip("ping")):
+        wait_until(lambda: record.summarise()["ping"].skipped >= 20)
 
 
 def test_nobody_is_pinged_once_the_run_was_stopped() -> None:
@@ -255,29 +223,18 @@ def test_the_hubs_figures_agree_with_the_systems_and_with_its_metrics_page(hub: 
 
 def test_a_hub_that_goes_away_and_comes_back_has_restarted(make_hub: Make, tmp_path: Path) -> None:
     hub, file = make_hub(database=str(tmp_path / "hub.sqlite")), tmp_path / "r"
-    words = ("-c", "2", "--rate", "4", "--duration", "14s", "--fail-if", "failed_rate > 90%")
-    with start_tool("activity-stress-test", *words, "--results", str(file), hub=hub) as run:
+    words = ("activity-stress-test", "-c", "2", "--rate", "4", "--duration", "2m", "--results", str(file))
+    with start_tool(*words, hub=hub) as run:
         wait_until(lambda: tool_users(hub))
         hub.kill()
-        time.sleep(5)  # a hub is said to be away after 3 s
+        run.log_up_to("The hub has not answered since ")
         hub.start()
-        done = run.outcome(60)
+        run.log_up_to("The hub answers again")
+        run.send_signal(signal.SIGINT)
+        done = run.outcome()
     found = results_in(file, done)
-    away = re.search(r"The hub has not answered since \d\d:\d\d:\d\d \(connection (refused|reset)\)", done.stderr)
-    assert away and done.stderr.index("The hub answers again") > away.end()
-    assert found["hub"]["restarts"] == 1 and found["warnings"] == ["the hub restarted during the run"]
-    assert re.search("^but +the hub restarted during the run", done.summary, re.M)
+    assert found["hub"]["restarts"] == 1 and "the hub restarted during the run" in found["warnings"]
     assert found["hub"]["metrics"]["cpu_s"] > 0 and not tool_users(hub)
-
-
-def test_without_the_scope_the_summary_says_once_what_it_would_add(
-    new_hub: LocalHub, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    proxy.rule = every(matching("GET", "/hub/metrics"), hub_answer(403, b"{}"))
-    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "2", hub=new_hub, proxy=proxy)
-    assert done.code == 0 and found["hub"]["metrics"] is None and found["hub"]["restarts"] is None
-    assert found["hub"]["metrics_missing"] == hst.NO_METRICS_SCOPE
-    assert done.summary.count("read:metrics") == 1 and "CPU, memory, event-loop lag" in done.summary
 
 
 @pytest.mark.parametrize(
@@ -316,23 +273,6 @@ def test_the_monitor_looks_also_after_the_load_was_stopped(new_hub: LocalHub) ->
     assert first.at_s < last.at_s and 0 < first.get(hst.CPU) <= last.get(hst.CPU)
     http = session.traffic.summarise()
     assert http.observer_requests == http.requests == len(monitor.snapshots)
-
-
-def test_with_nothing_but_its_two_needs_it_does_its_whole_job_and_says_what_is_missing(
-    new_hub: LocalHub, tmp_path: Path, bare: dict[str, str]
-) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-S", str(MODULE), "stress-test", "-c", "2", *words]
-        return subprocess.run(command, env=bare | new_hub.environment, capture_output=True, text=True, timeout=100)
-
-    done = run()
-    assert done.returncode == 0 and "2 of 2 servers became ready" in done.stdout
-    assert "pip install prometheus-client" in done.stdout and not tool_users(new_hub)
-    before = new_hub.users()
-    report = tmp_path / "report.html"
-    done = run("--report", str(report))
-    assert (done.returncode, done.stdout) == (2, "") and "pip install plotly" in done.stderr
-    assert not report.exists() and new_hub.users() == before
 
 
 # ==== What is made of the figures ====================================================================================

@@ -51,7 +51,7 @@ class Running(subprocess.Popen[str]):
 
     def __init__(self, words: tuple[str, ...], environment: dict[str, str]) -> None:
         self.token = environment.get("JUPYTERHUB_API_TOKEN")
-        command = [sys.executable, "-W", "error", str(MODULE), *words]
+        command = [sys.executable, "-W", "error", "-m", MODULE.stem, *words]  # which, unlike a script, is compiled once
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         super().__init__(command, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -78,8 +78,8 @@ def start_tool(
     *words: str, hub: LocalHub | None = None, proxy: FaultProxy | None = None, env: dict[str, str] | None = None
 ) -> Running:
     """Start the tool for a hub, through a proxy if one is given; of JupyterHub its environment has this and `env`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTERHUB")}
-    environment |= hub.environment if hub else {}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTERHUB", "PYTHON"))}
+    environment = kept | {"PYTHONPATH": str(MODULE.parent)} | (hub.environment if hub else {})
     environment |= {"JUPYTERHUB_ENDPOINT": proxy.endpoint} if proxy else {}
     return Running(words, environment | (env or {}))
 
