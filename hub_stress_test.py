@@ -3851,16 +3851,19 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CleanUp:
-    """What cleaning up did: how many users are gone, who is still there, and why."""
+class Users:
+    """The users that a run made, removed and left; with --own-servers, the servers have these numbers."""
 
+    created: int = 0
     deleted: int = 0
-    left: tuple[str, ...] = ()
     kept: int = 0
-    in_the_way: str = ""
+    left_behind: Sequence[str] = ()
+    in_the_way: str = ""  # why some cannot be removed; this and the next two also with --own-servers
+    stopped_while_starting: int = 0  # servers, which may have left something that the hub does not know
+    stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
 
 
-def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
+def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
     """Remove users until the hub lists none that are `ours`, or nothing has moved for the plan's time-out.
 
     The site's states are what this program knows of each user; after every round the hub's own list corrects
@@ -3906,7 +3909,7 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
             if done or session.clock() >= until_s or not session.pause(pause_s):
                 named = tuple(sorted(left, key=natural))
                 reason = refused or in_the_way(site, named, stopping_s)
-                return CleanUp(len(existing - left), named, in_the_way=reason)
+                return Users(deleted=len(existing - left), left_behind=named, in_the_way=reason)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
@@ -4553,7 +4556,7 @@ def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, 
     return site, existing
 
 
-def remove_made(site: Site, record: Recorder) -> CleanUp:
+def remove_made(site: Site, record: Recorder) -> Users:
     """Remove all users that were made on a site, also after its session was stopped."""
     ours, unsure = site.claims.ours, site.claims.unconfirmed.copy()
     with site.hub.session.clone(own_stop=True) as session:  # urllib3 before 2 closes nothing by itself
@@ -4589,7 +4592,7 @@ class Run:
         self.monitors = {"hub": self.monitor}
         watched = (each.parts for each in plan.watch)
         self.monitors |= {name: Monitor(url, session, is_hub=False) for name, url in watched}
-        self.cleaned = CleanUp()
+        self.cleaned = Users()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
         self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
@@ -4617,10 +4620,10 @@ class Run:
         for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
             LOG.info("%s", line)
 
-    def make_users(self, count: int, batch_size: int) -> list[str]:
+    def make_users(self, count: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
         taken, run = [*(user["name"] for user in self.existing), *self.claims.confirmed], self.plan.run or ""
-        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, run)
+        batches = make_users(count, self.plan.batch_size, self.hub, self.record, self.claims, taken, run)
         return [name for batch in batches for name in batch]
 
     def start_servers(self, names: Sequence[str]) -> None:
@@ -4683,7 +4686,7 @@ class Run:
             name for name, row in rows.items() if "at_work" in row and not any(e.reason for e in row.values())
         }
         working = (name for name in names if name in good and states.get(name) is ServerState.READY)
-        name = next(working, None) or self.make_users(1, 1)[0]
+        name = next(working, None) or self.make_users(1)[0]
         site = copy.copy(self.site)
         site.record = Recorder()  # the check is no part of the load's results
         person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
@@ -4714,12 +4717,6 @@ class Run:
                 "when a request was due"
             )
 
-    def remove(self, ours: Callable[[str], bool]) -> None:
-        """Remove users now."""
-        site = copy.copy(self.site)
-        site.record = self.record  # that of the site may be of one step of a search
-        self.cleaned = remove_users(site, ours)
-
     def clean_up(self) -> None:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
@@ -4734,7 +4731,7 @@ class Run:
         self.look()
         ours = self.claims.ours
         if self.plan.keep:
-            self.cleaned = CleanUp(kept=len(ours))
+            self.cleaned = Users(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
             self.cleaned = remove_made(self.site, self.record)
@@ -4828,7 +4825,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     try:
         while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
             count = round(rate / grain_per_s) if of_people else plan.count
-            users = run.make_users(count, plan.batch_size) if of_people else users
+            users = run.make_users(count) if of_people else users
             step, record = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
@@ -4838,10 +4835,9 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             LOG.info("At %s: %s", tried, step.held or "sustained")
             best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
-                run.site.states = dict.fromkeys(users, ServerState.STOPPED) | run.site.states
-                run.remove(set(users).__contains__)
-                if run.cleaned.left and not session.stopping.is_set():
-                    remain = counted(len(run.cleaned.left), thing(plan.own_servers))
+                run.cleaned = remove_made(run.site, run.record)
+                if run.cleaned.left_behind and not session.stopping.is_set():
+                    remain = counted(len(run.cleaned.left_behind), thing(plan.own_servers))
                     raise CutShort(f"{remain} could not be removed before others come")
             until_s, quick = session.clock() + DRAIN_S, 0  # until the hub answers at once, twice in a row
             while quick < 2 and session.clock() < until_s and session.pause(0.5):
@@ -5225,19 +5221,6 @@ class HubSide:
 
 
 @dataclasses.dataclass(frozen=True)
-class Users:
-    """The users that a run made, removed and left; with --own-servers, the servers have these numbers."""
-
-    created: int = 0
-    deleted: int = 0
-    kept: int = 0
-    left_behind: Sequence[str] = ()
-    in_the_way: str = ""  # why some cannot be removed; this and the next two also with --own-servers
-    stopped_while_starting: int = 0  # servers, which may have left something that the hub does not know
-    stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
-
-
-@dataclasses.dataclass(frozen=True)
 class Failure:
     """A server or person that failed, and the hub's last message about it."""
 
@@ -5330,12 +5313,12 @@ class Results:
         return bool(self.options.get("own_servers"))
 
     @property
-    def cleaned(self) -> CleanUp:
+    def cleaned(self) -> Users:
         """The outcome of cleaning up users, or with --own-servers servers."""
-        users, servers = self.users, self.servers
+        servers, numbers = self.servers, Json()
         if self.own_servers and servers:
-            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, users.in_the_way)
-        return CleanUp(users.deleted, tuple(users.left_behind), users.kept, users.in_the_way)
+            numbers = {"deleted": servers.removed, "kept": servers.kept, "left_behind": servers.left_behind}
+        return dataclasses.replace(self.users, **numbers)
 
 
 def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
@@ -5545,8 +5528,8 @@ def judgements_of(plan: Plan, results: Json) -> list[Judgement]:
     return [result for each, result in judged if each in plan.fail_if or result.value is not None]
 
 
-def _users_in(run: Run) -> Users:
-    """The outcome of the users; with --own-servers there are none.
+def users_of(run: Run) -> Users:
+    """The outcome of the users, or with --own-servers of the servers.
 
     A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only
     its metrics tell. A run that stopped none is not to blame.
@@ -5554,11 +5537,10 @@ def _users_in(run: Run) -> Users:
     cleaned, snapshots = run.cleaned, run.monitor.snapshots
     stopped = run.record.count(["stop_server"])
     failures = grown(snapshots, "server_stop_seconds_count", "failure") if stopped else 0.0
-    made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left))
-    users = Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, cleaned.left)
+    made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left_behind))
     return dataclasses.replace(
-        Users() if run.plan.own_servers else users,
-        in_the_way=cleaned.in_the_way,
+        cleaned,
+        created=0 if run.plan.command == PURGE else made,
         stopped_while_starting=len(run.site.interrupted),
         stops_failed=int(failures) if len(snapshots) > 1 else None,
     )
@@ -5566,14 +5548,15 @@ def _users_in(run: Run) -> Users:
 
 def results_of(run: Run) -> Results:
     """The results of a run; its conditions are judged by all the rest."""
-    plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
+    plan, rows, users, snapshots = run.plan, run.record.people, users_of(run), run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
     ends: Json = {"began_s": run.began_s, "starting": run.site.crowd.starting.copy()}
     servers = servers_of(rows, expected, cut_short, **ends) if expected or plan.own_servers else None
     if servers and plan.own_servers:
-        removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
-        servers = dataclasses.replace(servers, **removed)
+        numbers: Json = {"removed": users.deleted, "kept": users.kept, "left_behind": users.left_behind}
+        servers = dataclasses.replace(servers, **numbers)
+        users = dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=())
     people = people_of(rows, expected, cut_short, **ends) if expected and plan.rehearses else None
     groups = {
         each.group: people_of(rows, each.count, cut_short, each.group, began_s=run.began_s)
@@ -5582,7 +5565,7 @@ def results_of(run: Run) -> Results:
     if people:
         failed, tried = people.failed, plan.count
     elif plan.command == PURGE:
-        failed, tried = len(cleaned.left), len(run.existing)
+        failed, tried = len(run.cleaned.left_behind), len(run.existing)
     elif servers and not plan.find_capacity:
         failed, tried = servers.failed + servers.lost, plan.count
     else:
@@ -5623,7 +5606,7 @@ def results_of(run: Run) -> Results:
         finished=utc(datetime.now(timezone.utc)),
         duration_s=run.session.clock() - run.began_s,
         options=plan.options(),
-        users=_users_in(run),
+        users=users,
         failed=failed,
         failed_rate=failed / tried if tried else None,
         servers=servers,
@@ -5632,7 +5615,7 @@ def results_of(run: Run) -> Results:
         operations=run.record.summarise(),
         http=dataclasses.replace(run.session.traffic.summarise(), servers=to_servers),
         capacity=run.capacity,
-        aftermath=aftermath_of(shots, bool(cleaned.kept)),
+        aftermath=aftermath_of(shots, bool(run.cleaned.kept)),
         proxy_check=run.proxy_check,
         timeline=timeline,
         warnings=warnings,
@@ -5646,7 +5629,7 @@ def _judged(results: Results, run: Run) -> Results:
     conditions = [] if capacity else judgements_of(plan, as_json(results))
     bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # which made none of what is left
-    left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
+    left = bool(results.users.stops_failed or (run.cleaned.left_behind and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
     results = dataclasses.replace(results, conditions=conditions, exit_code=int(code))
     but = list(but_of(results)) if code is ExitCode.OK else []
@@ -5969,12 +5952,12 @@ def _hub_rows(results: Results) -> Iterator[Row]:
 
 def _cleanup_rows(results: Results) -> Iterator[Row]:
     """What was removed, what is still there, and what the hub cannot see."""
-    cleaned, users, run = results.cleaned, results.users, results.options["run"]
+    cleaned, run = results.cleaned, results.options["run"]
     remedy, noun = purge_command(run, results.own_servers), thing(results.own_servers)
     find = pods_command(run, results.own_servers)
     done = f"{counted(cleaned.deleted, noun)} {'removed' if results.own_servers else 'deleted'}"
-    traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
-    if failed := users.stops_failed:
+    traces = [still_starting(cleaned.stopped_while_starting)] if cleaned.stopped_while_starting else []
+    if failed := cleaned.stops_failed:
         they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
         traces.append(
             f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
@@ -5982,10 +5965,10 @@ def _cleanup_rows(results: Results) -> Iterator[Row]:
         )
     if cleaned.kept:
         yield "cleanup", f"{counted(cleaned.kept, noun)} kept, as asked; remove them with: {remedy}"
-    elif cleaned.left:
-        are = "MAY BE" if TO_LIST in cleaned.in_the_way else "IS" if len(cleaned.left) == 1 else "ARE"
-        yield "cleanup", f"{done}; {len(cleaned.left):,} {are} STILL THERE:"
-        yield "cleanup", names_text(cleaned.left)
+    elif left := cleaned.left_behind:
+        are = "MAY BE" if TO_LIST in cleaned.in_the_way else "IS" if len(left) == 1 else "ARE"
+        yield "cleanup", f"{done}; {len(left):,} {are} STILL THERE:"
+        yield "cleanup", names_text(left)
         if cleaned.in_the_way:
             yield "cleanup", cleaned.in_the_way
         yield "cleanup", f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"
@@ -6581,7 +6564,7 @@ def stress(run: Run) -> None:
         return
     noun = ("person", "people") if plan.rehearses else ("server",)
     run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
-    names = run.make_users(plan.count, plan.batch_size)
+    names = run.make_users(plan.count)
     run.send(Load(plan, run.hub.endpoint, names))
     if plan.is_open:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
@@ -6594,7 +6577,7 @@ def activity(run: Run) -> None:
     plan, session = run.plan, run.session
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
-    users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    users += run.make_users(plan.count - len(users)) if len(users) < plan.count else []
     if plan.find_capacity:
         search(run, users)
         return
@@ -6614,7 +6597,7 @@ def purge(run: Run) -> None:
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     run.site.states |= {user["name"]: server_state(user) for user in run.existing}
     if run.existing:
-        run.remove(functools.partial(is_test_user, run=run.plan.run))
+        run.cleaned = remove_users(run.site, functools.partial(is_test_user, run=run.plan.run))
 
 
 def carry_out(plan: Plan) -> Results:
@@ -7121,7 +7104,7 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     """Whether every one of these users is gone, their servers stopped first."""
     states, plan = dict.fromkeys(usernames, ServerState.READY), Plan(PURGE, batch_size=batch_size)
     site = Site(Hub(endpoint, session), plan, Recorder(), states)
-    return not remove_users(site, set(usernames).__contains__).left
+    return not remove_users(site, set(usernames).__contains__).left_behind
 
 
 def run_stress_test(
@@ -7263,16 +7246,15 @@ if locust_is_loading():
             self.site.record = Recorder(self._report)
             taken = [user["name"] for user in existing]
             self._names = (username(n, run) for n in itertools.count(first_free_index(taken, run)))
-            self.throttled, self.cut_short = 0, False
+            self.cut_short = False
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
-            self._cleaned: CleanUp | None = None
+            self._cleaned: Users | None = None
             self._cutting = gevent.spawn(self._cut_streams)  # last, since what is above may fail
 
         def _report(self, event: Event) -> None:
             """Hand an event to Locust, in its milliseconds."""
-            self.throttled += event.throttled if event.step == "server_ready" else 0
             failure = HubStressError(event.reason.text) if event.reason else None
             times: Json = {"response_time": event.latency_s * 1000, "response_length": 0}
             self._fire(request_type="hub", name=event.step, exception=failure, context={}, **times)
@@ -7299,8 +7281,8 @@ if locust_is_loading():
                     self._cutting.kill()
                     site.public.close_kernels()
                     self._cleaned = remove_made(site, Recorder())
-            report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left)}
-            report |= {"starting": len(site.interrupted), "throttled": self.throttled}
+            report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left_behind)}
+            report |= {"starting": len(site.interrupted), "throttled": self.session.traffic.throttled}
             return report | {"run": site.plan.run, "cut_short": self.cut_short}
 
     def locust_plan(environment: Any) -> Plan:
@@ -7317,7 +7299,6 @@ if locust_is_loading():
             given |= {name: values} if row.repeatable else {name: values[0]} if values else {}
         if relative := next((limit for limit in given["fail_if"] if limit.unit == "x"), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
-        given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
         people = [issubclass(kind, Person) for kind in environment.user_classes]
         if given.get("own_servers") and not all(people):
             remedy = "name that class at the end of the command line"
@@ -7513,7 +7494,7 @@ if locust_is_loading():
             SAY.warning("%s", still_starting(starting))
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         results = locust_results(runner.stats.entries.values(), load, throttled)
-        judged = [limit.judge(results, None) for limit in plan.fail_if]
+        judged = [limit.judge(results, None) for limit in plan.conditions]
         for judgement in judged:
             SAY.info("%s", spelled(goal_text(judgement), "ascii"))
         cut_short = any(report.get("cut_short") for report in reports)

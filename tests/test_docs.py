@@ -126,7 +126,10 @@ def test_the_readmes_role_is_the_one_printed_and_tested() -> None:
 
 @pytest.mark.parametrize("there", ([], [{"name": "theirs"}]), ids=("nothing", "something"))
 def test_the_readmes_role_is_added_to_what_is_there(there: list[dict[str, str]]) -> None:
-    config = traitlets.config.Config()
+    from jupyterhub.app import JupyterHub  # which takes seconds
+    from traitlets.config import Config
+
+    config = Config()
     if there:
         config.JupyterHub.services, config.JupyterHub.load_roles = [*there], [*there]
     exec(readme_blocks("python")[0], {"c": config})
