@@ -6,7 +6,7 @@ import pytest
 
 import hub_stress_test as hst
 from hub_stress_test import Event, Kind, Reason
-from made_up import LOST, NO_NODE, did, folded, results_of
+from made_up import LOST, NO_NODE, did, folded, results_of, sentences
 
 NOBODY = Reason(Kind.ROUTE, "nobody listens there (503)")
 RAISED = Reason(Kind.CELL, "cell 4 raised MemoryError")
@@ -66,6 +66,7 @@ def test_each_person_is_at_work_or_failed_once(
     assert people.reasons == reasons and sum(people.reasons.values()) == people.failed
     assert [people.reasons[failure.reason] for failure in people.failures] == [1] * len(people.failures)
     assert verdict in hst.verdict_of(results)[1]
+    assert len(sentences(results, "failed")) == len(people.failures)
 
 
 def test_a_person_fails_for_the_first_failed_step() -> None:
