@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,14 @@ THOUGHT = st.sampled_from([state for state in ServerState if state is not Server
 STATUSES = st.sampled_from([200, 202, 204, 400, 403, 404, 429, 500, 502, 503])
 
 
-def clean_up(thought: dict[str, ServerState], session: hst.HubSession) -> hst.CleanUp:
+def clean_up(thought: dict[str, ServerState], session: hst.HubSession) -> hst.Users:
     site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(hst.PURGE, batch_size=1), hst.Recorder(), dict(thought))
     return hst.remove_users(site, set(OURS).__contains__)
+
+
+def begin(session: hst.HubSession, method: str, url: str, wish: dict[str, float] | None = None) -> None:
+    """Ask for something that takes longer than anybody waits."""
+    assert session.ask(method, url, json=wish, call=hst.Call(once=True), timeout=0.5).call.lost
 
 
 # ==== Hubs that are made up ==========================================================================================
@@ -54,7 +59,7 @@ def test_whatever_a_hub_answers_cleaning_up_ends_and_writes_only_to_ours(
     cleaned = clean_up(thought, TimeTraveller(erratic))
     assert erratic.written_to <= set(OURS)
     assert erratic.states.keys() >= set(NOT_OURS)
-    assert set(cleaned.left) >= erratic.states.keys() & set(OURS)
+    assert set(cleaned.left_behind) >= erratic.states.keys() & set(OURS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -62,16 +67,15 @@ def test_whatever_a_hub_answers_cleaning_up_ends_and_writes_only_to_ours(
 def test_a_hub_that_comes_to_its_senses_is_left_empty(states: dict[str, ServerState], seed: int) -> None:
     erratic = ErraticHub(states, [500, 502, 503, 400, 429] * 3, seed)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), TimeTraveller(erratic))
-    assert cleaned == hst.CleanUp(deleted=4) and not erratic.states
+    assert cleaned == hst.Users(deleted=4) and not erratic.states
 
 
-@settings(max_examples=30, deadline=None)
-@given(status=st.sampled_from([400, 403, 429, 500, 502, 503]), seed=st.integers(0, 1000))
-def test_a_hub_that_never_does_anything_is_given_up_with_every_name(status: int, seed: int) -> None:
-    erratic = ErraticHub(dict.fromkeys(OURS, ServerState.READY), [status] * 100_000, seed, acts=0.0)
+@pytest.mark.parametrize("status", [400, 403, 429, 500, 502, 503])
+def test_a_hub_that_never_does_anything_is_given_up_with_every_name(status: int) -> None:
+    erratic = ErraticHub(dict.fromkeys(OURS, ServerState.READY), [status] * 100_000, seed=1, acts=0.0)
     session = TimeTraveller(erratic)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), session)
-    assert set(cleaned.left) == set(OURS)
+    assert set(cleaned.left_behind) == set(OURS)
     assert session.clock() <= hst.CLEANUP_TIMEOUT_S + 300
 
 
@@ -98,7 +102,7 @@ def test_cleaning_up_goes_on_beyond_its_time_while_there_is_progress() -> None:
     slow = OneAtATime(dict.fromkeys(OURS, ServerState.STOPPED), [], seed=1)
     session = Slow(slow)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.STOPPED), session)
-    assert cleaned == hst.CleanUp(deleted=4) and session.clock() > hst.CLEANUP_TIMEOUT_S
+    assert cleaned == hst.Users(deleted=4) and session.clock() > hst.CLEANUP_TIMEOUT_S
 
 
 # ==== Claims =========================================================================================================
@@ -127,7 +131,7 @@ def test_users_that_the_hub_makes_after_its_answer_was_lost_are_removed_too(
     states = dict.fromkeys(claims.confirmed, ServerState.STOPPED) | {OURS[3]: ServerState.UNKNOWN}
     session.pause(hst.LATE_ACT_S)
     cleaned = hst.remove_users(hst.Site(hub, hst.Plan(), record, states), set(claims.ours).__contains__)
-    assert cleaned.left == () and not tool_users(new_hub)
+    assert cleaned.left_behind == () and not tool_users(new_hub)
 
 
 # ==== Kept users, and purge ==========================================================================================
@@ -165,20 +169,18 @@ def test_more_users_than_fit_on_a_page_are_purged_and_nobody_else_is(new_hub: Lo
     after = new_hub.users()
     assert after.keys() == theirs.keys() >= THEIRS and after[THEIR_ADMIN]["admin"]
     assert {n: u["last_activity"] for n, u in after.items()} == {n: u["last_activity"] for n, u in theirs.items()}
-    done = run_tool("purge", hub=new_hub)
-    assert done.code == 0 and "0 users removed" in done.summary
 
 
-def test_a_run_skips_the_names_of_others_and_a_purge_of_one_run_leaves_theirs(hub: LocalHub) -> None:
+def test_a_run_skips_the_names_of_others_and_a_purge_of_one_run_leaves_theirs(new_hub: LocalHub) -> None:
     ones, others = {"hub-stress-test-1", "hub-stress-test-3"}, {"hub-stress-test-a-1", "hub-stress-test-a-1-1"}
-    hub.call("POST", "/users", {"usernames": sorted(ones | others)})
-    assert run_tool("stress-test", "-c", "2", hub=hub).code == 0
-    assert tool_users(hub) == ones | others
-    assert run_tool("purge", "--run", "a", hub=hub).code == 0
-    assert tool_users(hub) == ones | {"hub-stress-test-a-1-1"}
-    assert run_tool("--run", "a-1", "purge", hub=hub).code == 0
-    assert tool_users(hub) == ones
-    assert run_tool("purge", hub=hub).code == 0
+    new_hub.call("POST", "/users", {"usernames": sorted(ones | others)})
+    assert run_tool("stress-test", "-c", "2", hub=new_hub).code == 0
+    assert tool_users(new_hub) == ones | others
+    assert run_tool("purge", "--run", "a", hub=new_hub).code == 0
+    assert tool_users(new_hub) == ones | {"hub-stress-test-a-1-1"}
+    assert run_tool("--run", "a-1", "purge", hub=new_hub).code == 0
+    assert tool_users(new_hub) == ones
+    assert run_tool("purge", hub=new_hub).code == 0
 
 
 def test_a_purge_removes_users_whose_servers_are_in_any_state(new_hub: LocalHub) -> None:
@@ -186,15 +188,10 @@ def test_a_purge_removes_users_whose_servers_are_in_any_state(new_hub: LocalHub)
     session = hst.get_session(new_hub.token)
     hub = hst.Hub(new_hub.endpoint, session)
     servers = [hst.user_url(hub.endpoint, name, "server") for name in OURS]
-
-    def begin(method: str, url: str, wish: dict[str, float] | None = None) -> None:
-        """Ask for something that takes longer than anybody waits."""
-        assert session.ask(method, url, json=wish, call=hst.Call(once=True), timeout=0.5).call.lost
-
     assert hub.start(OURS[0], None, session.clock() + 20).status == 201
     assert hub.start(OURS[1], {"stop_s": 3.0}, session.clock() + 20).status == 201
-    begin("DELETE", servers[1])
-    begin("POST", servers[2], {"spawn_s": 3.0})
+    begin(session, "DELETE", servers[1])
+    begin(session, "POST", servers[2], {"spawn_s": 3.0})
     states = [ServerState.READY, ServerState.STOPPING, ServerState.STARTING, ServerState.STOPPED]
     assert [hub.state(name) for name in OURS] == states
     done = run_tool("purge", hub=new_hub)
@@ -281,17 +278,18 @@ def test_without_its_scope_the_hubs_figures_are_unknown(new_hub: LocalHub, tmp_p
     assert done.summary.count("read:metrics") == 1 and "CPU, memory, event-loop lag" in done.summary
 
 
-@pytest.fixture(scope="module")
-def hanging_hub() -> Iterator[LocalHub]:
-    """A hub whose starts, answered with 202, never end."""
-    with LocalHub(hang_rate=1.0, slow_spawn_timeout_s=0) as hub:
-        yield hub
-
-
 @pytest.mark.parametrize("how", ["time-out", "SIGINT", "purge"])
-def test_servers_stopped_while_starting_may_leave_traces(how: str, hanging_hub: LocalHub, tmp_path: Path) -> None:
-    hub, results = hanging_hub, tmp_path / "r"
-    words = ("stress-test", "-c", "3", "--server-timeout", "1s" if how == "time-out" else "60s")
+def test_servers_stopped_while_starting_may_leave_traces(how: str, new_hub: LocalHub, tmp_path: Path) -> None:
+    hub, results = new_hub, tmp_path / "r"
+    words = (
+        "stress-test",
+        "-c",
+        "3",
+        "--server-timeout",
+        "1s" if how == "time-out" else "60s",
+        "-p",
+        '{"hang_rate": 1}',
+    )
     with start_tool(*words, "--results", str(results), *["--keep"] * (how == "purge"), hub=hub) as run:
         wait_until(lambda: sum(bool(user["servers"]) for user in hub.users().values()) == 3)
         if how != "time-out":
@@ -308,9 +306,7 @@ def test_ready_servers_are_stopped_before_starting_ones(new_hub: LocalHub) -> No
     hub, until_s = hst.Hub(new_hub.endpoint, session), session.clock() + 60
     assert hub.create(OURS).status == 201
     for name in OURS[:2]:
-        assert session.ask(
-            "POST", hub.server_url(name), json={"hang_rate": 1}, call=hst.Call(once=True), timeout=0.5
-        ).call.lost
+        begin(session, "POST", hub.server_url(name), {"hang_rate": 1})
     assert [hub.start(name, None, until_s).status for name in OURS[2:]] == [201, 201]
     site = hst.Site(hub, hst.Plan(hst.PURGE, batch_size=1), record, {name: hub.state(name) for name in OURS})
     hst.remove_users(site, set(OURS).__contains__)

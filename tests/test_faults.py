@@ -22,7 +22,6 @@ import hub_stress_test as hst
 from fault_proxy import (
     Answer,
     AnswerAfter,
-    Entry,
     Fault,
     FaultProxy,
     HalfBody,
@@ -157,7 +156,7 @@ class Ran:
     hub: LocalHub
     done: Outcome
     took_s: float
-    requests: list[Entry]
+    requests: list[Request]
 
     @property
     def faults(self) -> int:

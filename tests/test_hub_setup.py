@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import ssl
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,23 @@ def test_the_scopes_that_a_command_asks_for_are_enough(
 # ==== TLS ============================================================================================================
 
 
+class Versions(BaseHTTPRequestHandler):
+    """Answers every GET with a hub's version."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"version": "6.1.1"}')
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing: clients that do not speak TLS, or do not trust us, are what is tested."""
+
+
 @pytest.fixture
 def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The endpoint of a server that shows a hub's version over TLS, and the certificate of the authority behind it.
@@ -170,9 +189,11 @@ def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
     if version := getattr(request, "param", None):
         context.verify_mode, context.maximum_version = ssl.CERT_REQUIRED, version
         context.load_verify_locations(pem)
-    with FaultProxy("http://127.0.0.1:1", tls=context) as server:
-        server.rule = lambda request: Answer(200, b'{"version": "6.1.1"}')
-        yield server.endpoint, pem
+    with Server(("127.0.0.1", 0), Versions) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.1,)).start()
+        yield f"https://127.0.0.1:{server.server_address[1]}/hub/api", pem
+        server.shutdown()
 
 
 def test_a_certificate_of_ones_own_authority_names_the_variable_that_makes_it_known(

@@ -160,15 +160,15 @@ def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
         thread.start()
     wait_until(lambda: len(crowd.throttled) == 3)
     for number in (1, 2, 3):
-        assert crowd.free_place()  # somebody waits, so that a new start lets them go first
+        crowd.start_ended("x", None)
         wait_until(lambda: len(order) == number)  # noqa: B023
-    assert order == [1.0, 2.0, 3.0] and not crowd.free_place()
+    assert order == [1.0, 2.0, 3.0]
 
 
 def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
     session = hst.get_session("x", dry_run=True)
     crowd = hst.Crowd(session, hst.Plan())
-    crowd.free_place()
+    crowd.start_ended("x", None)
     began_s = session.clock()
     crowd.wait_for_place(1.0, crowd.freed, began_s + 0.3)
     assert session.clock() - began_s >= 0.3

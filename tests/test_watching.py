@@ -23,7 +23,7 @@ import pytest
 import hub_stress_test as hst
 from fault_proxy import Answer, Delay, Fault, FaultProxy, Silence, every, hub_answer, matching
 from localhub import LocalHub
-from made_up import ENDPOINT, FIGURES, NO_NODE, HubWithUsers, did, hub_with, results_of, sentences
+from made_up import ENDPOINT, FIGURES, NO_NODE, did, hub_with, results_of, sentences
 from tool import MODULE, results_in, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
@@ -70,11 +70,9 @@ def test_a_report_without_plotly_is_refused_before_the_run(new_hub: LocalHub, ba
     assert (done.returncode, done.stdout) == (2, "") and "pip install plotly" in done.stderr
 
 
-def test_no_color_is_respected_and_a_pipe_gets_no_colours(new_hub: LocalHub) -> None:
+def test_no_color_is_respected(new_hub: LocalHub) -> None:
     said = on_a_terminal("purge", hub=new_hub, env={"NO_COLOR": "1"})
     assert "PASSED: " in said and "\033[1" not in said
-    done = run_tool("purge", hub=new_hub)
-    assert done.stdout.startswith("PASSED") and "\033" not in done.stdout + done.stderr
 
 
 def test_elsewhere_a_line_every_ten_seconds_says_how_far_it_is(new_hub: LocalHub) -> None:
@@ -151,13 +149,19 @@ def test_a_run_begins_with_what_it_costs_and_the_risk_that_fits(words: str, numb
 # ==== Regularly, and pings ===========================================================================================
 
 
-def test_pings_are_due_five_times_a_second_and_none_waits_for_another(new_hub: LocalHub, proxy: FaultProxy) -> None:
+def test_pings_are_due_five_times_a_second_until_the_stop_and_wait_for_none(
+    new_hub: LocalHub, proxy: FaultProxy
+) -> None:
     events: list[hst.Event] = []
     pings = itertools.count()
     proxy.rule = lambda request: Answer(503) if next(pings) else Delay(2.0)
     session, record = hst.get_session(new_hub.token), hst.Recorder(events.append)
     with hst.pinging("alice", proxy.endpoint, session, record):
         wait_until(lambda: any(event.latency_s >= 2.0 for event in events))
+        session.stop()
+        sent = len(proxy.requests)
+        time.sleep(0.6)
+    assert len(proxy.requests) <= sent + 1  # one may have been on its way
     events.sort(key=lambda event: event.due_s)
     steps_s = [after.due_s - before.due_s for before, after in zip(events, events[1:])]
     assert steps_s == pytest.approx([0.2] * len(steps_s))
@@ -166,9 +170,6 @@ def test_pings_are_due_five_times_a_second_and_none_waits_for_another(new_hub: L
     assert sum(event.ended_s < late.ended_s for event in others) >= 5
     http = session.traffic.summarise()
     assert (http.retries, http.requests, http.observer_share) == (0, len(proxy.requests), 1.0)
-    sent = len(proxy.requests)
-    time.sleep(0.6)
-    assert len(proxy.requests) == sent  # nothing is done after the block
 
 
 def test_what_is_missed_while_all_are_late_is_skipped() -> None:
@@ -176,17 +177,6 @@ def test_what_is_missed_while_all_are_late_is_skipped() -> None:
     record.skip("ping")
     with hst.Regularly("test", 0.01, lambda due_s: time.sleep(0.2), 3, lambda: record.skip("ping")):
         wait_until(lambda: record.summarise()["ping"].skipped >= 20)
-
-
-def test_nobody_is_pinged_once_the_run_was_stopped() -> None:
-    wire, record = HubWithUsers(["alice"]), hst.Recorder()
-    session = hst.HubSession("x", wire)
-    with hst.pinging("alice", ENDPOINT, session, record):
-        wait_until(lambda: record.count(["ping"]))
-        session.stop()
-        asked = len(wire.asked)
-        time.sleep(0.6)
-    assert len(wire.asked) <= asked + 1  # one may have been on its way
 
 
 # ==== The hub's own figures ==========================================================================================
@@ -218,6 +208,14 @@ def test_the_hubs_figures_agree_with_the_systems_and_with_its_metrics_page(hub: 
         assert 0.05 <= own["event_loop_lag_p95_s"] <= own["event_loop_lag_max_s"]
         assert own["event_loop_samples"] > 0
     assert re.search(rf"^hub's own +CPU {own['cpu_s']:.1f} s, ", done.summary, re.M)
+    timeline, servers = found["timeline"], found["timeline"]["servers"]
+    assert len(set(servers["user"])) == 15 and all(servers["ready"]) and servers["lost_s"] == [None] * 15
+    assert timeline["hub"]["at_s"] == sorted(timeline["hub"]["at_s"])
+    for due_s, asked_s, ended_s in zip(servers["due_s"], servers["asked_s"], servers["ended_s"]):
+        assert due_s <= asked_s <= ended_s <= timeline["load_ended_s"]
+    curves = hst.server_curves(servers, timeline["load_ended_s"], points=50)
+    assert [curves[kind][-1] for kind in ("waiting", "starting", "ready", "failed", "lost")] == [0, 0, 15, 0, 0]
+    assert max(curves["starting"]) <= 5 and curves["ready"] == sorted(curves["ready"])
     assert not tool_users(hub)
 
 
@@ -378,21 +376,3 @@ def test_a_long_way_to_the_hub_is_told_from_a_slow_hub(new_hub: LocalHub, proxy:
     where = rf"({FRONT}|waiting for the hub, whose event loop was late)"  # the latter on a busy machine
     assert re.search(rf"a mean ping of .*: most of that time was spent {where}", done.summary), done.summary
     assert not tool_users(new_hub)
-
-
-# ==== The timeline ===================================================================================================
-
-
-def test_the_results_show_what_happened_when(new_hub: LocalHub, tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "6", "-b", "2", "--profile", '{"spawn_s": 1.1}')
-    _, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
-    timeline = found["timeline"]
-    servers, operation = timeline["servers"], timeline["operations"]["server_ready"]
-    assert len(set(servers["user"])) == 6 and all(servers["ready"]) and servers["lost_s"] == [None] * 6
-    assert sum(operation["count"]) == 6 and sum(operation["failed"]) == 0
-    for due_s, asked_s, ended_s in zip(servers["due_s"], servers["asked_s"], servers["ended_s"]):
-        assert due_s <= asked_s <= ended_s - 1.1 and ended_s <= timeline["load_ended_s"]
-    assert timeline["hub"]["at_s"] == sorted(timeline["hub"]["at_s"]) and len(timeline["hub"]["at_s"]) >= 3
-    curves = hst.server_curves(servers, timeline["load_ended_s"], points=50)
-    assert [curves[kind][-1] for kind in ("waiting", "starting", "ready", "failed", "lost")] == [0, 0, 6, 0, 0]
-    assert max(curves["starting"]) == 2 and curves["ready"] == sorted(curves["ready"])
