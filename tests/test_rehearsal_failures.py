@@ -154,7 +154,8 @@ class Moments:
         if request.method != "GET" or not found:
             return
         name, number = found.groups()
-        if hst.server_state(self._hub.users().get(name, {})) is hst.ServerState.READY:
+        _, user = self._hub.call("GET", f"/users/{name}")
+        if user and hst.server_state(user) is hst.ServerState.READY:
             with self._lock:
                 self._asked[name] += 1
                 if act := self._acts.pop((int(number), self._asked[name]), None):
