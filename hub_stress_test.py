@@ -1619,7 +1619,7 @@ class Reply:
     status: int  # 0 when no answer came, or only one from something in front of the hub
     sent_s: float
     answered_s: float
-    data: Any = None  # the body, where it is JSON
+    data: Any = None  # what the body holds as JSON, or else its bytes
     message: str = ""  # why no answer came, or the hub's own message
     call: Call = dataclasses.field(default_factory=Call)
     retry_after_s: float | None = None
@@ -1663,7 +1663,7 @@ class HubSession(requests.Session):
         self.retry_window_s, self.gone_after_s = RETRY_WINDOW_S, HUB_GONE_S
         self.answered_s, self._silence_reported = self.clock(), False
         self.marked = False  # whether the hub's answers have `VERSION_HEADER`
-        self.of_servers = False  # whether it asks servers: there a proxy's answers count as they are
+        self.of_others = False  # whether it asks others than the hub: there all answers count as they are
         self._token_checked_s, self._token_refused = -math.inf, False
         self.traffic = Traffic()
         self.stopping = threading.Event()
@@ -1804,7 +1804,7 @@ class HubSession(requests.Session):
             return True
         is_json = "json" in response.headers.get("Content-Type", "")
         of_proxy = response.status_code in (502, 503, 504) or (response.status_code == 404 and not is_json)
-        return self.of_servers or not (self.marked or of_proxy)
+        return self.of_others or not (self.marked or of_proxy)
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
@@ -1873,7 +1873,7 @@ def _content_of(response: requests.Response, hubs: bool) -> Json:
         data = response.json() if response.content else None
     except ValueError:
         kind = headers.get("Content-Type", "").partition(";")[0]
-        return content | {"message": f"not JSON but {kind}" if kind else "not JSON"}
+        return content | {"data": response.content, "message": f"not JSON but {kind}" if kind else "not JSON"}
     message = data.get("message") if isinstance(data, dict) else ""
     return content | {"data": data, "message": message or ""}
 
@@ -2321,12 +2321,12 @@ class Monitor(Regularly):
         super().__init__("monitor", METRICS_EVERY_S, lambda due_s: self.look())
         self.snapshots: list[Snapshot] = []
         self.missing = ""  # why there are no snapshots
-        self._url, self._is_hub = url, is_hub
-        self._headers = {} if is_hub else dict.fromkeys(session.headers)  # which are for the hub alone
+        self._url, self._looking = url, threading.Lock()
         # a session of its own, so that it sees the hub also after the load was stopped
         self._session = session.clone(own_stop=True)
-        self._session.traffic = session.traffic if is_hub else Traffic()
-        self._looking = threading.Lock()
+        if not is_hub:
+            self._session.headers.clear()  # which are for the hub alone
+            self._session.traffic, self._session.of_others = Traffic(), True
         if optional("prometheus_client"):
             self._parser = importlib.import_module("prometheus_client.parser")
         else:
@@ -2342,25 +2342,18 @@ class Monitor(Regularly):
         with self._looking:
             if self.missing:
                 return None
-            sent_s = self._session.clock()
-            try:
-                response = self._session.exchange(
-                    "GET", self._url, Call(observer=True), timeout=METRICS_TIMEOUT_S, headers=self._headers
-                )
-                hubs = not self._is_hub or self._session.is_hubs(response)
-                good = response.status_code == 200 and hubs
-                families = list(self._parser.text_string_to_metric_families(response.text if good else ""))
-            except (requests.RequestException, ValueError) as error:
-                LOG.debug("The hub's metrics could not be read: %s", why(error))
-                return None
-            if good:
-                samples = [sample[:3] for family in families for sample in family.samples]
-                self.snapshots.append(snapshot(samples, (sent_s + self._session.clock()) / 2))
-                return self.snapshots[-1]
-            if response.status_code == 403 and hubs:
+            reply = self._session.ask("GET", self._url, call=Call(observer=True), timeout=METRICS_TIMEOUT_S)
+            if reply.status == 200:
+                page = reply.data.decode(errors="replace") if isinstance(reply.data, bytes) else ""
+                families = self._parser.text_string_to_metric_families(page)
+                with contextlib.suppress(ValueError):  # this is no such page
+                    samples = [sample[:3] for family in families for sample in family.samples]
+                    self.snapshots.append(snapshot(samples, (reply.sent_s + reply.answered_s) / 2))
+                    return self.snapshots[-1]
+            elif reply.status == 403:
                 self.missing = NO_METRICS_SCOPE
-            elif not self.snapshots:
-                answered = f"answered {response.status_code}" if hubs else in_front(response)
+            elif reply.seen_status and not self.snapshots:
+                answered = reply.message if reply.front else f"answered {reply.status}"
                 self.missing = f"GET {urllib.parse.urlsplit(self._url).path}: {answered}"
             return None
 
@@ -2717,7 +2710,7 @@ class PublicSide:
             token = made.data["token"]
         wire = BrowserWire(trusted(self._hub.session, self.url))
         browser = self._hub.session.clone(token=token, wire=wire)
-        browser.traffic, browser.of_servers, browser.retry_window_s = self.traffic, True, 0.0
+        browser.traffic, browser.of_others, browser.retry_window_s = self.traffic, True, 0.0
         return browser
 
     def server_in(self, reply: Reply) -> str:
@@ -2814,16 +2807,10 @@ class Kernel:
         content = {"code": code.source, "silent": False, "store_history": False, "allow_stdin": False}
         header = {"msg_id": request, "msg_type": "execute_request", "version": "5.3"}
         header |= {"session": USERNAME_PREFIX, "username": ""}
-        message = {
-            "channel": "shell",
-            "header": header,
-            "parent_header": {},
-            "metadata": {},
-            "content": content,
-        }
+        parts = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
         try:
             self._socket.settimeout(SEND_TIMEOUT_S)
-            self._socket.send(json.dumps(message))
+            self._socket.send(json.dumps(parts | {"channel": "shell"}))
         except Exception:  # of websocket-client, ssl or the socket
             raise self._lost() from None
         awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
@@ -2898,7 +2885,7 @@ class Crowd:
     Each start that ends frees a place on the hub, and the throttled start that was due first takes it:
     sleeping for the whole of the hub's Retry-After (30 to 60 s) would leave the place empty.
 
-    All who have no stay of their own leave when the last has settled, and has been held.
+    People without a stay of their own leave when the last of all has settled, and the hold is over.
     """
 
     def __init__(self, session: HubSession, plan: Plan, one_is_ready: bool = False) -> None:
@@ -2923,31 +2910,29 @@ class Crowd:
 
     def start_ended(self, name: str, failure: Reason | None) -> None:
         """How a start ended. Raises `CutShort` when nobody else is to start."""
+        kind = failure.kind if failure else None
         with self.changed:
             self.one_is_ready |= failure is None
-            if failure and failure.kind in (Kind.SPAWN, Kind.REFUSED):
+            if failure and kind in (Kind.SPAWN, Kind.REFUSED):
                 self._failures.append(failure.text)
+            self.freed += kind not in (Kind.THROTTLED, Kind.SERVER_LIMIT)
+            self.changed.notify_all()
+        self._session.pause(HEAD_START_S if self.throttled else 0.0)
+        with self.changed:
             self.starting.pop(name, None)
             self.changed.notify_all()
         self.check()
 
     def count(self, failed: bool) -> None:
-        """Whether a person has failed, or has what they came for."""
+        """Count a person who has failed, or has what they came for."""
         with self.changed:
             if not self.failed_too_often:
                 self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
 
     @property
     def failed_too_often(self) -> bool:
-        """Whether so many people have failed in a row that no more are to start."""
+        """Whether as many people have failed in a row as --fail-fast allows; this stays true."""
         return 0 < self._plan.fail_fast <= self._failed_in_a_row
-
-    def free_place(self) -> bool:
-        """A place on the hub is free; whether a throttled start waits for it."""
-        with self.changed:
-            self.freed += 1
-            self.changed.notify_all()
-            return bool(self.throttled)
 
     def wait_for_place(self, due_s: float, freed_before: int, until_s: float) -> None:
         """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
@@ -2986,8 +2971,8 @@ class Site:
     record: Recorder
     states: dict[str, ServerState] = dataclasses.field(default_factory=dict)  # each user's, as far as known
     claims: Claims = dataclasses.field(default_factory=Claims)
-    interrupted: set[str] = dataclasses.field(default_factory=set)  # users whose server was stopped starting
-    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the last one to remove each user
+    interrupted: set[str] = dataclasses.field(default_factory=set)  # whose server was stopped while starting
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)  # the hub's last to remove each user
 
     def __post_init__(self) -> None:
         self.public = PublicSide(self.hub, self.plan)
@@ -3073,8 +3058,6 @@ def come(person: Visitor) -> None:
                 event.message = last_word(person.said)
                 ended_s = event.ended_s or person.clock()
                 event.phases = phases_of(person.said, event.asked_s or person.due_s, ended_s)
-                if reply.status != 429 and crowd.free_place():
-                    site.hub.session.pause(HEAD_START_S)
             site.states[name] = ServerState.READY
             event.message = longest_wait(person.said, event.phases, event.ended_s)
     except Failed as error:
@@ -3429,10 +3412,17 @@ def stay(person: Visitor) -> None:
 def stop(person: Visitor) -> None:
     """Stop the server, if there is one, and wait until it has stopped."""
     ask_to_stop(person)
-    states, until_s = person.site.states, person.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while states.get(person.name) is ServerState.STOPPING and person.clock() < until_s:
-        person.sleep(0.5)
-        states[person.name] = person.site.hub.state(person.name)
+    if (states := person.site.states).get(person.name) is ServerState.STOPPING:
+        states[person.name] = await_stopped(person.name, person.site.hub)
+
+
+def await_stopped(name: str, hub: Hub) -> ServerState:
+    """What the hub says of a server when it has stopped, or after `SERVER_LIFECYCLE_TIMEOUT` seconds."""
+    session, until_s = hub.session, hub.session.clock() + SERVER_LIFECYCLE_TIMEOUT
+    while (state := hub.state(name)) not in (ServerState.STOPPED, ServerState.GONE):
+        if session.clock() >= until_s or not session.pause(0.5):
+            break
+    return state
 
 
 def ask_to_stop(person: Visitor) -> None:
@@ -3861,16 +3851,19 @@ def check_server_names(hub: Hub, plan: Plan, taken: Iterable[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CleanUp:
-    """What cleaning up did: how many users are gone, who is still there, and why."""
+class Users:
+    """The users that a run made, removed and left; with --own-servers, the servers have these numbers."""
 
+    created: int = 0
     deleted: int = 0
-    left: tuple[str, ...] = ()
     kept: int = 0
-    in_the_way: str = ""
+    left_behind: Sequence[str] = ()
+    in_the_way: str = ""  # why some cannot be removed; this and the next two also with --own-servers
+    stopped_while_starting: int = 0  # servers, which may have left something that the hub does not know
+    stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
 
 
-def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
+def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
     """Remove users until the hub lists none that are `ours`, or nothing has moved for the plan's time-out.
 
     The site's states are what this program knows of each user; after every round the hub's own list corrects
@@ -3916,14 +3909,14 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> CleanUp:
             if done or session.clock() >= until_s or not session.pause(pause_s):
                 named = tuple(sorted(left, key=natural))
                 reason = refused or in_the_way(site, named, stopping_s)
-                return CleanUp(len(existing - left), named, in_the_way=reason)
+                return Users(deleted=len(existing - left), left_behind=named, in_the_way=reason)
             if len(left) < before:
                 pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
 def in_the_way(site: Site, left: Iterable[str], stopping_s: Mapping[str, float]) -> str:
-    """Why these users are still there, as far as the hub tells; it has been stopping some for a while."""
+    """Why these users are still there, by what the hub said, and since when it has been stopping servers."""
     refusals = [site.refusals[name] for name in left if name in site.refusals.keys() - stopping_s]
     reasons = [reason for reason, _ in collections.Counter(refusals).most_common(2)]
     if stopping_s:
@@ -4086,40 +4079,28 @@ def send_load(
     on_tick: Callable[[], None],
 ) -> float:
     """Send one process's part of a load, from `started_s` on; the share of a processor that it took."""
-    plan, schedule, planned, clock = load.plan, load.schedule, load.planned, session.clock
-    numbers, workers = itertools.count(part, plan.processes), load.workers * plan.processes
-    until_s = started_s + (plan.duration_s or math.inf)
-    last_s = started_s + schedule.lasts_s + OPEN_GRACE_S if schedule else math.inf
+    plan, schedule, clock = load.plan, load.schedule, session.clock
+    numbers, threads = itertools.count(part, plan.processes), load.workers
+    planned: float = load.planned
+    last_s = started_s + (schedule.lasts_s + OPEN_GRACE_S if schedule else plan.duration_s or math.inf)
+    if not schedule:
+        threads = min(threads, math.ceil(len(load.users) / plan.processes))
+        planned = math.inf if plan.duration_s else planned
 
-    def send(n: int, user: str, due_s: float | None = None) -> None:
-        name = choose(plan.load, n)
-        perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
-
-    def send_when_due(schedule: Schedule) -> None:
-        """Take the next number, and send that request when it is due (open model)."""
-        while (n := next(numbers)) < planned and clock() < last_s:
-            due_s = started_s + schedule.due_s(n)
-            if not session.pause(due_s - clock()):
+    def send() -> None:
+        """Take the next number; its request is due at its time (open model), or in 0 to 1 s (closed)."""
+        while (n := next(numbers)) < planned:
+            due_s = started_s + schedule.due_s(n) if schedule else None
+            if not session.pause(random.random() if due_s is None else due_s - clock()) or clock() >= last_s:
                 return
-            send(n, load.users[n % len(load.users)], due_s)
-
-    def send_share(worker: int) -> None:
-        """One request for each user of a share, each after a random 0 to 1 s (closed model)."""
-        share = load.users[worker::workers]
-        for n, user in enumerate(itertools.cycle(share) if plan.duration_s else share):
-            if not session.pause(random.random()) or clock() >= until_s:
-                return
-            send(n, user)
+            name, user = choose(plan.load, n), load.users[n % len(load.users)]
+            perform(name, OPERATIONS[name], user, load.endpoint, session, record, due_s)
 
     cpu_s = time.process_time()
     session.pause(started_s - clock())
     with Team(session, on_tick) as team:
-        if schedule:
-            for _ in range(load.workers):
-                team.start(send_when_due, schedule)
-        else:
-            for worker in range(part, min(workers, len(load.users)), plan.processes):
-                team.start(send_share, worker)
+        for _ in range(threads):
+            team.start(send)
     return (time.process_time() - cpu_s) / max(clock() - started_s, 1e-3)
 
 
@@ -4160,12 +4141,11 @@ def spread_load(
                 events, counts, cpu_share = pipe.recv()
                 for event in events:
                     record.add(event)
-                if counts is None:
-                    pipe.send(session.stopping.is_set())
-                    continue
-                session.traffic.add(counts)
-                busiest = max(busiest, cpu_share)
-                sending.remove(pipe)
+                pipe.send(session.stopping.is_set())
+                if counts is not None:
+                    session.traffic.add(counts)
+                    busiest = max(busiest, cpu_share)
+                    sending.remove(pipe)
             on_tick()
         return busiest
     except (EOFError, OSError):
@@ -4186,20 +4166,17 @@ def _send_in_process(
     load_operations(load.plan.operations)
     session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
 
-    def hand_on(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
+    def report(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
         number = len(events)
         pipe.send((events[:number], counts, cpu_share))
         del events[:number]
-
-    def report() -> None:
-        hand_on()
         if pipe.recv():
             session.stop()
 
     with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
         pipe.send("ready")
         cpu_share = send_load(load, part, pipe.recv(), session, Recorder(events.append), report)
-        hand_on(session.traffic.counts, cpu_share)
+        report(session.traffic.counts, cpu_share)
 
 
 def pinging(user: str, endpoint: str, session: HubSession, record: Recorder) -> Regularly:
@@ -4469,12 +4446,10 @@ class LivePage:
         states = collections.Counter(list(self._states.values()))
         if self._run.plan.command == STRESS:
             states["expected"] = max(0, self._run.plan.count - states.total())
-            people = self._prometheus.GaugeMetricFamily(
-                "hub_stress_test_people", "by state", labels=["state"]
-            )
+            gauge = self._prometheus.GaugeMetricFamily("hub_stress_test_people", "by state", labels=["state"])
             for state in ("expected", *dict.fromkeys(BECOMES.values()), "failed"):
-                people.add_metric([state], states[state])
-            yield people
+                gauge.add_metric([state], states[state])
+            yield gauge
 
 
 LISTENERS: dict[str, Callable[[Run], Any]] = {"samples": Samples, "metrics_port": LivePage}  # by their option
@@ -4581,7 +4556,7 @@ def open_site(plan: Plan, session: HubSession, record: Recorder) -> tuple[Site, 
     return site, existing
 
 
-def remove_made(site: Site, record: Recorder) -> CleanUp:
+def remove_made(site: Site, record: Recorder) -> Users:
     """Remove all users that were made on a site, also after its session was stopped."""
     ours, unsure = site.claims.ours, site.claims.unconfirmed.copy()
     with site.hub.session.clone(own_stop=True) as session:  # urllib3 before 2 closes nothing by itself
@@ -4617,7 +4592,7 @@ class Run:
         self.monitors = {"hub": self.monitor}
         watched = (each.parts for each in plan.watch)
         self.monitors |= {name: Monitor(url, session, is_hub=False) for name, url in watched}
-        self.cleaned = CleanUp()
+        self.cleaned = Users()
         self.capacity: Capacity | None = None
         self.proxy_check: ProxyCheck | None = None
         self.interrupted_by: int | None = None  # a signal that came before cleaning up had ended
@@ -4645,10 +4620,10 @@ class Run:
         for line in costs_and_risks(self.plan) if self.plan.command == STRESS else ():
             LOG.info("%s", line)
 
-    def make_users(self, count: int, batch_size: int) -> list[str]:
+    def make_users(self, count: int) -> list[str]:
         """The names of exactly `count` new users. Raises `HubRefused`, or `Stopped`."""
         taken, run = [*(user["name"] for user in self.existing), *self.claims.confirmed], self.plan.run or ""
-        batches = make_users(count, batch_size, self.hub, self.record, self.claims, taken, run)
+        batches = make_users(count, self.plan.batch_size, self.hub, self.record, self.claims, taken, run)
         return [name for batch in batches for name in batch]
 
     def start_servers(self, names: Sequence[str]) -> None:
@@ -4711,7 +4686,7 @@ class Run:
             name for name, row in rows.items() if "at_work" in row and not any(e.reason for e in row.values())
         }
         working = (name for name in names if name in good and states.get(name) is ServerState.READY)
-        name = next(working, None) or self.make_users(1, 1)[0]
+        name = next(working, None) or self.make_users(1)[0]
         site = copy.copy(self.site)
         site.record = Recorder()  # the check is no part of the load's results
         person = Visitor(name, self.session.clock(), self.plan.groups[0], site)
@@ -4742,12 +4717,6 @@ class Run:
                 "when a request was due"
             )
 
-    def remove(self, ours: Callable[[str], bool]) -> None:
-        """Remove users now."""
-        site = copy.copy(self.site)
-        site.record = self.record  # that of the site may be of one step of a search
-        self.cleaned = remove_users(site, ours)
-
     def clean_up(self) -> None:
         """Remove what this run made."""
         self.load_ended_s = self.session.clock()
@@ -4762,7 +4731,7 @@ class Run:
         self.look()
         ours = self.claims.ours
         if self.plan.keep:
-            self.cleaned = CleanUp(kept=len(ours))
+            self.cleaned = Users(kept=len(ours))
         elif ours:
             LOG.info("Cleaning up %s", counted(len(ours), thing(self.plan.own_servers)))
             self.cleaned = remove_made(self.site, self.record)
@@ -4856,7 +4825,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
     try:
         while rate := next_rate(steps, fastest(first.rate_per_s), grain_per_s, most_per_s):
             count = round(rate / grain_per_s) if of_people else plan.count
-            users = run.make_users(count, plan.batch_size) if of_people else users
+            users = run.make_users(count) if of_people else users
             step, record = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
@@ -4866,10 +4835,9 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             LOG.info("At %s: %s", tried, step.held or "sustained")
             best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
-                run.site.states = dict.fromkeys(users, ServerState.STOPPED) | run.site.states
-                run.remove(set(users).__contains__)
-                if run.cleaned.left and not session.stopping.is_set():
-                    remain = counted(len(run.cleaned.left), thing(plan.own_servers))
+                run.cleaned = remove_made(run.site, run.record)
+                if run.cleaned.left_behind and not session.stopping.is_set():
+                    remain = counted(len(run.cleaned.left_behind), thing(plan.own_servers))
                     raise CutShort(f"{remain} could not be removed before others come")
             until_s, quick = session.clock() + DRAIN_S, 0  # until the hub answers at once, twice in a row
             while quick < 2 and session.clock() < until_s and session.pause(0.5):
@@ -5253,19 +5221,6 @@ class HubSide:
 
 
 @dataclasses.dataclass(frozen=True)
-class Users:
-    """The users that a run made, removed and left; with --own-servers, the servers have these numbers."""
-
-    created: int = 0
-    deleted: int = 0
-    kept: int = 0
-    left_behind: Sequence[str] = ()
-    in_the_way: str = ""  # why some cannot be removed; this and the next two also with --own-servers
-    stopped_while_starting: int = 0  # servers, which may have left something that the hub does not know
-    stops_failed: int | None = None  # servers that the hub failed to stop, by its metrics; None: unknown
-
-
-@dataclasses.dataclass(frozen=True)
 class Failure:
     """A server or person that failed, and the hub's last message about it."""
 
@@ -5358,12 +5313,12 @@ class Results:
         return bool(self.options.get("own_servers"))
 
     @property
-    def cleaned(self) -> CleanUp:
+    def cleaned(self) -> Users:
         """The outcome of cleaning up users, or with --own-servers servers."""
-        users, servers = self.users, self.servers
+        servers, numbers = self.servers, Json()
         if self.own_servers and servers:
-            return CleanUp(servers.removed, tuple(servers.left_behind), servers.kept, users.in_the_way)
-        return CleanUp(users.deleted, tuple(users.left_behind), users.kept, users.in_the_way)
+            numbers = {"deleted": servers.removed, "kept": servers.kept, "left_behind": servers.left_behind}
+        return dataclasses.replace(self.users, **numbers)
 
 
 def numbers_in(kind: Any, within: tuple[Any, ...] = ()) -> Iterator[str]:
@@ -5573,8 +5528,8 @@ def judgements_of(plan: Plan, results: Json) -> list[Judgement]:
     return [result for each, result in judged if each in plan.fail_if or result.value is not None]
 
 
-def _users_in(run: Run) -> Users:
-    """The outcome of the users; with --own-servers there are none.
+def users_of(run: Run) -> Users:
+    """The outcome of the users, or with --own-servers of the servers.
 
     A hub that fails to stop a server answers 204 all the same, forgets the server, and deletes the user: only
     its metrics tell. A run that stopped none is not to blame.
@@ -5582,11 +5537,10 @@ def _users_in(run: Run) -> Users:
     cleaned, snapshots = run.cleaned, run.monitor.snapshots
     stopped = run.record.count(["stop_server"])
     failures = grown(snapshots, "server_stop_seconds_count", "failure") if stopped else 0.0
-    made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left))
-    users = Users(0 if run.plan.command == PURGE else made, cleaned.deleted, cleaned.kept, cleaned.left)
+    made = max(len(run.claims.confirmed), cleaned.deleted + len(cleaned.left_behind))
     return dataclasses.replace(
-        Users() if run.plan.own_servers else users,
-        in_the_way=cleaned.in_the_way,
+        cleaned,
+        created=0 if run.plan.command == PURGE else made,
         stopped_while_starting=len(run.site.interrupted),
         stops_failed=int(failures) if len(snapshots) > 1 else None,
     )
@@ -5594,14 +5548,15 @@ def _users_in(run: Run) -> Users:
 
 def results_of(run: Run) -> Results:
     """The results of a run; its conditions are judged by all the rest."""
-    plan, rows, cleaned, snapshots = run.plan, run.record.people, run.cleaned, run.monitor.snapshots
+    plan, rows, users, snapshots = run.plan, run.record.people, users_of(run), run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
     ends: Json = {"began_s": run.began_s, "starting": run.site.crowd.starting.copy()}
     servers = servers_of(rows, expected, cut_short, **ends) if expected or plan.own_servers else None
     if servers and plan.own_servers:
-        removed: Json = {"removed": cleaned.deleted, "kept": cleaned.kept, "left_behind": cleaned.left}
-        servers = dataclasses.replace(servers, **removed)
+        numbers: Json = {"removed": users.deleted, "kept": users.kept, "left_behind": users.left_behind}
+        servers = dataclasses.replace(servers, **numbers)
+        users = dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=())
     people = people_of(rows, expected, cut_short, **ends) if expected and plan.rehearses else None
     groups = {
         each.group: people_of(rows, each.count, cut_short, each.group, began_s=run.began_s)
@@ -5610,7 +5565,7 @@ def results_of(run: Run) -> Results:
     if people:
         failed, tried = people.failed, plan.count
     elif plan.command == PURGE:
-        failed, tried = len(cleaned.left), len(run.existing)
+        failed, tried = len(run.cleaned.left_behind), len(run.existing)
     elif servers and not plan.find_capacity:
         failed, tried = servers.failed + servers.lost, plan.count
     else:
@@ -5651,7 +5606,7 @@ def results_of(run: Run) -> Results:
         finished=utc(datetime.now(timezone.utc)),
         duration_s=run.session.clock() - run.began_s,
         options=plan.options(),
-        users=_users_in(run),
+        users=users,
         failed=failed,
         failed_rate=failed / tried if tried else None,
         servers=servers,
@@ -5660,7 +5615,7 @@ def results_of(run: Run) -> Results:
         operations=run.record.summarise(),
         http=dataclasses.replace(run.session.traffic.summarise(), servers=to_servers),
         capacity=run.capacity,
-        aftermath=aftermath_of(shots, bool(cleaned.kept)),
+        aftermath=aftermath_of(shots, bool(run.cleaned.kept)),
         proxy_check=run.proxy_check,
         timeline=timeline,
         warnings=warnings,
@@ -5674,7 +5629,7 @@ def _judged(results: Results, run: Run) -> Results:
     conditions = [] if capacity else judgements_of(plan, as_json(results))
     bad = any(judgement.held for judgement in conditions) or bool(capacity and capacity.rate_per_s is None)
     not_ours = plan.command == PURGE and run.interrupted_by is not None  # which made none of what is left
-    left = bool(results.users.stops_failed or (run.cleaned.left and not not_ours))
+    left = bool(results.users.stops_failed or (run.cleaned.left_behind and not not_ours))
     code = exit_code(left, run.interrupted_by, bool(run.troubles), bad)
     results = dataclasses.replace(results, conditions=conditions, exit_code=int(code))
     but = list(but_of(results)) if code is ExitCode.OK else []
@@ -5997,12 +5952,12 @@ def _hub_rows(results: Results) -> Iterator[Row]:
 
 def _cleanup_rows(results: Results) -> Iterator[Row]:
     """What was removed, what is still there, and what the hub cannot see."""
-    cleaned, users, run = results.cleaned, results.users, results.options["run"]
+    cleaned, run = results.cleaned, results.options["run"]
     remedy, noun = purge_command(run, results.own_servers), thing(results.own_servers)
     find = pods_command(run, results.own_servers)
     done = f"{counted(cleaned.deleted, noun)} {'removed' if results.own_servers else 'deleted'}"
-    traces = [still_starting(users.stopped_while_starting)] if users.stopped_while_starting else []
-    if failed := users.stops_failed:
+    traces = [still_starting(cleaned.stopped_while_starting)] if cleaned.stopped_while_starting else []
+    if failed := cleaned.stops_failed:
         they, their = ("it was", "its pod") if failed == 1 else ("they were", "their pods")
         traces.append(
             f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
@@ -6010,10 +5965,10 @@ def _cleanup_rows(results: Results) -> Iterator[Row]:
         )
     if cleaned.kept:
         yield "cleanup", f"{counted(cleaned.kept, noun)} kept, as asked; remove them with: {remedy}"
-    elif cleaned.left:
-        are = "MAY BE" if TO_LIST in cleaned.in_the_way else "IS" if len(cleaned.left) == 1 else "ARE"
-        yield "cleanup", f"{done}; {len(cleaned.left):,} {are} STILL THERE:"
-        yield "cleanup", names_text(cleaned.left)
+    elif left := cleaned.left_behind:
+        are = "MAY BE" if TO_LIST in cleaned.in_the_way else "IS" if len(left) == 1 else "ARE"
+        yield "cleanup", f"{done}; {len(left):,} {are} STILL THERE:"
+        yield "cleanup", names_text(left)
         if cleaned.in_the_way:
             yield "cleanup", cleaned.in_the_way
         yield "cleanup", f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"
@@ -6609,7 +6564,7 @@ def stress(run: Run) -> None:
         return
     noun = ("person", "people") if plan.rehearses else ("server",)
     run.announce(f"{counted(plan.count, *noun)}, {pace_text(plan.options())}")
-    names = run.make_users(plan.count, plan.batch_size)
+    names = run.make_users(plan.count)
     run.send(Load(plan, run.hub.endpoint, names))
     if plan.is_open:
         run.warn_if_late(["start_server", "visit"], 0, "this machine was too slow")
@@ -6622,7 +6577,7 @@ def activity(run: Run) -> None:
     plan, session = run.plan, run.session
     run.announce(f"{counted(plan.count, 'user')} without servers")
     users = [user["name"] for user in run.existing][: plan.count]
-    users += run.make_users(plan.count - len(users), 10) if len(users) < plan.count else []
+    users += run.make_users(plan.count - len(users)) if len(users) < plan.count else []
     if plan.find_capacity:
         search(run, users)
         return
@@ -6642,7 +6597,7 @@ def purge(run: Run) -> None:
         LOG.warning("This hub lists no stopped servers: if any were left, remove them on the hub's home page")
     run.site.states |= {user["name"]: server_state(user) for user in run.existing}
     if run.existing:
-        run.remove(functools.partial(is_test_user, run=run.plan.run))
+        run.cleaned = remove_users(run.site, functools.partial(is_test_user, run=run.plan.run))
 
 
 def carry_out(plan: Plan) -> Results:
@@ -7122,12 +7077,8 @@ def stop_servers(
 
 def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
     """Whether the server, or its user, was gone within `SERVER_LIFECYCLE_TIMEOUT` seconds."""
-    hub, until_s = Hub(endpoint, session), session.clock() + SERVER_LIFECYCLE_TIMEOUT
-    while session.clock() < until_s:
-        if hub.state(username) in (ServerState.STOPPED, ServerState.GONE):
-            return True
-        if not session.pause(0.5):
-            return False
+    if await_stopped(username, Hub(endpoint, session)) in (ServerState.STOPPED, ServerState.GONE):
+        return True
     LOG.warning("The server of %s did not stop within %d s", username, SERVER_LIFECYCLE_TIMEOUT)
     return False
 
@@ -7153,7 +7104,7 @@ def delete_users(usernames: Sequence[str], endpoint: str, session: HubSession, b
     """Whether every one of these users is gone, their servers stopped first."""
     states, plan = dict.fromkeys(usernames, ServerState.READY), Plan(PURGE, batch_size=batch_size)
     site = Site(Hub(endpoint, session), plan, Recorder(), states)
-    return not remove_users(site, set(usernames).__contains__).left
+    return not remove_users(site, set(usernames).__contains__).left_behind
 
 
 def run_stress_test(
@@ -7295,16 +7246,15 @@ if locust_is_loading():
             self.site.record = Recorder(self._report)
             taken = [user["name"] for user in existing]
             self._names = (username(n, run) for n in itertools.count(first_free_index(taken, run)))
-            self.throttled, self.cut_short = 0, False
+            self.cut_short = False
             self._fire, self._runner = environment.events.request.fire, environment.runner
             self._spare: list[str] = []
             self._making, self._cleaning = threading.Lock(), threading.Lock()
-            self._cleaned: CleanUp | None = None
+            self._cleaned: Users | None = None
             self._cutting = gevent.spawn(self._cut_streams)  # last, since what is above may fail
 
         def _report(self, event: Event) -> None:
             """Hand an event to Locust, in its milliseconds."""
-            self.throttled += event.throttled if event.step == "server_ready" else 0
             failure = HubStressError(event.reason.text) if event.reason else None
             times: Json = {"response_time": event.latency_s * 1000, "response_length": 0}
             self._fire(request_type="hub", name=event.step, exception=failure, context={}, **times)
@@ -7331,8 +7281,8 @@ if locust_is_loading():
                     self._cutting.kill()
                     site.public.close_kernels()
                     self._cleaned = remove_made(site, Recorder())
-            report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left)}
-            report |= {"starting": len(site.interrupted), "throttled": self.throttled}
+            report: Json = {"deleted": self._cleaned.deleted, "left": list(self._cleaned.left_behind)}
+            report |= {"starting": len(site.interrupted), "throttled": self.session.traffic.throttled}
             return report | {"run": site.plan.run, "cut_short": self.cut_short}
 
     def locust_plan(environment: Any) -> Plan:
@@ -7349,7 +7299,6 @@ if locust_is_loading():
             given |= {name: values} if row.repeatable else {name: values[0]} if values else {}
         if relative := next((limit for limit in given["fail_if"] if limit.unit == "x"), None):
             raise UsageError(f"--hub-fail-if {relative.text!r}: under Locust there is no baseline")
-        given["fail_if"] = given["fail_if"] or (FAILED,)  # nothing here sees what is left afterwards
         people = [issubclass(kind, Person) for kind in environment.user_classes]
         if given.get("own_servers") and not all(people):
             remedy = "name that class at the end of the command line"
@@ -7545,7 +7494,7 @@ if locust_is_loading():
             SAY.warning("%s", still_starting(starting))
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
         results = locust_results(runner.stats.entries.values(), load, throttled)
-        judged = [limit.judge(results, None) for limit in plan.fail_if]
+        judged = [limit.judge(results, None) for limit in plan.conditions]
         for judgement in judged:
             SAY.info("%s", spelled(goal_text(judgement), "ascii"))
         cut_short = any(report.get("cut_short") for report in reports)

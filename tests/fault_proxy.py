@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,26 +38,18 @@ RULES_AT_ONCE = 100  # a rule may take its time
 # ---- Records -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a rule sees. `path` is as sent, with its query."""
-
-    method: str
-    path: str
-    body: bytes
-    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
-
-
 @dataclass
-class Entry:
-    """A request in the log. `time` is monotonic seconds at arrival.
+class Request:
+    """What a rule sees, and the log keeps. `path` is as sent, with its query; `time` is monotonic seconds at arrival.
 
     `status` is what the client was sent, `None` while or because there was no answer; `fault` is the class name.
     """
 
     method: str
     path: str
-    time: float
+    body: bytes
+    headers: Mapping[str, str]
+    time: float = field(default_factory=time.monotonic)
     status: int | None = None
     fault: str | None = None
 
@@ -156,7 +148,7 @@ class FaultProxy:
         self._upstream = f"http://{urlsplit(upstream).netloc}"
         self.rule: Rule | None = None
         self.strips = ""  # a header of the upstream's answers
-        self._log: list[Entry] = []
+        self.requests: list[Request] = []  # so far, in order of arrival
         self._rules = ThreadPoolExecutor(RULES_AT_ONCE)
         started: Future[int] = Future()
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(started),), daemon=True)
@@ -172,11 +164,6 @@ class FaultProxy:
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
         self._rules.shutdown(wait=False)
-
-    @property
-    def requests(self) -> list[Entry]:
-        """The requests so far, in order of arrival: a copy, which does not change any more."""
-        return [replace(entry) for entry in self._log]
 
     async def _serve(self, started: Future[int]) -> None:
         self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
@@ -204,23 +191,22 @@ class FaultProxy:
     async def _exchange(self, request: web.Request) -> web.StreamResponse:
         path = re.sub("^http://[^/]*", "", request.raw_path)  # a forward proxy is asked for a whole URL
         seen = Request(request.method, path, await request.read(), request.headers)
-        entry = Entry(seen.method, seen.path, time.monotonic())
-        self._log.append(entry)
+        self.requests.append(seen)
         fault = await self.fault_for(seen)
-        entry.fault = type(fault).__name__ if fault else None
+        seen.fault = type(fault).__name__ if fault else None
         try:
-            return await self._act(request, seen, fault, entry)
+            return await self._act(request, seen, fault)
         except (ClientError, OSError):
             return await reset(request)
 
-    async def _act(self, request: web.Request, seen: Request, fault: Fault | None, entry: Entry) -> web.StreamResponse:
+    async def _act(self, request: web.Request, seen: Request, fault: Fault | None) -> web.StreamResponse:
         if isinstance(fault, ResetBefore):
             return await reset(request)
         if isinstance(fault, Silence):
             return await until_cancelled()
         if type(fault) is Answer:
             await asyncio.sleep(fault.at_s - time.monotonic())
-            return answer_with(fault, entry)
+            return answer_with(fault, seen)
         if isinstance(fault, Delay):
             await asyncio.sleep(fault.seconds)
         url, headers = URL(self._upstream + seen.path, encoded=True), end_to_end(request.headers)
@@ -229,8 +215,8 @@ class FaultProxy:
         ) as answer:
             if isinstance(fault, (AnswerAfter, ResetAfter)):
                 await answer.read()
-                return answer_with(fault, entry) if isinstance(fault, AnswerAfter) else await reset(request)
-            entry.status = answer.status  # before the client can know it
+                return answer_with(fault, seen) if isinstance(fault, AnswerAfter) else await reset(request)
+            seen.status = answer.status  # before the client can know it
             return await self._pass_on(request, answer, fault)
 
     async def _pass_on(self, request: web.Request, answer: ClientResponse, fault: Fault | None) -> web.StreamResponse:
@@ -258,8 +244,8 @@ def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP]
 
 
-def answer_with(answer: Answer, entry: Entry) -> web.Response:
-    entry.status = answer.status
+def answer_with(answer: Answer, seen: Request) -> web.Response:
+    seen.status = answer.status
     return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
 
 

@@ -1,10 +1,10 @@
 """A stub of Kubernetes, for the real KubeSpawner: pods, volume claims and events, on nodes that run nothing.
 
 `LocalHub(kube=True)` runs it. The API lists, watches, creates and deletes; selectors are ignored, since all pods are
-KubeSpawner's, and a pod has the parts that KubeSpawner and its client look at. A pod goes through its phases at the
-pace of the `Setting`. One that listens is a lab of singleuser_stub.py, at an address of its own in 127.0.0.0/8. An
-image called `unschedulable` finds no node, and those in `REFUSED` are refused; the tag of an image is the version of
-JupyterHub in it.
+KubeSpawner's, and a pod has the parts that KubeSpawner and its client look at. How many nodes there are, and how long
+everything takes, say options of localhub.py; the first nodes have the image `plain`. A pod that listens is a lab of
+singleuser_stub.py, at an address of its own in 127.0.0.0/8. An image called `unschedulable` finds no node, and those in
+`REFUSED` are refused; the tag of an image is the version of JupyterHub in it.
 
 GET /truth says which pods ever were, with moments of `time.monotonic`, and which volume claims are there. POST
 /control `{"fault": {"method": "DELETE", "kind": "pods", "status": 500}}` has all such requests fail, `{"clean": true}`
@@ -28,6 +28,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
+from types import SimpleNamespace
 from typing import Any
 
 from aiohttp import ClientSession, web
@@ -45,19 +46,6 @@ REFUSED = {  # how the API refuses pods with an image of this name
 }
 
 Json = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Nodes, and how long everything takes. The first nodes have the image `plain`; without `node_s` no others come."""
-
-    nodes: int
-    pods_per_node: int
-    node_s: float
-    image_s: float
-    spawn_s: float
-    spawn_jitter_s: float
-    stop_s: float
 
 
 class Refusal(Exception):
@@ -185,7 +173,7 @@ class Pod:
 class Cluster:
     """Objects and nodes; scheduler, autoscaler and kubelet; the API."""
 
-    def __init__(self, setting: Setting, hub: ClientSession) -> None:
+    def __init__(self, setting: SimpleNamespace, hub: ClientSession) -> None:
         self._setting, self._hub = setting, hub
         self._pods, self._claims, self._events = Store("pods"), Store("persistentvolumeclaims"), Store("events")
         self._truth = labs.Truth()
@@ -432,5 +420,5 @@ class Cluster:
 
 
 if __name__ == "__main__":
-    setting = Setting(**json.loads(sys.argv[1]))
+    setting = SimpleNamespace(**json.loads(sys.argv[1]))
     asyncio.run(labs.serve(lambda hub: Cluster(setting, hub).application()))

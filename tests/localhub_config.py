@@ -141,13 +141,6 @@ class StubLabSpawner(StubSpawner):
         url = f"{OPTIONS['labs_url']}/servers{path}"
         return await AsyncHTTPClient().fetch(url, method=method, body=body, raise_error=False)
 
-    def get_state(self) -> dict[str, Any]:
-        return super().get_state() | {"lab_port": self.lab_port}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self.lab_port = state.get("lab_port", 0)
-
 
 # What a profile does is known by its image's name: see kube_stub.py.
 PROFILES = ("plain", "quota", "webhook", "unschedulable")

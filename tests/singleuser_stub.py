@@ -72,21 +72,11 @@ def outcome_of(code: str) -> Outcome:
 # ==== Truth ==========================================================================================================
 
 
-@dataclasses.dataclass
-class Cell:
-    """A cell that was received. `sent_s` is None until its last message is on its way."""
-
-    server: str
-    kernel: str
-    received_s: float
-    sent_s: float | None = None
-
-
 class Truth:
     """What happened, on all servers."""
 
     def __init__(self) -> None:
-        self.cells: list[Cell] = []
+        self.cells: list[Json] = []
         self.requests: dict[str, Counter[int]] = {}
         self.hub_checks = 0
 
@@ -102,96 +92,61 @@ class Truth:
 # ==== Kernels ========================================================================================================
 
 
-def message(kind: str, channel: str, content: Json, parent: Json, session: str) -> str:
-    """A message of the kernel protocol, as a frame of the websocket."""
-    header = {
-        "msg_id": uuid.uuid4().hex,
-        "msg_type": kind,
-        "username": "username",
-        "session": session,
-        "date": now(),
-        "version": "5.4",
-    }
-    identity = {"msg_id": header["msg_id"], "msg_type": kind, "channel": channel}
-    rest = {"parent_header": parent, "metadata": {}, "content": content, "buffers": []}
-    return json.dumps(identity | {"header": header} | rest)
-
-
 def now() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 class Kernel:
-    """A kernel that runs nothing: it takes requests one after the other, and tells all its websockets."""
+    """A kernel that runs nothing: it takes cells one after the other, and tells all its websockets."""
 
     def __init__(self, server: str, truth: Truth) -> None:
         self.id = str(uuid.uuid4())
-        self.name = "python3"
         self.state = "starting"
-        self.last_activity = now()
         self.sockets: set[web.WebSocketResponse] = set()
         self.listens = asyncio.Event()
         self._server, self._truth = server, truth
         self._session = uuid.uuid4().hex
         self._executed = 0
-        self._requests: asyncio.Queue[tuple[web.WebSocketResponse, Json, Cell | None]] = asyncio.Queue()
+        self._requests: asyncio.Queue[tuple[web.WebSocketResponse, Json, Json]] = asyncio.Queue()
         self._life = asyncio.create_task(self._live())
 
     def model(self) -> Json:
-        return {
-            "id": self.id,
-            "name": self.name,
-            "last_activity": self.last_activity,
-            "execution_state": self.state,
-            "connections": len(self.sockets),
-        }
+        return {"id": self.id, "name": "python3", "execution_state": self.state, "connections": len(self.sockets)}
 
     async def greet(self, socket: web.WebSocketResponse) -> None:
         """Send what the server's own question to the kernel leaves on every new websocket."""
         self.state = "idle"
-        parent = {"msg_id": uuid.uuid4().hex, "msg_type": "kernel_info_request", "session": self._session}
         for state in ("busy", "idle"):
-            await socket.send_str(message("status", "iopub", {"execution_state": state}, parent, self._session))
+            content = {"execution_state": state}
+            await self._send([socket], "status", "iopub", content, self._servers_own("kernel_info_request"))
 
     def receive(self, socket: web.WebSocketResponse, text: str) -> None:
-        """Queue a request."""
-        request = json.loads(text)
-        header = request["header"]
-        cell = None
-        if header["msg_type"] == "execute_request":
-            cell = Cell(self._server, self.id, time.monotonic())
-            self._truth.cells.append(cell)
-        self._requests.put_nowait((socket, request, cell))
+        """Queue a cell."""
+        cell = {"server": self._server, "kernel": self.id, "received_s": time.monotonic(), "sent_s": None}
+        self._truth.cells.append(cell)
+        self._requests.put_nowait((socket, json.loads(text), cell))
 
     async def end(self) -> None:
         """Stop for good; websockets stay open, and hear nothing any more."""
         self._life.cancel()
-        parent = {"msg_id": uuid.uuid4().hex, "msg_type": "shutdown_request", "session": self._session}
-        await self._tell("status", {"execution_state": "busy"}, parent)
+        parent = self._servers_own("shutdown_request")
+        await self._tell_state("busy", parent)
         await self._tell("shutdown_reply", {"status": "ok", "restart": False}, parent)
-        await self._tell("status", {"execution_state": "idle"}, parent)
+        await self._tell_state("idle", parent)
 
     async def _live(self) -> None:
         await asyncio.sleep(KERNEL_START_S)
         self.listens.set()
         while True:
-            socket, request, cell = await self._requests.get()
-            header = request["header"]
-            if cell:
-                await self._execute(socket, request, cell)
-            elif header["msg_type"] == "kernel_info_request":
-                await self._tell("status", {"execution_state": "busy"}, header)
-                info = {"status": "ok", "protocol_version": "5.4", "implementation": "ipython", "banner": ""}
-                await self._reply(socket, "kernel_info_reply", info, header)
-                await self._tell("status", {"execution_state": "idle"}, header)
+            await self._execute(*await self._requests.get())
 
-    async def _execute(self, socket: web.WebSocketResponse, request: Json, cell: Cell) -> None:
+    async def _execute(self, socket: web.WebSocketResponse, request: Json, cell: Json) -> None:
         header, code = request["header"], request["content"]["code"]
         outcome = outcome_of(code)
         self._executed += 1
-        self.state, self.last_activity = "busy", now()
+        self.state = "busy"
         numbered: Json = {"execution_count": self._executed}
-        await self._tell("status", {"execution_state": "busy"}, header)
+        await self._tell_state("busy", header)
         await self._tell("execute_input", {"code": code} | numbered, header)
         if outcome.dies:
             await self._die()
@@ -206,13 +161,12 @@ class Kernel:
         elif outcome.result is not None:
             shown = {"data": {"text/plain": outcome.result}, "metadata": {}}
             await self._tell("execute_result", shown | numbered, header)
-        self.state, self.last_activity = "idle", now()
-        first, last = [
-            self._reply(socket, "execute_reply", reply, header),
-            self._tell("status", {"execution_state": "idle"}, header),
-        ][:: 1 if self._executed % 2 else -1]  # a real kernel keeps to neither order
+        self.state = "idle"
+        first, last = [self._send([socket], "execute_reply", "shell", reply, header), self._tell_state("idle", header)][
+            :: 1 if self._executed % 2 else -1
+        ]  # a real kernel keeps to neither order
         await first
-        cell.sent_s = time.monotonic()
+        cell["sent_s"] = time.monotonic()
         await last
 
     async def _die(self) -> None:
@@ -220,35 +174,38 @@ class Kernel:
         for state, after_s in (("restarting", DEATH_NOTICED_S), ("starting", RESTART_S)):
             await asyncio.sleep(after_s)
             self.state = state
-            await self._tell("status", {"execution_state": state}, {})
+            await self._tell_state(state, {})
         self._executed = 0
         while not self._requests.empty():
             self._requests.get_nowait()
 
+    def _servers_own(self, kind: str) -> Json:
+        """The header of a request that the server makes by itself."""
+        return {"msg_id": uuid.uuid4().hex, "msg_type": kind, "session": self._session}
+
+    async def _tell_state(self, state: str, parent: Json) -> None:
+        await self._tell("status", {"execution_state": state}, parent)
+
     async def _tell(self, kind: str, content: Json, parent: Json) -> None:
-        """Send to all websockets."""
-        frame = message(kind, "iopub", content, parent, self._session)
-        for socket in list(self.sockets):
-            await _send(socket, frame)
+        await self._send(list(self.sockets), kind, "iopub", content, parent)
 
-    async def _reply(self, socket: web.WebSocketResponse, kind: str, content: Json, parent: Json) -> None:
-        await _send(socket, message(kind, "shell", content, parent, self._session))
-
-
-async def _send(socket: web.WebSocketResponse, frame: str) -> None:
-    with contextlib.suppress(ConnectionError, RuntimeError):  # it has gone
-        await socket.send_str(frame)
+    async def _send(
+        self, sockets: list[web.WebSocketResponse], kind: str, channel: str, content: Json, parent: Json
+    ) -> None:
+        """Send a message of the kernel protocol to these websockets."""
+        header = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "username": "username", "session": self._session}
+        identity = {"msg_id": header["msg_id"], "msg_type": kind, "channel": channel}
+        rest = {"parent_header": parent, "metadata": {}, "content": content, "buffers": []}
+        frame = json.dumps(identity | {"header": header | {"date": now(), "version": "5.4"}} | rest)
+        for socket in sockets:
+            with contextlib.suppress(ConnectionError, RuntimeError):  # it has gone
+                await socket.send_str(frame)
 
 
 # ==== Servers ========================================================================================================
 
 
-class Access(enum.Enum):
-    """What a request may do: its token is not known, is not allowed here, or is allowed."""
-
-    UNKNOWN = enum.auto()
-    FORBIDDEN = enum.auto()
-    ALLOWED = enum.auto()
+Access = enum.Enum("Access", "UNKNOWN FORBIDDEN ALLOWED")  # of a token: not known, not allowed here, allowed
 
 
 class Refusal(Exception):
@@ -317,22 +274,18 @@ class Server:
         if scheme.lower() not in ("token", "bearer") or not token:
             return Access.UNKNOWN
         if token not in self._access_of:
-            self._access_of[token] = self._access_with(await self._owner(token))
+            self._access_of[token] = await self._check(token)
         return self._access_of[token]
 
-    async def _owner(self, token: str) -> Json | None:
-        """The hub's model of the token's owner; None when the hub does not know it."""
+    async def _check(self, token: str) -> Access:
         self._truth.hub_checks += 1
         try:
-            status, model = await self._ask_hub("GET", self._environment["JUPYTERHUB_API_URL"] + "/user", token)
+            status, owner = await self._ask_hub("GET", self._environment["JUPYTERHUB_API_URL"] + "/user", token)
         except (ClientError, asyncio.TimeoutError) as error:
             raise Refusal(_refused(500, "Failed to connect to Hub API")) from error
         if status >= 500:
             raise Refusal(_refused(502, "Failed to check authorization (upstream problem)"))
-        return model if status == 200 else None
-
-    def _access_with(self, owner: Json | None) -> Access:
-        if owner is None:
+        if status != 200:
             return Access.UNKNOWN
         if "scopes" not in owner:  # a hub before 2.0
             return Access.ALLOWED if owner["name"] == self.name else Access.FORBIDDEN
@@ -363,13 +316,14 @@ class Server:
         return response
 
     async def _route(self, request: web.BaseRequest, parts: list[str]) -> web.StreamResponse:
-        access = await self._access(request)
         match request.method, parts:
             case "GET", [""]:
                 return _redirect(self.prefix + "lab?")
             case "GET", ["static", *_, name]:
                 kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
                 return web.Response(body=bytes(STATIC_BYTES), content_type=kind)
+        access = await self._access(request)
+        match request.method, parts:
             case "GET", ["lab"]:
                 if access is Access.ALLOWED:
                     return web.Response(body=PAGE, content_type="text/html")
@@ -532,7 +486,7 @@ class Stub:
         servers = [server for server in self._servers.values() if server.listening]
         kernels = [kernel for server in servers for kernel in server.kernels.values()]
         truth = {
-            "cells": [dataclasses.asdict(cell) for cell in self._truth.cells],
+            "cells": self._truth.cells,
             "requests": self._truth.requests,
             "hub_checks": self._truth.hub_checks,
             "servers": len(servers),

@@ -27,7 +27,7 @@ THOUGHT = st.sampled_from([state for state in ServerState if state is not Server
 STATUSES = st.sampled_from([200, 202, 204, 400, 403, 404, 429, 500, 502, 503])
 
 
-def clean_up(thought: dict[str, ServerState], session: hst.HubSession) -> hst.CleanUp:
+def clean_up(thought: dict[str, ServerState], session: hst.HubSession) -> hst.Users:
     site = hst.Site(hst.Hub(ENDPOINT, session), hst.Plan(hst.PURGE, batch_size=1), hst.Recorder(), dict(thought))
     return hst.remove_users(site, set(OURS).__contains__)
 
@@ -59,7 +59,7 @@ def test_whatever_a_hub_answers_cleaning_up_ends_and_writes_only_to_ours(
     cleaned = clean_up(thought, TimeTraveller(erratic))
     assert erratic.written_to <= set(OURS)
     assert erratic.states.keys() >= set(NOT_OURS)
-    assert set(cleaned.left) >= erratic.states.keys() & set(OURS)
+    assert set(cleaned.left_behind) >= erratic.states.keys() & set(OURS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -67,7 +67,7 @@ def test_whatever_a_hub_answers_cleaning_up_ends_and_writes_only_to_ours(
 def test_a_hub_that_comes_to_its_senses_is_left_empty(states: dict[str, ServerState], seed: int) -> None:
     erratic = ErraticHub(states, [500, 502, 503, 400, 429] * 3, seed)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), TimeTraveller(erratic))
-    assert cleaned == hst.CleanUp(deleted=4) and not erratic.states
+    assert cleaned == hst.Users(deleted=4) and not erratic.states
 
 
 @pytest.mark.parametrize("status", [400, 403, 429, 500, 502, 503])
@@ -75,7 +75,7 @@ def test_a_hub_that_never_does_anything_is_given_up_with_every_name(status: int)
     erratic = ErraticHub(dict.fromkeys(OURS, ServerState.READY), [status] * 100_000, seed=1, acts=0.0)
     session = TimeTraveller(erratic)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), session)
-    assert set(cleaned.left) == set(OURS)
+    assert set(cleaned.left_behind) == set(OURS)
     assert session.clock() <= hst.CLEANUP_TIMEOUT_S + 300
 
 
@@ -102,7 +102,7 @@ def test_cleaning_up_goes_on_beyond_its_time_while_there_is_progress() -> None:
     slow = OneAtATime(dict.fromkeys(OURS, ServerState.STOPPED), [], seed=1)
     session = Slow(slow)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.STOPPED), session)
-    assert cleaned == hst.CleanUp(deleted=4) and session.clock() > hst.CLEANUP_TIMEOUT_S
+    assert cleaned == hst.Users(deleted=4) and session.clock() > hst.CLEANUP_TIMEOUT_S
 
 
 # ==== Claims =========================================================================================================
@@ -131,7 +131,7 @@ def test_users_that_the_hub_makes_after_its_answer_was_lost_are_removed_too(
     states = dict.fromkeys(claims.confirmed, ServerState.STOPPED) | {OURS[3]: ServerState.UNKNOWN}
     session.pause(hst.LATE_ACT_S)
     cleaned = hst.remove_users(hst.Site(hub, hst.Plan(), record, states), set(claims.ours).__contains__)
-    assert cleaned.left == () and not tool_users(new_hub)
+    assert cleaned.left_behind == () and not tool_users(new_hub)
 
 
 # ==== Kept users, and purge ==========================================================================================

@@ -12,7 +12,7 @@ from localhub import LocalHub
 from test_hub_setup import refusal
 from tool import run_for_results, tool_users
 
-AROUND = "if this machine reaches 127.0.0.1 without that proxy too, set no_proxy=127.0.0.1"
+AROUND = "set no_proxy=127.0.0.1"
 
 
 def through(proxy: str) -> dict[str, str]:
@@ -35,16 +35,15 @@ def test_a_check_behind_a_forward_proxy_is_refused_before_anything_is_made(
     for name, value in through(proxy.url).items():
         clean.setenv(name, value)
     said = refusal(new_hub.endpoint, new_hub.token, check_proxy=True)
-    way = f"{new_hub.public_url} is reached through the proxy {proxy.url} (http_proxy): {AROUND}. Nothing was changed."
-    assert way in said and "pa55word" not in said
+    assert f"through the proxy {proxy.url} (http_proxy)" in said and AROUND in said and "pa55word" not in said
     assert {entry.method for entry in proxy.requests} == {"GET"}
 
 
 def test_a_proxy_that_is_not_there_is_named_not_the_hub(clean: pytest.MonkeyPatch, new_hub: LocalHub) -> None:
     clean.setenv("http_proxy", "http://me:pa55word@127.0.0.1:1")
     said = refusal(new_hub.endpoint)
-    named = f"{new_hub.endpoint}, through the proxy http://127.0.0.1:1 (http_proxy): connection refused"
-    assert said == f"Nothing answers at {named}. Is the proxy right? Else {AROUND}."
+    assert "through the proxy http://127.0.0.1:1 (http_proxy): connection refused. Is the proxy right?" in said
+    assert AROUND in said and "pa55word" not in said
 
 
 def test_a_run_names_the_proxy_and_blames_it_for_lost_answers(
@@ -56,7 +55,7 @@ def test_a_run_names_the_proxy_and_blames_it_for_lost_answers(
     named = f"the proxy {proxy.url} (http_proxy)"
     assert f"on {new_hub.endpoint}, through {named}, as hub-stress-test-<n>" in done.stderr
     assert results["hub"]["proxy"] == named and f"{new_hub.endpoint}, through {named}" in done.summary
-    assert f"some requests through {named} got no answer: {AROUND}" in results["advice"]
+    assert any(f"some requests through {named}" in advice and AROUND in advice for advice in results["advice"])
     assert done.code == 1 and not tool_users(new_hub)
 
 

@@ -157,16 +157,6 @@ def test_the_scopes_that_a_command_asks_for_are_enough(
     assert done.code == 0 and not tool_users(new_hub), done
 
 
-def test_a_hub_that_refuses_to_list_its_users_at_the_start_is_left_as_it_is(
-    proxy: FaultProxy, new_hub: LocalHub
-) -> None:
-    locked = hub_answer(500, b'{"status": 500, "message": "database is locked"}')
-    proxy.rule = every(matching("GET", r"/users\?"), locked)
-    done = run_tool("stress-test", hub=new_hub, proxy=proxy)
-    assert done.code == 3 and "500 (database is locked). Nothing was changed." in done.stderr
-    assert {entry.method for entry in proxy.requests} == {"GET"}
-
-
 # ==== TLS ============================================================================================================
 
 

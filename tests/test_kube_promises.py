@@ -20,8 +20,7 @@ def test_three_failed_starts_leave_the_hub_up(profile: str, kube_hub: LocalHub, 
     assert "10 users deleted, none left" in done.summary and not tool_users(kube_hub)
 
 
-@pytest.mark.parametrize("status", [403, 500])
-@pytest.mark.parametrize("command", ["stress-test", "purge"])
+@pytest.mark.parametrize(("command", "status"), [("stress-test", 403), ("purge", 500)])
 def test_pods_that_outlive_their_users_are_counted(command: str, status: int, kube_hub: LocalHub) -> None:
     words = ("stress-test", "-c", "4", "--run", "ci")
     if command == "purge":
@@ -47,9 +46,8 @@ def test_pods_that_never_ran_do_not_pass_when_the_hub_restarts(make_hub: Callabl
     assert "3 users deleted, none left" in done.summary and not tool_users(hub) and not hub.cluster.pods()
 
 
-def test_options_without_a_profile_key_are_a_warning(make_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "1", "-p", '{"image": "r"}')
-    done, found = run_for_results(tmp_path / "r", *words, hub=make_hub(kube=True, image_s=1.0, spawn_s=1.0))
+def test_options_without_a_profile_key_are_a_warning(kube_hub: LocalHub, tmp_path: Path) -> None:
+    done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "1", "-p", '{"image": "r"}', hub=kube_hub)
     assert done.code == 0 and any("without the key `profile`" in warning for warning in found["warnings"])
 
 

@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -24,10 +23,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import hub_stress_test as hst
-from known_server import KnownServer
 from localhub import LocalHub
 from processes import free_port, free_ports
-from tool import NOWHERE, refused_usage, run_for_results, start_tool, tool_users, wait_until
+from tool import NOWHERE, PATIENCE_S, refused_usage, run_for_results, start_tool, tool_users, wait_until
 
 HALF_FAIL = ("--profile", '{"fail_rate": 0.5, "spawn_s": 0.3}')
 COLUMNS = [
@@ -76,15 +74,6 @@ def test_every_event_of_a_run_is_a_row(new_hub: LocalHub, tmp_path: Path) -> Non
         assert 0 <= ended - began - float(row["ended_s"]) < 1.01  # `started` is in whole seconds
 
 
-def test_the_events_of_several_processes_are_all_there(new_hub: LocalHub, tmp_path: Path) -> None:
-    path = tmp_path / "s.csv.gz"
-    words = ("activity-stress-test", "-c", "30", "--processes", "2", "--rate", "30", "--samples", str(path))
-    _, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
-    reports = [row for row in samples_in(path) if row["step"] == "activity"]
-    assert len(reports) == found["operations"]["activity"]["count"] == 30
-    assert len({row["user"] for row in reports}) == 30
-
-
 def test_all_lines_are_whole_when_the_program_is_killed(new_hub: LocalHub, tmp_path: Path) -> None:
     path = tmp_path / "s.csv.gz"
     with start_tool("stress-test", "-c", "4", "--hold", "60s", "--samples", str(path), hub=new_hub) as run:
@@ -98,17 +87,17 @@ def test_all_lines_are_whole_when_the_program_is_killed(new_hub: LocalHub, tmp_p
     assert hst.delete_users(sorted(tool_users(new_hub)), new_hub.endpoint, hst.get_session(new_hub.token))
 
 
-def test_a_disk_that_is_full_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
-    command = [sys.executable, hst.__file__, "stress-test", "-c", "40", "--samples", str(path)]
+    command = [sys.executable, hst.__file__, "stress-test", "-c", "20", "--samples", str(path)]
     env: Any = {"env": os.environ | new_hub.environment, "preexec_fn": limited}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, **env)
     assert done.returncode == 1, done
-    assert f"--samples {path} could not be written: File too large" in re.sub(r"\n +", " ", done.stdout)
+    assert "File too large" in " ".join(done.stdout.split())
     text = path.read_text()
     assert text.endswith("\n") and len({line.count(",") for line in text.splitlines()}) == 1
 
@@ -124,9 +113,6 @@ def page_at(port: int) -> dict[tuple[str, ...], float]:
     except OSError:
         return {}
     return {(name, *labels.values()): value for each in families for name, labels, value, *_ in each.samples}
-
-
-COUNT_OF_REPORTS = ("hub_stress_test_latency_seconds_count", "activity", "ok")
 
 
 def people(page: dict[tuple[str, ...], float]) -> dict[str, float]:
@@ -151,23 +137,12 @@ def test_a_run_is_served_while_it_lasts(new_hub: LocalHub) -> None:
     assert page_at(port) == {} and not tool_users(new_hub)
 
 
-def test_a_search_for_capacity_is_served_too_and_has_no_people(tmp_path: Path) -> None:
-    port, pages = free_port(), []
-    with KnownServer() as server:
-        words = ("activity-stress-test", "-c", "5", "--find-capacity", "--duration", "2s", "--metrics-port", str(port))
-        with start_tool(*words, env=server.environment) as run:
-            wait_until(lambda: pages.append(page_at(port)) or COUNT_OF_REPORTS in pages[-1])
-            run.send_signal(signal.SIGINT)
-            assert run.outcome().code == 130
-    assert people(pages[-1]) == {} and pages[-1][COUNT_OF_REPORTS] > 0
-
-
 def test_a_port_that_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         said = refused_usage(["stress-test", "--metrics-port", port], NOWHERE, capsys)
-    assert said.startswith(f"hub-stress-test: --metrics-port {port}: Address already in use (see ")
-    assert "port must be 0-65535" in refused_usage(["stress-test", "--metrics-port", "65536"], NOWHERE, capsys)
+    assert f"--metrics-port {port}: Address already in use" in said
+    assert "65535" in refused_usage(["stress-test", "--metrics-port", "65536"], NOWHERE, capsys)
 
 
 def query_result(port: int, query: str) -> dict[tuple[str, ...], float]:

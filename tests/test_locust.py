@@ -29,7 +29,7 @@ class Locust:
     """Locust processes, whose output is in files; they are killed, if they still run, when the test ends."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._tokens = folder, set[str]()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *words: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -38,16 +38,15 @@ class Locust:
             files: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "cwd": self.folder}
             process = subprocess.Popen([*LOCUST, *words], env=clean | env, start_new_session=True, **files)
         self.processes[name] = process
+        self._tokens |= {env["JUPYTERHUB_API_TOKEN"]} - {""}
         return process
 
     def said(self, name: str) -> str:
         return (self.folder / name).read_text()
 
     def run(self, *words: str, env: dict[str, str], name: str = "run") -> tuple[int, str]:
-        """Exit code and output; the token is in none of it."""
-        code = self.start(name, "--headless", "--only-summary", *words, env=env).wait(90)
-        self.check_secrets(env)
-        return code, self.said(name)
+        """Exit code and output."""
+        return self.start(name, "--headless", "--only-summary", *words, env=env).wait(90), self.said(name)
 
     def master_and_workers(self, workers: int, kind: str, *words: str, env: dict[str, str]) -> None:
         port = str(free_port())
@@ -56,17 +55,15 @@ class Locust:
         ports = ("--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port)
         self.start("master", *ports, "--expect-workers", str(workers), "--headless", *words, kind, env=env)
 
-    def check_secrets(self, env: dict[str, str]) -> None:
-        for path in self.folder.iterdir():
-            text = path.read_text() if path.is_file() else ""
-            assert (env.get("JUPYTERHUB_API_TOKEN") or "\0") not in text, path
-            assert "Traceback" not in text, text
-
     def end(self) -> None:
+        """Kill what still runs; no token may be in any output, and no traceback but those that Locust logs itself."""
         for process in self.processes.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
+        for said in map(self.said, self.processes):
+            assert not any(token in said for token in self._tokens)
+            assert said.count("Traceback") == said.count("locust.exception.StopUser"), said
 
 
 @pytest.fixture
@@ -153,7 +150,6 @@ def test_a_server_that_is_lost_while_its_person_stays_fails_the_run(locust: Locu
     code, said = process.wait(150), locust.said("run")
     assert rows(said)["server_ready"] == (4, 0) and rows(said)["stay"] == (4, 1), said
     assert "stopped while it was held" in said and "failed 1 (fails above 0)" in said and code == 1
-    locust.check_secrets(new_hub.environment)
     assert not tool_users(new_hub)
 
 
@@ -173,14 +169,11 @@ def test_without_admin_rights_people_come_to_named_servers(locust: Locust, make_
 
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, str], int, str]] = {
     "a wrong token": ((), {"JUPYTERHUB_API_TOKEN": "5ca1ab1e"}, 3, "refuses the token"),
-    "no hub": (("--hub-endpoint", "http://127.0.0.1:1/hub/api"), {}, 3, "Nothing answers"),
     "no endpoint and no token": (
         *((), {"JUPYTERHUB_ENDPOINT": "", "JUPYTERHUB_API_TOKEN": ""}, 2),
         "--hub-endpoint; and no token: set JUPYTERHUB_API_TOKEN",
     ),
     "an unknown operation": (("--hub-mix", "walk=1"), {}, 2, "--hub-mix: there is no operation 'walk'"),
-    "a header of the tool": (("--hub-header", "Host: 5ecret"), {}, 2, "the header Host cannot be set"),
-    "a strange scale": (("--hub-scale", "-3"), {}, 2, "expected a number above 0"),
     "a path": (("--hub-fail-if", "http.requests > 9"), {}, 2, "'http.requests' among failed, failed_rate, throttled"),
 }
 
@@ -229,31 +222,18 @@ def test_ctrl_c_at_the_master_deletes_what_every_worker_made(locust: Locust, new
         locust.processes[f"worker-{n}"].wait(30)
     assert not tool_users(new_hub)
     assert "30 users deleted, none left" in locust.said("master")
-    locust.check_secrets(new_hub.environment)
 
 
 def test_ctrl_c_at_all_processes_of_one_machine_cleans_up(locust: Locust, new_hub: LocalHub) -> None:
     port = str(free_port())
-    words = (
-        "--processes",
-        "2",
-        "--master-bind-port",
-        port,
-        "--master-port",
-        port,
-        "--headless",
-        "-u",
-        "10",
-        "-r",
-        "10",
-    )
-    process = locust.start("all", *words, "--hub-stay", "60s", "Person", env=new_hub.environment)
+    words = ("--processes", "2", "--master-bind-port", port, "--master-port", port, "--headless")
+    people = ("-u", "10", "-r", "10", "--hub-stay", "60s", "Person")
+    process = locust.start("all", *words, *people, env=new_hub.environment)
     wait_until(lambda: len(servers_ready(new_hub)) == 10)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(150) == 0
     assert not tool_users(new_hub)
     assert "10 users deleted, none left" in locust.said("all")
-    locust.check_secrets(new_hub.environment)
 
 
 def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, new_hub: LocalHub) -> None:
@@ -268,7 +248,6 @@ def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, new_
     assert left and all(hst.is_test_user(name, lost[1]) for name in left)
     assert hst.purge_users(new_hub.token, new_hub.endpoint, run=lost[1])["exit_code"] == 0
     assert not tool_users(new_hub)
-    locust.check_secrets(new_hub.environment)
 
 
 @pytest.mark.browser
@@ -304,7 +283,6 @@ def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust
         wait_until(lambda: not tool_users(new_hub))
         assert [line for line in complaints(page) if "SEVERE" in line] == []
     assert not tool_users(new_hub)
-    locust.check_secrets(new_hub.environment)
 
 
 def camel(name: str) -> str:

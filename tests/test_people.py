@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ import requests
 import hub_stress_test as hst
 from hub_stress_test import Kind, ServerState
 from localhub import LocalHub
-from made_up import ENDPOINT, HubWithUsers, Hurried, TimeTraveller
+from made_up import ENDPOINT, HubWithUsers, Hurried
 from tool import MODULE, THEIRS, results_in, row, run_for_results, run_tool, start_tool, tool_users, wait_until
 
 Make = Callable[..., LocalHub]
@@ -78,8 +77,7 @@ def test_failing_spawns_are_counted_with_reason_and_names(
     (reason,), failures = found["servers"]["reasons"], found["servers"]["failures"]
     assert "no node has 4 GB of memory free" in reason and {failure["reason"] for failure in failures} == {reason}
     failed = sorted({failure["user"] for failure in failures}, key=hst.natural)
-    assert len(failed) == 8
-    assert f"8 × {reason} ({', '.join(failed[:3])} and 5 more, all in --results)" in done.summary
+    assert len(failed) == 8 and f"8 × {reason} ({', '.join(failed[:3])} and 5 more" in done.summary
     if fixture == "eager":  # others answer the start when it has failed, and there is no progress
         assert {failure["message"] for failure in failures} <= {"Looking for a node", "Pulling the image"}
 
@@ -114,17 +112,7 @@ def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
     assert f"{failed} failed, {20 - count} not begun (--fail-fast)" in done.summary
 
 
-@pytest.mark.parametrize(
-    ("ends", "reached"),
-    [
-        ("FFF", True),
-        ("FF", False),
-        ("FFsFFsFF", False),
-        ("sFFFs", True),  # it stays so
-        ("", False),
-        ("sss", False),
-    ],
-)
+@pytest.mark.parametrize(("ends", "reached"), [("FF", False), ("FFsFFsFF", False), ("sFFFs", True)])
 def test_a_streak_of_failures_ends_with_a_person_at_the_goal(ends: str, reached: bool) -> None:
     session = hst.get_session("x", dry_run=True)
     crowd, never = hst.Crowd(session, hst.Plan(fail_fast=3)), hst.Crowd(session, hst.Plan())
@@ -172,15 +160,15 @@ def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
         thread.start()
     wait_until(lambda: len(crowd.throttled) == 3)
     for number in (1, 2, 3):
-        assert crowd.free_place()  # somebody waits, so that a new start lets them go first
+        crowd.start_ended("x", None)
         wait_until(lambda: len(order) == number)  # noqa: B023
-    assert order == [1.0, 2.0, 3.0] and not crowd.free_place()
+    assert order == [1.0, 2.0, 3.0]
 
 
 def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
     session = hst.get_session("x", dry_run=True)
     crowd = hst.Crowd(session, hst.Plan())
-    crowd.free_place()
+    crowd.start_ended("x", None)
     began_s = session.clock()
     crowd.wait_for_place(1.0, crowd.freed, began_s + 0.3)
     assert session.clock() - began_s >= 0.3
@@ -248,19 +236,25 @@ def simulated_site(start: Callable[[str], object] = str, **plan: Any) -> hst.Sit
 
 
 def ends_of(site: hst.Site, step: str = "server_ready") -> list[hst.Event]:
-    return [steps[step] for steps in site.record.people.values()]
+    return [steps[step] for steps in site.record.people.values() if step in steps]
 
 
 def wait_until_all_threads_have_ended() -> None:
     wait_until(lambda: not any(thread.name.startswith("hub-stress-test") for thread in threading.enumerate()))
 
 
-def test_three_hundred_people_stay_together_for_the_hold() -> None:
-    site, held = simulated_site(count=300, batch_size=2, hold_s=60.0), list[int]()
+def test_three_hundred_people_stay_together_although_one_raises() -> None:
+    def start(url: str) -> None:
+        if "hub-stress-test-2/" in url:
+            raise LookupError("nobody expected this")
+
+    site, held = simulated_site(start, count=300, batch_size=2, hold_s=60.0), list[int]()
     hst.send_people(NAMES, site, lambda: held.append(site.record.count(["server_ready"]) - site.record.count(["stay"])))
-    stays = ends_of(site, "stay")
-    assert max(held) == 300 == len(stays)
+    stays, (failed,) = ends_of(site, "stay"), [end for end in ends_of(site) if end.reason]
+    assert max(held) == 300 and len(stays) == 299
     assert all(stay.reason is None and stay.latency_s >= 60.0 for stay in stays)
+    assert (failed.user, failed.reason) == (NAMES[1], hst.Reason(Kind.RAISED, "LookupError: nobody expected this"))
+    assert site.states[NAMES[1]] is ServerState.STARTING  # as far as anybody knows: it will be stopped
     wait_until_all_threads_have_ended()
 
 
@@ -290,51 +284,17 @@ def test_with_a_schedule_arrivals_keep_to_it_however_long_each_takes() -> None:
     assert all(end.sent_s >= end.due_s for end in ends)
 
 
-def test_an_unexpected_error_fails_that_person_alone() -> None:
-    def start(url: str) -> None:
-        if "hub-stress-test-2/" in url:
-            raise LookupError("nobody expected this")
-
-    site = simulated_site(start, batch_size=2)
-    hst.send_people(NAMES[:5], site)
-    broken = hst.Reason(Kind.RAISED, "LookupError: nobody expected this")
-    assert [end.user for end in ends_of(site) if end.reason == broken] == [NAMES[1]]
-    assert site.record.count(["server_ready"]) == 5 and site.record.failures(["server_ready"]) == 1
-    assert site.states[NAMES[1]] is ServerState.STARTING  # as far as anybody knows: it will be stopped
-
-
-def test_all_leave_when_the_last_has_settled_and_the_hold_is_over() -> None:
-    session = TimeTraveller()
-    crowd = hst.Crowd(session, hst.Plan(hold_s=10.0))
-    crowd.settle("first")
-    session.pause(5.0)
-    crowd.settle(expected=2)
-    assert not crowd.leave_known.is_set() and crowd.leave_s == math.inf
-    session.pause(5.0)
-    crowd.settle("last")
-    session.pause(5.0)
-    crowd.settle("last")  # who leaves has settled before
-    assert crowd.leave_known.is_set() and crowd.leave_s == 20.0
-
-
-@pytest.mark.parametrize(
-    ("options", "due_s"),
-    [
-        ({}, [0.0, 0.0, 0.0]),
-        ({"rate_per_s": 4.0}, [0.0, 0.25, 0.5]),
-        ({"within_s": 60.0, "seed": 1}, [8.06, 45.83, 50.85]),
-    ],
-)
-def test_people_arrive_at_a_rate_at_random_or_at_once(options: dict[str, Any], due_s: list[float]) -> None:
+@pytest.mark.parametrize(("options", "due_s"), [({}, [0.0, 0.0, 0.0]), ({"rate_per_s": 4.0}, [0.0, 0.25, 0.5])])
+def test_people_arrive_at_a_rate_or_at_once(options: dict[str, Any], due_s: list[float]) -> None:
     plan = hst.Plan(count=3, **options)
-    assert [at_s for at_s, _ in hst.arrivals(plan)] == pytest.approx(due_s, abs=0.01)
-    assert plan.is_open == bool(options)
+    assert [at_s for at_s, _ in hst.arrivals(plan)] == due_s and plan.is_open == bool(options)
 
 
 def test_random_arrivals_depend_on_the_seed_and_fill_their_time() -> None:
     plans = [hst.Plan(count=300, within_s=60.0, seed=seed) for seed in (1, 1, 2)]
     first, again, other = ([at_s for at_s, _ in hst.arrivals(plan)] for plan in plans)
-    assert first == again != other
+    assert first == again != other and plans[0].is_open
+    assert first[:3] == pytest.approx([0.126, 0.343, 0.509], abs=1e-3)  # whatever the version of Python
     assert len(first) == 300 and first == sorted(first) and first[0] >= 0.0 and first[-1] <= 60.0
     assert 130 < sum(at_s < 30.0 for at_s in first) < 170  # about half of them in the first half
 

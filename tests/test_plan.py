@@ -196,7 +196,7 @@ def test_a_file_without_results_is_no_baseline(content: str, tmp_path: Path) -> 
         hst.results_file(str(tmp_path / "results.json"))
 
 
-def test_nothing_is_written_to_find_out_that_a_file_is_writable(tmp_path: Path) -> None:
+def test_writable_files_are_recognised_without_writing(tmp_path: Path) -> None:
     for bad in (tmp_path, tmp_path / "missing" / "file"):
         with pytest.raises(hst.UsageError, match="cannot be written"):
             hst.writable_file(str(bad))
@@ -261,7 +261,7 @@ COMPANIONS = {  # options without which these say nothing
 
 
 @pytest.mark.parametrize("field", GIVEN)
-def test_every_flag_of_an_option_sets_its_field_and_no_other(field: str, files: Path) -> None:
+def test_every_flag_sets_its_field_and_no_other(field: str, files: Path) -> None:
     (value, meaning), row = GIVEN[field], hst.OPTIONS[field]
     default = {field: getattr(hst.Plan(), field)}
     for command, flag in itertools.product({*row.on} & {*hst.COMMANDS}, row.flags):
@@ -312,7 +312,7 @@ def test_results_have_the_commands_options_without_secrets_and_baseline(command:
     assert json.loads(json.dumps(options)) == options
 
 
-def test_what_was_read_from_a_text_is_reported_as_that_text(files: Path) -> None:
+def test_what_was_read_from_text_is_reported_as_text(files: Path) -> None:
     words = ["--work", "--notebook", "class.py", "--page", "lab.har", "--watch", "p=http://me:pw@x/m", "--rate", "1:2m"]
     options = plan_for("stress-test", *HUB, *words).options()
     names = ("notebook", "page", "watch", "rate", "count")
@@ -362,40 +362,35 @@ def test_users_are_removed_as_fast_as_they_came() -> None:
 BAD_USAGE = {
     "": "COMMAND",
     "stress": "stress",
-    "purge --forec": "--forec",
-    "stress-test --witihn=5m": "no option --witihn: did you mean --within?",
-    "purge --count 3": "no option --count: it is one of stress-test and activity-stress-test",
+    "stress-test --witihn=5m": "did you mean --within?",
+    "purge --count 3": "stress-test and activity-stress-test",
     "stress-test --coun 3": "did you mean --count?",
-    "stress-test 30": "stress-test has no use for '30'",
-    "stress-test --count 0": "--count: expected a whole number of at least 1, not '0'",
-    "activity-stress-test --count=-1": "'-1'",
-    "--run Big purge": "lower-case",
+    "stress-test 30": "'30'",
+    "stress-test --count 0": "--count: expected a whole number",
     "-e hub.example.org/hub/api purge": "expected a URL",
     "purge --log-to-file /nowhere/log": "/nowhere/log: cannot be written",
     "purge --baseline /nowhere.json": "cannot be read as results",
     "purge --results /nowhere/r.json": "cannot be written",
     # conditions
-    "stress-test --fail-if 'visit.p95 > 9s'": "is measured only with --visit, --page, --work or --check-proxy (see",
-    "stress-test --fail-if 'operations.at_work.latency_s.p95 > 9s'": "at_work is measured only with",
-    "stress-test --fail-if 'stay.failed > 9'": "stay is measured only with --hold or --stay (see",
+    "stress-test --fail-if 'visit.p95 > 9s'": "with --visit, --page, --work or --check-proxy (see",
+    "stress-test --fail-if 'operations.at_work.latency_s.p95 > 9s'": "at_work is measured",
+    "stress-test --fail-if 'stay.failed > 9'": "with --hold or --stay (see",
     "purge --fail-if 'ping.p95 > 2x'": "needs a --baseline",
     "purge --fail-if 'pong.p95 > 2s'": "nearest is ping.p95",
-    "purge --fail-if 'visit.p42 > 1s'": "no 'visit.p42' in the results; nearest",
     "purge --fail-if 'hub.cpu_share_max > 90%'": "is hub.metrics.cpu_share_max",
     "purge --fail-if 'capacity.steps > 2'": "no 'capacity.steps' in the",
     "activity-stress-test --find-capacity --fail-if 'hub.metrics.cpu_share > 90%'": "throttled and OPERATION.STAT",
     # options beside each other
-    "stress-test --find-capacity --count 9": "leave out --count, or give --within too",
-    "stress-test --find-capacity --within 5m": "leave out --within, or give --count too",
+    "stress-test --find-capacity --count 9": "--within too",
+    "stress-test --find-capacity --within 5m": "--count too",
     "activity-stress-test --find-capacity --rate 1:2m": "without stages",
     "stress-test --find-capacity --max-servers 5": "the first step has 6 people",
     "stress-test --once": "--once needs --event",
-    "stress-test --visit-timeout 5s": "needs --visit, --page, --work or --check-proxy",
+    "stress-test --visit-timeout 5s": "--visit, --page, --work or --check-proxy",
     "stress-test --rate 1:2m,5:1m -c 9": "leave out --count",
     "activity-stress-test --rate 1:2m,5:1m --duration 9s": "leave out --duration",
     "activity-stress-test --processes 200": "more than --workers 100",
     "activity-stress-test --mix dance=1": "no operation 'dance'",
-    "activity-stress-test --operations /nowhere.py": "--operations /nowhere.py",
     "activity-stress-test --operations broken.py": "broken.py: ZeroDivisionError: division by zero",
     "stress-test --page class.py": "argument --page: class.py cannot be read as a HAR file",
     "stress-test --work --notebook mine.py": "argument --notebook: mine.py has no code cells",
@@ -412,9 +407,7 @@ def test_bad_usage_is_refused_in_one_sentence(line: str, files: Path, capsys: py
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({"JUPYTERHUB_ENDPOINT": NOWHERE["JUPYTERHUB_ENDPOINT"]}, "no token"),
-        ({"JUPYTERHUB_API_TOKEN": "x"}, "no endpoint"),
-        ({}, "or give --endpoint; and no token: set JUPYTERHUB_API_TOKEN"),
+        ({}, "give --endpoint; and no token: set JUPYTERHUB_API_TOKEN"),
         (NOWHERE | {"JUPYTERHUB_ENDPOINT": "hub"}, "JUPYTERHUB_ENDPOINT"),
         (NOWHERE | {"JUPYTERHUB_API_TOKEN": "a b"}, "JUPYTERHUB_API_TOKEN"),
     ],

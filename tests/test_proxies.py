@@ -6,11 +6,11 @@ Most of the time these tests wait for what the proxy keeps to come back by itsel
 from __future__ import annotations
 
 import os
-import urllib.request
 from pathlib import Path
 
 import pytest
 
+import hub_stress_test as hst
 from localhub import ROLE_SCOPES, LocalHub
 from nginx import nginx
 from tool import run_for_results, tool_users
@@ -28,9 +28,8 @@ def open_files(hub: LocalHub) -> int:
 
 def error_pages(hub: LocalHub) -> float:
     """How many error pages the hub drew for the proxy, as it says itself."""
-    url, headers = hub.hub_endpoint.removesuffix("/api") + "/metrics", {"Authorization": f"token {hub.token}"}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-        lines = response.read().decode().splitlines()
+    url = hub.hub_endpoint.removesuffix("/api") + "/metrics"
+    lines = hst.get_session(hub.token).get(url).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if "seconds_count" in line and "ProxyErrorHandler" in line)
 
 

@@ -132,7 +132,7 @@ def test_threads_may_record_events_in_any_order() -> None:
     assert (record.summarise(), record.timeline(0.0)) == (alone.summarise(), alone.timeline(0.0))
 
 
-def test_a_timeline_counts_every_event_once_from_when_the_run_began() -> None:
+def test_a_timeline_counts_every_event_once() -> None:
     events = (event(at_s=100 + n / 4, took_s=0.2, reason=AWAY if n == 39 else None) for n in range(40))
     seen = folded(events).timeline(began_s=100.0)["activity"]
     assert (seen["span_s"], seen["at_s"][:2]) == (1, [0.5, 1.5])
@@ -140,7 +140,7 @@ def test_a_timeline_counts_every_event_once_from_when_the_run_began() -> None:
     assert (seen["p50_s"][0], seen["max_s"][0]) == (0.2, 0.2)
 
 
-def test_a_timeline_widens_its_spans_before_there_are_more_than_200() -> None:
+def test_a_timeline_has_at_most_200_spans() -> None:
     """So that an hour takes no more memory than minutes."""
     record = folded(event(at_s=n + 0.5, took_s=0.001 * n, reason=AWAY if n % 4 else None) for n in range(3600))
     seen = record.timeline(0.0)["activity"]

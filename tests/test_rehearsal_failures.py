@@ -317,7 +317,6 @@ def test_servers_end_while_the_hub_calls_them_ready(servers: LocalHub, stage: St
     end = stage.rehearse("server killed ×2, frozen", "visit, hold", servers, *words, acts=acts)
     lost = f"it no longer answered at the end of the hold: {NOBODY_LISTENS}"
     end.judge(2, {NOBODY_LISTENS: 1, "no page: no answer in time": 1, lost: 1})
-    assert end.results["operations"]["visit"]["latency_s"]["max"] < 10
     assert end.results["operations"]["stay"]["errors"] == {lost: 1}
     assert end.results["servers"]["lost"] == 1
 

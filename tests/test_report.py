@@ -115,7 +115,7 @@ def test_the_phases_of_a_start_on_kubernetes_follow_one_another() -> None:
     assert order.index("starting") < order.index(hst.PHASES["silent_s"]) < order.index("ready")
 
 
-def test_a_report_says_first_what_was_tested_and_explains_its_words() -> None:
+def test_a_report_says_what_was_tested_and_explains_words() -> None:
     page = hst.render_report(failed_run())
     tested = page.partition("<h1>")[0]
     for part in ("3 people", "10 at a time", "who started a server and stayed, on", "6.1.1 at http://x/hub/api"):

@@ -17,7 +17,6 @@ import pytest
 
 import hub_stress_test as hst
 from bench.whole_run import hub_counts
-from fault_proxy import Answer, AnswerAfter, FaultProxy, Request, hub_answer, matching
 from localhub import LocalHub
 from made_up import ready, results_of
 from tool import MODULE, run_for_results, tool_users
@@ -25,15 +24,10 @@ from tool import MODULE, run_for_results, tool_users
 Make = Callable[..., LocalHub]
 
 
-def run_here(hub: LocalHub, **plan: Any) -> hst.Results:
-    """Results of a run in this process."""
-    return hst.carry_out(hst.Plan(token=hst.Secret(hub.token), endpoint=hub.endpoint, **plan))
-
-
 # ==== The results file ===============================================================================================
 
 
-def test_each_command_writes_results_and_counts_its_requests_as_the_hub_does(hub: LocalHub, tmp_path: Path) -> None:
+def test_each_commands_results_count_requests_as_the_hub_does(hub: LocalHub, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
 
     def run(*words: str) -> hst.Json:
@@ -99,42 +93,9 @@ def test_the_exit_code_is_the_one_of_its_table() -> None:
         assert code == int(next(fitting)[-1])
 
 
-def test_conditions_decide_the_exit_code_and_replace_the_default(new_hub: LocalHub) -> None:
-    failing: dict[str, Any] = {"count": 5, "profile": {"fail_rate": 0.2}}
-    for words, code in (((), 1), (("failed_rate > 25%",), 0), (("failed > 5", "server_ready.p95 > 1ms"), 1)):
-        results = run_here(new_hub, **failing, fail_if=tuple(map(hst.condition, words)))
-        assert (results.exit_code, results.failed) == (code, 1)
-        assert [goal.held for goal in results.conditions] == {(): [True]}.get(words, [False, True][: len(words)])
-
-
-def test_a_run_that_was_cut_short_has_failed_whatever_fail_if_says(
-    new_hub: LocalHub, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    """The answer to a request for users is lost, and the hub will not say which of them there are."""
-    creates, lists = matching("POST", "/users$"), matching("GET", r"/users\?")
-    lost: list[Request] = []
-
-    def rule(request: Request) -> Answer | None:
-        if creates(request) and not lost:
-            lost.append(request)
-            return AnswerAfter(502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html"})
-        if lists(request) and len(lost) == 1:
-            lost.append(request)
-            return hub_answer(500, b'{"status": 500, "message": "database is locked"}')
-        return None
-
-    proxy.rule = rule
-    words = ("stress-test", "-c", "3", "--fail-if", "list_users.p95 > 100s")
-    done, found = run_for_results(tmp_path / "r", *words, hub=new_hub, proxy=proxy)
-    assert done.code == 1
-    assert "the hub refused to list its users: 500 (database is locked)" in done.summary
-    assert [(each["condition"], each["held"]) for each in found["conditions"]] == [("list_users.p95 > 100s", False)]
-    assert found["users"]["deleted"] == 3 and found["users"]["left_behind"] == [] and not tool_users(new_hub)
-
-
 def test_a_baseline_is_set_beside_the_run(new_hub: LocalHub, tmp_path: Path) -> None:
     before = tmp_path / "before.json"
-    before.write_text(hst.render_results(run_here(new_hub, count=3)))
+    before.write_text(hst.render_results(results_of([ready(n, 0.5) for n in range(3)])))
     words = ("stress-test", "-c", "3", "--baseline", str(before), "--fail-if", "server_ready.p95 > 0.001x")
     done, found = run_for_results(tmp_path / "r", *words, hub=new_hub)
     assert done.code == 1 and "0.001x the baseline" in done.summary
@@ -162,7 +123,7 @@ def test_a_file_that_cannot_be_written_keeps_the_worse_code(code: int, tmp_path:
     found = hst.write_files(plan, results_of([ready(1)], exit_code=code))
     written = json.loads((tmp_path / "r.json").read_text())  # the other file
     assert written["exit_code"] == found.exit_code == (code or 1)
-    assert written["warnings"] == [f"--report {plan.report} could not be written: No such file or directory"]
+    assert written["warnings"][0].startswith(f"--report {plan.report} could not be written")
 
 
 def test_links_stay_links_and_pipes_are_written_to(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_start_on_a_new_node_has_all_phases() -> None:
     assert phases() is None and phases(text(1.0, "spawning")) is None  # without events of Kubernetes
 
 
-def test_phases_add_up_whatever_is_lost_repeated_or_out_of_order() -> None:
+def test_phases_add_up_whatever_is_lost_or_repeated() -> None:
     for missing in range(len(ON_A_NEW_NODE)):
         events = ON_A_NEW_NODE[:missing] + ON_A_NEW_NODE[missing + 1 :]
         found = seconds(phases(*reversed(events), *events[:3]))
@@ -127,11 +127,11 @@ def test_a_failed_start_says_why(message: str, events: list[Any], lasted_s: floa
         ("(f3365dee-34f2-4b7f-bc2a-447bd1d23aa1)", "(00005dee-34f2-4b7f-bc2a-447bd1d23aa1)"),
     ],
 )
-def test_what_differs_from_server_to_server_is_no_part_of_a_reason(one: str, other: str) -> None:
+def test_a_reason_leaves_out_what_differs_between_servers(one: str, other: str) -> None:
     assert hst.without_name(one, "hub-stress-test-7") == hst.without_name(other, "hub-stress-test-12")
 
 
-def test_the_means_of_starts_and_how_many_waited_for_a_new_node() -> None:
+def test_the_phases_of_several_starts_have_means() -> None:
     cold, warm = phases(*ON_A_NEW_NODE), phases(said(1, "Scheduled"), said(2, "Started", MAIN), ready_s=4.0)
     assert cold and warm
     mean = hst.mean_phases([cold, warm])
@@ -139,7 +139,7 @@ def test_the_means_of_starts_and_how_many_waited_for_a_new_node() -> None:
     assert hst.mean_phases([]) is None
 
 
-def test_spawn_failures_that_differ_in_what_they_count_are_one_reason() -> None:
+def test_spawn_failures_that_differ_in_counts_are_one_reason() -> None:
     texts = ["used: memory=20G (403)", "used: memory=21G (403)", "used: memory=20G (429)"]
     events = [failed(n, text) for n, text in enumerate(texts)]
     events += [failed(n, f"cell {n} raised", hst.Kind.CELL) for n in (3, 4)]

@@ -100,7 +100,7 @@ class OtherHub(HubWithUsers):
         response = super().send(request, *args, **kwargs)
         response.status_code, other = self._others.get(self.asked[-1][1], (response.status_code, None))
         if isinstance(other, str):
-            response.headers["Location"] = other
+            response.headers.update({"Location": other, "X-JupyterHub-Version": "6.1.1"})
         elif other is not None:
             response.raw = io.BytesIO(json.dumps(other).encode())
         return response

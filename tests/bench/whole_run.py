@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -51,15 +51,6 @@ class Process:
     peak_mb: float
     stdout: str
     stderr: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One run, as the machine and the hub saw it; pings left out."""
-
-    process: Process
-    hub_requests: int
-    hub_cpu_s: float
 
 
 def run_client(command: Sequence[str], environment: dict[str, str]) -> Process:
@@ -90,8 +81,8 @@ def hub_counts(hub: LocalHub) -> tuple[int, float]:
     return int(sum(float(number) for labels, number in served if "MetricsHandler" not in labels)), float(cpu[1])
 
 
-def measure(client: str, slow_spawn_timeout_s: float, args: argparse.Namespace) -> Measured:
-    """One run on a fresh hub. Raises `RunFailed`."""
+def measure(client: str, slow_spawn_timeout_s: float, args: argparse.Namespace) -> dict[str, float]:
+    """One run on a fresh hub, as the machine and the hub saw it; pings left out. Raises `RunFailed`."""
     command = [args.tool, "stress-test"] if client == "tool" else [str(HERE / "bare_client.py")]
     command = [sys.executable, *command, "--count", str(args.count), "--batch-size", str(args.batch_size)]
     options = {"spawn_s": 1.0, "spawn_jitter_s": 0.5, "slow_spawn_timeout_s": slow_spawn_timeout_s}
@@ -114,30 +105,27 @@ def measure(client: str, slow_spawn_timeout_s: float, args: argparse.Namespace) 
             counted, pings = json.loads(process.stdout)["requests"], 0
     if counted != requests_after - requests:
         raise RunFailed(f"the {client} counted {counted} requests, the hub {requests_after - requests}")
-    return Measured(process, requests_after - requests - pings, cpu_after_s - cpu_s)
-
-
-COLUMNS: dict[str, Callable[[Measured], float]] = {
-    "wall s": lambda run: run.process.wall_s,
-    "hub CPU s": lambda run: run.hub_cpu_s,
-    "requests": lambda run: run.hub_requests,
-    "client CPU s": lambda run: run.process.cpu_s,
-    "client peak MB": lambda run: run.process.peak_mb,
-}
+    return {
+        "wall s": process.wall_s,
+        "hub CPU s": cpu_after_s - cpu_s,
+        "requests": requests_after - requests - pings,
+        "client CPU s": process.cpu_s,
+        "client peak MB": process.peak_mb,
+    }
 
 
 def compare(slow_spawn_timeout_s: float, args: argparse.Namespace) -> None:
     """Run each client in turn, and print the medians, and the ratios of wall time and of the hub's CPU time."""
-    runs: dict[str, list[Measured]] = {"tool": [], "bare": []}
+    runs: dict[str, list[dict[str, float]]] = {"tool": [], "bare": []}
     for pair in range(args.pairs):
         for client in sorted(runs, reverse=pair % 2 == 0):
             runs[client].append(measure(client, slow_spawn_timeout_s, args))
     print(f"\nslow_spawn_timeout {slow_spawn_timeout_s:g} s: medians")
     for client, measured in runs.items():
-        cells = (f"{name} {median(map(value, measured)):.2f}" for name, value in COLUMNS.items())
+        cells = (f"{name} {median(run[name] for run in measured):.2f}" for name in measured[0])
         print(f"  {client}: {', '.join(cells)}")
     for name in ("wall s", "hub CPU s"):
-        each = [COLUMNS[name](tool) / COLUMNS[name](bare) for tool, bare in zip(runs["tool"], runs["bare"])]
+        each = [tool[name] / bare[name] for tool, bare in zip(runs["tool"], runs["bare"])]
         print(f"  {name}, tool / bare: {median(each):.3f} ({', '.join(f'{ratio:.3f}' for ratio in each)})")
 
 
