@@ -39,9 +39,9 @@ from test_hub_setup import refusal
 from tool import row, run_for_results, run_tool, start_tool, wait_until
 
 NEWEST_AND_OLDEST = [None, "1.5.1"]  # which list servers that are stopped, and which do not
-ALLOWED = 20
+ALLOWED = 14
 THEIR_SERVERS = ["my-notebook", "hub-stress-tester", "hub-stress-test-x"]  # the last one is stopped
-WORDS = ["stress-test", "--own-servers", "--count", "12", "--batch-size", "4"]
+WORDS = ["stress-test", "--own-servers", "--count", "6", "--batch-size", "4"]
 PURGE = ["purge", "--own-servers"]
 
 
@@ -111,26 +111,26 @@ def test_servers_start_and_are_removed_beside_the_owners_others(
     carol = carol_on(version=version)
     done, found = run_for_results(tmp_path / "all.json", *WORDS, hub=carol.hub)
     carol.check()
-    assert done.code == 0 and "12 of 12 servers became ready" in done.summary
-    assert "12 servers removed, none left" in done.summary and "user" not in done.stdout
+    assert done.code == 0 and "6 of 6 servers became ready" in done.summary
+    assert "6 servers removed, none left" in done.summary and "user" not in done.stdout
     assert not any(found["users"].values())
     servers = found["servers"]
-    assert (servers["removed"], servers["kept"], servers["left_behind"]) == (12, 0, [])
-    assert row(done.stdout, "start request") == ["12", "0"]
-    assert found["operations"]["delete_user"]["count"] == 12
+    assert (servers["removed"], servers["kept"], servers["left_behind"]) == (6, 0, [])
+    assert row(done.stdout, "start request") == ["6", "0"]
+    assert found["operations"]["delete_user"]["count"] == 6
     assert row(done.stdout, "ping")[1] == "0"
     assert ("the token lacks the scope read:metrics" in done.summary) == (version != "1.5.1")
 
     done = run_tool(*WORDS, "--profile", '{"fail_rate": 0.4}', hub=carol.hub)
     carol.check()
-    assert done.code == 1 and re.search("[45] × no node has 4 GB of memory free", done.summary)
-    assert "12 servers removed, none left" in done.summary and "answered 403" not in done.summary
+    assert done.code == 1 and re.search("[23] × no node has 4 GB of memory free", done.summary)
+    assert "6 servers removed, none left" in done.summary and "answered 403" not in done.summary
 
-    done, found = run_for_results(tmp_path / "more.json", *WORDS[:-3], "25", hub=carol.hub)
+    done, found = run_for_results(tmp_path / "more.json", *WORDS[:-3], "15", hub=carol.hub)
     carol.check()
     assert done.code == 1 and found["http"]["retries"] == 0 and found["operations"]["start_server"]["failed"] == 0
     assert (
-        "the hub allows each user 20 named servers, your others included, and this run is to start 25:" in done.summary
+        "the hub allows each user 14 named servers, your others included, and this run is to start 15:" in done.summary
     )
     assert "servers removed, none left" in done.summary
 
@@ -139,7 +139,7 @@ def test_a_hub_without_named_servers_is_named_at_the_first_refusal(hub: LocalHub
     token = hub.call("POST", "/users/alice/tokens", {"expires_in": 600})[1]["token"]
     done = run_tool(*WORDS, hub=hub, env={"JUPYTERHUB_API_TOKEN": token})
     assert done.code == 1 and "the hub allows no named servers" in done.summary
-    assert "0 of 12 servers became ready" in done.summary and "0 servers removed, none left" in done.summary
+    assert "0 of 6 servers became ready" in done.summary and "0 servers removed, none left" in done.summary
     assert not hub.users()["alice"]["servers"]
 
 
@@ -163,8 +163,8 @@ def test_people_work_behind_a_real_proxy_with_their_owners_token_and_leave(
     done, found = run_for_results(tmp_path / "x.json", *WORDS, *words, hub=carol.hub)
     carol.check()
     assert done.code == 0, done
-    assert found["people"]["at_work"] == 12 and not found["people"]["failed"]
-    assert found["operations"]["stay"]["count"] == found["servers"]["removed"] == 12
+    assert found["people"]["at_work"] == 6 and not found["people"]["failed"]
+    assert found["operations"]["stay"]["count"] == found["servers"]["removed"] == 6
     truth = carol.hub.truth()
     assert (truth["servers"], truth["kernels"], truth["open_websockets"]) == (3, 0, 0)  # hers
 
@@ -198,7 +198,7 @@ def test_servers_that_cannot_be_removed_are_named_with_the_command_that_removes_
         done, found = run_for_results(tmp_path / "x.json", *WORDS, *words, hub=carol.hub, proxy=proxy)
     left = {"hub-stress-test-ci-2", "hub-stress-test-ci-3"}
     assert done.code == 4 and carol.ours() == left == set(found["servers"]["left_behind"])
-    assert "10 servers removed; 2 ARE STILL THERE: hub-stress-test-ci-2 hub-stress-test-ci-3" in done.summary
+    assert "4 servers removed; 2 ARE STILL THERE: hub-stress-test-ci-2 hub-stress-test-ci-3" in done.summary
     assert "remove them with: hub-stress-test purge --own-servers --run ci" in done.summary
     for name in left:
         carol.hub.call("DELETE", f"/users/carol/servers/{name}", {"remove": True})

@@ -54,11 +54,11 @@ def test_a_profile_reaches_the_server(new_hub: LocalHub) -> None:
         assert run_tool("purge", hub=new_hub).code == 0
 
 
-def test_three_real_notebook_servers_start_and_stop(make_hub: Make) -> None:
+def test_a_real_notebook_server_starts_and_stops(make_hub: Make) -> None:
     hub = make_hub(real_servers=True)
-    done = run_tool("stress-test", "-c", "3", hub=hub)
+    done = run_tool("stress-test", "-c", "1", hub=hub)
     assert done.code == 0, done
-    assert "3 of 3 servers became ready" in done.summary
+    assert "1 of 1 server became ready" in done.summary
     assert hub.users().keys() == THEIRS
 
 
