@@ -7205,7 +7205,6 @@ def locust_results(entries: Iterable[Any], load: Collection[str], throttled: int
 if locust_is_loading():
     import gevent  # type: ignore[import-untyped, unused-ignore]
     from locust import FastHttpUser, constant, events, task
-    from locust.exception import StopUser
     from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
     LOG.setLevel(logging.WARNING)  # and no progress: Locust shows its own
@@ -7328,7 +7327,7 @@ if locust_is_loading():
         def on_start(self) -> None:
             shared: LocustSite | None = self.environment.hub_site
             if shared is None:  # its check has failed, and said why
-                raise StopUser
+                self.await_end()
             self.shared, self.site, self.plan = shared, shared.site, shared.site.plan
 
         def new_user(self) -> str:
@@ -7337,7 +7336,12 @@ if locust_is_loading():
             except CutShort as error:
                 SAY.error("%s", error)
                 self.shared.cut_short = True
-                raise StopUser from None
+                self.await_end()
+
+        def await_end(self) -> typing.NoReturn:
+            """Do nothing until the test ends: Locust would replace a user who ends, or log a traceback."""
+            while True:
+                gevent.sleep(3600)
 
     class RunningServer(HubUser):
         """Sends what a running server sends, --hub-scale times as often; or the --hub-mix."""
@@ -7377,8 +7381,7 @@ if locust_is_loading():
         @task
         def visit(self) -> None:
             if self.visits == self.plan.visits or self.shared.cut_short:
-                gevent.sleep(3600)  # Locust would replace a user who ends
-                return
+                self.await_end()
             self.visits += 1
             try:
                 journey(Visitor(self.new_user(), time.monotonic(), self.plan, self.site))

@@ -56,14 +56,14 @@ class Locust:
         self.start("master", *ports, "--expect-workers", str(workers), "--headless", *words, kind, env=env)
 
     def end(self) -> None:
-        """Kill what still runs; no token may be in any output, and no traceback but those that Locust logs itself."""
+        """Kill what still runs; no token and no traceback may be in any output."""
         for process in self.processes.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
         for said in map(self.said, self.processes):
             assert not any(token in said for token in self._tokens)
-            assert said.count("Traceback") == said.count("locust.exception.StopUser"), said
+            assert "Traceback" not in said, said
 
 
 @pytest.fixture
