@@ -62,7 +62,7 @@ def proxy(new_hub: LocalHub) -> Iterator[FaultProxy]:
 
 @pytest.fixture(scope="session")
 def shared_kube_hub() -> Iterator[LocalHub]:
-    with LocalHub(kube=True, nodes=1, pods_per_node=30, node_s=1.0, image_s=0.5) as hub:
+    with LocalHub(kube=True, nodes=1, pods_per_node=30, node_s=1.0, image_s=0.5, spawn_s=1.0) as hub:
         yield hub
 
 

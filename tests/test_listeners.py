@@ -93,7 +93,8 @@ def test_a_full_disk_fails_the_run_and_leaves_whole_lines(new_hub: LocalHub, tmp
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
-    command = [sys.executable, hst.__file__, "stress-test", "-c", "20", "--samples", str(path)]
+    words = ("-c", "12", "-b", "2", "--profile", '{"spawn_s": 0.5}', "--samples", str(path))  # not all in one second
+    command = [sys.executable, hst.__file__, "stress-test", *words]
     env: Any = {"env": os.environ | new_hub.environment, "preexec_fn": limited}
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, **env)
     assert done.returncode == 1, done
