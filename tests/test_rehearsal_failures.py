@@ -58,8 +58,8 @@ def labs() -> Iterator[LocalHub]:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[LocalHub]:
-    """A hub behind a real proxy whose servers and kernels are real, too."""
-    with LocalHub(real_proxy=True, real_servers=True) as hub:
+    """A hub behind a real proxy whose servers and kernels are real, too; it does not notice when they end."""
+    with LocalHub(real_proxy=True, real_servers=True, config="c.Spawner.poll_interval = 600") as hub:
         yield hub
 
 
@@ -314,7 +314,7 @@ def test_an_image_of_version_1_under_a_newer_hub_is_recognised(stage: Stage) -> 
 
 def test_servers_end_while_the_hub_calls_them_ready(servers: LocalHub, stage: Stage) -> None:
     acts = {(2, 1): KILL_SERVER, (3, 1): FREEZE_SERVER, (4, 2): KILL_SERVER}
-    words = ["-c", "4", "-b", "2", "--visit", "--visit-timeout", "4s", "--hold", "1s", "--server-timeout", "100s"]
+    words = ["-c", "4", "-b", "2", "--visit", "--visit-timeout", "10s", "--hold", "1s", "--server-timeout", "100s"]
     end = stage.rehearse("server killed ×2, frozen", "visit, hold", servers, *words, acts=acts)
     lost = f"it no longer answered at the end of the hold: {NOBODY_LISTENS}"
     end.judge(2, {NOBODY_LISTENS: 1, "no page: no answer in time": 1, lost: 1})
