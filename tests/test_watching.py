@@ -373,6 +373,7 @@ def test_a_ping_did_not_take_longer_inside_the_hub_than_in_all() -> None:
 def test_a_long_way_to_the_hub_is_told_from_a_slow_hub(new_hub: LocalHub, proxy: FaultProxy) -> None:
     proxy.rule = every(matching("GET", "/users/[^/]+$"), Delay(0.5))
     done = run_tool("stress-test", "-c", "4", "--profile", '{"spawn_s": 2}', hub=new_hub, proxy=proxy)
-    where = rf"({FRONT}|waiting for the hub, whose event loop was late)"  # the latter on a busy machine
-    assert re.search(rf"a mean ping of .*: most of that time was spent {where}", done.summary), done.summary
+    busy = "most of that time was spent waiting for the hub, whose event loop was late|the hub's figures do not tell"
+    where = f"most of that time was spent {FRONT}|{busy}"  # the last two on a busy machine
+    assert re.search(f"a mean ping of .*: ({where})", done.summary), done.summary
     assert not tool_users(new_hub)
