@@ -1810,10 +1810,8 @@ class HubSession(requests.Session):
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
         if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
             self._token_checked_s = self.clock()
-            self._token_refused = self.ask("GET", f"{endpoint}/user", call=Call(once=True)).status in (
-                401,
-                403,
-            )
+            reply = self.ask("GET", f"{endpoint}/user", call=Call(once=True))
+            self._token_refused = reply.status in (401, 403)
         return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
@@ -2176,9 +2174,9 @@ class Team:
 
     def start(self, act: Callable[..., object], *args: Any) -> None:
         """Do this in a thread of its own. Raises `CutShort` where the system starts no more threads."""
-        with self._changed:
-            self.running += 1
         start_thread("hub-stress-test", self._do, act, *args)
+        with self._changed:
+            self.running += 1  # the thread may have ended already: only who starts threads waits for them
 
     def wait_for(self, ready: Callable[[], bool], at_s: float = math.inf) -> bool:
         """Wait until `ready`, asked after each change and at `at_s`; False when the run ends before.
@@ -3871,9 +3869,9 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
     an admin.
     """
     hub, session, states, timeout_s = site.hub, site.hub.session, site.states, site.plan.cleanup_timeout_s
-    left = {name for name in states if ours(name)}
+    existing = {name for name in states if ours(name) and states[name] is not ServerState.UNKNOWN}
+    left = {name for name in states if ours(name) and states[name] is not ServerState.GONE}
     rewritten = [name for name in left if f"{USERNAME_PREFIX}-" not in name]  # which no list may have
-    existing = {name for name in left if states[name] is not ServerState.UNKNOWN}
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
     stopping_s: dict[str, float] = {}  # since when the hub has been stopping a user's server
@@ -5894,9 +5892,8 @@ def _failed_rows(results: Results) -> Iterator[Row]:
         yield "failed", f"{others} × something else: see the results file"
     if by_number:
         name = min((failure.user for failure in by_number[0][1]), key=natural)
-        pods = (
-            f"look with: kubectl logs deploy/hub -n NAMESPACE --since-time={results.started} | grep -w {name}"
-        )
+        log = f"kubectl logs deploy/hub -n NAMESPACE --since-time={results.started}"
+        pods = f"look with: {log} | grep -w {name}"
         file = f"look for {name}, from {results.started} on"
         yield "hub's log", pods if on_kubernetes(results) else file
     slowest = []
@@ -6060,6 +6057,7 @@ def render_summary(results: Results, baseline: Json | None = None, **look: Any) 
     return render_page(": ".join(verdict_of(results)), sections, **look)
 
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 SPELLED = {"✓": "ok", "✗": "FAIL", "×": "x", "–": "-", "→": "->", "≤": "<="}
 _COLOURS = {"PASSED": 32, "FAILED": 31, "LEFT": 31, "INTERRUPTED": 33}
 _COLOURS |= {"but": 33, "because": 33, "failed": 31, "next": 36}
@@ -6091,9 +6089,6 @@ def render_page(
             word.sub(lambda match: f"\033[1;{_COLOURS[match[0]]}m{match[0]}\033[0m", line) for line in page
         ]
     return "\n".join(page).replace(NO_BREAK, " ")
-
-
-NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def unbroken(sentence: str) -> str:
