@@ -71,7 +71,6 @@ class HubOptions:
     fail_rate: float = option("--fail", 0.0, "this share of the spawns, 0 to 1, fails with a reason (0)", "SHARE")
     hang_rate: float = option("--hang", 0.0, "this share of the spawns, 0 to 1, never ends (0)", "SHARE")
     stop_fails: bool = option("--stop-fails", False, "the spawner fails to stop servers; the hub keeps that to itself")
-    delete_fails: bool = option("--delete-fails", False, "the authenticator fails to delete users")
     servers_outlive: bool = option("--servers-outlive", False, "a hub that starts again looks for its servers")
     http_timeout_s: float = option("--http-timeout", 120.0, "patience with a server's first answer (120)", "SECONDS")
     slow_spawn_timeout_s: float = option("--slow-spawn-timeout", 10.0, "a start is answered 202 then (10)", "SECONDS")
@@ -82,7 +81,6 @@ class HubOptions:
     consecutive_failure_limit: int = option(
         "--failure-limit", 0, "the hub exits after this many failed spawns in a row (0: never)", "SPAWNS"
     )
-    bystanders: int = option("--bystanders", 0, "users beside alice and the look-alikes (0)", "USERS")
     admins: tuple[str, ...] = option("--admin", (), "an admin of this name exists; repeatable (none)", "NAME")
     owner: str = option("--owner", "", "a user of this name, whose token the command gets (none)", "NAME")
     named_servers: int = option("--named-servers", 0, "named servers that each user may have (0)", "SERVERS")
@@ -101,7 +99,6 @@ class HubOptions:
         "--proxy-version", "5.3.0", "of the real proxy, installed on first use (5.3.0)", "X.Y.Z"
     )
     database: str = option("--database", "memory", "users outlive a restart in this sqlite file (memory)", "FILE")
-    base_url: str = option("--base-url", "/", "the hub is at this path, which ends in a slash (/)", "PATH")
     config: str = option("--config", "", "more of the hub's configuration, read last (none)", "PYTHON")
     scopes: tuple[str, ...] = option(
         "--scope", ROLE_SCOPES, "the token has this scope; repeatable (the role's)", "SCOPE"
@@ -164,12 +161,12 @@ class LocalHub:
         self._directory = Path(tempfile.mkdtemp(prefix="localhub-"))
         self.log_path = self._directory / "hub.log"
         self.port = free_port()
-        own_url = f"http://127.0.0.1:{self.port}{self.options.base_url}"
+        own_url = f"http://127.0.0.1:{self.port}/"
         self.hub_endpoint = own_url + "hub/api"  # at the hub's own port, as a pod beside the hub reaches it
         self._proxy: RealProxy | None = None
         if self.options.real_proxy:
             self._proxy = RealProxy(self.options.proxy_version, own_url, self._directory / "proxy.log")
-        self.public_url = f"http://127.0.0.1:{self.proxy.port}{self.options.base_url}" if self._proxy else own_url
+        self.public_url = f"http://127.0.0.1:{self.proxy.port}/" if self._proxy else own_url
         self.endpoint = self.public_url + "hub/api"
         self._process: Forked | None = None
         self._labs: Stub | None = None

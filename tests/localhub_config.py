@@ -110,15 +110,6 @@ def _stub_port() -> int:
     return StubSpawner.port
 
 
-class Authenticator(DummyAuthenticator):
-    """Anybody may log in; users can be deleted, or not."""
-
-    def delete_user(self, user: Any) -> None:
-        if OPTIONS["delete_fails"]:
-            raise RuntimeError("the directory of users does not answer")
-        super().delete_user(user)
-
-
 class StubLabSpawner(StubSpawner):
     """Servers of another process (singleuser_stub.py), with pages and kernels, each at a port of its own."""
 
@@ -187,7 +178,7 @@ class RealSpawner(SimpleLocalProcessSpawner):
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
 c.JupyterHub.bind_url = OPTIONS["public_url"]
-c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{OPTIONS['port']}{OPTIONS['base_url']}"
+c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{OPTIONS['port']}/"
 c.JupyterHub.proxy_class = ConfigurableHTTPProxy if OPTIONS["real_proxy"] else NoProxy
 if OPTIONS["real_proxy"]:
     c.ConfigurableHTTPProxy.should_start = False
@@ -202,12 +193,8 @@ c.JupyterHub.tornado_settings = {
     "slow_spawn_timeout": OPTIONS["slow_spawn_timeout_s"],
     "slow_stop_timeout": OPTIONS["slow_stop_timeout_s"],
 }
-c.JupyterHub.authenticator_class = Authenticator
-c.Authenticator.allowed_users = {
-    *BYSTANDERS,
-    *OPTIONS["admins"],
-    *(f"bystander-{n:04}" for n in range(1, OPTIONS["bystanders"] + 1)),
-}
+c.JupyterHub.authenticator_class = DummyAuthenticator
+c.Authenticator.allowed_users = {*BYSTANDERS, *OPTIONS["admins"]}
 if OPTIONS["owner"]:
     c.Authenticator.allowed_users.add(OPTIONS["owner"])
     c.JupyterHub.api_tokens = {OPTIONS["owner_token"]: OPTIONS["owner"]}
