@@ -45,8 +45,8 @@ def failed_run(events: list[Event] = THREE, load_s: float = 12.0) -> hst.Results
     took = {"success": hst.OwnDurations(2, 1.0)}
     results = results_of([*events, *pings(*[0.02] * 10)], load_s=load_s, conditions=goals, hub=hub_with(spawns=took))
     shots = [hst.Snapshot(5.0 * n, {(hst.CPU, ""): n, (hst.MEMORY, ""): 1e8}) for n in range(3)]
-    table = hst.process_timeline(shots, 0.0)
-    results.timeline.update({"hub": table, "watched": {"proxy": table}})
+    table, once = hst.process_timeline(shots, 0.0), hst.process_timeline(shots[:1], 0.0)
+    results.timeline.update({"hub": table, "watched": {"proxy": table, "gone": once}})
     return results
 
 
@@ -145,7 +145,7 @@ def test_a_report_has_its_tables_whole_and_its_last_plot(results: hst.Results, h
     *others, last = plots(page)
     assert list(last)[:2] == [f"{drawn} p50", f"{drawn} p95"]
     if results.servers:
-        assert list(others[-1]) == ["ping p50", "ping max", "hub's CPU", "CPU of proxy"]
+        assert list(others[-1]) == ["ping p50", "ping max", "hub's CPU", "CPU of proxy", "CPU of gone"]
 
 
 def test_what_a_hub_says_cannot_break_out_of_the_page() -> None:
