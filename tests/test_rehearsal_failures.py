@@ -32,7 +32,7 @@ from test_recordings import OURS, entry, har
 from test_work import script
 from tool import Outcome, Running, results_in, start_tool, tool_users, wait_until
 
-pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(400)]
 
 NEVER_CAME = "cut short before getting to work"
 NOBODY_LISTENS = "nobody listens there (503)"
@@ -219,7 +219,7 @@ class Stage:
             thawing.start()
             stack.callback(thawing.join)
             meanwhile(run)
-            done = run.outcome()
+            done = run.outcome(370)
             took_s = time.monotonic() - began_s
             with pytest.raises(ProcessLookupError):
                 os.killpg(run.pid, 0)  # no process of the tool is left
