@@ -372,7 +372,7 @@ STATISTICS = (*LATENCY_STATISTICS, "failed", "count", "rate_per_s")
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 UNITS = {"": 1.0, "x": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 FITTING = {"s": ("ms", "s", "m"), "bytes": ("kB", "MB", "GB"), "%": ("%",)}
-KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*(share.*|_rate)"}
+KEYS_IN = {"s": r".*(?<!_per)(?<!_300)_s", "bytes": ".*_bytes", "%": ".*_(share(_max)?|rate)"}
 COUNTS = ("errors", "in_front", "reasons", "statuses")  # mappings in results where an absent name counts 0
 
 
@@ -5341,7 +5341,7 @@ def nearest_metric(metric: str, paths: bool = True) -> str:
     known += (f"{name}.{statistic}" for name in STEPS | OPERATIONS for statistic in STATISTICS)
     if paths:
         known += (path[1:] for path in numbers_in(Results) if path not in (".schema", ".exit_code"))
-    of_all = re.sub(r"\[[^]]*\]", "", metric)  # server_ready.p95 for a group's server_ready[students].p95
+    of_all = re.sub(r"\[[^]]*\]\.", ".", metric)  # server_ready.p95 for a group's server_ready[students].p95
     if any(re.fullmatch(re.escape(name).replace("NAME", "[^.]+"), of_all) for name in known):
         return ""
     return difflib.get_close_matches(metric, known, 1, 0.0)[0]
@@ -6827,19 +6827,43 @@ def validate(args: argparse.Namespace, *, paths: bool = True) -> None:
         raise UsageError("; and ".join(missing))
 
 
+PARTS = {"people": f"{OPENING} event", "proxy_check": "check_proxy", "servers": "own_servers", "capacity": ""}
+
+
+def _measured_by(plan: Plan) -> set[str]:
+    """The operations and parts of the results that a run by this plan has, or a step of its search."""
+    names = set() if plan.command == PURGE else {*plan.load, "ping"}
+    if plan.command == STRESS:
+        steps = (step for step in STEPS.values() if step.act and any(map(step.wanted, plan.groups)))
+        names |= {"start_server", *(step.name for step in steps)}
+    if plan.find_capacity:
+        return names - {"cell"}  # nobody works on in a search
+    names |= {"create_users", "list_users", "stop_server", "delete_user"}
+    has = {"people": plan.rehearses, "proxy_check": plan.check_proxy}
+    has |= {"servers": plan.command == STRESS or plan.own_servers}
+    return names | {part for part in has if has[part]}
+
+
 def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     """Why a run cannot judge a condition; "" when it can."""
-    if nearest := nearest_metric(limit.metric, paths):
+    metric, groups = limit.metric, [group.group for group in plan.event]
+    if nearest := nearest_metric(metric, paths):
         known = "in the results" if paths else "among failed, failed_rate, throttled and OPERATION.STAT"
-        return f"no {limit.metric!r} {known}; nearest is {nearest}"
-    groups = {group.group for group in plan.event}
-    for unknown in (name for name in re.findall(r"\[([^]]*)\]", limit.metric) if name not in groups):
+        return f"no {metric!r} {known}; nearest is {nearest}"
+    part, _, rest = metric.removeprefix("operations.").partition(".")
+    part, name = part.partition("[")[0], rest.partition(".")[0]
+    named = [*re.findall(r"\[([^]]*)\]", metric), *[name] * (part == "groups")]
+    for unknown in (each for each in named if each not in groups):
         return f"there is no group {unknown!r}"
-    step = STEPS.get(limit.metric.removeprefix("operations.").partition(".")[0].partition("[")[0])
-    if plan.command == STRESS and paths and step and not any(map(step.wanted, plan.groups)):
-        return f"{step.name} is measured only with {flags_text(step.by)}"
-    if limit.unit not in ("", "x", *FITTING.get(unit_of(limit.metric), ())):
-        return f"the unit {limit.unit!r} does not fit {limit.metric}"
+    if part == "aftermath" and name not in ("hub", *(each.parts[0] for each in plan.watch)):
+        return f"{name} is measured only with --watch {name}=URL"
+    if (paths or plan.find_capacity) and part in STEPS | PARTS and part not in _measured_by(plan):
+        flags = flags_text(STEPS[part].by if part in STEPS else PARTS[part])
+        if plan.command == STRESS and flags and not plan.find_capacity:
+            return f"{part} is measured only with {flags}"
+        return f"{'a search' if plan.find_capacity else plan.command} does not measure {part}"
+    if limit.unit not in ("", "x", *FITTING.get(unit_of(metric), ())):
+        return f"the unit {limit.unit!r} does not fit {metric}"
     return "a multiple needs a --baseline" if limit.unit == "x" and not plan.baseline else ""
 
 

@@ -112,7 +112,7 @@ UNITS_OF = {
     "ms s m": ["ping.p95", "hub.metrics.cpu_s", "people.until_work_s.page", "operations.visit.lateness_s.max"],
     "kB MB GB": ["hub.metrics.rss_max_bytes", "aftermath.hub.rss_bytes.grown"],
     "%": ["failed_rate", "hub.metrics.cpu_share_max", "http.observer_share"],
-    "": ["failed", "ping.count", "ping.rate_per_s", "capacity.rate_per_s", "capacity.servers_reporting_every_300_s"],
+    "": ["failed", "ping.count", "ping.rate_per_s", "http.statuses.503", "servers.phases.new_node"],
 }
 
 
@@ -120,7 +120,11 @@ UNITS_OF = {
 def test_a_unit_fits_the_key_or_is_refused(units: str) -> None:
     for metric, unit in itertools.product(UNITS_OF[units], hst.UNITS.keys() - {"", "x"}):
         with contextlib.nullcontext() if unit in units.split() else pytest.raises(hst.UsageError, match="does not fit"):
-            plan_for("purge", *HUB, "--fail-if", f"{metric} > 1{unit}")
+            plan_for("stress-test", "--visit", *HUB, "--fail-if", f"{metric} > 1{unit}")
+
+
+def test_a_groups_name_has_no_unit() -> None:
+    assert hst.unit_of("groups.shared.at_work") == "" and hst.unit_of("hub.metrics.cpu_share_max") == "%"
 
 
 def test_an_absent_name_counts_0_only_in_mappings_of_counts() -> None:
@@ -375,7 +379,16 @@ BAD_USAGE = {
     "stress-test --fail-if 'visit.p95 > 9s'": "with --visit, --page, --work or --check-proxy (see",
     "stress-test --fail-if 'operations.at_work.latency_s.p95 > 9s'": "at_work is measured",
     "stress-test --fail-if 'stay.failed > 9'": "with --hold or --stay (see",
-    "purge --fail-if 'ping.p95 > 2x'": "needs a --baseline",
+    "stress-test --fail-if 'people.failed > 0'": "with --visit, --page, --work, --check-proxy or --event (see",
+    "stress-test --fail-if 'proxy_check.leaking > 0'": "with --check-proxy (see",
+    "stress-test --fail-if 'activity.failed > 0'": "stress-test does not measure activity",
+    "stress-test --fail-if 'aftermath.proxy.open_files.grown > 9'": "with --watch proxy=URL",
+    "stress-test --fail-if 'groups.students.failed > 0'": "no group 'students'",
+    "stress-test --fail-if 'failed[students] > 0'": "no 'failed[students]' in the results",
+    "stress-test --find-capacity --fail-if 'create_users.p95 > 9s'": "a search does not measure create_users",
+    "activity-stress-test --fail-if 'servers.failed > 0'": "does not measure servers",
+    "activity-stress-test --fail-if 'read.p95 > 9s'": "does not measure read",
+    "purge --fail-if 'list_users.p95 > 2x'": "needs a --baseline",
     "purge --fail-if 'pong.p95 > 2s'": "nearest is ping.p95",
     "purge --fail-if 'hub.cpu_share_max > 90%'": "is hub.metrics.cpu_share_max",
     "purge --fail-if 'capacity.steps > 2'": "no 'capacity.steps' in the",
@@ -417,8 +430,9 @@ def test_a_wrong_environment_is_refused(env: dict[str, str], expected: str, caps
 
 
 def test_a_condition_may_be_on_a_step_that_somebody_takes() -> None:
-    for words in ("--work at_work.p95", "--visit operations.at_work.latency_s.p95", "--check-proxy visit.failed"):
-        option, metric = words.split()
+    words = ["--work at_work.p95", "--visit operations.at_work.latency_s.p95", "--check-proxy visit.failed"]
+    words += ["--visit delete_user.max", "--watch=a=http://a/m aftermath.a.x.peak"]
+    for option, metric in map(str.split, words):
         assert plan_for("stress-test", *HUB, option, "--fail-if", f"{metric} > 9{hst.unit_of(metric)}").fail_if
 
 
