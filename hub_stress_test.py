@@ -143,7 +143,7 @@ REPORTS_SHARE = 0.1  # of what a hub sustains: the rest is for people
 MANY_SERVERS = 3000
 SILENT_S = 3.0  # before a warning that the hub does not answer
 PING_RATE_PER_S = 5.0
-PINGS_AT_MOST = 20  # under way at the same time
+PINGS_AT_MOST = 150  # under way at the same time: until the first of them times out
 STATUS_EVERY_S, STATUS_IN_PLACE_EVERY_S = 10.0, 0.5
 METRICS_EVERY_S = 5.0
 SAMPLES_EVERY_S = 1.0  # between two writes: what a killed program may lose
@@ -2221,7 +2221,8 @@ class Team:
 class Regularly:
     """While the `with` block runs, does something at fixed moments, with the moment at which it was due.
 
-    `at_most` threads take turns. Where all of them are late, `skip` is called for what they missed.
+    Up to `at_most` threads take turns, as many as are late and one that waits. Where all are late, `skip` is
+    called for what they missed.
     """
 
     def __init__(
@@ -2234,10 +2235,11 @@ class Regularly:
     ) -> None:
         self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
         self._ended, self._numbers = threading.Event(), itertools.count(1)
+        self._threads, self._busy = list[threading.Thread](), set[int]()
 
     def __enter__(self) -> None:
         self._began_s = time.monotonic()
-        self._threads = [start_thread(self._name, self._run) for _ in range(self._at_most)]
+        self._threads.append(start_thread(self._name, self._run))
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -2250,10 +2252,15 @@ class Regularly:
             due_s = self._began_s + n * self._period_s
             if self._ended.wait(max(0.0, due_s - time.monotonic())):
                 return
-            if time.monotonic() < due_s + self._period_s:
-                self._act(due_s)
-            else:
+            if time.monotonic() >= due_s + self._period_s:
                 self._skip()
+                continue
+            self._busy.add(threading.get_ident())
+            if len(self._busy) == len(self._threads) < self._at_most:
+                with contextlib.suppress(CutShort):  # where no more threads start, those that are there go on
+                    self._threads.append(start_thread(self._name, self._run))
+            self._act(due_s)
+            self._busy.discard(threading.get_ident())
 
 
 # ==== The hub's own figures =================================================================================

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,14 @@ def test_pings_are_due_five_times_a_second_until_the_stop_and_wait_for_none(
     assert sum(event.ended_s < late.ended_s for event in others) >= 5
     http = session.traffic.summarise()
     assert (http.retries, http.requests, http.observer_share) == (0, len(proxy.requests), 1.0)
+
+
+def test_no_ping_waits_for_the_answer_to_another() -> None:
+    under_way, answered = list[float](), threading.Event()
+    with hst.Regularly("test", 0.02, lambda due_s: under_way.append(due_s) or answered.wait(), hst.PINGS_AT_MOST):
+        wait_until(lambda: len(under_way) == hst.PINGS_AT_MOST == hst.DEFAULT_TIMEOUT * hst.PING_RATE_PER_S)
+        answered.set()
+    assert len(set(under_way)) == len(under_way)
 
 
 def test_what_is_missed_while_all_are_late_is_skipped() -> None:
