@@ -696,11 +696,11 @@ class EventFile:
 
     def error(self, n: int, key: str, sentence: str) -> UsageError:
         """What is wrong with a key of the n-th table, or with the whole table, with its line."""
-        table = 0
+        table, has_key = 0, rf"[\s\[]*[\"']?{re.escape(key)}[\"']?\s*[\]=.]"
         for number, line in enumerate(self.text.splitlines(), 1):
             begins = re.match(r"\s*\[\[\s*people\s*\]\]", line)
             table += bool(begins)
-            if table == n and (re.match(rf"[\s\[]*[\"']?{key}[\"']?\s*[\]=.]", line) if key else begins):
+            if table == n and (re.match(has_key, line) if key else begins):
                 return UsageError(f"--event {self.path}, line {number}: {sentence}")
         return UsageError(f"--event {self.path}: {sentence}")
 
@@ -942,7 +942,8 @@ class Plan:
     find_capacity: bool = option("--find-capacity",
         "raise the rate until a condition is met: what does the hub sustain? How many people a minute? "
         "Do --count N fit --within DURATION?",
-        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy", about=CAPACITY)
+        on=LOADS, rules_on=(STRESS,), excludes="event hold_s stay_s keep check_proxy", compared=True,
+        about=CAPACITY)
     max_servers: int | None = option("--max-servers N",
         "with --find-capacity: no more than N servers at one time", whole_number, on=(STRESS,),
         needs="find_capacity", about=CAPACITY)
@@ -2895,7 +2896,7 @@ class Crowd:
 
     def __init__(self, session: HubSession, plan: Plan, one_is_ready: bool = False) -> None:
         self.changed, self._session, self._plan = threading.Condition(), session, plan
-        self.starting: dict[str, Said] = {}  # the hub's words on each start
+        self.starting: dict[str, Visitor] = {}
         self.one_is_ready, self._failures, self._failed_in_a_row = one_is_ready, list[str](), 0
         self.throttled: list[float] = []  # when the starts that wait for a place were due
         self.freed = self._taken = 0
@@ -3181,10 +3182,10 @@ def await_ready(name: str, hub: Hub, until_s: float, said: list[tuple[float, Jso
     raise Failed(Kind.TIMED_OUT, "not ready in time")
 
 
-def still_waiting(starting: Mapping[str, Said]) -> Iterator[str]:
+def still_waiting(starting: Iterable[Visitor]) -> Iterator[str]:
     """What servers that were starting when a run was interrupted waited for."""
-    words = {name: without_name(last_word(said), name) for name, said in starting.items()}
-    waits = collections.Counter(word or "the hub said nothing of it" for word in words.values())
+    words = (without_name(last_word(person.said), person.name) for person in starting)
+    waits = collections.Counter(word or "the hub said nothing of it" for word in words)
     for word, number in waits.most_common(3):
         servers = counted(number, "server was", "servers were")
         yield f"{servers} still starting when the run was interrupted: {word}"
@@ -3605,7 +3606,7 @@ def send_people(names: Sequence[str], site: Site, on_tick: Callable[[], None] = 
                 if not team.wait_for(functools.partial(goes_on, due_s), due_s) or crowd.failed_too_often:
                     break
                 person = Visitor(name, min(due_s, session.clock()), group, site)
-                crowd.starting[name] = person.said
+                crowd.starting[name] = person
                 begun += 1
                 team.start(journey, person)
             crowd.settle(expected=begun)
@@ -3647,7 +3648,9 @@ def timetable(plan: Plan, at_worst: bool = False) -> list[Presence]:
         parts_s = at_worst * DEFAULT_TIMEOUT * math.ceil(parts / CONNECTIONS_OF_A_BROWSER)
         look_s = at_worst * (group.opens * group.visit_timeout_s + group.work * group.cell_timeout_s)
         works_s = arrives_s + start_s + look_s + parts_s
-        cells_s = (len(cells_of(group)) - 1) * (group.think_s + at_worst * group.cell_timeout_s)
+        later = len(cells_of(group)) - 1 if group.work and not group.find_capacity else 0
+        cells_s = later * (group.think_s + at_worst * group.cell_timeout_s)
+        cells_s = min(cells_s, group.stay_s or math.inf)
         last_look_s = look_s if STEPS["stay"].wanted(group) else 0.0
         people.append((arrives_s, works_s, works_s + cells_s, last_look_s, group))
     all_leave_s = plan.hold_s + max(done_s for _, _, done_s, _, _ in people)
@@ -4729,7 +4732,7 @@ class Run:
             silence = duration_text(HUB_GONE_S)
             self.troubles.append(f"the hub did not answer for {silence}: no more load was sent")
         if self.session.stopping.is_set():
-            self.warnings += still_waiting(self.site.crowd.starting.copy())
+            self.warnings += still_waiting([*self.site.crowd.starting.values()])
         if self.plan.command != PURGE:
             self.session.stop()  # threads that the hub holds up send nothing more
         self.site.public.close_kernels()
@@ -5101,7 +5104,8 @@ def starts_at_once(results: Results) -> int:
     ready = results.operations.get("server_ready")
     if not ready or not (servers := results.servers) or servers.failed:
         return 0
-    return math.ceil(sum(rates) * ((ready.latency_s.mean or 0.0) - servers.throttling_s) * 4 / 3)
+    at_once = sum(rates) * ((ready.latency_s.mean or 0.0) - servers.throttling_s)
+    return math.ceil(min(at_once, servers.requested) * 4 / 3)
 
 
 REFUSED_NAMES = {  # advice by a pattern of the hub's message
@@ -5556,17 +5560,18 @@ def results_of(run: Run) -> Results:
     plan, rows, users, snapshots = run.plan, run.record.people, users_of(run), run.monitor.snapshots
     cut_short = bool(run.troubles) or run.interrupted_by is not None
     expected = plan.count if plan.command == STRESS and not plan.find_capacity else 0
-    ends: Json = {"began_s": run.began_s, "starting": run.site.crowd.starting.copy()}
+    starting = run.site.crowd.starting.copy()
+    ends: Json = {"began_s": run.began_s, "starting": starting}
     servers = servers_of(rows, expected, cut_short, **ends) if expected or plan.own_servers else None
     if servers and plan.own_servers:
         numbers: Json = {"removed": users.deleted, "kept": users.kept, "left_behind": users.left_behind}
         servers = dataclasses.replace(servers, **numbers)
         users = dataclasses.replace(users, created=0, deleted=0, kept=0, left_behind=())
     people = people_of(rows, expected, cut_short, **ends) if expected and plan.rehearses else None
-    groups = {
-        each.group: people_of(rows, each.count, cut_short, each.group, began_s=run.began_s)
-        for each in plan.event
-    }
+    groups = dict[str, Rehearsed]()
+    for each in plan.event:
+        ends["starting"] = {name for name, person in starting.items() if person.plan.group == each.group}
+        groups[each.group] = people_of(rows, each.count, cut_short, each.group, **ends)
     if people:
         failed, tried = people.failed, plan.count
     elif plan.command == PURGE:
@@ -5701,7 +5706,7 @@ def goal_of(results: Results) -> str:
     groups = results.options.get("event") or [results.options]
     goals = {
         "got to work" if group.get("work") else
-        "opened their page" if any(map(group.get, OPENING.split())) else
+        "opened their page" if any(map((results.options | group).get, OPENING.split())) else
         "got a server"
         for group in groups
     }  # fmt: skip
@@ -5734,7 +5739,8 @@ def _capacity_sentence(capacity: Capacity, options: Json) -> str:
     at_least = "at least " if capacity.generator_bound or not capacity.finished else ""
     people, servers = capacity.people_per_minute, capacity.servers_reporting_every_300_s
     if not people:
-        sustained = f"this hub sustains {at_least}{counted(round(capacity.rate_per_s), 'request')} per second"
+        rate = round(capacity.rate_per_s) if capacity.rate_per_s >= 10 else capacity.rate_per_s
+        sustained = f"this hub sustains {at_least}{counted(rate, 'request')} per second"
         reports = f": the activity reports of {servers or 0:,} running servers, one every 300 s each"
         return sustained + reports * bool(servers)
     within_s, for_s = options.get("within"), options.get("duration") or FIRST_STEPS[STRESS][1]
@@ -5865,8 +5871,8 @@ def _server_rows(results: Results) -> Iterator[Row]:
         by_the_hub += f"{duration_text(started.mean_s)} on average"
         if started.count > servers.given_up:  # others start servers too
             by_the_hub = f"the hub counted {counted(round(started.count), 'successful start')}"
-        after = duration_text(options["server_timeout"])
-        yield "timed out", f"{counted(servers.given_up, 'server')} timed out after {after}; {by_the_hub}"
+        after = "" if options.get("event") else f" after {duration_text(options['server_timeout'])}"
+        yield "timed out", f"{counted(servers.given_up, 'server')} timed out{after}; {by_the_hub}"
     if options["hold"] and "stay" in results.operations and not people:
         hold = duration_text(options["hold"])
         yield "hold", f"{hold}; the hub says which servers stayed, --visit asks the servers too"
@@ -6332,7 +6338,7 @@ def tested_text(results: Results) -> str:
     elif results.command == STRESS:
         people = f"{counted(options['count'], 'person', 'people')} ({pace_text(options)})"
         did[-2:] = [" and ".join(did[-2:])]
-        load = f"{'people' if results.capacity else people} who {', '.join(did)}"
+        load = f"{'people' if results.capacity else people} who {', '.join(did) or 'did not come'}"
     search = "the search for what this hub takes: " * bool(results.capacity)
     when = f"{results.started} to {results.finished}, with {results.tool['name']} {results.tool['version']}"
     return f"Tested: {search}{load}, on JupyterHub {hub.version} at {hub.endpoint}, {when}"
@@ -6677,7 +6683,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise no_such(word.partition("=")[0].lstrip("-"), command)
     given |= {name: tuple(given[name]) for name, row in OPTIONS.items() if row.repeatable and name in given}
     if file := given.get("event"):
-        given = read_table(file, 0) | given
+        unused = OPTIONS["dry_run"].excludes.split() if given.get("dry_run") else ()
+        given = {name: value for name, value in read_table(file, 0).items() if name not in unused} | given
         of_groups = {"event", *OPTIONS["event"].excludes.split()}
         above = Plan(**{name: value for name, value in given.items() if name not in of_groups})
         groups = event_groups(file, above)

@@ -200,6 +200,7 @@ CLASS = {"count": 300, "within_s": 300.0}
         (dataclasses.replace(NONE, generator_bound=True), {}, ["this tool could not send"]),
         (dataclasses.replace(NONE, finished=False), {}, ["the search did not finish"]),
         (dataclasses.replace(REQUESTS, finished=False), {}, ["at least 64 requests"]),
+        (dataclasses.replace(REQUESTS, rate_per_s=0.3), {}, ["sustains 0.3 requests"]),
         (PEOPLE, {}, ["60 people a minute (found with 60 people in 60.0 s)", "300 in 5 min"]),
         (PEOPLE, {"duration_s": 1.0}, ["(found with 1 person in 1.00 s)"]),
         (AT_LEAST, {"max_servers": 60}, ["at least 60 people a minute with at most 60 servers at a time"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ import pytest
 
 import hub_stress_test as hst
 from localhub import LocalHub
-from tool import HUB, NOWHERE, plan_for, refused_usage, run_for_results, run_tool, tool_users
+from tool import (
+    HUB,
+    NOWHERE,
+    plan_for,
+    refused_usage,
+    results_in,
+    run_for_results,
+    run_tool,
+    start_tool,
+    tool_users,
+    wait_until,
+)
 
 CLASS = """
 hold = "5m"
@@ -91,6 +103,29 @@ def test_the_same_seed_gives_each_group_the_same_moments(file: Path) -> None:
     assert moments["assistants"] == [60, 61, 62, 63, 65]
 
 
+def test_a_dry_run_writes_none_of_the_files_that_an_event_names(file: Path) -> None:
+    file.write_text("results = 'r.json'\nsamples = 's.csv'\n" + CLASS)
+    words = ("stress-test", "--event", str(file), *HUB)
+    plan = plan_for("--dry-run", *words)
+    assert (plan.results, plan.samples, plan.hold_s) == (None, None, 300.0) and plan_for(*words).samples
+
+
+ELEVEN: Any = {"count": 1, "within_s": 1e-9, "think_s": 60.0, "notebook": hst.Given("x.py", (hst.Code("1"),) * 11)}
+
+
+def lasts_s(*groups: hst.Plan) -> float:
+    """How long people are there, the first of whom is due at once, after their servers are ready."""
+    plan = groups[0] if len(groups) == 1 else hst.Plan(event=groups)
+    return round(max(leaves_s for _, leaves_s, _ in hst.timetable(plan)) - hst.USUAL_START_S, 3)
+
+
+def test_a_timetable_has_the_cells_that_people_get_to() -> None:
+    assert lasts_s(hst.Plan(**ELEVEN, work=True)) == 600.0
+    assert lasts_s(hst.Plan(**ELEVEN)) == lasts_s(hst.Plan(**ELEVEN, work=True, find_capacity=True)) == 0.0
+    leaves_early = hst.Plan(**ELEVEN, group="a", work=True, stay_s=90.0)
+    assert lasts_s(leaves_early) == lasts_s(leaves_early, hst.Plan(group="b", count=1, within_s=1e-9)) == 90.0
+
+
 WRONG = {
     # what is in the file: (the line that is named, what is said)
     "hold = \n": (None, "TOML (Invalid value (at line 1"),
@@ -101,6 +136,7 @@ WRONG = {
     '[[people]]\nname = "a"\ncount = 3\n': (1, "a group needs within or rate"),
     GROUP + 'wihtin = "3s"\n': (5, "did you mean within?"),
     'token = "5ecret"\n' + GROUP: (1, "no such key"),
+    '"foo(" = 1\n' + GROUP: (1, "no such key"),
     GROUP + "hold = 3\n": (5, "it is one of the table above the groups"),
     "count = 3\n" + GROUP: (1, "it is one of a group"),
     GROUP.replace("= 3", "= [3]"): (3, "not '[3]'"),
@@ -153,3 +189,22 @@ def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path
     }
     assert f"{10 - failed} of 10 people got a server" in done.summary.splitlines()[0]
     assert "big: 4 expected" in done.summary and "small: 6 expected" in done.summary
+
+
+def test_an_interrupted_event_counts_those_who_were_starting_by_group(new_hub: LocalHub, tmp_path: Path) -> None:
+    groups = (
+        f"[[people]]\nname = '{name}'\ncount = {count}\nwithin = '1s'\nprofile = {{hang_rate = 1}}\n"
+        for name, count in (("a", 1), ("b", 2))
+    )
+    (tmp_path / "event.toml").write_text("".join(groups))
+    words = ("stress-test", "--event", str(tmp_path / "event.toml"), "--results", str(tmp_path / "r"))
+    with start_tool(*words, hub=new_hub) as run:
+        wait_until(lambda: sum(bool(user["servers"]) for user in new_hub.users().values()) == 3)
+        run.send_signal(signal.SIGINT)
+        done = run.outcome()
+    found = results_in(tmp_path / "r", done)
+    assert found["people"]["under_way"] == 3 and not tool_users(new_hub)
+    assert {name: (each["under_way"], each["not_begun"]) for name, each in found["groups"].items()} == {
+        "a": (1, 0),
+        "b": (2, 0),
+    }

@@ -110,6 +110,9 @@ def test_a_message_of_every_server_says_nothing_of_the_slowest() -> None:
 IN_SERVERS = {Kind.CELL, Kind.ROUTE, Kind.WEBSOCKET, Kind.KERNEL}
 
 
+THIRTY = hst.Plan(count=30, within_s=10.0).options()  # fewer than would start at that rate in the time of a start
+
+
 def pods(number: int, new_node: int, pulled: int) -> list[Event]:
     """Starts of pods, some of which waited for a new node, some for their image."""
     took_s = (1.0, 20.0, 1.0, 8.0, 1.0, 2.0)
@@ -120,6 +123,12 @@ def pods(number: int, new_node: int, pulled: int) -> list[Event]:
     ("kinds", "events", "more", "advised"),
     [
         ({Kind.NO_ANSWER}, [ready(1)], {}, ["got no answer"]),
+        (
+            set(),
+            [throttled(n, 26.0) for n in range(30)],
+            {"options": THIRTY},
+            ["concurrent_spawn_limit: 40 is a third"],
+        ),
         ({Kind.SERVER_LIMIT}, [throttled(1), failed(2)], {}, ["c.JupyterHub.active_server_limit", "hub's log for"]),
         ({Kind.SPAWN}, [failed(1)], {}, ["hub's log for the users named above, and where the spawner"]),
         ({Kind.SPAWN}, [failed(1, "exceeded quota (403)")], {}, ["kubectl get events"]),
@@ -200,11 +209,13 @@ def test_a_goal_has_its_metrics_unit_and_its_bound(text: str, goal: str) -> None
 def test_differences_that_make_a_comparison_pointless() -> None:
     then = hst.as_json(results_of([ready(1)]))
     assert hst.differences_to(then, results_of([ready(1)])) == []
-    then["options"] |= {"count": 300, "hold": 90.0, "page": "lab.har"}
+    then["options"] |= {"count": 300, "hold": 90.0, "page": "lab.har", "find_capacity": True}
     groups = ({"name": "staff", "count": 2, "work": True, "within": 60.0, "page": None},)
     now = results_of([ready(1)], options=hst.Plan().options() | {"work": True, "event": groups})
     changes = hst.differences_to(then, now)
-    assert [sentence.split()[0] for sentence in changes] == ["--count", "--hold", "--event", "--page", "--work"]
+    assert [sentence.split()[0] for sentence in changes] == [
+        *("--count", "--hold", "--event", "--page", "--work", "--find-capacity")
+    ]
     assert "300, and is 100 " in changes[0] and "name staff, count 2, work given, within 60s" in changes[2]
     then["command"] = "purge"
     assert "purge, and is stress-test" in "".join(hst.differences_to(then, now))

@@ -98,7 +98,8 @@ def whereabouts(plan: hst.Plan, ways: dict[int, str]) -> dict[str, int]:
         for step in steps.split():
             site.record.add(did(step.rstrip("!"), number, 1.0, NO_NODE if step.endswith("!") else None))
         if not steps:
-            site.crowd.starting[hst.username(number)] = []
+            name = hst.username(number)
+            site.crowd.starting[name] = hst.Visitor(name, 0.0, plan, site)
     return {name: number for name, number in hst.whereabouts(site, 300).items() if number}
 
 
