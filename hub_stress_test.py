@@ -6494,9 +6494,9 @@ def _ping_plot(timeline: Json) -> Iterator[str]:
     most, processes = 105, {"hub's CPU": hub} if hub else {}
     processes |= {f"CPU of {name}": process for name, process in timeline["watched"].items()}
     for (title, process), colour in zip(processes.items(), itertools.cycle((RED, VIOLET, TEAL, "#a8763e"))):
-        share = [round(100 * (share or 0.0)) for share in process["cpu_share"]]
-        moments, most = [process["at_s"][0], *process["cpu_at_s"]], max([most, *share])
-        traces.append(trace(title, moments, [*share[:1], *share], colour, shape="vh") | {"yaxis": "y2"})
+        if share := [round(100 * (share or 0.0)) for share in process["cpu_share"]]:
+            moments, most = [process["at_s"][0], *process["cpu_at_s"]], max(most, *share)
+            traces.append(trace(title, moments, [share[0], *share], colour, shape="vh") | {"yaxis": "y2"})
     right: Json = {"title": {"text": "CPU, % of a processor"}, "overlaying": "y", "side": "right"}
     right |= {"range": [0, most], "dtick": 25, "showgrid": False, "automargin": True}
     yield element("h2", "What everybody else felt, and how busy the hub was")

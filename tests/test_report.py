@@ -145,7 +145,7 @@ def test_a_report_has_its_tables_whole_and_its_last_plot(results: hst.Results, h
     *others, last = plots(page)
     assert list(last)[:2] == [f"{drawn} p50", f"{drawn} p95"]
     if results.servers:
-        assert list(others[-1]) == ["ping p50", "ping max", "hub's CPU", "CPU of proxy", "CPU of gone"]
+        assert list(others[-1]) == ["ping p50", "ping max", "hub's CPU", "CPU of proxy"]
 
 
 def test_what_a_hub_says_cannot_break_out_of_the_page() -> None:
