@@ -3881,7 +3881,6 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
     hub, session, states, timeout_s = site.hub, site.hub.session, site.states, site.plan.cleanup_timeout_s
     existing = {name for name in states if ours(name) and states[name] is not ServerState.UNKNOWN}
     left = {name for name in states if ours(name) and states[name] is not ServerState.GONE}
-    rewritten = [name for name in left if f"{USERNAME_PREFIX}-" not in name]  # which no list may have
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
     stopping_s: dict[str, float] = {}  # since when the hub has been stopping a user's server
@@ -3895,12 +3894,14 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
 
     with progress(line) as tell:
         while True:
-            before = len(left)
             let_go(site, left, tell)
             try:
-                listed = [user for user in list_users(hub, site.record) if not user.get("admin")]
-                found = {user["name"]: server_state(user) for user in listed if ours(user["name"])}
-                found |= {name: hub.state(name) for name in rewritten if name not in found and not gone(name)}
+    least = (len(left) + 1, 0)  # users, and their servers
+                listed = {user["name"]: user for user in list_users(hub, site.record)}
+                people = [name for name, user in listed.items() if ours(name) and not user.get("admin")]
+                found = {name: server_state(listed[name]) for name in people}
+                # A list may lack renamed users, and those who move to another page while others are deleted.
+                found |= {name: hub.state(name) for name in left - listed.keys() if not gone(name)}
                 states |= dict.fromkeys(left, ServerState.GONE) | found
                 left = {name for name in found if not gone(name)}
                 existing |= left
@@ -3918,8 +3919,6 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
                 named = tuple(sorted(left, key=natural))
                 reason = refused or in_the_way(site, named, stopping_s)
                 return Users(deleted=len(existing - left), left_behind=named, in_the_way=reason)
-            if len(left) < before:
-                pause_s, until_s = 0.2, session.clock() + timeout_s
             pause_s = min(pause_s * 1.5, 5.0)
 
 
@@ -3927,6 +3926,9 @@ def in_the_way(site: Site, left: Iterable[str], stopping_s: Mapping[str, float])
     """Why these users are still there, by what the hub said, and since when it has been stopping servers."""
     refusals = [site.refusals[name] for name in left if name in site.refusals.keys() - stopping_s]
     reasons = [reason for reason, _ in collections.Counter(refusals).most_common(2)]
+            running = sum(states[name] is not ServerState.STOPPED for name in left)
+            if (len(left), running) < least:
+                least, pause_s, until_s = (len(left), running), 0.2, session.clock() + timeout_s
     if stopping_s:
         lasts = duration_text(site.hub.session.clock() - min(stopping_s.values()))
         reasons.insert(0, f"the hub has been stopping servers for {lasts}")
@@ -3953,7 +3955,8 @@ def let_go(site: Site, names: Iterable[str], on_tick: Callable[[], None]) -> Non
             try:
                 team.start(leave, name)
             except CutShort:  # no thread is left: one after the other, then
-                leave(name)
+                with contextlib.suppress(Stopped):
+                    leave(name)
 
 
 # ==== Load: operations, closed and open model; pings ========================================================

@@ -105,6 +105,47 @@ def test_cleaning_up_goes_on_beyond_its_time_while_there_is_progress() -> None:
     assert cleaned == hst.Users(deleted=4) and session.clock() > hst.CLEANUP_TIMEOUT_S
 
 
+def test_a_long_round_in_which_servers_stopped_is_progress() -> None:
+    class SlowStops(ErraticHub):
+        def _answer(self, method: str, name: str, *rest: str) -> tuple[int, Any]:
+            answer = super()._answer(method, name, *rest)
+            if rest:
+                session.paused_s.append(hst.CLEANUP_TIMEOUT_S)
+            return (503, None) if rest else answer  # so that users are deleted in the next round
+
+    session = TimeTraveller(SlowStops(dict.fromkeys(OURS, ServerState.READY), [], seed=1), retry_window_s=0.0)
+    assert clean_up(dict.fromkeys(OURS, ServerState.READY), session) == hst.Users(deleted=4)
+
+
+def test_users_whom_a_list_lacks_are_asked_for() -> None:
+    """Others, who are deleted between two pages, have moved them to a page that was read before."""
+
+    class Moving(ErraticHub):
+        def _answer(self, method: str, name: str, *rest: str) -> tuple[int, Any]:
+            if method == "GET":
+                return (200, {"name": name, "servers": MODELS[self.states[name]]}) if name else (200, [])
+            return super()._answer(method, name, *rest)
+
+    moving = Moving(dict.fromkeys(OURS, ServerState.STOPPED), [500] * 100_000, seed=1, acts=0.0)
+    cleaned = clean_up(dict.fromkeys(OURS, ServerState.STOPPED), TimeTraveller(moving))
+    assert set(cleaned.left_behind) == set(OURS)
+
+
+def test_without_threads_a_stop_ends_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise hst.CutShort("no more threads")
+
+    def stop(*args: object) -> None:
+        raise hst.Stopped
+
+    monkeypatch.setattr(hst, "start_thread", refuse)
+    session = TimeTraveller(ErraticHub(dict.fromkeys(OURS, ServerState.STOPPED), [], seed=1))
+    assert clean_up(dict.fromkeys(OURS, ServerState.STOPPED), session) == hst.Users(deleted=4)
+    monkeypatch.setattr(hst, "take", stop)
+    session = TimeTraveller(ErraticHub(dict.fromkeys(OURS, ServerState.STOPPED), [500] * 10, seed=1))
+    assert set(clean_up(dict.fromkeys(OURS, ServerState.STOPPED), session).left_behind) == set(OURS)
+
+
 # ==== Claims =========================================================================================================
 
 
