@@ -159,7 +159,7 @@ PAGE = 200  # users a page: the most that a hub gives
 SERVER_NAME_MAX = 30  # characters that hubs from 6.0 take
 MANY = 9999  # named servers of one's own, where nobody knows how many it will be
 LOG_HEADER = "hub-stress-test log"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Json = dict[str, Any]  # what was just read from JSON, or is about to be written
 T = TypeVar("T")
@@ -2120,7 +2120,12 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
     enabled, in_place = LOG.isEnabledFor(logging.INFO), sys.stderr.isatty()
     every_s, width = (STATUS_IN_PLACE_EVERY_S if in_place else STATUS_EVERY_S), None
     next_s = time.monotonic() + (0.0 if in_place else every_s)
-    show: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+    write: Callable[[str], object] = functools.partial(print, file=sys.stderr, flush=True)
+
+    def show(text: str) -> None:
+        with contextlib.suppress(OSError):  # `tee` has ended, or the terminal: what goes on goes on
+            write(text)
+
     with contextlib.ExitStack() as closing:
         if enabled and in_place:
             width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
@@ -2128,9 +2133,9 @@ def progress(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
                 redirect = importlib.import_module("tqdm.contrib.logging").logging_redirect_tqdm
                 closing.enter_context(redirect())
                 bar = closing.enter_context(tqdm.tqdm(bar_format="{desc}", file=sys.stderr, leave=False))
-                show = bar.set_description_str
+                write = bar.set_description_str
             else:  # a log line overwrites this one, since the cursor is at its beginning
-                show = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
+                write = functools.partial(print, end="\033[K\r", file=sys.stderr, flush=True)
                 closing.callback(show, "")
 
         def tell() -> None:
@@ -4495,10 +4500,10 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """While the `with` block of a main thread runs, SIGINT and SIGTERM call this handler."""
+    """While the `with` block of a main thread runs, signals that are not ignored call this handler."""
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # this is not the main thread
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
@@ -4512,6 +4517,7 @@ class Interruption:
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
     thread sees the flag within a tenth of a second, and ends the load. Until `watch`, nothing has been made,
     and the first signal raises `KeyboardInterrupt`.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
     """
 
     def __init__(self) -> None:
@@ -4522,31 +4528,37 @@ class Interruption:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self._site is None:
             raise KeyboardInterrupt(number)
-        if self.number is not None:
+        if number == signal.SIGHUP:
+            self.number = self.number or signal.SIGTERM
+        elif self.number is not None:
             leave_at_once(number, self._site)
-        self.number = number
+    A terminal that hangs up, which a shell and the system may both say, counts as one SIGTERM.
+        self.number = self.number or number
 
     def watch(self, site: Site) -> None:
         """From now on, the first signal ends the load on this site, so that cleaning up begins."""
         self._site = site
-        start_thread("interruption", self._stop_when_told, site.hub.session)
+        start_thread("interruption", self._stop_when_told, site)
 
-    def _stop_when_told(self, session: HubSession) -> None:
+    def _stop_when_told(self, site: Site) -> None:
         while self.number is None and not self.ended.wait(0.1):
             pass
         if not self.ended.is_set():
             what_to_do = "Interrupt once more to exit at once, and leave users on the hub."
-            LOG.warning("Interrupted: cleaning up. %s", what_to_do)
-            session.stop()
+            purges = site.plan.command == PURGE
+            LOG.warning("Interrupted: %s", "ending." if purges else f"cleaning up. {what_to_do}")
+            site.hub.session.stop()
 
 
 def leave_at_once(number: int, site: Site) -> None:
     """End the program, saying what remains and how to remove it. A signal's handler may call this."""
     plan, states = site.plan, site.states
-    remain = sum(states.get(name) is not ServerState.GONE for name in site.claims.ours)
+    names = list(states) if plan.command == PURGE else site.claims.ours
+    remain = sum(states.get(name) is not ServerState.GONE for name in names)
     sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
     remedy = purge_command(plan.run, plan.own_servers)
-    os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
     os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
 
 
@@ -6976,7 +6988,7 @@ def show(render: Callable[..., str]) -> None:
     width = min(max(80, shutil.get_terminal_size().columns), 120) if terminal else 100
     try:
         print(render(colour=colour, width=width, encoding=sys.stdout.encoding or "utf-8"), flush=True)
-    except BrokenPipeError:  # what is left in the buffer goes nowhere
+    except OSError:  # what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -6999,6 +7011,7 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
     def timed(*args: Any, **kwargs: Any) -> R:
         began_s = time.monotonic()
         try:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it was closed from the start)
             return f(*args, **kwargs)
         finally:
             LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import hub_stress_test as hst
 from fault_proxy import Fault, FaultProxy, Request, Silence, matching
 from localhub import LocalHub
-from tool import Outcome, results_in, start_tool, tool_users
+from tool import MODULE, Outcome, results_in, start_tool, tool_users, wait_until
 
 Match = Callable[[Request], bool]
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -84,6 +87,46 @@ def test_a_signal_after_everything_was_removed_changes_nothing(new_hub: LocalHub
     done = interrupt(new_hub, proxy, "stress-test -c 2", last_look)
     assert done.code == 0 and done.stdout.startswith("PASSED: ") and "Interrupted" not in done.stderr
     assert "2 users deleted, none left" in done.summary
+
+
+def test_a_terminal_that_hangs_up_leaves_nobody(new_hub: LocalHub, tmp_path: Path) -> None:
+    words = ("stress-test", "-c", "3", "--results", str(tmp_path / "r"), "--profile", '{"spawn_s": 600}')
+    with start_tool(*words, hub=new_hub) as run:
+        wait_until(lambda: any(user["servers"] for user in new_hub.users().values()))
+        for _ in range(2):  # of the shell and of the system
+            run.send_signal(signal.SIGHUP)
+        done = run.outcome()
+    assert done.code == 143 and results_in(tmp_path / "r", done)["users"]["deleted"] == 3 and not tool_users(new_hub)
+
+
+def test_a_status_line_that_nobody_reads_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(hst, "STATUS_EVERY_S", 0.0)
+    monkeypatch.setattr(hst.LOG, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(sys.stderr, "write", write)
+    with hst.progress(lambda: "cleaning up") as tell:
+        tell()
+
+
+def test_a_closed_standard_error_is_no_trouble(new_hub: LocalHub) -> None:
+    new_hub.call("POST", "/users", {"usernames": ["hub-stress-test-1"]})
+    script = f"{sys.executable} {MODULE} purge 2>&-"
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | new_hub.environment, capture_output=True, timeout=100
+    )
+    assert done.returncode == 0 and done.stdout.startswith(b"PASSED: 1 user removed") and not tool_users(new_hub)
+
+
+def test_a_purge_that_is_left_at_once_counts_who_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[object]()
+    monkeypatch.setattr(os, "write", lambda file, text: said.append(text.decode()))
+    monkeypatch.setattr(os, "_exit", said.append)
+    states = {"hub-stress-test-1": hst.ServerState.READY, "hub-stress-test-2": hst.ServerState.GONE}
+    site = hst.Site(hst.Hub("http://x/hub/api", hst.get_session("x")), hst.Plan(hst.PURGE), hst.Recorder(), states)
+    hst.leave_at_once(signal.SIGINT, site)
+    assert "Up to 1 user may remain" in str(said[0]) and said[1] == 4
 
 
 def test_a_signal_while_files_are_written_cuts_none_short(new_hub: LocalHub, tmp_path: Path) -> None:
