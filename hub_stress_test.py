@@ -4874,6 +4874,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
 
 
 def doubts(first: Plan, steps: Sequence[CapacityStep], best: Recorder, tried: str) -> Iterator[str]:
+                session.answered_s = session.clock()  # another session has talked to the hub meanwhile
     """Why a search sustained no rate, `tried` being the last one, or why its answer is doubtful."""
     operations = best.summarise()
     if steps and sustained_rate(steps) is None:  # then each rate was lower than the one before it
@@ -5465,8 +5466,9 @@ def people_of(
     ends = dict[str, Event | None]()
     at_work = []
     for user, row in rows.items():
-        if not group or any(end.group == group for end in row.values()):
-            failed = [row[step] for step in PERSONAL if step in row and row[step].reason]
+        came = [row[step] for step in PERSONAL if step in row]  # the others were only deleted
+        if came and (not group or any(end.group == group for end in came)):
+            failed = [event for event in came if event.reason]
             ends[user] = failed[0] if failed else row.get("at_work")
             at_work += [row] * ("at_work" in row)
     never = "cut short before getting to work" if cut_short else "never came"

@@ -32,6 +32,7 @@ PEOPLE: dict[str, list[Event]] = {
     "lost": [*got_to_work(6), did("stay", 6, 20.0, LOST)],
     "cut short": [did("server_ready", 7, 1.0)],
     "just asked": [did("start_server", 8, 0.5)],
+    "only deleted": [did("delete_user", 9, 31.0, due_s=30.0)],
 }
 
 
@@ -54,6 +55,7 @@ def rehearsed(names: str, expected: int) -> hst.Results:
         ("", 3, 0, 3, {"never came": 3}, "0 of 3 people got to work, 0 failed, 3 not begun"),
         ("lost, works", 2, 2, 1, {LOST.text: 1}, "2 of 2 people got to work; 1 failed afterwards"),
         ("works, cut short, just asked", 4, 1, 3, {"never came": 3}, "0 failed, 1 cut short, 2 not begun"),
+        ("works, only deleted", 2, 1, 1, {"never came": 1}, "0 failed, 1 not begun"),
         (", ".join(PEOPLE), 10, 4, 8, {"never came": 4} | REASONS, "2 failed, 1 cut short, 3 not begun; 2 failed"),
     ],
 )
