@@ -2219,9 +2219,10 @@ class Team:
             pass
         except Exception as error:
             self._error = self._error or error
-        with self._changed:
-            self.running -= 1
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self.running -= 1
+                self._changed.notify_all()
 
 
 class Regularly:
@@ -4048,7 +4049,7 @@ def perform(
         return None
     except requests.RequestException as error:
         reason, call = Reason(Kind.NO_ANSWER, why(error)), getattr(error, "call", call)
-    except Exception as error:
+    except BaseException as error:  # also a SystemExit, which nobody else would see in a thread
         LOG.debug("The operation %s failed on %s", step, user, exc_info=True)
         reason = Reason(Kind.RAISED, f"{type(error).__name__}: {error}")
     due_s = sent_s if due_s is None else due_s
@@ -4140,8 +4141,9 @@ def spread_load(
         for part in range(load.plan.processes):
             ours, theirs = context.Pipe()
             shared = (theirs, load, part, session.token, headers)
-            children[ours] = context.Process(target=_send_in_process, args=shared, daemon=True)
-            children[ours].start()
+            child = context.Process(target=_send_in_process, args=shared, daemon=True)
+            child.start()
+            children[ours] = child
             theirs.close()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
@@ -4150,6 +4152,10 @@ def spread_load(
             pipe.recv()  # it is ready
         for pipe in children:
             pipe.send(session.clock() + 0.2)
+    except OSError as error:
+        for child in children.values():
+            child.kill()
+        raise CutShort(f"this machine starts no more than {len(children)} processes: {error}") from None
         sending, busiest = set(children), 0.0
         while sending:
             awaited: list[Any] = multiprocessing.connection.wait(sending, timeout=0.1)
@@ -4157,7 +4163,7 @@ def spread_load(
                 events, counts, cpu_share = pipe.recv()
                 for event in events:
                     record.add(event)
-                pipe.send(session.stopping.is_set())
+                pipe.send(session.stopping.is_set() or session.hub_is_gone)
                 if counts is not None:
                     session.traffic.add(counts)
                     busiest = max(busiest, cpu_share)
@@ -4188,6 +4194,7 @@ def _send_in_process(
         del events[:number]
         if pipe.recv():
             session.stop()
+    session.gone_after_s = math.inf  # whose pings see that is the process that started this one
 
     with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
         pipe.send("ready")
@@ -4461,7 +4468,8 @@ class LivePage:
         yield self._prometheus.CounterMetricFamily("hub_stress_test_throttled", "429 answers", throttled)
         states = collections.Counter(list(self._states.values()))
         if self._run.plan.command == STRESS:
-            states["expected"] = max(0, self._run.plan.count - states.total())
+            expected = 0 if self._run.plan.find_capacity else self._run.plan.count
+            states["expected"] = max(0, expected - states.total())
             gauge = self._prometheus.GaugeMetricFamily("hub_stress_test_people", "by state", labels=["state"])
             for state in ("expected", *dict.fromkeys(BECOMES.values()), "failed"):
                 gauge.add_metric([state], states[state])
@@ -4932,7 +4940,7 @@ def judge_step(load: Load, record: Recorder, traffic: Traffic, cpu_share: float)
     count, failed = record.count(plan.load), record.failures({*plan.load, *PERSONAL})
     results = as_json({"operations": record.summarise(), "http": traffic.summarise(), "failed": failed})
     results["failed_rate"] = failed / count if count else None
-    held = next((limit.text for limit in plan.conditions if limit.judge(results, plan.baseline).held), None)
+    held = next((judged.condition for judged in judgements_of(plan, results) if judged.held), None)
     unsent = load.planned - count
     late = record.late_share(plan.load) > 0.01 or (unsent > 0 and not of_people)  # people come late, but come
     bound = late and cpu_share > BUSY

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import multiprocessing.context
 import os
 import signal
 from collections import Counter
@@ -190,6 +191,15 @@ def test_processes_that_end_early_leave_nobody_on_the_hub(
     assert not tool_users(new_hub)
 
 
+def test_where_no_more_processes_start_the_load_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+    with pytest.raises(hst.CutShort, match="no more than 0 processes"):
+        hst.spread_load(load_of(processes=2), hst.get_session("x"), hst.Recorder())
+
+
 # ==== One operation ==================================================================================================
 
 
@@ -200,7 +210,7 @@ def performed(send: hst.Send) -> hst.Event | None:
     return seen[0] if seen else None
 
 
-def raising(error: Exception) -> hst.Send:
+def raising(error: BaseException) -> hst.Send:
     def send(user: str, endpoint: str, session: hst.HubSession) -> requests.Response:
         raise error
 
@@ -220,6 +230,7 @@ def refused(user: str, endpoint: str, session: hst.HubSession) -> requests.Respo
         (refused, hst.Reason(Kind.REFUSED, "404")),
         (raising(requests.ConnectionError(ConnectionRefusedError())), hst.Reason(Kind.NO_ANSWER, "connection refused")),
         (raising(RuntimeError("not today")), hst.Reason(Kind.RAISED, "RuntimeError: not today")),
+        (raising(SystemExit(7)), hst.Reason(Kind.RAISED, "SystemExit: 7")),
     ],
 )
 def test_an_operation_is_recorded_whatever_it_raises(send: hst.Send, reason: hst.Reason | None) -> None:
