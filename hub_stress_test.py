@@ -7278,6 +7278,7 @@ if locust_is_loading():
             self._client = client
             self._headers = {"Authorization": f"token {plan.token}", "Accept-Encoding": "identity"}
             self._headers |= dict(plan.headers)
+    from locust.stats import StatsEntry
 
         def request(
             self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any
@@ -7555,7 +7556,10 @@ if locust_is_loading():
         if starting:
             SAY.warning("%s", still_starting(starting))
         load = {*(plan.mix or DEFAULT_MIX), "server_ready"}
-        results = locust_results(runner.stats.entries.values(), load, throttled)
+        entries: dict[str, Any] = {}  # a name has one for each method, and one for what raised
+        for entry in runner.stats.entries.values():
+            entries.setdefault(entry.name, StatsEntry(runner.stats, entry.name, "")).extend(entry)
+        results = locust_results(entries.values(), load, throttled)
         judged = [limit.judge(results, None) for limit in plan.conditions]
         for judgement in judged:
             SAY.info("%s", spelled(goal_text(judgement), "ascii"))

@@ -113,6 +113,29 @@ def test_running_servers_send_the_mix_at_their_interval(locust: Locust, new_hub:
     assert "13 users deleted, none left" in said and "ok failed 0 (fails above 0)" in said
 
 
+def test_all_requests_under_one_name_are_judged_together(locust: Locust, new_hub: LocalHub) -> None:
+    (locust.folder / "mine.py").write_text(
+        "from hub_stress_test import operation\n\n\n@operation('two')\ndef two(username, endpoint, session):\n"
+        "    session.post(f'{endpoint}/nothing')\n    return session.get(f'{endpoint}/user')\n"
+    )
+    words = (
+        "-u",
+        "2",
+        "-r",
+        "2",
+        "-t",
+        "4s",
+        "--hub-scale",
+        "300",
+        "--hub-operations",
+        "mine.py",
+        "--hub-mix",
+        "two=1",
+    )
+    code, said = locust.run(*words, "--hub-fail-if", "failed_rate > 40%", "RunningServer", env=new_hub.environment)
+    assert code == 1 and re.search(r"FAIL failed_rate (4\d|5\d)\.\d %", said) and not tool_users(new_hub), said
+
+
 def test_people_come_twice_are_ready_stay_and_leave(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:
     hub = make_hub(spawn_s=0.5, concurrent_spawn_limit=3, slow_spawn_timeout_s=0)
     words = ("-u", "6", "-r", "6", "-t", "16s", "--hub-stay", "1s", "--hub-visits", "2", "--hub-run", "many", "Person")
