@@ -2154,10 +2154,14 @@ def start_thread(name: str, act: Callable[..., object], *args: Any) -> threading
         thread.start()
         return thread
     except RuntimeError:
-        raise CutShort(
-            f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit "
-            "-u, or a container's limit of processes), or spread the people over several machines with Locust"
-        ) from None
+        raise no_more_threads() from None
+
+
+def no_more_threads() -> CutShort:
+    return CutShort(
+        f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit -u, "
+        "or a container's limit of processes), or spread the people over several machines with Locust"
+    )
 
 
 class Team:
@@ -3299,8 +3303,11 @@ def load_page(person: Visitor) -> None:
             failures.append((f"a part of the page did not come: {why(error)}", path))
 
     with person.step("page") as event:
-        with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
-            list(connections.map(fetch, person.plan.page.parts if person.plan.page else ()))
+        try:
+            with ThreadPoolExecutor(CONNECTIONS_OF_A_BROWSER) as connections:
+                list(connections.map(fetch, person.plan.page.parts if person.plan.page else ()))
+        except RuntimeError:
+            raise no_more_threads() from None
         for text, path in failures[:1]:
             event.message = path.partition("?")[0]
             raise Failed(Kind.ROUTE, text)
@@ -3890,6 +3897,7 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
     pause_s, until_s, refusals = 0.2, session.clock() + timeout_s, 0
     refused = ""  # why the hub did not list its users
     stopping_s: dict[str, float] = {}  # since when the hub has been stopping a user's server
+    least = (len(left) + 1, 0)  # users, and their servers
 
     def gone(name: str) -> bool:
         return states[name] is ServerState.GONE
@@ -3902,7 +3910,6 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
         while True:
             let_go(site, left, tell)
             try:
-    least = (len(left) + 1, 0)  # users, and their servers
                 listed = {user["name"]: user for user in list_users(hub, site.record)}
                 people = [name for name, user in listed.items() if ours(name) and not user.get("admin")]
                 found = {name: server_state(listed[name]) for name in people}
@@ -3921,6 +3928,9 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
                     refused = str(error)
                     refusals += error.denied or not left
                 done = refusals == 3
+            running = sum(states[name] is not ServerState.STOPPED for name in left)
+            if (len(left), running) < least:
+                least, pause_s, until_s = (len(left), running), 0.2, session.clock() + timeout_s
             if done or session.clock() >= until_s or not session.pause(pause_s):
                 named = tuple(sorted(left, key=natural))
                 reason = refused or in_the_way(site, named, stopping_s)
@@ -3932,9 +3942,6 @@ def in_the_way(site: Site, left: Iterable[str], stopping_s: Mapping[str, float])
     """Why these users are still there, by what the hub said, and since when it has been stopping servers."""
     refusals = [site.refusals[name] for name in left if name in site.refusals.keys() - stopping_s]
     reasons = [reason for reason, _ in collections.Counter(refusals).most_common(2)]
-            running = sum(states[name] is not ServerState.STOPPED for name in left)
-            if (len(left), running) < least:
-                least, pause_s, until_s = (len(left), running), 0.2, session.clock() + timeout_s
     if stopping_s:
         lasts = duration_text(site.hub.session.clock() - min(stopping_s.values()))
         reasons.insert(0, f"the hub has been stopping servers for {lasts}")
@@ -4145,6 +4152,10 @@ def spread_load(
             child.start()
             children[ours] = child
             theirs.close()
+    except OSError as error:
+        for child in children.values():
+            child.kill()
+        raise CutShort(f"this machine starts no more than {len(children)} processes: {error}") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
@@ -4152,10 +4163,6 @@ def spread_load(
             pipe.recv()  # it is ready
         for pipe in children:
             pipe.send(session.clock() + 0.2)
-    except OSError as error:
-        for child in children.values():
-            child.kill()
-        raise CutShort(f"this machine starts no more than {len(children)} processes: {error}") from None
         sending, busiest = set(children), 0.0
         while sending:
             awaited: list[Any] = multiprocessing.connection.wait(sending, timeout=0.1)
@@ -4187,6 +4194,7 @@ def _send_in_process(
     """
     load_operations(load.plan.operations)
     session, events = get_session(token, pool_maxsize=load.workers, headers=headers), list[Event]()
+    session.gone_after_s = math.inf  # whose pings see that is the process that started this one
 
     def report(counts: Mapping[str | int, int] | None = None, cpu_share: float = 0.0) -> None:
         number = len(events)
@@ -4194,7 +4202,6 @@ def _send_in_process(
         del events[:number]
         if pipe.recv():
             session.stop()
-    session.gone_after_s = math.inf  # whose pings see that is the process that started this one
 
     with contextlib.suppress(EOFError, OSError):  # the process that started this one has ended
         pipe.send("ready")
@@ -4510,6 +4517,7 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
 def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """While the `with` block of a main thread runs, signals that are not ignored call this handler."""
     before: dict[int, Any] = {}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
     with contextlib.suppress(ValueError):  # this is not the main thread
         before = {number: signal.signal(number, handler) for number in heard}
     try:
@@ -4522,10 +4530,10 @@ def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[N
 class Interruption:
     """A handler of signals: the first sets a flag, and the second exits at once.
 
+    A terminal that hangs up, which a shell and the system may both say, counts as one SIGTERM.
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
     thread sees the flag within a tenth of a second, and ends the load. Until `watch`, nothing has been made,
     and the first signal raises `KeyboardInterrupt`.
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
     """
 
     def __init__(self) -> None:
@@ -4540,7 +4548,6 @@ class Interruption:
             self.number = self.number or signal.SIGTERM
         elif self.number is not None:
             leave_at_once(number, self._site)
-    A terminal that hangs up, which a shell and the system may both say, counts as one SIGTERM.
         self.number = self.number or number
 
     def watch(self, site: Site) -> None:
@@ -4867,6 +4874,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             best = record if not step.held or sustained_rate(steps) is None else best
             if of_people:
                 run.cleaned = remove_made(run.site, run.record)
+                session.answered_s = session.clock()  # another session has talked to the hub meanwhile
                 if run.cleaned.left_behind and not session.stopping.is_set():
                     remain = counted(len(run.cleaned.left_behind), thing(plan.own_servers))
                     raise CutShort(f"{remain} could not be removed before others come")
@@ -4882,7 +4890,6 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
 
 
 def doubts(first: Plan, steps: Sequence[CapacityStep], best: Recorder, tried: str) -> Iterator[str]:
-                session.answered_s = session.clock()  # another session has talked to the hub meanwhile
     """Why a search sustained no rate, `tried` being the last one, or why its answer is doubtful."""
     operations = best.summarise()
     if steps and sustained_rate(steps) is None:  # then each rate was lower than the one before it
@@ -7004,6 +7011,7 @@ def show(render: Callable[..., str]) -> None:
 
 def program() -> None:
     """The command line as a program, which ends when `main` does, whatever its threads still wait for."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it was closed from the start)
     code = main()
     logging.shutdown()
     os._exit(code)  # leaving Python would wait for threads, and so for a request that nobody answers
@@ -7021,7 +7029,6 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
     def timed(*args: Any, **kwargs: Any) -> R:
         began_s = time.monotonic()
         try:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it was closed from the start)
             return f(*args, **kwargs)
         finally:
             LOG.info("Took %.3f seconds to %s", time.monotonic() - began_s, f.__name__)
@@ -7029,10 +7036,9 @@ def timeit(f: Callable[..., R]) -> Callable[..., R]:
     return timed
 
 
-def _for_each(work: Callable[[str], R], users: Batches, concurrency: int = 0) -> dict[str, R]:
-    """The result for each user. As many are worked on at the same time as the largest batch has."""
-    names = [name for batch in users for name in batch]
-    with ThreadPoolExecutor(concurrency or max(map(len, users), default=1)) as pool:
+def _for_each(work: Callable[[str], R], names: Sequence[str], concurrency: int) -> dict[str, R]:
+    """The result for each user, of whom so many are worked on at the same time."""
+    with ThreadPoolExecutor(concurrency) as pool:
         return dict(zip(names, pool.map(work, names)))
 
 
@@ -7070,10 +7076,14 @@ def start_server(
     username: str, endpoint: str, session: HubSession, profile: str | Json | None = None
 ) -> bool:
     """Whether the hub took the request to start this user's server; it may still be starting."""
-    reply = Hub(endpoint, session).start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
-    if reply.status not in (201, 202):
-        LOG.error("The server of %s did not start: %s", username, reply)
-    return reply.status in (201, 202)
+    hub = Hub(endpoint, session)
+    reply = hub.start(username, profile, session.clock() + SERVER_LIFECYCLE_TIMEOUT)
+    if reply.status in (201, 202):
+        return True
+    if reply.call.lost and hub.state(username) in (ServerState.STARTING, ServerState.READY):
+        return True  # it had taken a request whose answer was lost
+    LOG.error("The server of %s did not start: %s", username, reply)
+    return False
 
 
 @timeit
@@ -7109,13 +7119,16 @@ def wait_for_servers_to_start(
 ) -> dict[str, bool]:
     """Whether each server, already asked for, was ready within `timeout_s`."""
     hub, until_s = Hub(endpoint, session), session.clock() + timeout_s
+    ready = dict.fromkeys((name for batch in users for name in batch), False)
 
-    def is_ready(name: str) -> bool:
+    def wait(name: str) -> None:
         with contextlib.suppress(Failed):
-            return await_ready(name, hub, until_s, []) > -math.inf
-        return False
+            ready[name] = await_ready(name, hub, until_s, []) <= until_s
 
-    return _for_each(is_ready, users)
+    with Team(session) as team:  # which cuts streams whose time has come
+        for name in ready:
+            team.start(wait, name)
+    return ready
 
 
 def stop_server(username: str, endpoint: str, session: HubSession, wait: bool = False) -> bool:
@@ -7131,7 +7144,7 @@ def stop_servers(
     usernames: Sequence[str], endpoint: str, session: HubSession, batch_size: int
 ) -> dict[str, bool]:
     """Whether the hub took the request to stop, for each user; `batch_size` are asked at a time."""
-    return _for_each(lambda name: stop_server(name, endpoint, session), [usernames], batch_size)
+    return _for_each(lambda name: stop_server(name, endpoint, session), usernames, batch_size)
 
 
 def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -> bool:
@@ -7146,7 +7159,7 @@ def wait_for_server_to_stop(username: str, endpoint: str, session: HubSession) -
 def wait_for_servers_to_stop(stopped: dict[str, bool], endpoint: str, session: HubSession) -> None:
     """Update `stopped`, whether each server is stopping, to whether it has stopped."""
     asked = [name for name, was_asked in stopped.items() if was_asked]
-    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), [asked], 10))
+    stopped.update(_for_each(lambda name: wait_for_server_to_stop(name, endpoint, session), asked, 10))
 
 
 @timeit
@@ -7265,6 +7278,7 @@ if locust_is_loading():
     import gevent  # type: ignore[import-untyped, unused-ignore]
     from locust import FastHttpUser, constant, events, task
     from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
+    from locust.stats import StatsEntry
 
     LOG.setLevel(logging.WARNING)  # and no progress: Locust shows its own
     SAY = LOG.getChild("locust")
@@ -7278,7 +7292,6 @@ if locust_is_loading():
             self._client = client
             self._headers = {"Authorization": f"token {plan.token}", "Accept-Encoding": "identity"}
             self._headers |= dict(plan.headers)
-    from locust.stats import StatsEntry
 
         def request(
             self, method: str, url: str, headers: Mapping[str, str] | None = None, **kwargs: Any

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from fault_proxy import FaultProxy, hub_answer, matching
+from fault_proxy import AnswerAfter, FaultProxy, first, hub_answer, matching
 from hub_stress_test import Kind
 from localhub import LocalHub
 from tool import check_schema, tool_users
@@ -75,6 +75,24 @@ def test_start_servers_returns_events_with_the_reasons_of_failures(hub: LocalHub
     assert all(user["servers"][""]["ready"] for name, user in hub.users().items() if name in started)
     assert hst.delete_users(names, hub.endpoint, session)
     assert not tool_users(hub)
+
+
+def test_servers_are_waited_for_beside_one_that_hangs(make_hub: Callable[..., LocalHub]) -> None:
+    hub = make_hub(slow_spawn_timeout_s=0)
+    session = hst.get_session(hub.token)
+    names = sum(make(hub, session, 3), [])
+    assert all(hst.start_server(name, hub.endpoint, session, {"hang_rate": float(name == names[0])}) for name in names)
+    batches = [[name] for name in names]
+    ready = hst.wait_for_servers_to_start(batches, hub.endpoint, session, timeout_s=3.0)
+    assert ready == dict(zip(names, [False, True, True])) and hst.delete_users(names, hub.endpoint, session)
+
+
+def test_a_start_whose_answer_was_lost_is_one(new_hub: LocalHub, proxy: FaultProxy) -> None:
+    proxy.rule = first(1, matching("POST", "/server$"), AnswerAfter(503))
+    session = hst.get_session(new_hub.token)
+    ((name,),) = make(new_hub, session, 1)
+    assert hst.start_server(name, proxy.endpoint, session)
+    assert hst.delete_users([name], new_hub.endpoint, session) and not tool_users(new_hub)
 
 
 def test_a_refused_batch_deletes_the_users_made_before_it(new_hub: LocalHub, proxy: FaultProxy) -> None:
