@@ -1029,6 +1029,12 @@ OPTIONS: dict[str, Option] = {
 LOCUST_OPTIONS = {name: row for name, row in OPTIONS.items() if row.locust}
 
 
+def judgements_of(plan: Plan, results: Json) -> list[Judgement]:
+    """Each condition of a plan, judged by results; default ones only if something was measured."""
+    judged = [(each, each.judge(results, plan.baseline)) for each in plan.conditions]
+    return [result for each, result in judged if each in plan.fail_if or result.value is not None]
+
+
 # ==== Events, and the recorder that folds them ==============================================================
 
 
@@ -5561,12 +5567,6 @@ def servers_timeline(people: People, began_s: float, load_ended_s: float = math.
         "left_s": since(sent_s if sent_s < load_ended_s else None for sent_s in left),
         "phases": [{name: rounded(took[name]) for name in PHASES if took} or None for took in phases],
     }
-
-
-def judgements_of(plan: Plan, results: Json) -> list[Judgement]:
-    """Each condition of a plan, judged by results; default ones only if something was measured."""
-    judged = [(each, each.judge(results, plan.baseline)) for each in plan.conditions]
-    return [result for each, result in judged if each in plan.fail_if or result.value is not None]
 
 
 def users_of(run: Run) -> Users:

@@ -11,7 +11,7 @@ from tool import MODULE
 SOURCE = MODULE.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 BANNERS = [number for number, line in enumerate(SOURCE.splitlines(), 1) if line.startswith("# ====")]
-BUDGET = {"lines": 7593, "kB": 379, "functions": 494, "classes": 73, "lines over 110 columns": 0}
+BUDGET = {"lines": 7593, "kB": 383, "functions": 496, "classes": 73, "lines over 110 columns": 0}
 
 
 def chapter_of(node: ast.stmt) -> int:
@@ -21,7 +21,7 @@ def chapter_of(node: ast.stmt) -> int:
 def test_the_file_keeps_to_its_budget() -> None:
     nodes = list(ast.walk(TREE))
     size = {
-        "lines": 7593len(SOURCE.splitlines()),
+        "lines": len(SOURCE.splitlines()),
         "kB": len(SOURCE.encode()) / 1000,
         "functions": sum(isinstance(node, ast.FunctionDef) for node in nodes),
         "classes": sum(isinstance(node, ast.ClassDef) for node in nodes),
