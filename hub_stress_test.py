@@ -46,7 +46,7 @@ counted beside them, never averaged in. Percentiles are within 1 %.
 Exit codes: 0 done and no --fail-if condition was met (by default: nothing failed); 1 a condition was met, or
 the run could not do what it was asked to do; 2 bad usage; 3 no hub there, token refused or too weak (nothing
 was changed); 4 something that this run made is still on the hub, or the hub failed to stop servers; 130 and
-143 interrupted by SIGINT and SIGTERM, cleaned up.
+143 interrupted by SIGINT and SIGTERM (or a terminal that hung up), cleaned up.
 
 What it does not promise: it logs nobody in through a browser. Without --visit it opens no server, and does
 not measure a proxy, a page or a kernel. Two runs at the same time on one hub need different --run names.
