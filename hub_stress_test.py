@@ -2164,6 +2164,7 @@ def start_thread(name: str, act: Callable[..., object], *args: Any) -> threading
 
 
 def no_more_threads() -> CutShort:
+    """The error of a run for which the system starts no more threads."""
     return CutShort(
         f"this machine starts no more threads than {threading.active_count():,}: raise its limit (ulimit -u, "
         "or a container's limit of processes), or spread the people over several machines with Locust"
