@@ -2274,7 +2274,7 @@ class Regularly:
                 self._skip()
                 continue
             self._busy.add(threading.get_ident())
-            if len(self._busy) >= len(self._threads) < self._at_most:  # one that just began is not in the list
+            if len(self._busy) >= len(self._threads) < self._at_most:  # a new one may not be listed
                 with contextlib.suppress(CutShort):  # where no more threads start, those that are there go on
                     self._threads.append(start_thread(self._name, self._run))
             self._act(due_s)
