@@ -20,8 +20,9 @@ from tool import THEIR_ADMIN, THEIRS
 
 OLD_HUB = "4.1.6"
 
-if threading.current_thread() is threading.main_thread():  # background jobs of a shell ignore Ctrl-C, and hand that on
+if threading.current_thread() is threading.main_thread():  # shells and nohup ignore these, and hand that on
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
