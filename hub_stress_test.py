@@ -1843,16 +1843,21 @@ class HubSession(requests.Session):
         self.stopping.set()
         self.cut_streams()
 
+    def proxy_for(self, url: str) -> str:
+        """The URL of this machine's own proxy for a URL; else ""."""
+        proxies = self.merge_environment_settings(url, {}, None, None, None)["proxies"]
+        proxy = requests.utils.select_proxy(url, proxies) or ""
+        return proxy if "://" in proxy or not proxy else f"http://{proxy}"
+
     def proxy_to(self, url: str) -> str:
         """This machine's own proxy for a URL, like `the proxy http://squid:3128 (https_proxy)`; else ""."""
-        proxies = self.merge_environment_settings(url, {}, None, None, None)["proxies"]
-        proxy = requests.utils.select_proxy(url, proxies)
-        if not proxy:
+        if not (proxy := self.proxy_for(url)):
             return ""
+        given = (proxy, proxy.removeprefix("http://"))
         names = (f"{urllib.parse.urlsplit(url).scheme}_proxy", "all_proxy")
         variables = (name for lower in names for name in (lower, lower.upper()))
-        variable = next((f" ({name})" for name in variables if os.environ.get(name) == proxy), "")
-        return f"the proxy {without_credentials(proxy if '://' in proxy else f'http://{proxy}')}{variable}"
+        variable = next((f" ({name})" for name in variables if os.environ.get(name) in given), "")
+        return f"the proxy {without_credentials(proxy)}{variable}"
 
 
 def without_proxy(url: str) -> str:
@@ -2738,7 +2743,10 @@ class PublicSide:
 
     def server_in(self, reply: Reply) -> str:
         """The URL of the server in a user model; the token goes to no other host. Raises `Failed`."""
-        if state_in(reply) is not ServerState.READY:
+        if (state := state_in(reply)) is ServerState.UNKNOWN:
+            kind = Kind.REFUSED if reply.status else Kind.IN_FRONT if reply.front else Kind.NO_ANSWER
+            raise Failed(kind, f"the hub does not say where the server is: {reply}")
+        if state is not ServerState.READY:
             raise Failed(Kind.VANISHED, "the hub no longer says that the server is ready")
         path = reply.data["servers"][""].get("url") or reply.data.get("server")
         url = urllib.parse.urljoin(self.url, str(path))
@@ -2797,8 +2805,16 @@ def open_websocket(url: str, browser: HubSession, timeout_s: float) -> Any:
     socket = websocket.WebSocket(sslopt={"context": context}, skip_utf8_validation=True)
     usual, failure = requests.utils.default_headers(), ""
     headers = {name: value for name, value in browser.headers.items() if usual.get(name) != value}
+    way: Json = {"http_no_proxy": ["*"]}  # the one of requests: websocket-client would choose its own
+    if proxy := browser.proxy_for(url.replace("ws", "http", 1)):
+        place = urllib.parse.urlsplit(proxy)
+        way = {"http_proxy_host": place.hostname, "http_proxy_port": place.port or 80, "http_no_proxy": [""]}
+        way |= {"proxy_type": place.scheme if place.scheme.startswith("socks") else "http"}
+        if place.username:
+            account = (place.username, place.password or "")
+            way["http_proxy_auth"] = tuple(map(urllib.parse.unquote, account))
     try:
-        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0)
+        socket.connect(url, header=headers, timeout=timeout_s, redirect_limit=0, **way)
         status = socket.handshake_response.status
     except websocket.WebSocketBadStatusException as error:
         status = error.status_code
@@ -3300,14 +3316,20 @@ def load_page(person: Visitor) -> None:
         if failures or browser.stopping.is_set():
             return
         try:
+            until_s = browser.clock() + DEFAULT_TIMEOUT
             with browser.exchange("GET", person.url + path, Call(), stream=True) as response:
                 for _ in response.raw.stream(1 << 16, decode_content=False):
-                    pass
+                    if browser.clock() > until_s:  # each piece comes in time, and there is no end of them
+                        raise requests.ReadTimeout
+                if response.raw.length_remaining:  # which urllib3 before 2 says nobody
+                    raise ChunkedEncodingError
             status = response.status_code
             if status >= 500 or (status >= 400 > before) or (response.is_redirect and before < 300):
                 failures.append((f"a part of the page was answered {status}", path))
         except (OSError, Stopped, HTTPError) as error:  # of requests, and of reading on
-            failures.append((f"a part of the page did not come: {why(error)}", path))
+            broke = isinstance(error, HTTPError) and not isinstance(error, ReadTimeoutError)
+            reason = why(ChunkedEncodingError() if broke else error)  # not how many bytes came
+            failures.append((f"a part of the page did not come: {reason}", path))
 
     with person.step("page") as event:
         try:
@@ -4303,6 +4325,9 @@ def judge_proxy(
             f"{asked}, and the proxy closed them without an answer, as one does that loses them"),
         (not read, UNDECIDED, "the hub's own figures were not read"),
         (refused < proof, UNDECIDED, f"{asked}, and most were answered: {most}. Do websockets pass?"),
+        (telling and max(more_files + more_pages) < proof, UNDECIDED,
+            f"{asked}; {telling} were closed without an answer, and most were answered: {most}. Does "
+            "something in front of the proxy limit requests?"),
         (max(more_files + more_pages) < CLEAN_SHARE * number, CLEAN,
             f"{asked}, and the proxy kept no connection for them"),
         (True, UNDECIDED, f"{asked}; the hub's open files grew by {max(more_files):.0f}, its error pages by "
@@ -4375,6 +4400,8 @@ def open_websockets(person: Visitor, at_most: int, enough: Callable[[Sequence[Re
         url = f"{person.url}{EVENTS}"
         replies.append(person.browser.ask("GET", url, timeout=UNANSWERED_S, headers=UPGRADE))
         person.browser.close()
+        if person.clock() - person.site.hub.session.answered_s > RETRY_WINDOW_S:  # which nothing else asks
+            person.site.hub.state(person.name)
     return replies
 
 
@@ -7229,6 +7256,8 @@ def purge_users(token: str, endpoint: str, dry_run: bool = False, **options: Any
 
 def _results_as_json(plan: Plan) -> Json:
     """The results of a run, or, with `dry_run`, the plan. Raises `UsageError` as the command line does."""
+    visit_token = plan.visit_token or from_environment(token_text, "JUPYTERHUB_VISIT_TOKEN")
+    plan = dataclasses.replace(plan, visit_token=visit_token)
     validate(argparse.Namespace(**vars(plan)))
     if plan.dry_run:
         plan = seeded(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import websocket
 
 import hub_stress_test as hst
 from fault_proxy import FaultProxy, ResetBefore, every, matching
@@ -60,9 +61,34 @@ def test_a_run_names_the_proxy_and_blames_it_for_lost_answers(
 
 
 @pytest.mark.parametrize(
+    ("variable", "proxy", "way"),
+    [
+        ("no_proxy", "", {"http_no_proxy": ["*"]}),
+        ("http_proxy", "squid:3128", {"http_proxy_host": "squid", "http_proxy_port": 3128, "proxy_type": "http"}),
+        ("all_proxy", "socks5h://me:p%40w@squid", {"http_proxy_auth": ("me", "p@w"), "proxy_type": "socks5h"}),
+    ],
+)
+def test_websockets_take_the_way_of_the_pages(
+    variable: str, proxy: str, way: dict[str, object], clean: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, object] = {}
+
+    def connect(socket: object, url: str, **options: object) -> None:
+        taken.update(options)
+        raise OSError("not today")
+
+    clean.setenv(variable, proxy)
+    clean.setattr(websocket.WebSocket, "connect", connect)
+    with pytest.raises(hst.Failed, match="not today"):
+        hst.open_websocket("ws://hub.example.org/user/ann/api", hst.HubSession("x"), 1.0)
+    assert taken == taken | way
+
+
+@pytest.mark.parametrize(
     ("variables", "named"),
     [
         ({}, ""),
+        ({"https_proxy": "http://squid:3128"}, "the proxy http://squid:3128 (https_proxy)"),
         ({"https_proxy": "squid:3128"}, "the proxy http://squid:3128 (https_proxy)"),
         ({"HTTPS_PROXY": "http://me:pw@squid"}, "the proxy http://squid (HTTPS_PROXY)"),
         ({"all_proxy": "socks5://me:pw@squid"}, "the proxy socks5://squid (all_proxy)"),

@@ -161,6 +161,12 @@ def test_a_dry_run_returns_the_plan() -> None:
     assert "s3cr3t" not in json.dumps([stress, activity, purge])
 
 
+def test_the_token_for_visits_is_the_environments_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUPYTERHUB_VISIT_TOKEN", "not a token")
+    with pytest.raises(hst.UsageError, match="JUPYTERHUB_VISIT_TOKEN"):
+        hst.run_stress_test(1, 1, "x", "http://hub.invalid/hub/api", dry_run=True, visit=True)
+
+
 def test_a_session_of_a_dry_run_serves_the_functions() -> None:
     session, endpoint = hst.get_session("x", dry_run=True), "http://hub.invalid/hub/api"
     users = hst.create_users(3, 2, endpoint, session)

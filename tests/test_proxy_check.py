@@ -34,6 +34,7 @@ GONE, NO_ROUTE = answered(503), [answered(302)] * 20
         (503, [CLOSED] * 100, NO_ROUTE, after(114, 101), "leaking", "still held 100 connections"),
         (502, [answered(502)] * 100, NO_ROUTE, after(120, 100), "leaking", "still held 100"),
         (503, [GONE] * 100, NO_ROUTE, after(17, 1), "clean", "kept no connection for them"),
+        (503, [GONE] * 92 + [answered(502)] * 8, NO_ROUTE, after(20, 8), "undecided", "8 were closed without"),
         (503, [GONE] * 100, NO_ROUTE, after(130, 1), "undecided", "other people's traffic"),
         (503, [GONE] * 100, NO_ROUTE, after(60, 50), "undecided", "by 40, its error pages by 50"),
         (503, [GONE] * 100, [NOBODY] * 3, after(17, 1), "leaking", "never answers websockets"),

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import hub_stress_test as hst
-from fault_proxy import Answer, FaultProxy, Request, Rule, Silence, every, matching
+from fault_proxy import Answer, FaultProxy, HalfBody, Request, Rule, Silence, every, matching
 from localhub import LocalHub
 from nginx import nginx
 from processes import processes_in
@@ -299,6 +299,12 @@ def test_a_server_without_kernels_is_no_jupyter(labs: LocalHub, stage: Stage) ->
     rule = every(matching("POST", "/api/kernels$"), missing)
     end = stage.rehearse("no Jupyter", "kernel", labs, "-c", "2", "--work", public=rule)
     end.judge(0, {"the server is no Jupyter (404 for kernels): use --visit and --page": 2})
+
+
+def test_half_a_file_of_a_page_is_none(labs: LocalHub, stage: Stage, page: str) -> None:
+    rule = every(matching("GET", "/static/"), HalfBody())
+    end = stage.rehearse("half a file", "page", labs, "-c", "2", "--page", page, public=rule)
+    end.judge(0, {"a part of the page did not come: the answer broke off": 2})
 
 
 def test_an_image_of_version_1_under_a_newer_hub_is_recognised(stage: Stage) -> None:

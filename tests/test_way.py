@@ -176,6 +176,22 @@ def test_a_servers_url_is_the_hubs_word_and_on_no_other_host(
         assert public.server_in(reply) == url
 
 
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (answer(0), Kind.NO_ANSWER),
+        (answer(500), Kind.REFUSED),
+        (hst.Reply(0, 0.0, 0.1, front=502), Kind.IN_FRONT),
+        (answer(200, data={"name": "ann", "servers": {}}), Kind.VANISHED),
+    ],
+)
+def test_a_server_has_vanished_only_if_the_hub_says_so(reply: hst.Reply, kind: Kind) -> None:
+    public = hst.PublicSide(hst.Hub(HUB_URL, hst.HubSession("t", HubWithUsers())), hst.Plan())
+    with pytest.raises(hst.Failed) as failed:
+        public.server_in(reply)
+    assert failed.value.reason.kind is kind
+
+
 def public_side(version: str, visit_token: str | None, status: int) -> hst.PublicSide:
     """The public side of a hub that answers with this status when asked for a token for ann."""
     wire = OtherHub({"/hub/api/users/ann/tokens": (status, {"token": "anns-own"})})
