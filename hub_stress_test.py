@@ -64,6 +64,7 @@ import csv
 import dataclasses
 import difflib
 import enum
+import errno
 import functools
 import gzip
 import html
@@ -3943,7 +3944,10 @@ def remove_users(site: Site, ours: Callable[[str], bool]) -> Users:
                 people = [name for name, user in listed.items() if ours(name) and not user.get("admin")]
                 found = {name: server_state(listed[name]) for name in people}
                 # A list may lack renamed users, and those who move to another page while others are deleted.
-                found |= {name: hub.state(name) for name in left - listed.keys() if not gone(name)}
+                for name in [name for name in left - listed.keys() if not gone(name)]:
+                    tell()
+                    in_time = session.clock() < until_s and not session.hub_is_gone
+                    found[name] = hub.state(name) if in_time else ServerState.UNKNOWN
                 states |= dict.fromkeys(left, ServerState.GONE) | found
                 left = {name for name in found if not gone(name)}
                 existing |= left
@@ -4171,9 +4175,10 @@ def spread_load(
 
     context, headers = multiprocessing.get_context("spawn"), list(session.headers.items())
     children: dict[Any, Any] = {}  # by our end of the pipe to each
-    resource_tracker.ensure_running()  # or the first child would start it, which unblocks the signals
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # Ctrl-C reaches children too: not theirs
     try:
+        resource_tracker.ensure_running()  # or the first child would start it, which unblocks the signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for part in range(load.plan.processes):
             ours, theirs = context.Pipe()
             shared = (theirs, load, part, session.token, headers)
@@ -4549,9 +4554,10 @@ def whereabouts(site: Site, count: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """While the `with` block of a main thread runs, signals that are not ignored call this handler."""
+    """While the `with` block of a main thread runs, signals call this handler; under nohup all but SIGHUP."""
     before: dict[int, Any] = {}
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or hangs_up]
     with contextlib.suppress(ValueError):  # this is not the main thread
         before = {number: signal.signal(number, handler) for number in heard}
     try:
@@ -4576,11 +4582,10 @@ class Interruption:
         self._site: Site | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        number = signal.SIGTERM if (hung_up := number == signal.SIGHUP) else number
         if self._site is None:
             raise KeyboardInterrupt(number)
-        if number == signal.SIGHUP:
-            self.number = self.number or signal.SIGTERM
-        elif self.number is not None:
+        if self.number is not None and not hung_up:
             leave_at_once(number, self._site)
         self.number = self.number or number
 
@@ -6912,8 +6917,9 @@ def _measured_by(plan: Plan) -> set[str]:
         names |= {"start_server", *(step.name for step in steps)}
     if plan.find_capacity:
         return names - {"cell"}  # nobody works on in a search
-    names |= {"create_users", "list_users", "stop_server", "delete_user"}
-    has = {"people": plan.rehearses, "proxy_check": plan.check_proxy}
+    has = {"list_users": True, "create_users": plan.command != PURGE and not plan.own_servers}
+    has |= {"delete_user": not plan.keep, "stop_server": not plan.keep and plan.command != ACTIVITY}
+    has |= {"people": plan.rehearses, "proxy_check": plan.check_proxy}
     has |= {"servers": plan.command == STRESS or plan.own_servers}
     return names | {part for part in has if has[part]}
 
@@ -6958,6 +6964,12 @@ class _Redacting(logging.Formatter):
         return line
 
 
+def say(line: str) -> None:
+    """Write a line to standard error, if anybody still reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def setup_logging(
     verbose: bool = False, log_to_file: bool | str = False, args: argparse.Namespace | None = None
 ) -> None:
@@ -6970,7 +6982,7 @@ def setup_logging(
     if log_to_file:
         path = _log_path(log_to_file)
         handler = logging.FileHandler(path, encoding="utf-8")
-        sys.stderr.write(f"Logging to {path}\n")
+        say(f"Logging to {path}")
     values = (value for _, value in plan.headers)
     handler.setFormatter(_Redacting((plan.token or "", plan.visit_token or "", *values)))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
@@ -7008,33 +7020,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(args.verbose, args.log_to_file, args)
         plan = plan_of(args)
         if plan.dry_run:
-            show(functools.partial(render_page, DRY_RUN, [plan_section(seeded(plan))]))
-            return int(ExitCode.OK)
+            return show(functools.partial(render_page, DRY_RUN, [plan_section(seeded(plan))]))
         results = carry_out(plan)
-        show(functools.partial(render_summary, results, plan.baseline))
+        unseen = show(functools.partial(render_summary, results, plan.baseline))
+        return results.exit_code or unseen
     except HubStressError as error:
         command = next((f"{word} " for word in words if word in COMMANDS), "")
         help = f" (see hub-stress-test {command}--help)" * isinstance(error, UsageError)
-        sys.stderr.write(f"hub-stress-test: {error}{help}\n")
+        say(f"hub-stress-test: {error}{help}")
         return int(error.exit_code)
     except KeyboardInterrupt as interrupt:
         if results is None:  # else everything has been removed
-            sys.stderr.write("hub-stress-test: Interrupted; nothing was changed.\n")
+            say("hub-stress-test: Interrupted; nothing was changed.")
             return 128 + next(iter(interrupt.args), signal.SIGINT)
     return results.exit_code
 
 
-def show(render: Callable[..., str]) -> None:
-    """Print a page, as far as somebody reads it: `head` closes standard output early."""
+def show(render: Callable[..., str]) -> int:
+    """Print a page, as far as somebody reads it: `head` closes standard output early; 1 if a disk is full."""
     if not sys.stdout:  # it was closed from the start
-        return
+        return 0
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     width = min(max(80, shutil.get_terminal_size().columns), 120) if terminal else 100
     try:
         print(render(colour=colour, width=width, encoding=sys.stdout.encoding or "utf-8"), flush=True)
-    except OSError:  # what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer
+        if error.errno not in (errno.EPIPE, errno.EIO):  # the reader, or the terminal, has gone
+            say(f"hub-stress-test: the page could not be printed: {error.strerror}")
+            return int(ExitCode.FAILED)
+    return 0
 
 
 def program() -> None:

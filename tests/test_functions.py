@@ -16,7 +16,7 @@ import hub_stress_test as hst
 from fault_proxy import AnswerAfter, FaultProxy, first, hub_answer, matching
 from hub_stress_test import Kind
 from localhub import LocalHub
-from tool import check_schema, tool_users
+from tool import check_schema, tool_users, wait_until
 
 RUN = "lib"
 
@@ -82,8 +82,9 @@ def test_servers_are_waited_for_beside_one_that_hangs(make_hub: Callable[..., Lo
     session = hst.get_session(hub.token)
     names = sum(make(hub, session, 3), [])
     assert all(hst.start_server(name, hub.endpoint, session, {"hang_rate": float(name == names[0])}) for name in names)
+    wait_until(lambda: all(hub.users()[name]["servers"][""]["ready"] for name in names[1:]))
     batches = [[name] for name in names]
-    ready = hst.wait_for_servers_to_start(batches, hub.endpoint, session, timeout_s=3.0)
+    ready = hst.wait_for_servers_to_start(batches, hub.endpoint, session, timeout_s=5.0)
     assert ready == dict(zip(names, [False, True, True])) and hst.delete_users(names, hub.endpoint, session)
 
 

@@ -99,6 +99,27 @@ def test_a_terminal_that_hangs_up_leaves_nobody(new_hub: LocalHub, tmp_path: Pat
     assert done.code == 143 and results_in(tmp_path / "r", done)["users"]["deleted"] == 3 and not tool_users(new_hub)
 
 
+def test_a_terminal_that_hangs_up_is_one_sigterm() -> None:
+    interruption = hst.Interruption()
+    with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))):
+        interruption(signal.SIGHUP, None)
+    interruption._site = hst.Site(hst.Hub("http://x/hub/api", hst.get_session("x")), hst.Plan(), hst.Recorder())
+    for _ in range(2):
+        interruption(signal.SIGHUP, None)
+    assert interruption.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("number", "heard"), [(signal.SIGINT, True), (signal.SIGHUP, False)])
+def test_of_ignored_signals_only_the_hang_up_stays_unheard(number: int, heard: bool) -> None:
+    before, seen = signal.signal(number, signal.SIG_IGN), list[int]()
+    try:
+        with hst.on_signals(lambda number, frame: seen.append(number)):
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+    assert seen == [number] * heard
+
+
 def test_a_status_line_that_nobody_reads_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(text: str) -> None:
         raise BrokenPipeError

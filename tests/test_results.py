@@ -145,6 +145,13 @@ def test_results_on_standard_output_stand_before_the_summary(new_hub: LocalHub, 
     assert found["exit_code"] == 0 and text[end:].lstrip().startswith("PASSED: ")
 
 
+def test_a_page_that_a_full_disk_refuses_is_told() -> None:
+    words = f"{sys.executable} {MODULE} --dry-run stress-test -c 1 >/dev/full"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    said = "hub-stress-test: the page could not be printed: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 @pytest.mark.parametrize("closing", ["| head -1", ">&-", "| true"])
 def test_a_closed_standard_output_is_no_bug(closing: str) -> None:
     words = f"{sys.executable} {MODULE} --dry-run stress-test -c 1"
