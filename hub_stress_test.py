@@ -3102,6 +3102,8 @@ def come(person: Visitor) -> None:
             event.message = longest_wait(person.said, event.phases, event.ended_s)
     except Failed as error:
         failure = error
+        if failure.reason.kind is Kind.TIMED_OUT:  # one that the hub gives up would count towards its exit
+            ask_to_stop(person)
         if failure.reason.kind in (Kind.SPAWN, Kind.VANISHED, Kind.THROTTLED, Kind.SERVER_LIMIT):
             site.states[name] = ServerState.STOPPED
     crowd.start_ended(name, failure.reason if failure else None)

@@ -102,6 +102,15 @@ def test_at_most_three_servers_start_before_one_is_ready(eager: LocalHub) -> Non
     assert (done.code, most) == (0, 3) and "12 of 12 servers became ready" in done.summary
 
 
+def test_a_start_that_times_out_is_stopped_before_another_begins(eager: LocalHub) -> None:
+    most, words = 0, ("-c", "4", "-b", "2", "--server-timeout", "1s", "-p", '{"hang_rate": 1}')
+    with start_tool("stress-test", *words, hub=eager) as run:
+        while run.poll() is None:
+            most = max(most, sum(len(user["servers"]) for user in eager.users().values()))
+        done = run.outcome()
+    assert (done.code, most) == (1, 2) and "4 × not ready after 1.00 s" in done.summary and not tool_users(eager)
+
+
 def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
     of_three_two_fail = ("stress-test", "-b", "1", "--profile", '{"fail_rate": 0.6666666667}')  # never three in a row
     done = run_tool(*of_three_two_fail, "-c", "6", "--fail-fast", "3", hub=new_hub)
