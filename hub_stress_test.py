@@ -1485,7 +1485,7 @@ def kube_events(said: Said) -> list[tuple[float, float, Json]]:
             with contextlib.suppress(ValueError, AttributeError):  # an event without a time shows no phase
                 cluster_s = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
                 events.append((cluster_s, arrived_s, raw))
-    return sorted(events, key=lambda event: event[0])
+    return sorted(events, key=lambda event: int(event[0]))  # the kubelet's are whole seconds
 
 
 def phases_of(said: Said, asked_s: float, ready_s: float) -> Phases | None:
@@ -5160,7 +5160,8 @@ def on_kubernetes(results: Results) -> bool:
     """Whether the servers of a run were pods, as the hub's messages reveal."""
     servers = results.servers
     messages = [f"{end.reason} {end.message}" for end in servers.failures] if servers else []
-    return bool(servers and servers.phases) or any(map(KUBERNETES.search, results.warnings + messages))
+    starts = (results.timeline["servers"] or {}).get("phases", ())  # also of those that failed
+    return any(starts) or any(map(KUBERNETES.search, results.warnings + messages))
 
 
 def starts_at_once(results: Results) -> int:
@@ -5195,13 +5196,13 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     servers, hub, in_front = results.servers, results.hub, results.http.in_front
     failures = servers.failures if servers else []
     reasons = {failure.reason for failure in failures}
-    words, pods = " ".join([*results.warnings, *reasons]), on_kubernetes(results)
+    words, pods = "; ".join([*results.warnings, *reasons]), on_kubernetes(results)
 
     def setting(value: str, trait: str) -> str:
         """A setting's name in values.yaml, or in jupyterhub_config.py."""
         return value if pods else f"c.{trait}"
 
-    exit_limit = setting("hub.consecutiveFailureLimit", "JupyterHub.consecutive_failure_limit")
+    exit_limit = setting("hub.consecutiveFailureLimit", "Spawner.consecutive_failure_limit")
     in_a_row = f"it exits after {exit_limit} failed starts in a row"
     if Kind.NO_ANSWER in kinds and hub.proxy:
         yield f"some requests through {hub.proxy} got no answer: {without_proxy(hub.endpoint)}"
@@ -5226,17 +5227,21 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         if images >= many and phases.image_s > 5:
             pull = "prePuller.hook.enabled and prePuller.continuous.enabled pull it before"
             yield f"{images} servers waited for their image: {pull}; a smaller image is faster"
-    no_room = re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods", words)
+    no_room = re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods|exceeded quota", words)
+    refused = re.search(r"\([45]\d\d\)|Could not create", words)  # by the API of Kubernetes
     chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
     alike = servers and not servers.ready and len(failures) > len(reasons) == 1
     if cause := next((cause for cause in REFUSED_NAMES if re.search(cause, words)), ""):
         yield f"{REFUSED_NAMES[cause]}, or test with --own-servers"
-    elif Kind.SPAWN in kinds and alike and not chosen and not no_room:
+    elif Kind.SPAWN in kinds and alike and not chosen and not no_room and not refused:
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
     if no_room:
         guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
-        room = f"raise the node pool's maximum, or reserve less for each ({guarantee})"
-        yield f"servers did not fit on the nodes ({no_room[0]}): {room}"
+        place, maximum = "on the nodes", "the node pool's maximum"
+        if "quota" in no_room[0]:
+            place, maximum = "into the namespace", "its quota"
+        room = f"raise {maximum}, or reserve less for each ({guarantee})"
+        yield f"servers did not fit {place} ({no_room[0]}): {room}"
     elif in_time := re.search(r"did not start in (\d+) s", words):
         more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
         below = "keep --server-timeout below it: such failures count towards the hub's exit"
@@ -5271,7 +5276,8 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         interval = f"JUPYTERHUB_ACTIVITY_INTERVAL in {setting('singleuser.extraEnv', 'Spawner.environment')}"
         yield f"the hub is CPU-bound: {used}: use a faster core, or reduce its load ({interval})"
     if hub.restarts and len(failures) > 4:
-        test = "test with --fail-fast 4, or set that limit to 0 for the test"
+        test = "test with --fail-fast 4, or " * (not results.options.get("fail_fast"))
+        test += "set that limit to 0 for the test"
         yield f"the hub restarted after {len(failures)} starts had failed: {in_a_row}; {test}"
     elif hub.restarts:
         yield "the hub restarted: find out why it ended (its memory limit? its liveness probe?)"
@@ -6040,6 +6046,9 @@ def _cleanup_rows(results: Results) -> Iterator[Row]:
             f"the hub failed to stop {counted(failed, 'server')} during this run, though it said that {they} "
             f"stopped: {their} and volumes may still be there. Look with: {find}"
         )
+    elif failed is None and "stop_server" in results.operations:
+        unread = "only the hub's own figures tell whether it could stop the servers, and they were not read"
+        traces.append(f"{unread}. On Kubernetes look with: {find}")
     if cleaned.kept:
         yield "cleanup", f"{counted(cleaned.kept, noun)} kept, as asked; remove them with: {remedy}"
     elif left := cleaned.left_behind:
@@ -6051,7 +6060,7 @@ def _cleanup_rows(results: Results) -> Iterator[Row]:
         yield "cleanup", f"{'when that is solved, ' * bool(cleaned.in_the_way)}remove them with: {remedy}"
     else:
         yield "cleanup", f"{done}, none left{' on the hub' * bool(traces)}"
-    if results.servers and results.servers.phases and not cleaned.kept and not failed:
+    if on_kubernetes(results) and not cleaned.kept and not failed:
         traces.append(f"volumes stay where delete_pvc is off or their class retains them: {find}")
     yield from (("cleanup", trace) for trace in traces)
 

@@ -90,6 +90,7 @@ def test_the_longest_wait_of_a_start_is_named(events: list[Any], longest: str) -
 def test_the_last_word_is_the_warning_that_still_holds() -> None:
     starving = [said(1, "FailedScheduling", kind="Warning"), said(2, "NotTriggerScaleUp")]
     assert hst.last_word(starving) == "FailedScheduling it"
+    assert hst.last_word([said(1.4, "Scheduled"), said(1, "Pulling", MAIN, late_s=0.6)]) == "Pulling it"
     broken = [*starving, said(3, "Scheduled"), said(4, "Failed", MAIN, "Warning"), said(5, "BackOff", MAIN)]
     assert hst.last_word([*broken, said(6, "Killing", MAIN)]) == "Failed it"
     assert hst.last_word([*starving, said(3, "Scheduled"), said(4, "Pulling", MAIN)]) == "Pulling it"
