@@ -316,6 +316,7 @@ def test_without_its_scope_the_hubs_figures_are_unknown(new_hub: LocalHub, tmp_p
     assert (done.code, results["users"]["stops_failed"]) == (0, None)
     missing = {"metrics": None, "restarts": None, "metrics_missing": hst.NO_METRICS_SCOPE}
     assert results["hub"] == results["hub"] | missing
+    assert "only the hub's own figures tell whether it could stop the servers" in done.summary
     assert done.summary.count("read:metrics") == 1 and "CPU, memory, event-loop lag" in done.summary
 
 

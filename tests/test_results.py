@@ -154,6 +154,11 @@ def test_a_page_that_a_full_disk_refuses_is_told() -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
+def test_an_exit_code_does_not_depend_on_who_reads_standard_error() -> None:
+    words = f"{sys.executable} {MODULE} purge --nonsense 2>/dev/full"
+    assert subprocess.run(["bash", "-c", words], timeout=60).returncode == 2
+
+
 @pytest.mark.parametrize("closing", ["| head -1", ">&-", "| true"])
 def test_a_closed_standard_output_is_no_bug(closing: str) -> None:
     words = f"{sys.executable} {MODULE} --dry-run stress-test -c 1"
