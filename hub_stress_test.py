@@ -6949,7 +6949,8 @@ def _why_not_judged(limit: Condition, plan: Plan, paths: bool) -> str:
     if part == "aftermath" and name not in ("hub", *(each.parts[0] for each in plan.watch)):
         return f"{name} is measured only with --watch {name}=URL"
     if (paths or plan.find_capacity) and part in STEPS | PARTS and part not in _measured_by(plan):
-        flags = flags_text(STEPS[part].by if part in STEPS else PARTS[part])
+        by = PARTS | {step.name: step.by for step in STEPS.values() if not step.always}
+        flags = flags_text(by.get(part, ""))
         if plan.command == STRESS and flags and not plan.find_capacity:
             return f"{part} is measured only with {flags}"
         return f"{'a search' if plan.find_capacity else plan.command} does not measure {part}"

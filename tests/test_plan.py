@@ -388,7 +388,7 @@ BAD_USAGE = {
     "stress-test --find-capacity --fail-if 'create_users.p95 > 9s'": "a search does not measure create_users",
     "activity-stress-test --fail-if 'servers.failed > 0'": "does not measure servers",
     "activity-stress-test --fail-if 'read.p95 > 9s'": "does not measure read",
-    "stress-test --keep --fail-if 'delete_user.failed > 0'": "delete_user is measured only with --stay",
+    "stress-test --keep --fail-if 'delete_user.failed > 0'": "does not measure delete_user",
     "purge --fail-if 'create_users.failed > 0'": "purge does not measure create_users",
     "purge --fail-if 'list_users.p95 > 2x'": "needs a --baseline",
     "purge --fail-if 'pong.p95 > 2s'": "nearest is ping.p95",
