@@ -113,20 +113,27 @@ def _stub_port() -> int:
 class StubLabSpawner(StubSpawner):
     """Servers of another process (singleuser_stub.py), with pages and kernels, each at a port of its own."""
 
-    lab_port = 0
+    lab: asyncio.Task[int] | None = None  # its port, once the last start has got that far
 
     async def listen(self) -> int:
         variables = {name: value for name, value in self.get_env().items() if name.startswith("JUPYTERHUB_")}
-        answer = await self._ask("POST", "", json.dumps({"environment": variables, "hub_version": __version__}))
-        self.lab_port = json.loads(answer.body)["port"]
-        return self.lab_port
+        asked = json.dumps({"environment": variables, "hub_version": __version__})
+        self.lab = asyncio.create_task(self._start(asked))
+        return await asyncio.shield(self.lab)  # it comes up although the hub breaks the start off: see stop
 
     async def stop(self, now: bool = False) -> None:
         await super().stop(now)
-        await self._ask("DELETE", f"/{self.lab_port}")
+        if self.lab:
+            await self._ask("DELETE", f"/{await self.lab}")
+            self.lab = None
 
     async def poll(self) -> int | None:
-        return None if (await self._ask("GET", f"/{self.lab_port}")).code == 204 else 0
+        if not self.lab:
+            return 0
+        return None if not self.lab.done() or (await self._ask("GET", f"/{self.lab.result()}")).code == 204 else 0
+
+    async def _start(self, asked: str) -> int:
+        return int(json.loads((await self._ask("POST", "", asked)).body)["port"])
 
     async def _ask(self, method: str, path: str, body: str | None = None) -> Any:
         url = f"{OPTIONS['labs_url']}/servers{path}"
