@@ -54,13 +54,13 @@ def test_open_files_are_mentioned_only_where_error_pages_explain_them(
     ] * mentioned
 
 
-def test_a_condition_on_the_aftermath_is_judged_by_what_has_grown() -> None:
+def test_a_condition_on_the_aftermath_is_judged_by_growth() -> None:
     found = {"aftermath": {"hub": {"open_files": {"before": 1, "peak": 9, "after": 8, "grown": 7}}}}
     for text, met in (("hub.open_files.grown > 6", True), ("hub.open_files.grown > 7", False), ("proxy.x > 7", True)):
         assert hst.condition(f"aftermath.{text}").judge(found, None).held is met  # also if it was not measured
 
 
-def test_a_watched_process_is_named_without_the_password_in_its_url() -> None:
+def test_a_watched_process_is_named_without_its_urls_password() -> None:
     plan = hst.Plan(watch=(hst.watched("proxy=http://me:pass@10.0.0.1:8002/metrics"),))
     assert plan.options()["watch"] == ["proxy=http://10.0.0.1:8002/metrics"]
 

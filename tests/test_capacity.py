@@ -102,7 +102,7 @@ def test_a_rate_that_was_not_reached_is_not_sustained(command: str, step: str, c
     assert (judged.held, judged.generator_bound) == (held, held.startswith("the generator"))
 
 
-def test_a_rare_operation_that_a_step_did_not_send_holds_nothing() -> None:
+def test_a_rare_operation_that_was_not_sent_holds_nothing() -> None:
     plan = hst.Plan(
         hst.ACTIVITY, rate_per_s=10.0, duration_s=3.0, mix={"activity": 1000.0, "list": 1.0}, find_capacity=True
     )

@@ -48,7 +48,7 @@ def begin(session: hst.HubSession, method: str, url: str, wish: dict[str, float]
     statuses=st.lists(STATUSES, max_size=40),
     seed=st.integers(0, 1000),
 )
-def test_whatever_a_hub_answers_cleaning_up_ends_and_writes_only_to_ours(
+def test_whatever_a_hub_answers_cleaning_up_ends_within_ours(
     states: dict[str, ServerState],
     theirs: dict[str, ServerState],
     thought: dict[str, ServerState],
@@ -71,7 +71,7 @@ def test_a_hub_that_comes_to_its_senses_is_left_empty(states: dict[str, ServerSt
 
 
 @pytest.mark.parametrize("status", [400, 403, 429, 500, 502, 503])
-def test_a_hub_that_never_does_anything_is_given_up_with_every_name(status: int) -> None:
+def test_an_idle_hub_is_given_up_with_every_name(status: int) -> None:
     erratic = ErraticHub(dict.fromkeys(OURS, ServerState.READY), [status] * 100_000, seed=1, acts=0.0)
     session = TimeTraveller(erratic)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.READY), session)
@@ -98,7 +98,7 @@ class Slow(TimeTraveller):
         return super().pause(200.0)
 
 
-def test_cleaning_up_goes_on_beyond_its_time_while_there_is_progress() -> None:
+def test_cleaning_up_goes_on_while_there_is_progress() -> None:
     slow = OneAtATime(dict.fromkeys(OURS, ServerState.STOPPED), [], seed=1)
     session = Slow(slow)
     cleaned = clean_up(dict.fromkeys(OURS, ServerState.STOPPED), session)
@@ -149,7 +149,7 @@ def test_without_threads_a_stop_ends_the_round(monkeypatch: pytest.MonkeyPatch) 
 # ==== Claims =========================================================================================================
 
 
-def test_names_whose_making_was_not_confirmed_are_not_deleted_when_another_run_is_about() -> None:
+def test_unconfirmed_names_are_spared_when_another_run_is_about() -> None:
     claims = hst.Claims()
     claims.ask(["hub-stress-test-1", "hub-stress-test-2"])
     claims.settle(["hub-stress-test-1"], ["hub-stress-test-1"])
@@ -158,9 +158,7 @@ def test_names_whose_making_was_not_confirmed_are_not_deleted_when_another_run_i
     assert claims.ours == ["hub-stress-test-1"]
 
 
-def test_users_that_the_hub_makes_after_its_answer_was_lost_are_removed_too(
-    new_hub: LocalHub, proxy: FaultProxy
-) -> None:
+def test_users_made_after_a_lost_answer_are_removed_too(new_hub: LocalHub, proxy: FaultProxy) -> None:
     session, record, claims = hst.get_session(new_hub.token), hst.Recorder(), hst.Claims()
     hub = hst.Hub(proxy.endpoint, session)
     proxy.rule = first(1, matching("POST", "/users$"), AnswerAfter(502))
@@ -178,7 +176,7 @@ def test_users_that_the_hub_makes_after_its_answer_was_lost_are_removed_too(
 # ==== Kept users, and purge ==========================================================================================
 
 
-def test_kept_users_are_exactly_as_many_as_asked_and_their_servers_run(hub: LocalHub) -> None:
+def test_as_many_users_are_kept_as_asked_with_servers(hub: LocalHub) -> None:
     done = run_tool("stress-test", "-c", "5", "-b", "2", "--keep", hub=hub)
     assert done.code == 0 and "5 users kept, as asked; remove them with: hub-stress-test purge" in done.summary
     kept, users = tool_users(hub), hub.users()
@@ -188,7 +186,7 @@ def test_kept_users_are_exactly_as_many_as_asked_and_their_servers_run(hub: Loca
     assert not tool_users(hub)
 
 
-def test_activity_uses_kept_users_first_and_deletes_only_those_it_made(new_hub: LocalHub) -> None:
+def test_activity_uses_kept_users_and_deletes_only_its_own(new_hub: LocalHub) -> None:
     assert run_tool("activity-stress-test", "-c", "2", "--keep", hub=new_hub).code == 0
     users, kept = new_hub.users(), {"hub-stress-test-1", "hub-stress-test-2"}
     assert tool_users(new_hub) == kept
@@ -201,7 +199,7 @@ def test_activity_uses_kept_users_first_and_deletes_only_those_it_made(new_hub: 
     assert run_tool("purge", hub=new_hub).code == 0
 
 
-def test_more_users_than_fit_on_a_page_are_purged_and_nobody_else_is(new_hub: LocalHub) -> None:
+def test_several_pages_of_users_are_purged_and_nobody_else(new_hub: LocalHub) -> None:
     names = [f"hub-stress-test-{n}" for n in range(1, hst.PAGE + 6)]
     assert new_hub.call("POST", "/users", {"usernames": names})[0] == 201
     theirs = {name: user for name, user in new_hub.users().items() if name not in names}
@@ -212,7 +210,7 @@ def test_more_users_than_fit_on_a_page_are_purged_and_nobody_else_is(new_hub: Lo
     assert {n: u["last_activity"] for n, u in after.items()} == {n: u["last_activity"] for n, u in theirs.items()}
 
 
-def test_a_run_skips_the_names_of_others_and_a_purge_of_one_run_leaves_theirs(new_hub: LocalHub) -> None:
+def test_a_run_and_its_purge_leave_the_names_of_others(new_hub: LocalHub) -> None:
     ones, others = {"hub-stress-test-1", "hub-stress-test-3"}, {"hub-stress-test-a-1", "hub-stress-test-a-1-1"}
     new_hub.call("POST", "/users", {"usernames": sorted(ones | others)})
     assert run_tool("stress-test", "-c", "2", hub=new_hub).code == 0
@@ -281,7 +279,7 @@ def test_parallel_runs_of_different_names_never_touch_each_others_users(new_hub:
     assert run_tool("purge", hub=new_hub).code == 0
 
 
-def test_two_runs_of_the_same_name_each_keep_to_what_they_made(new_hub: LocalHub) -> None:
+def test_two_runs_of_one_name_keep_to_their_own(new_hub: LocalHub) -> None:
     words = ("stress-test", "-c", "15", "-b", "5")
     with start_tool(*words, hub=new_hub) as one, start_tool(*words, hub=new_hub) as other:
         ends = [one.outcome(), other.outcome()]
@@ -359,9 +357,7 @@ def test_ready_servers_are_stopped_before_starting_ones(new_hub: LocalHub) -> No
 # ==== What cannot be removed =========================================================================================
 
 
-def test_users_that_cannot_be_deleted_are_named_with_the_command_that_removes_them(
-    new_hub: LocalHub, proxy: FaultProxy
-) -> None:
+def test_users_that_stay_are_named_with_the_command_for_them(new_hub: LocalHub, proxy: FaultProxy) -> None:
     stubborn = {"hub-stress-test-ci-2", "hub-stress-test-ci-3"}
     locked = hub_answer(500, b'{"message": "database is locked"}')
     proxy.rule = every(matching("DELETE", "/users/hub-stress-test-ci-[23]$"), locked)
@@ -376,7 +372,7 @@ def test_users_that_cannot_be_deleted_are_named_with_the_command_that_removes_th
     assert not tool_users(new_hub)
 
 
-def test_servers_that_do_not_stop_are_named_as_what_stands_in_the_way(make_hub: Callable[..., LocalHub]) -> None:
+def test_servers_that_do_not_stop_are_named_as_the_cause(make_hub: Callable[..., LocalHub]) -> None:
     hub = make_hub(stop_s=60, slow_stop_timeout_s=0.1)
     done = run_tool("stress-test", "-c", "2", "--cleanup-timeout", "3s", hub=hub)
     assert done.code == 4 and "2 ARE STILL THERE" in done.summary and len(tool_users(hub)) == 2

@@ -135,7 +135,7 @@ def test_the_stub_runs_cells_like_a_real_kernel(both: tuple[LocalHub, LocalHub])
     assert stub == real and stub[0]["6*7"]["shell"] == ["execute_reply ok"]
 
 
-def test_a_server_that_ends_itself_is_away_like_a_real_one(both: tuple[LocalHub, LocalHub]) -> None:
+def test_a_server_that_ends_itself_is_really_away(both: tuple[LocalHub, LocalHub]) -> None:
     said = []
     for hub in both:
         asked = ask(hub, "POST", "api/shutdown").status_code

@@ -103,7 +103,7 @@ def test_the_same_seed_gives_each_group_the_same_moments(file: Path) -> None:
     assert moments["assistants"] == [60, 61, 62, 63, 65]
 
 
-def test_a_dry_run_writes_none_of_the_files_that_an_event_names(file: Path) -> None:
+def test_a_dry_run_writes_no_file_that_an_event_names(file: Path) -> None:
     file.write_text("results = 'r.json'\nsamples = 's.csv'\n" + CLASS)
     words = ("stress-test", "--event", str(file), *HUB)
     plan = plan_for("--dry-run", *words)

@@ -473,7 +473,7 @@ def test_a_signal_at_random_moments_twenty_times(version: str | None, record_pro
         assert {130, 143} <= codes
 
 
-def test_the_second_signal_leaves_at_once_and_says_how_to_purge(hub: LocalHub, record_property: Record) -> None:
+def test_a_second_signal_ends_at_once_and_names_purge(hub: LocalHub, record_property: Record) -> None:
     with start_tool(*WORDS, "--run", "x", "--profile", '{"stop_s": 5}', hub=hub) as run:
         run.log_up_to("Holding")
         run.send_signal(signal.SIGINT)

@@ -30,7 +30,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_a_check_behind_a_forward_proxy_is_refused_before_anything_is_made(
+def test_a_check_behind_a_forward_proxy_is_refused(
     clean: pytest.MonkeyPatch, proxy: FaultProxy, new_hub: LocalHub
 ) -> None:
     for name, value in through(proxy.url).items():
@@ -40,16 +40,14 @@ def test_a_check_behind_a_forward_proxy_is_refused_before_anything_is_made(
     assert {entry.method for entry in proxy.requests} == {"GET"}
 
 
-def test_a_proxy_that_is_not_there_is_named_not_the_hub(clean: pytest.MonkeyPatch, new_hub: LocalHub) -> None:
+def test_a_missing_proxy_is_named_not_the_hub(clean: pytest.MonkeyPatch, new_hub: LocalHub) -> None:
     clean.setenv("http_proxy", "http://me:pa55word@127.0.0.1:1")
     said = refusal(new_hub.endpoint)
     assert "through the proxy http://127.0.0.1:1 (http_proxy): connection refused. Is the proxy right?" in said
     assert AROUND in said and "pa55word" not in said
 
 
-def test_a_run_names_the_proxy_and_blames_it_for_lost_answers(
-    proxy: FaultProxy, new_hub: LocalHub, tmp_path: Path
-) -> None:
+def test_the_proxy_is_named_and_blamed_for_lost_answers(proxy: FaultProxy, new_hub: LocalHub, tmp_path: Path) -> None:
     proxy.rule = every(matching("GET", "/progress$|/users/[^/]+$"), ResetBefore())
     words = ("stress-test", "-c", "1", "--fail-if", "ping.failed > 0", "--profile", '{"spawn_s": 1}')
     done, results = run_for_results(tmp_path / "r", *words, hub=new_hub, env=through(proxy.url))

@@ -79,7 +79,7 @@ def test_scopes_limited_to_some_users_do_not_count() -> None:
     + [(status, {}, False, True) for status in (201, 403, 500)]
     + [(404, JSON, False, True), (404, HTML, False, False), (502, {}, False, False), (503, JSON, False, False)],
 )
-def test_an_answer_is_the_hubs_by_its_version_or_where_that_is_stripped_by_its_status(
+def test_an_answer_is_the_hubs_by_version_or_by_status(
     status: int, headers: dict[str, str], marked: bool, hubs: bool, proxy: FaultProxy, endpoint: str
 ) -> None:
     session = hst.HubSession("x").clone(own_stop=True)
@@ -104,7 +104,7 @@ def test_an_answer_is_the_hubs_by_its_version_or_where_that_is_stripped_by_its_s
     ],
     ids=str,
 )
-def test_a_reply_tells_in_few_words_what_came_or_why_nothing_came(
+def test_a_reply_tells_what_came_or_why_nothing_did(
     fault: Fault, text: str, kind: Kind, lost: bool, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
 ) -> None:
     proxy.rule = every(matching("GET", "/users"), fault)
@@ -119,7 +119,7 @@ def test_a_reply_tells_in_few_words_what_came_or_why_nothing_came(
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 @pytest.mark.parametrize("fault", [Answer(429), Answer(503), Answer(504), ResetBefore()], ids=str)
-def test_a_request_is_retried_whatever_its_method_and_the_retry_is_counted(
+def test_a_request_of_any_method_is_retried_and_counted(
     method: str, fault: Fault, proxy: FaultProxy, endpoint: str, new_hub: LocalHub
 ) -> None:
     proxy.rule = first(1, matching(method, "nobody"), fault)
@@ -142,9 +142,7 @@ def test_a_request_is_retried(
     assert (len(proxy.requests), session.paused_s) == (len(paused_s) + 1, paused_s)
 
 
-def test_the_time_that_the_hub_asks_for_is_slept_and_is_not_latency(
-    proxy: FaultProxy, endpoint: str, new_hub: LocalHub
-) -> None:
+def test_the_time_a_hub_asks_for_is_no_latency(proxy: FaultProxy, endpoint: str, new_hub: LocalHub) -> None:
     proxy.rule = first(1, matching("GET", "users"), Answer(429, b"", {"Retry-After": "7"}))
     session = TimeTraveller(token=new_hub.token)  # on whose clock only pauses take time
     event = session.ask("GET", endpoint + "/users").event("list_users")
@@ -152,7 +150,7 @@ def test_the_time_that_the_hub_asks_for_is_slept_and_is_not_latency(
     assert session.traffic.summarise().statuses == {"200": 1, "429": 1}
 
 
-def test_a_stop_ends_a_back_off_at_once_and_nothing_more_is_sent(proxy: FaultProxy, endpoint: str) -> None:
+def test_a_stop_ends_a_back_off_and_all_sending(proxy: FaultProxy, endpoint: str) -> None:
     proxy.rule = every(matching("GET", "users"), Answer(429, b"", {"Retry-After": "100"}))
     session = hst.HubSession("x")
     threading.Timer(0.5, session.stop).start()
@@ -161,7 +159,7 @@ def test_a_stop_ends_a_back_off_at_once_and_nothing_more_is_sent(proxy: FaultPro
     assert len(proxy.requests) == 1
 
 
-def test_the_token_leaves_with_no_redirect_and_no_netrc_file_replaces_it(
+def test_the_token_survives_a_netrc_and_leaves_with_no_redirect(
     proxy: FaultProxy, endpoint: str, new_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
@@ -215,7 +213,7 @@ def test_settings_made_on_a_session_after_its_first_request_count(monkeypatch: p
         assert settings["proxies"]["https"] == "http://proxy:3128"
 
 
-def test_a_certificate_file_that_is_not_there_is_a_reason_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_certificate_file_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
     reply = hst.get_session("x").ask("GET", "https://127.0.0.1:1/hub/api/", call=hst.Call(once=True))
     assert reply.status == 0 and "/nowhere/ca.pem" in reply.message
@@ -242,9 +240,7 @@ def test_a_stop_cuts_a_silent_progress_stream(proxy: FaultProxy, new_hub: LocalH
 # ==== Answers that were lost =========================================================================================
 
 
-def test_answers_that_were_lost_are_settled_by_asking_the_hub_and_counted_once(
-    proxy: FaultProxy, new_hub: LocalHub
-) -> None:
+def test_lost_answers_are_settled_with_the_hub_and_counted_once(proxy: FaultProxy, new_hub: LocalHub) -> None:
     """Of each kind of request two answers get lost, each kind in another way."""
     rules = [
         first(2, matching("POST", "/users$"), ResetAfter()),
@@ -260,9 +256,7 @@ def test_answers_that_were_lost_are_settled_by_asking_the_hub_and_counted_once(
 
 
 @pytest.mark.parametrize("status", [502, 503])  # the second of which is retried
-def test_users_of_a_batch_that_a_dying_hub_half_made_are_not_left_behind(
-    status: int, proxy: FaultProxy, new_hub: LocalHub
-) -> None:
+def test_a_batch_that_a_dying_hub_half_made_goes(status: int, proxy: FaultProxy, new_hub: LocalHub) -> None:
     """The hub is killed while it makes three users; the proxy answers for it, also for the retries."""
     creates = itertools.count()
 
@@ -283,7 +277,7 @@ def test_users_of_a_batch_that_a_dying_hub_half_made_are_not_left_behind(
 # ==== Pages of users, and the simulated hub ==========================================================================
 
 
-def test_a_users_page_that_ends_early_is_not_the_last_page(proxy: FaultProxy, endpoint: str) -> None:
+def test_a_short_page_of_users_is_not_the_last(proxy: FaultProxy, endpoint: str) -> None:
     """`next` decides: pages may be short or empty while there is another (state filters do that on real hubs)."""
     names = {0: [NAME], 200: [], 400: ["hub-stress-test-2"]}
 

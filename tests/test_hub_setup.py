@@ -46,7 +46,7 @@ def token_with(hub: LocalHub, *scopes: str) -> str:
 
 
 @pytest.mark.parametrize("path", ["", "/", "/hub", "/hub/"])
-def test_an_endpoint_without_hub_api_is_answered_with_the_right_one(hub: LocalHub, path: str) -> None:
+def test_an_endpoint_without_hub_api_is_corrected(hub: LocalHub, path: str) -> None:
     said = refusal(hub.endpoint.removesuffix("/hub/api") + path)
     assert said.endswith(f"The hub's API is at --endpoint {hub.endpoint}")
 
@@ -68,9 +68,7 @@ def test_an_endpoint_without_hub_api_is_answered_with_the_right_one(hub: LocalHu
     ],
     ids=str,
 )
-def test_what_is_no_hub_is_named_and_asked_once_without_the_token(
-    answer: Answer, words: str, proxy: FaultProxy
-) -> None:
+def test_what_is_no_hub_never_sees_the_token(answer: Answer, words: str, proxy: FaultProxy) -> None:
     requests: list[Request] = []
     proxy.rule = lambda request: requests.append(request) or answer
     said = refusal(proxy.endpoint)
@@ -91,7 +89,7 @@ def test_an_endpoint_where_nothing_answers_is_named_with_a_remedy(endpoint: str,
     assert all(part in said for part in words.split(";")), said
 
 
-def test_a_refused_run_ends_with_exit_code_3_and_changes_nothing(new_hub: LocalHub) -> None:
+def test_a_refused_run_has_code_3_and_changes_nothing(new_hub: LocalHub) -> None:
     before = new_hub.users()
     done = run_tool("stress-test", hub=new_hub, env={"JUPYTERHUB_API_TOKEN": "0123456789abcdef"})
     assert (done.code, done.stdout) == (3, "") and done.stderr.startswith("hub-stress-test: The hub at ")
@@ -130,7 +128,7 @@ def test_a_refused_token_is_named_by_its_variable(hub: LocalHub) -> None:
     assert said.endswith("into JUPYTERHUB_API_TOKEN.")
 
 
-def test_a_token_of_64_characters_is_named_where_the_hub_takes_none(proxy: FaultProxy) -> None:
+def test_a_long_token_is_named_where_none_is_taken(proxy: FaultProxy) -> None:
     version = hub_answer(200, json.dumps({"version": "6.1.0"}).encode())
     proxy.rule = every(matching("GET", "/hub/api/$"), version)
     assert "403): JupyterHub 6.1.0 takes none of 64 characters." in refusal(proxy.endpoint, token="0" * 64)
@@ -196,7 +194,7 @@ def tls_hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
         server.shutdown()
 
 
-def test_a_certificate_of_ones_own_authority_names_the_variable_that_makes_it_known(
+def test_a_certificate_of_ones_own_authority_names_the_variable(
     tls_hub: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint, pem = tls_hub
@@ -207,7 +205,7 @@ def test_a_certificate_of_ones_own_authority_names_the_variable_that_makes_it_kn
 
 
 @pytest.mark.parametrize("tls_hub", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], indirect=True)
-def test_a_server_that_wants_a_client_certificate_is_named_as_such(
+def test_a_server_that_wants_a_client_certificate_is_named(
     tls_hub: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint, pem = tls_hub

@@ -33,7 +33,7 @@ def test_pods_that_outlive_their_users_are_counted(command: str, status: int, ku
     assert "kubectl get pods,pvc -n NAMESPACE | grep -E 'hub-(2d)?stress-(2d)?test-(2d)?ci'" in done.summary
 
 
-def test_pods_that_never_ran_do_not_pass_when_the_hub_restarts(make_hub: Callable[..., LocalHub]) -> None:
+def test_pods_that_never_ran_fail_when_the_hub_restarts(make_hub: Callable[..., LocalHub]) -> None:
     hub = make_hub(kube=True, servers_outlive=True, http_timeout_s=10.0)
     with start_tool("stress-test", "-c", "3", "-p", "unschedulable", hub=hub) as run:
         wait_until(lambda: len(hub.cluster.pods()) == 3)

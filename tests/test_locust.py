@@ -165,7 +165,7 @@ def test_after_three_failed_starts_no_other_person_starts(locust: Locust, new_hu
     assert 3 <= rows(said)["server_ready"][0] < 8 and not tool_users(new_hub)
 
 
-def test_a_server_that_is_lost_while_its_person_stays_fails_the_run(locust: Locust, new_hub: LocalHub) -> None:
+def test_a_server_lost_during_a_stay_fails_the_run(locust: Locust, new_hub: LocalHub) -> None:
     words = ("--headless", "--only-summary", "-u", "4", "-r", "4", "-t", "12s", "--hub-stay", "5s", "Person")
     process = locust.start("run", *words, env=new_hub.environment)
     wait_until(lambda: len(servers_ready(new_hub)) == 4)
@@ -274,7 +274,7 @@ def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, new_
 
 
 @pytest.mark.browser
-def test_the_web_page_has_the_options_and_starts_and_stops_a_test(locust: Locust, new_hub: LocalHub) -> None:
+def test_the_web_page_has_options_and_runs_a_test(locust: Locust, new_hub: LocalHub) -> None:
     port = str(free_port())
     words = ("--web-host", "127.0.0.1", "--web-port", port, "--hub-header", "X-Access: 5ecret", "RunningServer")
     locust.start("web", *words, env=new_hub.environment)

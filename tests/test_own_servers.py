@@ -135,7 +135,7 @@ def test_servers_start_and_are_removed_beside_the_owners_others(
     assert "servers removed, none left" in done.summary
 
 
-def test_a_hub_without_named_servers_is_named_at_the_first_refusal(hub: LocalHub) -> None:
+def test_a_hub_without_named_servers_is_named_at_once(hub: LocalHub) -> None:
     token = hub.call("POST", "/users/alice/tokens", {"expires_in": 600})[1]["token"]
     done = run_tool(*WORDS, hub=hub, env={"JUPYTERHUB_API_TOKEN": token})
     assert done.code == 1 and "the hub allows no named servers" in done.summary
@@ -144,7 +144,7 @@ def test_a_hub_without_named_servers_is_named_at_the_first_refusal(hub: LocalHub
 
 
 @pytest.mark.parametrize(("run", "count", "left"), [("ci-123456789", 10, 11), ("a--b", 2, 12)])
-def test_a_new_hub_is_not_asked_for_names_that_it_refuses(run: str, count: int, left: int, carol_on: Carols) -> None:
+def test_a_new_hub_is_asked_for_no_refused_names(run: str, count: int, left: int, carol_on: Carols) -> None:
     carol, words = carol_on(version=None), ("stress-test", "--own-servers", "--count", str(count))
     assert carol.hub.call("POST", f"/users/carol/servers/hub-stress-test-{run}-{count}")[0] == 400
     done = run_tool(*words, "--run", run, hub=carol.hub)
@@ -155,7 +155,7 @@ def test_a_new_hub_is_not_asked_for_names_that_it_refuses(run: str, count: int, 
 
 
 @pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
-def test_people_work_behind_a_real_proxy_with_their_owners_token_and_leave(
+def test_people_work_behind_a_proxy_with_their_owners_token(
     version: str | None, carol_on: Carols, tmp_path: Path
 ) -> None:
     carol = carol_on(version=version, real_proxy=True, stub_labs=True)
@@ -169,7 +169,7 @@ def test_people_work_behind_a_real_proxy_with_their_owners_token_and_leave(
     assert (truth["servers"], truth["kernels"], truth["open_websockets"]) == (3, 0, 0)  # hers
 
 
-def test_kept_servers_run_until_a_purge_removes_those_of_its_run(carol_on: Carols) -> None:
+def test_kept_servers_run_until_their_run_is_purged(carol_on: Carols) -> None:
     carol = carol_on(version=None)
     kept = {f"hub-stress-test-{run}{n}" for run in ("", "a-") for n in range(1, 4)}
     for run in ([], ["--run", "a"]):
@@ -187,9 +187,7 @@ def test_kept_servers_run_until_a_purge_removes_those_of_its_run(carol_on: Carol
     carol.check()
 
 
-def test_servers_that_cannot_be_removed_are_named_with_the_command_that_removes_them(
-    carol_on: Carols, tmp_path: Path
-) -> None:
+def test_servers_that_stay_are_named_with_the_command_for_them(carol_on: Carols, tmp_path: Path) -> None:
     carol = carol_on(version="2.3.1")  # which does not list them
     locked = hub_answer(500, b'{"message": "database is locked"}')
     with FaultProxy(carol.hub.endpoint) as proxy:
@@ -233,7 +231,7 @@ def test_a_token_is_good_that_may_use_its_owners_servers(carol_on: Carols) -> No
     assert "test with servers of your own: --own-servers" in refusal(hub.endpoint, hub.owner_token)
 
 
-def test_a_token_without_admin_rights_is_named_on_a_hub_without_scopes(carol_on: Carols) -> None:
+def test_without_scopes_a_token_of_no_admin_is_named(carol_on: Carols) -> None:
     hub = carol_on(version="1.5.1").hub
     assert "test with servers of your own: --own-servers" in refusal(hub.endpoint, hub.owner_token)
     assert "--own-servers" not in refusal(hub.endpoint, hub.owner_token, hst.ACTIVITY)
@@ -282,7 +280,7 @@ AWAY: dict[str, tuple[Fault, Fault | None]] = {
 @pytest.mark.faults
 @pytest.mark.parametrize("name", AWAY)
 @pytest.mark.parametrize("version", NEWEST_AND_OLDEST)
-def test_a_hub_that_is_away_in_each_phase_has_nothing_left(
+def test_a_hub_away_in_any_phase_has_nothing_left(
     version: str | None, name: str, carol_on: Carols, record_property: Record
 ) -> None:
     carol, (fault, at_first) = carol_on(version=version), AWAY[name]

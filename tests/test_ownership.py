@@ -182,7 +182,7 @@ def test_a_limit_of_nginx_is_not_the_hubs_throttling(new_hub: LocalHub, proxy: F
     assert "exempt this machine" in done.summary and "concurrent_spawn_limit" not in done.summary
 
 
-def test_a_hub_that_wants_people_to_have_logged_in_is_recognised(make_hub: Callable[..., LocalHub]) -> None:
+def test_a_hub_that_wants_a_login_first_is_recognised(make_hub: Callable[..., LocalHub]) -> None:
     never = """
 class Mine(DummyAuthenticator):
     async def refresh_user(self, user, handler=None):

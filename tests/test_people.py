@@ -122,7 +122,7 @@ def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
 
 
 @pytest.mark.parametrize(("ends", "reached"), [("FF", False), ("FFsFFsFF", False), ("sFFFs", True)])
-def test_a_streak_of_failures_ends_with_a_person_at_the_goal(ends: str, reached: bool) -> None:
+def test_a_person_at_the_goal_ends_a_failure_streak(ends: str, reached: bool) -> None:
     session = hst.get_session("x", dry_run=True)
     crowd, never = hst.Crowd(session, hst.Plan(fail_fast=3)), hst.Crowd(session, hst.Plan())
     for end in ends:
@@ -174,7 +174,7 @@ def test_throttled_starts_take_turns_by_when_they_were_due() -> None:
     assert order == [1.0, 2.0, 3.0]
 
 
-def test_a_place_freed_before_a_start_was_asked_is_no_turn() -> None:
+def test_a_place_freed_before_a_start_is_no_turn() -> None:
     session = hst.get_session("x", dry_run=True)
     crowd = hst.Crowd(session, hst.Plan())
     crowd.start_ended("x", None)
@@ -283,7 +283,7 @@ def test_without_a_schedule_at_most_the_batch_size_are_starting() -> None:
     assert max(starting) == 5  # nobody is due without a place
 
 
-def test_with_a_schedule_arrivals_keep_to_it_however_long_each_takes() -> None:
+def test_arrivals_keep_to_the_schedule_however_long_each_takes() -> None:
     everybody = threading.Barrier(20)  # each waits for the last to come: only an open model gets through
     site = simulated_site(lambda url: everybody.wait(60), count=20, rate_per_s=4.0)
     hst.send_people(NAMES[:20], site)
@@ -345,7 +345,7 @@ hub_stress_test.program()
 """
 
 
-def test_where_no_more_threads_start_the_run_says_so_and_cleans_up(new_hub: LocalHub) -> None:
+def test_without_more_threads_the_run_says_so_and_cleans(new_hub: LocalHub) -> None:
     words = ("stress-test", "-c", "80", "--rate", "200", "--profile", '{"spawn_s": 3}')
     where = {"JUPYTERHUB_ENDPOINT": new_hub.endpoint, "JUPYTERHUB_API_TOKEN": new_hub.token}
     command = [sys.executable, "-W", "error", "-c", FORTY_THREADS, *words]

@@ -48,7 +48,7 @@ GONE, NO_ROUTE = answered(503), [answered(302)] * 20
         (503, [CLOSED] * 79 + [GONE] * 21, NO_ROUTE, [], "undecided", "figures were not read"),
     ],
 )
-def test_a_proxy_is_judged_by_its_answers_and_the_hubs_figures(
+def test_a_proxy_is_judged_by_answers_and_hub_figures(
     page: int, ended: list[Reply], stopped: list[Reply], figures: list[Snapshot], verdict: str, reason: str
 ) -> None:
     check = hst.judge_proxy(page, ended, stopped, BEFORE if figures else [], figures)
@@ -62,7 +62,7 @@ LEAK = "proxy_check.leaking > 0"
 
 
 @pytest.mark.parametrize(("leaking", "fails"), [(1, True), (0, False), (None, True)])
-def test_a_leak_or_no_verdict_meets_the_condition_of_the_check(leaking: int | None, fails: bool) -> None:
+def test_a_leak_or_no_verdict_meets_the_checks_condition(leaking: int | None, fails: bool) -> None:
     assert hst.condition(LEAK).judge({"proxy_check": {"leaking": leaking}}, None).held is fails
     assert hst.condition(LEAK).judge({"proxy_check": None}, None).held
 
@@ -78,7 +78,7 @@ def test_a_leak_fails_the_run_whatever_the_conditions(words: tuple[str, ...], co
     assert met == [LEAK] * (LEAK in words)  # an undecided check meets only the condition that asks
 
 
-def test_a_leak_is_projected_to_300_people_and_the_upgrade_is_advised() -> None:
+def test_a_leak_is_projected_to_300_with_the_upgrade() -> None:
     found = results_of([], proxy_check=hst.ProxyCheck("leaking", 1, "it is so", 100, 100.0))
     (said,) = told(found, "proxy")
     assert said.startswith("leaking: it is so. ") and "300 open tabs" in said

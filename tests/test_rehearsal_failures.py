@@ -307,7 +307,7 @@ def test_half_a_file_of_a_page_is_none(labs: LocalHub, stage: Stage, page: str) 
     end.judge(0, {"a part of the page did not come: the answer broke off": 2})
 
 
-def test_an_image_of_version_1_under_a_newer_hub_is_recognised(stage: Stage) -> None:
+def test_an_old_image_under_a_newer_hub_is_recognised(stage: Stage) -> None:
     with LocalHub(real_proxy=True, real_servers=True, server_version="1.5.1") as hub:
         end = stage.rehearse("image with JupyterHub 1.5.1", "visit", hub, "-c", "1", "--visit")
         version = hub.call("GET", "/")[1]["version"]
@@ -346,7 +346,7 @@ def test_the_end_of_servers_and_kernels_is_told_for_each(servers: LocalHub, stag
     assert end.results["operations"]["cell"]["errors"] == reasons
 
 
-def test_what_a_cell_does_to_its_kernel_is_told_for_each(servers: LocalHub, stage: Stage, tmp_path: Path) -> None:
+def test_what_a_cell_does_to_its_kernel_is_told(servers: LocalHub, stage: Stage, tmp_path: Path) -> None:
     fates = {
         "1": "print('x' * 100_000_000)",
         "2": "os._exit(1)",
@@ -414,9 +414,7 @@ def test_an_interrupt_while_answers_never_come(labs: LocalHub, stage: Stage, pag
     end.judge(0, {NEVER_CAME: 3}, code=130)  # whom nobody waited for: else there were time-outs
 
 
-def test_an_interrupt_in_a_cell_of_a_real_kernel_leaves_no_process(
-    servers: LocalHub, stage: Stage, tmp_path: Path
-) -> None:
+def test_an_interrupt_in_a_real_cell_leaves_no_process(servers: LocalHub, stage: Stage, tmp_path: Path) -> None:
     def meanwhile(run: Running) -> None:
         until(run, (home(servers, hst.username(1)) / "sleeping").exists)
         run.send_signal(signal.SIGINT)

@@ -154,7 +154,7 @@ def test_a_page_that_a_full_disk_refuses_is_told() -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
-def test_an_exit_code_does_not_depend_on_who_reads_standard_error() -> None:
+def test_exit_codes_hold_whoever_reads_standard_error() -> None:
     words = f"{sys.executable} {MODULE} purge --nonsense 2>/dev/full"
     assert subprocess.run(["bash", "-c", words], timeout=60).returncode == 2
 

@@ -49,7 +49,7 @@ def on_a_terminal(*words: str, hub: LocalHub, env: dict[str, str], options: tupl
 
 
 @pytest.mark.parametrize("with_tqdm", [True, False])
-def test_on_a_terminal_a_line_changes_in_place_and_the_summary_is_coloured(
+def test_a_terminal_has_a_changing_line_and_coloured_summary(
     with_tqdm: bool, new_hub: LocalHub, bare: dict[str, str]
 ) -> None:
     words = ("stress-test", "-c", "6", "--profile", '{"spawn_s": 1}', "--hold", "2s")
@@ -76,7 +76,7 @@ def test_no_color_is_respected(new_hub: LocalHub) -> None:
     assert "PASSED: " in said and "\033[1" not in said
 
 
-def test_elsewhere_a_line_every_ten_seconds_says_how_far_it_is(new_hub: LocalHub) -> None:
+def test_elsewhere_a_line_every_ten_seconds_tells_progress(new_hub: LocalHub) -> None:
     words = ("activity-stress-test", "-c", "3", "--run", "x", "--rate", "10", "--duration", "2m", "--processes", "2")
     with start_tool("-v", *words, hub=new_hub) as run:
         assert run.stderr
@@ -141,7 +141,7 @@ def test_people_are_counted_where_they_are(plan: hst.Plan, ways: dict[int, str],
         ("--find-capacity --max-servers 50", "At most 50 servers", "give --fail-fast 4"),
     ],
 )
-def test_a_run_begins_with_what_it_costs_and_the_risk_that_fits(words: str, number: str, risk: str) -> None:
+def test_a_run_begins_with_its_cost_and_its_risk(words: str, number: str, risk: str) -> None:
     plan = hst.plan_of(hst.parse_args(["stress-test", *words.split()]))
     cost, *risks = hst.costs_and_risks(plan)
     assert number in cost and "volume" in cost
@@ -151,9 +151,7 @@ def test_a_run_begins_with_what_it_costs_and_the_risk_that_fits(words: str, numb
 # ==== Regularly, and pings ===========================================================================================
 
 
-def test_pings_are_due_five_times_a_second_until_the_stop_and_wait_for_none(
-    new_hub: LocalHub, proxy: FaultProxy
-) -> None:
+def test_pings_are_due_five_times_a_second_regardless(new_hub: LocalHub, proxy: FaultProxy) -> None:
     events: list[hst.Event] = []
     pings = itertools.count()
     proxy.rule = lambda request: Answer(503) if next(pings) else Delay(2.0)
@@ -198,7 +196,7 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_the_hubs_figures_agree_with_the_systems_and_with_its_metrics_page(hub: LocalHub, tmp_path: Path) -> None:
+def test_the_hubs_figures_agree_with_system_and_metrics_page(hub: LocalHub, tmp_path: Path) -> None:
     before_s, began_s = cpu_of(hub.pid), time.monotonic()
     done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "15", "-b", "5", hub=hub)
     used_s, took_s = cpu_of(hub.pid) - before_s, time.monotonic() - began_s
@@ -327,13 +325,13 @@ def test_counters_go_on_after_a_restart() -> None:
     assert (found.event_loop_lag_p95_s, found.event_loop_samples) == (None, 0)
 
 
-def test_figures_need_two_snapshots_and_shares_of_a_processor_a_second() -> None:
+def test_figures_need_two_snapshots_and_shares_a_second() -> None:
     assert hst.hub_figures([], 6.0, 0) is None and hst.hub_figures([shot(0, 5.0)], 6.0, 0) is None
     shots = [shot(0, 0.0), shot(0.1, 0.1), shot(2, 1.0)]
     assert hst.cpu_shares(shots) == [(2, 0.5)] and hst.cpu_shares(shots[:2]) == [(0.1, pytest.approx(1.0))]
 
 
-def test_the_largest_cpu_share_is_of_the_load_and_memory_is_shared_by_ready_servers() -> None:
+def test_cpu_share_is_the_loads_and_memory_by_server() -> None:
     shots = [shot(0, 0.0), shot(5, 2.0, rss=130e6), shot(10, 4.0), shot(15, 9.0, rss=120e6)]
     for ready, each in ((10, 3e6), (0, None)):
         found = hst.hub_figures(shots, 10.0, ready)
@@ -372,7 +370,7 @@ def test_where_a_request_spent_its_time(
     assert where in hst.where_time_went(whole_s, inside_s, hub)
 
 
-def test_a_ping_did_not_take_longer_inside_the_hub_than_in_all() -> None:
+def test_a_ping_is_no_longer_inside_the_hub() -> None:
     hub = hub_with(requests={"GET UserAPIHandler": hst.OwnDurations(9, 0.15)})
     for took_s, inside in ((0.12, ""), (0.18, " took 150 ms by the hub's own clock")):
         found = results_of([did("ping", 1, took_s)], hub=hub, servers=None)
@@ -380,7 +378,7 @@ def test_a_ping_did_not_take_longer_inside_the_hub_than_in_all() -> None:
         assert sentence.startswith(f"a mean ping of {hst.duration_text(took_s)}{inside}: most of ")
 
 
-def test_a_long_way_to_the_hub_is_told_from_a_slow_hub(new_hub: LocalHub, proxy: FaultProxy) -> None:
+def test_a_long_way_is_told_from_a_slow_hub(new_hub: LocalHub, proxy: FaultProxy) -> None:
     proxy.rule = every(matching("GET", "/users/[^/]+$"), Delay(0.5))
     done = run_tool("stress-test", "-c", "4", "--profile", '{"spawn_s": 2}', hub=new_hub, proxy=proxy)
     busy = "most of that time was spent waiting for the hub, whose event loop was late|the hub's figures do not tell"

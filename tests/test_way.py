@@ -64,9 +64,7 @@ def judged(reply: hst.Reply, url: str = "", hub_version: str = "6.1.1") -> tuple
     ],
     ids=lambda value: f"{value.status} {value.location or ''}" if isinstance(value, hst.Reply) else None,
 )
-def test_an_answer_that_is_no_page_has_a_reason_and_may_be_final(
-    reply: hst.Reply, kind: Kind, text: str, final: bool
-) -> None:
+def test_an_answer_without_a_page_has_a_reason(reply: hst.Reply, kind: Kind, text: str, final: bool) -> None:
     reason, is_final = judged(reply)
     assert reason and reason.kind is kind and text in reason.text and is_final is final
     assert judged(answer(200)) == (None, True)
@@ -168,7 +166,7 @@ HUB_URL, INSIDE = "https://hub.example.org/hub/api", "http://hub:8081/hub/api"
         (HUB_URL, None, answer(0), None),
     ],
 )
-def test_a_servers_url_is_the_hubs_word_and_on_no_other_host(
+def test_a_servers_url_is_the_hubs_and_no_others(
     endpoint: str, public_url: str | None, reply: hst.Reply, url: str | None
 ) -> None:
     public = hst.PublicSide(hst.Hub(endpoint, hst.HubSession("t", HubWithUsers())), hst.Plan(public_url=public_url))
@@ -209,7 +207,7 @@ def public_side(version: str, visit_token: str | None, status: int) -> hst.Publi
         ("1.5.1", "the-second", 201, "anns-own"),
     ],
 )
-def test_the_token_for_visits_enters_servers_and_on_1x_the_users_own(
+def test_the_visit_token_enters_servers_and_on_1x_the_users(
     version: str, visit_token: str | None, status: int, token: str
 ) -> None:
     public = public_side(version, visit_token, status)
@@ -249,7 +247,7 @@ def test_the_token_for_visits_has_to_enter_all_servers(
     assert len(wire.asked) == (bool(options) and not version.startswith("1."))
 
 
-def test_a_token_that_may_not_enter_servers_is_refused_with_a_remedy(hub: LocalHub) -> None:
+def test_a_token_that_enters_no_servers_is_refused(hub: LocalHub) -> None:
     refusals = {  # by the token for visits
         "": ("The token lacks what visits need: access:servers. ", hst.VISIT_ROLE_TO_PASTE),
         "0" * 32: (f"The hub at {hub.endpoint} refuses the token (GET /user answered 403)", "JUPYTERHUB_VISIT_TOKEN."),
@@ -421,7 +419,7 @@ def test_each_cell_is_sent_with_an_id_of_its_own() -> None:
     assert (sent["channel"], sent["content"]["code"], sent["content"]["allow_stdin"]) == ("shell", "6*7", False)
 
 
-def test_a_broken_connection_fails_the_next_cell_and_can_be_closed() -> None:
+def test_a_broken_connection_fails_the_next_cell_and_closes() -> None:
     kernel, socket = kernel_on()
     socket.broken = BrokenPipeError()
     with pytest.raises(hst.Failed, match="the connection was lost"):
