@@ -2259,11 +2259,12 @@ class Regularly:
     ) -> None:
         self._name, self._period_s, self._act, self._at_most, self._skip = name, period_s, act, at_most, skip
         self._ended, self._numbers = threading.Event(), itertools.count(1)
-        self._threads, self._busy = list[threading.Thread](), set[int]()
+        self._threads, self._busy, self._growing = list[threading.Thread](), set[int](), threading.Lock()
 
     def __enter__(self) -> None:
         self._began_s = time.monotonic()
-        self._threads.append(start_thread(self._name, self._run))
+        with self._growing:
+            self._threads.append(start_thread(self._name, self._run))
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -2279,10 +2280,11 @@ class Regularly:
             if time.monotonic() >= due_s + self._period_s:
                 self._skip()
                 continue
-            self._busy.add(threading.get_ident())
-            if len(self._busy) >= len(self._threads) < self._at_most:  # a new one may not be listed
-                with contextlib.suppress(CutShort):  # where no more threads start, those that are there go on
-                    self._threads.append(start_thread(self._name, self._run))
+            with self._growing:
+                self._busy.add(threading.get_ident())
+                if len(self._busy) == len(self._threads) < self._at_most:
+                    with contextlib.suppress(CutShort):  # where no more start, those that are there go on
+                        self._threads.append(start_thread(self._name, self._run))
             self._act(due_s)
             self._busy.discard(threading.get_ident())
 

@@ -180,6 +180,21 @@ def test_no_ping_waits_for_the_answer_to_another() -> None:
     assert len(set(under_way)) == len(under_way)
 
 
+def test_no_more_take_turns_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, answered, start = list[float](), threading.Event(), hst.start_thread
+
+    def slowly(name: str, act: Callable[[], None]) -> threading.Thread:
+        thread = start(name, act)
+        time.sleep(0.1)  # meanwhile it takes its turn, and wants the next thread
+        return thread
+
+    monkeypatch.setattr(hst, "start_thread", slowly)
+    with hst.Regularly("test", 0.02, lambda due_s: under_way.append(due_s) or answered.wait(), 8):
+        wait_until(lambda: len(under_way) >= 8)
+    assert len(under_way) == 8  # nobody has come to a second turn
+    answered.set()
+
+
 def test_what_is_missed_while_all_are_late_is_skipped() -> None:
     record = hst.Recorder()
     record.skip("ping")
