@@ -348,7 +348,7 @@ def test_the_end_of_servers_and_kernels_is_told_for_each(servers: LocalHub, stag
 
 def test_what_a_cell_does_to_its_kernel_is_told(servers: LocalHub, stage: Stage, tmp_path: Path) -> None:
     fates = {
-        "1": "print('x' * 100_000_000)",
+        "1": "print('x' * 30_000_000)",
         "2": "os._exit(1)",
         "3": "raise MemoryError",
         "4": "input('Your name? ')",
@@ -365,11 +365,11 @@ def test_what_a_cell_does_to_its_kernel_is_told(servers: LocalHub, stage: Stage,
     file = tmp_path / "work.ipynb"
     file.write_text(json.dumps(notebook))
     words = ["-c", "6", "-b", "2", "--work", "--notebook", str(file), "--think", "1s"]
-    words += ["--cell-timeout", "15s", "--server-timeout", "100s"]
-    what = "100 MB, os._exit, raises, input, sleeps, stops itself"
+    words += ["--cell-timeout", "25s", "--server-timeout", "100s"]
+    what = "30 MB, os._exit, raises, input, sleeps, stops itself"
     end = stage.rehearse(what, "cell", servers, *words)
     reasons = {
-        "no result after 15.0 s": 2,
+        "no result after 25.0 s": 2,
         "the kernel died": 1,
         "cell 3 raised MemoryError": 1,
         "cell 3 raised StdinNotImplementedError: raw_input was called, but this frontend does not support input "

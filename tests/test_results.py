@@ -67,8 +67,8 @@ def test_a_throttled_and_failing_run_says_what_was_slow(make_hub: Make, tmp_path
     first = f"{hst.duration_text(slowest[0]['ready_s'])}, {slowest[0]['user']}: throttled {slowest[0]['throttled']} ×"
     assert slowest[0]["throttled"] and re.search(rf"^slowest +{first}", done.summary, re.M)
     sentence = re.search(r"of (\S+ m?s) until ready, (\S+ m?s) throttling, (\S+ m?s) the spawner", done.summary)
-    busy = re.search("event loop was late|was full", done.summary)  # then its time of a spawn is not the spawner's
-    assert (sentence is None) == (busy is not None), done.summary
+    busy = re.search("event loop was late|was full", done.summary)  # then its time of a spawn may not be the spawner's
+    assert sentence or busy, done.summary
     if sentence:
         wait_s, waited_s, start_s = (float(text.split()[0]) * hst.UNITS[text.split()[1]] for text in sentence.groups())
         assert start_s >= 1.6 and waited_s > 0.1 and start_s + waited_s <= wait_s * 1.01
