@@ -5104,7 +5104,8 @@ def start_parts(results: Results, wait_s: float) -> dict[str, float]:
         for name, title in PHASES.items():
             parts[title + new * (name == "node_s")] = known * getattr(phases, name)
     elif own and not own.fullness and (start := own.spawns.get("success")):
-        parts["the spawner"] = min(start.mean_s, wait_s - parts["throttling"])
+        title = "the spawner" + " or the hub, whose event loop was late" * bool(own.late_s)
+        parts[title] = min(start.mean_s, wait_s - parts["throttling"])
     else:
         return {}
     return parts | {"everything else": wait_s - sum(parts.values())}
