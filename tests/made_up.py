@@ -106,15 +106,14 @@ class ErraticHub(BaseAdapter):
         state = self.states.get(name)
         if state is None:
             return 404, {"status": 404}
-        if honest or self._rng.random() < self._acts:  # it acts, whatever it then answers
-            if rest and state is not ServerState.STARTING:
-                self.states[name] = ServerState.STOPPED
-            elif not rest and state is ServerState.STOPPED:
-                del self.states[name]
-            elif honest:
-                return 500, None
-            return (204 if honest else status), None
-        return (status if status != 204 else 500), None  # a 404 without a body is a proxy's, and says nothing
+        acts = honest or self._rng.random() < self._acts  # whatever it then answers
+        if acts and rest and state is not ServerState.STARTING:
+            self.states[name] = ServerState.STOPPED
+        elif acts and not rest and state is ServerState.STOPPED:
+            del self.states[name]
+        elif honest or status == 204:  # which would say that it had
+            return 500, None
+        return (204 if honest else status), None  # a 404 without a body is a proxy's, and says nothing
 
     def _drift(self) -> None:
         """Servers go on by themselves: what starts becomes ready or fails, what stops has stopped."""
