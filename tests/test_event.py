@@ -167,7 +167,7 @@ def test_a_wrong_file_is_refused_with_the_line(text: str, tmp_path: Path, capsys
 def test_each_group_acts_and_is_reported_apart(new_hub: LocalHub, tmp_path: Path) -> None:
     big, small = (f"[[people]]\nname = {name!r}\ncount = {count}\n" for name, count in (("big", 4), ("small", 6)))
     big += "within = '1s'\nprofile = {spawn_s = 1, size = 'big'}\n"
-    small += "rate = 6\nafter = 4\nprofile = {size = 'small', fail_rate = 0.5}\nserver-timeout = '20s'\n"
+    small += "rate = 6\nafter = 4\nprofile = {size = 'small', fail_rate = 0.3333}\nserver-timeout = '20s'\n"
     file = tmp_path / "event.toml"
     file.write_text(f"keep = true\nfail-if = ['failed > 3', 'server_ready[big].min < 1s']\nrun = 'e'\n{big}{small}")
     done, found = run_for_results(tmp_path / "r", "stress-test", "--event", str(file), hub=new_hub)

@@ -68,5 +68,8 @@ def test_the_phases_of_starts_are_those_of_the_pods(
     assert phases["volumes_s"] == pytest.approx(mean("scheduled", "attached"), abs=1.5)
     assert phases["image_s"] == pytest.approx(mean("pulling", "pulled"), abs=1.5)
     assert phases["container_s"] == pytest.approx(mean("pulled", "started"), abs=1.5)
-    assert phases["server_s"] == pytest.approx(mean("started", "listens"), abs=3.0)  # when a busy hub has noticed
+    assert phases["server_s"] > mean("started", "listens") - 1.5  # and until a hub, which may be busy, has noticed
+    earlier_s = phases["silent_s"] + mean("created", "started")
+    whole_s = found["operations"]["server_ready"]["latency_s"]["mean"]
+    assert phases["server_s"] == pytest.approx(whole_s - earlier_s, abs=1.5)
     assert "waiting for a node (6 of 6 for a new one)" in done.summary

@@ -48,6 +48,15 @@ class Locust:
         """Exit code and output."""
         return self.start(name, "--headless", "--only-summary", *words, env=env).wait(90), self.said(name)
 
+    def run_until(
+        self, reached: Callable[[dict[str, tuple[int, int]]], bool], *words: str, env: dict[str, str], name: str = "run"
+    ) -> tuple[int, str]:
+        """Exit code and output of a test that ends when the table, which Locust prints every two seconds, says so."""
+        process = self.start(name, "--headless", *words, env=env)
+        wait_until(lambda: reached(rows(self.said(name))))
+        process.send_signal(signal.SIGTERM)
+        return process.wait(90), self.said(name)
+
     def master_and_workers(self, workers: int, kind: str, *words: str, env: dict[str, str]) -> None:
         port = str(free_port())
         for n in range(workers):
@@ -74,9 +83,8 @@ def locust(tmp_path: Path) -> Iterator[Locust]:
 
 
 def rows(output: str) -> dict[str, tuple[int, int]]:
-    """Requests and failures by the name under which Locust's table has them."""
-    table = output.partition("# reqs")[2].partition("Aggregated")[0]
-    found = re.findall(r"^\S+ +(\w+) +(\d+) +(\d+)\(", table, re.MULTILINE)
+    """Requests and failures by the name under which Locust's last table has them."""
+    found = re.findall(r"^\S+ +(\w+) +(\d+) +(\d+)\(", output, re.MULTILINE)
     return {name: (int(number), int(failed)) for name, number, failed in found}
 
 
@@ -138,8 +146,9 @@ def test_all_requests_under_one_name_are_judged_together(locust: Locust, new_hub
 
 def test_people_come_twice_are_ready_stay_and_leave(locust: Locust, make_hub: Callable[..., LocalHub]) -> None:
     hub = make_hub(spawn_s=0.5, concurrent_spawn_limit=3, slow_spawn_timeout_s=0)
-    words = ("-u", "6", "-r", "6", "-t", "16s", "--hub-stay", "1s", "--hub-visits", "2", "--hub-run", "many", "Person")
-    code, said = locust.run(*words, "--hub-fail-if", "throttled < 1", env=hub.environment)
+    words = ("-u", "6", "-r", "6", "--hub-stay", "1s", "--hub-visits", "2", "--hub-run", "many", "Person")
+    words += ("--hub-fail-if", "throttled < 1")
+    code, said = locust.run_until(lambda table: table.get("delete_user") == (12, 0), *words, env=hub.environment)
     assert code == 0 and hub.users().keys() == THEIRS
     found = rows(said)
     for operation in ("create_users", "start_server", "server_ready", "stay", "stop_server", "delete_user"):
@@ -149,12 +158,17 @@ def test_people_come_twice_are_ready_stay_and_leave(locust: Locust, make_hub: Ca
 
 
 def test_failed_starts_and_conditions_decide_the_exit_code(locust: Locust, new_hub: LocalHub) -> None:
-    words = ("-u", "4", "-r", "4", "-t", "4s", "--hub-stay", "1s", *failing(0.5), "Person")
-    code, said = locust.run(*words, env=new_hub.environment)
+    words = ("-u", "4", "-r", "4", "--hub-stay", "1s", *failing(0.5), "Person")
+
+    def all_tried(table: dict[str, tuple[int, int]]) -> bool:
+        return table.get("server_ready") == (4, 2)
+
+    code, said = locust.run_until(all_tried, *words, env=new_hub.environment)
     assert code == 1 and "FAIL failed 2 (fails above 0)" in said
     found = rows(said)
     assert found["server_ready"] == (4, 2) and found.get("stay", (0, 0)) <= (2, 0)  # who has no server does not stay
-    code, said = locust.run(*words, "--hub-fail-if", "failed_rate > 60%", env=new_hub.environment, name="lenient")
+    words += ("--hub-fail-if", "failed_rate > 60%")
+    code, said = locust.run_until(all_tried, *words, env=new_hub.environment, name="lenient")
     assert code == 0 and "ok failed_rate 50.0 % (fails above 60 %)" in said
     assert not tool_users(new_hub)
 
@@ -260,7 +274,7 @@ def test_ctrl_c_at_all_processes_of_one_machine_cleans_up(locust: Locust, new_hu
 
 
 def test_a_killed_workers_users_are_named_and_can_be_purged(locust: Locust, new_hub: LocalHub) -> None:
-    words = ("-u", "12", "-r", "12", "-t", "14s", "--hub-stay", "4s")
+    words = ("-u", "12", "-r", "12", "-t", "14s", "--hub-stay", "60s")
     locust.master_and_workers(3, "Person", *words, env=new_hub.environment)
     wait_until(lambda: len(tool_users(new_hub)) >= 12)
     os.kill(locust.processes["worker-1"].pid, signal.SIGKILL)

@@ -53,6 +53,8 @@ class Carol:
         for path in ("server", *(f"servers/{name}" for name in THEIR_SERVERS)):
             assert hub.call("POST", f"/users/carol/{path}")[0] in (201, 202)
         wait_until(lambda: sum(one["ready"] for one in self.running().values()) == 4)
+        if hub.options.stub_labs:  # which tell the hub of their activity
+            wait_until(lambda: len(re.findall(r" POST \S*/users/carol/activity ", hub.log())) == 4)
         hub.call("DELETE", f"/users/carol/servers/{THEIR_SERVERS[-1]}")
         self._before = self._theirs()
 

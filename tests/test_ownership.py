@@ -176,7 +176,7 @@ def test_what_nginx_denies_is_not_blamed_on_the_token(path: str, new_hub: LocalH
 
 def test_a_limit_of_nginx_is_not_the_hubs_throttling(new_hub: LocalHub, proxy: FaultProxy, tmp_path: Path) -> None:
     proxy.rule = every(matching("POST", "/server$"), Answer(429, b"<html>", NGINX))
-    words = ("stress-test", "-c", "1", "--server-timeout", "2s")
+    words = ("stress-test", "-c", "1", "--server-timeout", "10s")
     done, results = run_for_results(tmp_path / "r", *words, hub=new_hub, proxy=proxy)
     assert results["http"]["throttled"] == 0 and results["http"]["in_front"].keys() == {"429"}
     assert "exempt this machine" in done.summary and "concurrent_spawn_limit" not in done.summary

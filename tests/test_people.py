@@ -79,10 +79,11 @@ def test_failing_spawns_are_counted_with_reason_and_names(
     failed = sorted({failure["user"] for failure in failures}, key=hst.natural)
     assert len(failed) == 8 and f"8 × {reason} ({', '.join(failed[:3])} and 5 more" in done.summary
     if fixture == "eager":  # others answer the start when it has failed, and there is no progress
-        assert {failure["message"] for failure in failures} <= {"Looking for a node", "Pulling the image"}
+        said = {failure["message"] for failure in failures} - {""}  # of whom it was asked too late
+        assert said and said <= {"Looking for a node", "Pulling the image"}
 
 
-@pytest.mark.parametrize("pace", [("-b", "20"), ("--rate", "4")], ids=" ".join)
+@pytest.mark.parametrize("pace", [("-b", "20"), ("--rate", "1")], ids=" ".join)
 def test_after_three_failed_starts_nobody_else_starts(pace: tuple[str, str], new_hub: LocalHub, tmp_path: Path) -> None:
     done, found = run_for_results(tmp_path / "r", "stress-test", "-c", "20", *pace, "-p", FAILS, hub=new_hub)
     assert done.code == 1 and "20 users deleted, none left" in done.summary and not tool_users(new_hub)

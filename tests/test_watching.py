@@ -159,16 +159,18 @@ def test_pings_are_due_five_times_a_second_regardless(new_hub: LocalHub, proxy: 
     with hst.pinging("alice", proxy.endpoint, session, record):
         wait_until(lambda: any(event.latency_s >= 2.0 for event in events))
         session.stop()
-        sent = len(proxy.requests)
+        sent = session.traffic.counts["requests"]
         time.sleep(0.6)
-    assert len(proxy.requests) <= sent + 1  # one may have been on its way
+    assert session.traffic.counts["requests"] <= sent + 1  # one may have been on its way
     events.sort(key=lambda event: event.due_s)
     steps_s = [after.due_s - before.due_s for before, after in zip(events, events[1:])]
     assert steps_s == pytest.approx([0.2] * len(steps_s))
-    late, *others = events
+    late = max(events, key=lambda event: event.latency_s)  # of the first to arrive, which need not be the first due
+    others = [event for event in events if event is not late]
     assert late.reason is None and late.latency_s >= 2.0 and all(event.reason for event in others)
     assert sum(event.ended_s < late.ended_s for event in others) >= 5
     http = session.traffic.summarise()
+    wait_until(lambda: len(proxy.requests) >= http.requests)
     assert (http.retries, http.requests, http.observer_share) == (0, len(proxy.requests), 1.0)
 
 
@@ -279,6 +281,7 @@ def test_a_metrics_page_that_cannot_be_read_is_no_trouble(
     with monitor:
         monitor.look()
     monitor.look()
+    wait_until(lambda: len(proxy.requests) >= readings)  # which it may see a moment after nobody waits any more
     assert len(proxy.requests) == readings  # where there is a reason, it is not asked again
     assert (monitor.snapshots, monitor.missing) == ([], missing)
 

@@ -105,11 +105,13 @@ def test_a_search_for_people_keeps_to_the_bound_on_servers(labs: LocalHub, witne
     cells = ("--notebook", script(tmp_path, *FIVE_CELLS))  # nobody waits for more than the first
     done, found = run_for_results(tmp_path / "r", "stress-test", *words, *cells, hub=labs)
     steps = {round(2 * step["rate_per_s"]): step["held"] for step in found["capacity"]["steps"]}
-    bound = steps[5] is None  # a busy machine may fall behind with five
-    assert done.code == 0 and [*steps] == [2, 4, 5] and counts_of(found)["at_work"] == (5 if bound else 4)
+    behind = "the hub fell behind: the last waited longer than the first"  # as on a busy machine
+    best, bound = max((number for number in steps if not steps[number]), default=0), steps.get(5, "") is None
+    assert max(steps) <= 5 and {*steps.values()} <= {None, behind} and (bound or behind in steps.values())
+    assert done.code == (0 if best else 1) and (counts_of(found)["at_work"] == best or not best)
     assert ("at least 150 people a minute with at most 5 servers at a time" in done.summary) is bound
     assert (found["capacity"]["limited_by"] == "--max-servers 5: the hub may take more") is bound
-    assert witness.truth["requests"]["POST /api/kernels"] == {201: 11} and witness.agrees(found)
+    assert witness.truth["requests"]["POST /api/kernels"] == {201: sum(steps)} and witness.agrees(found)
 
 
 def test_servers_count_the_cells_and_requests_of_twelve_people(
@@ -169,7 +171,7 @@ def test_people_fetch_what_a_browser_fetched(labs: LocalHub, witness: Witness, t
 
 
 def test_each_person_leaves_after_their_own_stay(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "4", "--within", "3s", "--seed", "2", "--work", "--stay", "1s", "--think", "0.3s")
+    words = ("stress-test", "-c", "4", "--within", "9s", "--seed", "2", "--work", "--stay", "1s", "--think", "0.3s")
     done, found = run_for_results(tmp_path / "r", *words, hub=labs)
     assert done.code == 0 and found["people"]["at_work"] == 4
     assert [counts_of(found)[step] for step in ("stay", "stop_server", "delete_user")] == [4, 4, 4]
@@ -183,10 +185,10 @@ def test_each_person_leaves_after_their_own_stay(labs: LocalHub, witness: Witnes
 
 
 def test_people_who_stay_work_on_and_visit_once_more(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
-    words = ("stress-test", "-c", "3", "--work", "--hold", "2s", "--think", "0.5s")
+    words = ("stress-test", "-c", "3", "--work", "--hold", "5s", "--think", "0.5s")
     done, found = run_for_results(tmp_path / "r", *words, hub=labs)
     assert done.code == 0 and found["people"]["at_work"] == counts_of(found)["stay"] == 3 and not found["failed"]
-    assert counts_of(found)["cell"] == len(witness.truth["cells"]) - 3 and 3 <= counts_of(found)["cell"] <= 3 * 5
+    assert counts_of(found)["cell"] == len(witness.truth["cells"]) - 3 and 3 <= counts_of(found)["cell"] <= 3 * 11
     assert witness.truth["requests"]["GET /"] == {302: 6} and witness.agrees(found)
 
 
@@ -197,14 +199,14 @@ MAY_RAISE = ' tags=["raises-exception"]\nraise ValueError()'
     ("cells", "reason", "done_before"),
     [
         (["raise KeyError()", "2 * 2"], "cell 1 raised KeyError", 0),
-        (["1 * 1", MAY_RAISE, "import time; time.sleep(20)", "2 * 2"], "no result after 1.50 s", 2),
+        (["1 * 1", MAY_RAISE, "import time; time.sleep(20)", "2 * 2"], "no result after 6.00 s", 2),
         (["1 * 1", "import os; os._exit(1)", "2 * 2"], "the kernel died", 1),
     ],
 )
 def test_a_person_whose_cell_fails_runs_no_more(
     cells: list[str], reason: str, done_before: int, labs: LocalHub, witness: Witness, tmp_path: Path
 ) -> None:
-    patience = "1.5s" if "no result" in reason else "30s"  # a kernel's end is noticed after seconds
+    patience = "6s" if "no result" in reason else "30s"  # a kernel's end is noticed after seconds
     words = ["-c", "2", "--work", "--think", "0.1s", "--cell-timeout", patience]
     words += ["--notebook", script(tmp_path, *cells)]
     done, found = run_for_results(tmp_path / "r", "stress-test", *words, hub=labs)
@@ -218,8 +220,8 @@ def test_a_person_whose_cell_fails_runs_no_more(
 
 def test_at_the_hubs_own_port_the_public_url_is_missing(labs: LocalHub, witness: Witness, tmp_path: Path) -> None:
     env = {"JUPYTERHUB_ENDPOINT": labs.hub_endpoint}
-    words = ("stress-test", "--visit", "--visit-timeout", "2s")
-    done, found = run_for_results(tmp_path / "r", *words, "-c", "20", "--rate", "1", hub=labs, env=env)
+    words, many = ("stress-test", "--visit"), ("-c", "20", "--rate", "1", "--visit-timeout", "2s")
+    done, found = run_for_results(tmp_path / "r", *words, *many, hub=labs, env=env)
     assert done.code == 1 and "name where people reach the hub with --public-url" in done.summary
     assert "the proxy no route to the server?" in done.summary
     assert 1 <= counts_of(found)["start_server"] < 15 and not witness.truth["requests"]  # nobody else comes
