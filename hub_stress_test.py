@@ -79,6 +79,7 @@ import operator
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -159,7 +160,9 @@ METRICS_TIMEOUT_S = 5.0
 PAGE = 200  # users a page: the most that a hub gives
 SERVER_NAME_MAX = 30  # characters that hubs from 6.0 take
 MANY = 9999  # named servers of one's own, where nobody knows how many it will be
+ONE_SIGNAL_S = 1.0  # timeout(1), `uv run` and others send one signal twice
 LOG_HEADER = "hub-stress-test log"
+TOKEN_REFUSED = "no longer accepts the token"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Json = dict[str, Any]  # what was just read from JSON, or is about to be written
@@ -1672,7 +1675,7 @@ class HubSession(requests.Session):
         self.answered_s, self._silence_reported = self.clock(), False
         self.marked = False  # whether the hub's answers have `VERSION_HEADER`
         self.of_others = False  # whether it asks others than the hub: there all answers count as they are
-        self._token_checked_s, self._token_refused = -math.inf, False
+        self._token_checked_s, self._token_refused, self._token_lock = -math.inf, False, threading.Lock()
         self.traffic = Traffic()
         self.stopping = threading.Event()
         self._streams: dict[requests.Response, float] = {}
@@ -1816,11 +1819,12 @@ class HubSession(requests.Session):
 
     def token_is_refused(self, endpoint: str) -> bool:
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
-        if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
-            self._token_checked_s = self.clock()
-            reply = self.ask("GET", f"{endpoint}/user", call=Call(once=True))
-            self._token_refused = reply.status in (401, 403)
-        return self._token_refused
+        with self._token_lock:  # others wait for what is being found out
+            if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
+                self._token_checked_s = self.clock()
+                reply = self.ask("GET", f"{endpoint}/user", call=Call(once=True))
+                self._token_refused = reply.status in (401, 403)
+            return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
         """Warn, once, when the hub has not answered for some seconds."""
@@ -2050,7 +2054,7 @@ class Hub:
         if reply.status not in (401, 403):
             return ""
         if self.session.token_is_refused(self.endpoint):
-            return f"no longer accepts the token ({reply.status})"
+            return f"{TOKEN_REFUSED} ({reply.status})"
         return f"denies this{f': {reply.message}' if reply.message else ' without a reason'} ({reply.status})"
 
 
@@ -4198,6 +4202,9 @@ def spread_load(
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
         for pipe in children:
+            while not pipe.poll(0.1):
+                if session.stopping.is_set():
+                    return 0.0
             pipe.recv()  # it is ready
         for pipe in children:
             pipe.send(session.clock() + 0.2)
@@ -4219,7 +4226,7 @@ def spread_load(
         raise CutShort("a process that sends the load died") from None
     finally:
         for child in children.values():
-            child.join(1.0)
+            child.join(0.0 if session.stopping.is_set() else 1.0)
             child.kill()
 
 
@@ -4574,6 +4581,7 @@ def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[N
 class Interruption:
     """A handler of signals: the first sets a flag, and the second exits at once.
 
+    What comes within a second of the first is the same one, which a parent has passed on as well.
     A terminal that hangs up, which a shell and the system may both say, counts as one SIGTERM.
     A handler runs between any two lines of the main thread, whatever locks that holds. So it takes none: a
     thread sees the flag within a tenth of a second, and ends the load. Until `watch`, nothing has been made,
@@ -4589,9 +4597,10 @@ class Interruption:
         number = signal.SIGTERM if (hung_up := number == signal.SIGHUP) else number
         if self._site is None:
             raise KeyboardInterrupt(number)
-        if self.number is not None and not hung_up:
+        if self.number is None:
+            self._heard_s, self.number = time.monotonic(), number
+        elif not hung_up and time.monotonic() > self._heard_s + ONE_SIGNAL_S:
             leave_at_once(number, self._site)
-        self.number = self.number or number
 
     def watch(self, site: Site) -> None:
         """From now on, the first signal ends the load on this site, so that cleaning up begins."""
@@ -4603,9 +4612,9 @@ class Interruption:
             pass
         if not self.ended.is_set():
             what_to_do = "Interrupt once more to exit at once, and leave users on the hub."
-            purges = site.plan.command == PURGE
-            LOG.warning("Interrupted: %s", "ending." if purges else f"cleaning up. {what_to_do}")
-            site.hub.session.stop()
+            removes_nothing = site.plan.command == PURGE or site.plan.keep
+            site.hub.session.stop()  # first, since a log that nobody reads may hold this thread up
+            LOG.warning("Interrupted: %s", "ending." if removes_nothing else f"cleaning up. {what_to_do}")
 
 
 def leave_at_once(number: int, site: Site) -> None:
@@ -4616,7 +4625,8 @@ def leave_at_once(number: int, site: Site) -> None:
     sentence = f"Exiting now. Up to {counted(remain, thing(plan.own_servers))} may remain on the hub."
     remedy = purge_command(plan.run, plan.own_servers)
     with contextlib.suppress(OSError):  # nobody reads it any more
-        os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
+        if select.select([], [2], [], 0.0)[1]:  # or this would wait for somebody to read it
+            os.write(2, f"\n{sentence} Remove them with: {remedy}\n".encode())
     os._exit(int(ExitCode.LEFT_BEHIND) if remain else 128 + number)
 
 
@@ -5285,7 +5295,9 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     elif hub.restarts:
         yield "the hub restarted: find out why it ended (its memory limit? its liveness probe?)"
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
-    if denied > (hub.metrics_missing == NO_METRICS_SCOPE):
+    if TOKEN_REFUSED in f"{words} {results.cleaned.in_the_way}":
+        yield "the token was revoked, or has expired: make another"
+    elif denied > (hub.metrics_missing == NO_METRICS_SCOPE):
         yield "the hub denied requests (403): a hook, a quota, or a missing scope; its log says which"
     if "429" in in_front:
         yield LIMITED_IN_FRONT
@@ -6618,8 +6630,14 @@ def write_files(plan: Plan, results: Results) -> Results:
     return results
 
 
+FIXED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)  # nothing may take the place of such a file
+
+
 def write_whole(path: str, text: str) -> None:
-    """Write a file, or the one that a link points to, whole or not at all; stdout and pipes as they are."""
+    """Write a file, or the one that a link points to, whole or not at all; stdout and pipes as they are.
+
+    A file that is mounted, or stands in a folder of others, is written in place.
+    """
     standard_output = False
     with contextlib.suppress(OSError):
         standard_output = os.path.samestat(os.stat(path), os.fstat(1))
@@ -6633,10 +6651,13 @@ def write_whole(path: str, text: str) -> None:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(beside, target)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
-        raise
+        if error.errno not in FIXED or not os.path.exists(target):
+            raise
+        with open(target, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 # ==== The three commands ====================================================================================
@@ -7002,6 +7023,7 @@ def setup_logging(
     handler.setFormatter(_Redacting((plan.token or "", plan.visit_token or "", *values)))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # a full disk would have a traceback for each line
     if log_to_file and args is not None:
         LOG.info("Started with %s", plan.options())
     sys.excepthook = lambda *error: LOG.critical("This is a bug of hub-stress-test", exc_info=error)

@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import hub_stress_test as hst
 from fault_proxy import (
     Answer,
     AnswerAfter,
+    Delay,
     Fault,
     FaultProxy,
     HalfBody,
@@ -178,6 +180,14 @@ def test_no_cookie_of_the_hub_is_kept(hub: LocalHub) -> None:
     session = hst.get_session(hub.token)
     assert "Set-Cookie" in session.get(hub.endpoint.removesuffix("/api") + "/login").headers
     assert not session.cookies
+
+
+def test_whoever_asks_of_the_token_meanwhile_waits(proxy: FaultProxy) -> None:
+    session, proxy.rule = hst.get_session("revoked"), every(matching("GET", "/user$"), Delay(1.0))
+    with ThreadPoolExecutor(1) as others:
+        first = others.submit(session.token_is_refused, proxy.endpoint)
+        wait_until(lambda: proxy.requests)
+        assert session.token_is_refused(proxy.endpoint) and first.result() and len(proxy.requests) == 1
 
 
 def test_every_request_has_a_time_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from fault_proxy import Fault, FaultProxy, Request, Silence, matching
 from localhub import LocalHub
 from tool import MODULE, Outcome, results_in, start_tool, tool_users, wait_until
 
+SITE = hst.Site(hst.Hub("http://x/hub/api", hst.get_session("x")), hst.Plan(), hst.Recorder())
 Match = Callable[[Request], bool]
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -103,10 +105,37 @@ def test_a_terminal_that_hangs_up_is_one_sigterm() -> None:
     interruption = hst.Interruption()
     with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))):
         interruption(signal.SIGHUP, None)
-    interruption._site = hst.Site(hst.Hub("http://x/hub/api", hst.get_session("x")), hst.Plan(), hst.Recorder())
+    interruption._site = SITE
     for _ in range(2):
         interruption(signal.SIGHUP, None)
     assert interruption.number == signal.SIGTERM
+
+
+def test_a_signal_that_is_heard_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard_s, left = [10.0, 10.9, 11.1], list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: heard_s[0])
+    monkeypatch.setattr(hst, "leave_at_once", lambda number, site: left.append(heard_s[0]))
+    interruption = hst.Interruption()
+    interruption._site = SITE
+    while heard_s:
+        interruption(signal.SIGTERM, None)
+        heard_s.pop(0)
+    assert left == [11.1]
+
+
+def test_a_signal_while_processes_start_sends_nothing(new_hub: LocalHub, proxy: FaultProxy, tmp_path: Path) -> None:
+    file = tmp_path / "slow_to_load.py"
+    file.write_text(
+        "import multiprocessing, pathlib, time\nif multiprocessing.parent_process():\n"
+        "    pathlib.Path(__file__).with_name('begun').touch()\n    time.sleep(600)\n"
+    )
+    words = ("activity-stress-test", "-c", "4", "--processes", "2", "--operations", str(file), "--duration", "5s")
+    with start_tool(*words, hub=new_hub, proxy=proxy) as run:
+        wait_until((tmp_path / "begun").exists)
+        run.send_signal(signal.SIGINT)
+        done = run.outcome()
+    assert done.code == 130 and not tool_users(new_hub)
+    assert not [request for request in proxy.requests if request.path.endswith("/activity")]
 
 
 @pytest.mark.parametrize(("number", "heard"), [(signal.SIGINT, True), (signal.SIGHUP, False)])
@@ -148,6 +177,24 @@ def test_a_purge_that_is_left_at_once_counts_who_remains(monkeypatch: pytest.Mon
     site = hst.Site(hst.Hub("http://x/hub/api", hst.get_session("x")), hst.Plan(hst.PURGE), hst.Recorder(), states)
     hst.leave_at_once(signal.SIGINT, site)
     assert "Up to 1 user may remain" in str(said[0]) and said[1] == 4
+
+
+def test_leaving_at_once_waits_for_nobody_to_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, standard_error, (reader, writer) = list[int](), os.dup(2), os.pipe()
+    monkeypatch.setattr(os, "_exit", codes.append)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    os.dup2(writer, 2)
+    try:
+        hst.leave_at_once(signal.SIGTERM, SITE)
+    finally:
+        os.dup2(standard_error, 2)
+        for file in (standard_error, reader, writer):
+            os.close(file)
+    assert codes == [143]
 
 
 def test_a_signal_while_files_are_written_cuts_none_short(new_hub: LocalHub, tmp_path: Path) -> None:

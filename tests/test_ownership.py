@@ -200,6 +200,7 @@ def test_a_token_that_expires_meanwhile_is_named(new_hub: LocalHub, proxy: Fault
     proxy.rule = FromThenOn(matching("POST", "/server$"), hub_answer(403, b"{}"), seconds=1e9)
     done = run_tool("stress-test", "-c", "2", "--cleanup-timeout", "2s", hub=new_hub, proxy=proxy)
     assert done.code == 4 and "the hub no longer accepts the token (403)" in done.summary
+    assert "the token was revoked, or has expired: make another" in done.summary
     assert run_tool("purge", hub=new_hub).code == 0
 
 

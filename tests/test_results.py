@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -117,6 +118,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         hst.write_whole(str(tmp_path), "over a folder")
     assert file.read_text() == "what is new"
+
+
+def test_a_file_that_is_mounted_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: str) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    file = tmp_path / "results.json"
+    with pytest.raises(OSError):
+        hst.write_whole(str(file), "of nothing that is there")
+    file.touch()
+    hst.write_whole(str(file), "what is new")
+    assert file.read_text() == "what is new" and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("code", [0, 4, 130, 143])
