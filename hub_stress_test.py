@@ -2474,6 +2474,12 @@ def hub_figures(snapshots: Sequence[Snapshot], load_ended_s: float, servers_read
     )
 
 
+def restarts_in(snapshots: Sequence[Snapshot]) -> int:
+    """How often a process began anew."""
+    began = [shot.get(BEGAN) for shot in snapshots]
+    return sum(map(operator.ne, began, began[1:]))
+
+
 def quantile(buckets: Sequence[tuple[float, float]], share: float) -> float | None:
     """A quantile of a histogram (upper bounds, counts up to there), linear between bounds; None if empty."""
     rank = share * buckets[-1][1] if buckets else 0.0
@@ -2934,10 +2940,10 @@ class Crowd:
     People without a stay of their own leave when the last of all has settled, and the hold is over.
     """
 
-    def __init__(self, session: HubSession, plan: Plan, one_is_ready: bool = False) -> None:
+    def __init__(self, session: HubSession, plan: Plan) -> None:
         self.changed, self._session, self._plan = threading.Condition(), session, plan
         self.starting: dict[str, Visitor] = {}
-        self.one_is_ready, self._failures, self._failed_in_a_row = one_is_ready, list[str](), 0
+        self.one_is_ready, self._failures, self._failed_in_a_row = False, list[str](), 0
         self.throttled: list[float] = []  # when the starts that wait for a place were due
         self.freed = self._taken = 0
         self.leave_s, self.leave_known = math.inf, threading.Event()  # the moment to leave
@@ -4500,6 +4506,7 @@ class LivePage:
         handler = importlib.import_module("prometheus_client").MetricsHandler.factory(registry)
         try:
             self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
+            self._server.handle_error = lambda *request: None  # type: ignore[method-assign]  # it went away
         except (OSError, OverflowError) as error:
             why_not = getattr(error, "strerror", None) or error
             raise UsageError(f"--metrics-port {run.plan.metrics_port}: {why_not}") from None
@@ -4547,7 +4554,8 @@ def seeded(plan: Plan) -> Plan:
 
 def whereabouts(site: Site, count: int) -> dict[str, int]:
     """How many of these people have come, and where they are now."""
-    record, starting, throttled = site.record, len(site.crowd.starting), len(site.crowd.throttled)
+    record, throttled = site.record, len(site.crowd.throttled)
+    starting = sum("server_ready" not in record.people.get(name, ()) for name in list(site.crowd.starting))
     tried = {name: record.count([name]) for name in PERSONAL}
     failed = {name: record.failures([name]) for name in PERSONAL}
     ready, works = (tried[name] - failed[name] for name in ("server_ready", "at_work"))
@@ -4904,6 +4912,14 @@ def next_rate(
     return None if any(math.isclose(rate, step.rate_per_s) for step in steps) else rate
 
 
+def without_cold_start(steps: list[CapacityStep]) -> list[CapacityStep]:
+    """The steps, but for a first one that was held when now a lower rate is sustained: it is tried again.
+
+    Its people may have waited for nodes and images, which are there by now.
+    """
+    return steps[1:] if steps[0].held and not steps[-1].held else steps
+
+
 def search(run: Run, users: Sequence[str] = ()) -> None:
     """Search for the highest rate at which no condition is met; `run` has the answer, however this ends.
 
@@ -4921,6 +4937,7 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             if session.stopping.is_set() or session.hub_is_gone:
                 break
             steps.append(step)
+            steps = without_cold_start(steps) if of_people else steps
             people = f"{counted(60 * rate, 'person', 'people')} a minute"
             tried = people if of_people else f"{counted(rate, 'request')} per second"
             LOG.info("At %s: %s", tried, step.held or "sustained")
@@ -4931,6 +4948,11 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
                 if run.cleaned.left_behind and not session.stopping.is_set():
                     remain = counted(len(run.cleaned.left_behind), thing(plan.own_servers))
                     raise CutShort(f"{remain} could not be removed before others come")
+                run.monitor.look()
+                if restarts_in(run.monitor.snapshots):
+                    raise CutShort("the hub restarted, which ends a search")
+                if grown(run.monitor.snapshots, "server_stop_seconds_count", "failure"):
+                    raise CutShort("the hub fails to stop servers, which take the room of those to come")
             until_s, quick = session.clock() + DRAIN_S, 0  # until the hub answers at once, twice in a row
             while quick < 2 and session.clock() < until_s and session.pause(0.5):
                 sent_s = session.clock()
@@ -4980,7 +5002,7 @@ def try_rate(run: Run, plan: Plan, users: Sequence[str]) -> tuple[CapacityStep, 
     """Have these people come, or send requests for these users: the step, and its events alone."""
     session, monitor, record = run.session, run.monitor, new_recorder(*run.record.listeners)
     load, site = Load(plan, run.hub.endpoint, users), run.site
-    site.plan, site.record, site.crowd = plan, record, Crowd(session, plan, site.crowd.one_is_ready)
+    site.plan, site.record, site.crowd = plan, record, Crowd(session, plan)
     earlier, before, traffic = len(monitor.snapshots), session.traffic.counts.copy(), Traffic()
     monitor.look()
     cpu_share = run.send(load)
@@ -5030,6 +5052,7 @@ def falls_behind(waits_s: Sequence[float]) -> bool:
     return last_s > max(1.5 * first_s, first_s + 1.0)
 
 
+NO_ROOM = re.compile(r"Insufficient [\w./-]*\w|no node has [^.,;]+|Too many pods|exceeded quota")
 LIMITED_IN_FRONT = (
     "something in front of the hub limits requests (429): exempt this machine, or run inside the cluster"
 )
@@ -5049,7 +5072,7 @@ def limit_of(step: CapacityStep, record: Recorder, own: HubFigures | None, in_fr
         if usual := collections.Counter(failures).most_common(1):
             (broken, reason), number = usual[0]
             otherwise = f"what failed most often: {number} × {reason.text}"
-            if reason.kind not in (Kind.TIMED_OUT, Kind.THROTTLED):
+            if reason.kind not in (Kind.TIMED_OUT, Kind.THROTTLED) or NO_ROOM.search(reason.text):
                 return otherwise
     means = {name: operation.latency_s.mean or 0.0 for name, operation in operations.items()}
     ready_s, starts = means.get("server_ready", 0.0), operations.get("start_server")
@@ -5174,6 +5197,7 @@ def on_kubernetes(results: Results) -> bool:
     servers = results.servers
     messages = [f"{end.reason} {end.message}" for end in servers.failures] if servers else []
     starts = (results.timeline["servers"] or {}).get("phases", ())  # also of those that failed
+    messages += [step.limited_by or "" for step in (results.capacity.steps if results.capacity else ())]
     return any(starts) or any(map(KUBERNETES.search, results.warnings + messages))
 
 
@@ -5181,6 +5205,7 @@ def starts_at_once(results: Results) -> int:
     """How many servers would start at the same time, unthrottled, and a third more; 0 if that is not known.
 
     It is not known in the closed model, nor when starts failed: then only those that were quick are known.
+    Nor where more did start at the same time: the first may have waited for nodes.
     """
     rates = [
         fastest(rate_of(rate) if isinstance(rate := group.get("rate"), str) else rate)
@@ -5191,9 +5216,17 @@ def starts_at_once(results: Results) -> int:
     if not ready or not (servers := results.servers) or servers.failed:
         return 0
     at_once = sum(rates) * ((ready.latency_s.mean or 0.0) - servers.throttling_s)
-    return math.ceil(min(at_once, servers.requested) * 4 / 3)
+    number, line = math.ceil(min(at_once, servers.requested) * 4 / 3), results.timeline["servers"]
+    began_s = (asked_s or due_s for asked_s, due_s in zip(line["asked_s"], line["due_s"]))
+    starts = [each for each in zip(began_s, line["ended_s"], line["user"]) if each[1] is not None]
+    return number if number > most_at_one_time(starts) else 0
 
 
+RESERVED = {
+    "memory": ("singleuser.memory.guarantee", "Spawner.mem_guarantee"),
+    "cpu": ("singleuser.cpu.guarantee", "Spawner.cpu_guarantee"),
+    "storage": ("singleuser.storage.capacity", "KubeSpawner.storage_capacity"),
+}
 REFUSED_NAMES = {  # advice by a pattern of the hub's message
     "getpwnam|does not exist on the system": "the hub's users need unix accounts: make some with these names",
     "login again": "this hub starts servers only for people who have logged in (refresh_pre_spawn)",
@@ -5240,7 +5273,7 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         if images >= many and phases.image_s > 5:
             pull = "prePuller.hook.enabled and prePuller.continuous.enabled pull it before"
             yield f"{images} servers waited for their image: {pull}; a smaller image is faster"
-    no_room = re.search(r"Insufficient \w+|no node has [^.,;]+|Too many pods|exceeded quota", words)
+    no_room = NO_ROOM.search(words)
     refused = re.search(r"\([45]\d\d\)|Could not create", words)  # by the API of Kubernetes
     chosen = any(group.get("profile") for group in results.options.get("event") or [results.options])
     alike = servers and not servers.ready and len(failures) > len(reasons) == 1
@@ -5249,11 +5282,13 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
     elif Kind.SPAWN in kinds and alike and not chosen and not no_room and not refused:
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
     if no_room:
-        guarantee = setting("singleuser.memory.guarantee", "Spawner.mem_guarantee")
+        lack = r"(Insufficient |no node has .*|requested: \S*)"
+        less = [names for what, names in RESERVED.items() if re.search(lack + what, words)]
         place, maximum = "on the nodes", "the node pool's maximum"
         if "quota" in no_room[0]:
             place, maximum = "into the namespace", "its quota"
-        room = f"raise {maximum}, or reserve less for each ({guarantee})"
+        room = f"raise {maximum}"
+        room += "".join(f", or reserve less for each ({setting(*names)})" for names in less[:1])
         yield f"servers did not fit {place} ({no_room[0]}): {room}"
     elif in_time := re.search(r"did not start in (\d+) s", words):
         more_time = f"raise {setting('singleuser.startTimeout', 'Spawner.start_timeout')}"
@@ -5288,10 +5323,11 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         used = f"it used {share_text(cpu_share)} of a processor, and can use only one"
         interval = f"JUPYTERHUB_ACTIVITY_INTERVAL in {setting('singleuser.extraEnv', 'Spawner.environment')}"
         yield f"the hub is CPU-bound: {used}: use a faster core, or reduce its load ({interval})"
-    if hub.restarts and len(failures) > 4:
+    failed = len(failures) + sum(step.failed for step in (results.capacity.steps if results.capacity else ()))
+    if hub.restarts and failed > 4:
         test = "test with --fail-fast 4, or " * (not results.options.get("fail_fast"))
         test += "set that limit to 0 for the test"
-        yield f"the hub restarted after {len(failures)} starts had failed: {in_a_row}; {test}"
+        yield f"the hub restarted after {failed} starts had failed: {in_a_row}; {test}"
     elif hub.restarts:
         yield "the hub restarted: find out why it ended (its memory limit? its liveness probe?)"
     denied = results.http.statuses.get("403", 0) - in_front.get("403", 0)
@@ -5668,8 +5704,7 @@ def results_of(run: Run) -> Results:
         failed, tried = servers.failed + servers.lost, plan.count
     else:
         failed, tried = run.record.failures(plan.load), run.record.count(plan.load)
-    began = [shot.get(BEGAN) for shot in snapshots]
-    restarts = sum(map(operator.ne, began, began[1:]))
+    restarts = restarts_in(snapshots)
     warnings = [*run.troubles, *run.warnings, *run.site.public.warnings]
     profiles = [group.profile for group in plan.groups if isinstance(group.profile, dict)]
     if servers and servers.phases and any("profile" not in profile for profile in profiles):

@@ -129,6 +129,12 @@ def pods(number: int, new_node: int, pulled: int) -> list[Event]:
             {"options": THIRTY},
             ["concurrent_spawn_limit: 40 is a third"],
         ),
+        (  # where 30 did start at a time, 24 are not enough: the first waited for something
+            set(),
+            [throttled(n, 6.0) for n in range(30)],
+            {"options": THIRTY},
+            ["raise c.JupyterHub.concurrent_spawn_limit"],
+        ),
         ({Kind.SERVER_LIMIT}, [throttled(1), failed(2)], {}, ["c.JupyterHub.active_server_limit", "hub's log for"]),
         ({Kind.SPAWN}, [failed(1)], {}, ["hub's log for the users named above, and where the spawner"]),
         ({Kind.SPAWN}, [failed(1, "exceeded quota (403)")], {}, ["into the namespace (exceeded quota): raise its"]),
@@ -139,6 +145,20 @@ def pods(number: int, new_node: int, pulled: int) -> list[Event]:
             [failed(1, "no node has room"), failed(2, "no node has 1 GB")],
             {},
             ["did not fit on the nodes"],
+        ),
+        *(
+            ({Kind.SPAWN}, [failed(1, f"0/1 nodes are available: 1 {lack}.")], {}, [f"({lack}): raise {then}"])
+            for lack, then in [
+                ("Insufficient memory", "the node pool's maximum, or reserve less for each (singleuser.memory.g"),
+                ("Insufficient cpu", "the node pool's maximum, or reserve less for each (singleuser.cpu.guarantee)."),
+                ("Insufficient nvidia.com/gpu", "the node pool's maximum."),
+            ]
+        ),
+        (
+            {Kind.SPAWN},
+            [failed(1, "exceeded quota: home, requested: requests.storage=10Gi (403)")],
+            {},
+            ["raise its quota, or reserve less for each (singleuser.storage.capacity)"],
         ),
         ({Kind.SPAWN}, [failed(1, "did not start in 300 s")], {}, ["raise c.Spawner.start_timeout", "hub's log for"]),
         ({Kind.SPAWN}, [failed(1, "no node has room")], {}, ["did not fit on the nodes"]),
@@ -158,7 +178,7 @@ def test_advice_follows_from_how_it_failed(
     given = list(hst.advice(results_of(events, **more), kinds))
     assert len(given) == len(advised)
     for sentence, part in zip(given, advised):
-        assert part in sentence
+        assert part in f"{sentence}."
 
 
 STARTS = {number: [throttled(n) if n <= number else ready(n) for n in range(1, 21)] for number in (0, 5)}
