@@ -104,12 +104,12 @@ def test_at_most_three_servers_start_before_one_is_ready(eager: LocalHub) -> Non
 
 
 def test_a_start_that_times_out_is_stopped_before_another_begins(eager: LocalHub) -> None:
-    most, words = 0, ("-c", "4", "-b", "2", "--server-timeout", "1s", "-p", '{"hang_rate": 1}')
+    most, words = 0, ("-c", "4", "-b", "2", "--server-timeout", "5s", "-p", '{"hang_rate": 1}')
     with start_tool("stress-test", *words, hub=eager) as run:
         while run.poll() is None:
             most = max(most, sum(len(user["servers"]) for user in eager.users().values()))
         done = run.outcome()
-    assert (done.code, most) == (1, 2) and "4 × not ready after 1.00 s" in done.summary and not tool_users(eager)
+    assert (done.code, most) == (1, 2) and "4 × not ready after 5.00 s" in done.summary and not tool_users(eager)
 
 
 def test_fail_fast_counts_failures_in_a_row(new_hub: LocalHub) -> None:
