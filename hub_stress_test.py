@@ -1067,7 +1067,7 @@ class Reason:
 
     kind: Kind
     text: str
-    open_s: float | None = dataclasses.field(default=None, compare=False)  # how long a websocket was open
+    lasted_s: Sequence[float] = dataclasses.field(default=(), compare=False)  # a websocket open, and silent
 
 
 @dataclasses.dataclass
@@ -2721,9 +2721,9 @@ class BrowserWire(HTTPAdapter):
 class Failed(Exception):
     """A step of a person has failed; `final` when trying again is no use."""
 
-    def __init__(self, kind: Kind, text: str, final: bool = False, open_s: float | None = None) -> None:
+    def __init__(self, kind: Kind, text: str, final: bool = False, lasted_s: Sequence[float] = ()) -> None:
         super().__init__(text)
-        self.reason, self.final = Reason(kind, text, open_s), final
+        self.reason, self.final = Reason(kind, text, lasted_s), final
 
 
 class PublicSide:
@@ -2847,7 +2847,8 @@ class Kernel:
     """A kernel behind its websocket, which runs one cell at a time. What goes wrong raises `Failed`."""
 
     def __init__(self, socket: Any, clock: Callable[[], float]) -> None:
-        self._socket, self._clock, self._opened_s = socket, clock, clock()
+        self._socket, self._clock = socket, clock
+        self._opened_s = self._used_s = clock()
         self._timeouts = (TimeoutError, importlib.import_module("websocket").WebSocketTimeoutException)
 
     def run(self, code: Code, number: int, until_s: float) -> None:
@@ -2863,6 +2864,7 @@ class Kernel:
         try:
             self._socket.settimeout(SEND_TIMEOUT_S)
             self._socket.send(json.dumps(parts | {"channel": "shell"}))
+            self._used_s = self._clock()
         except Exception:  # of websocket-client, ssl or the socket
             raise self._lost() from None
         awaited, raised = {"execute_reply", "idle"}, ""  # in whatever order
@@ -2910,6 +2912,7 @@ class Kernel:
                 raise self._lost() from None
             if opcode == CLOSED:
                 raise self._lost()
+            self._used_s = self._clock()
             if kind == "status" and state in ("restarting", "autorestarting", "dead"):
                 raise Failed(Kind.KERNEL, "the kernel died")
             if kind == "shutdown_reply":
@@ -2919,7 +2922,8 @@ class Kernel:
         return "", {}
 
     def _lost(self) -> Failed:
-        return Failed(Kind.WEBSOCKET, "the connection was lost", open_s=self._clock() - self._opened_s)
+        lasted_s = [self._clock() - since_s for since_s in (self._opened_s, self._used_s)]
+        return Failed(Kind.WEBSOCKET, "the connection was lost", lasted_s=lasted_s)
 
 
 # ==== Steps of a person, each a function ====================================================================
@@ -5173,18 +5177,17 @@ def time_spent(results: Results) -> Iterator[str]:
             yield f"a mean {title_of(name)} of {duration_text(whole_s)}{took}: {where}"
 
 
-def time_out_in_front(people: People) -> float | None:
-    """How long all broken websockets had been open; None when that differs, or they broke together."""
-    ends = [end for row in people.values() for end in row.values() if end.reason]
-    broken = [
-        (end.reason.open_s, end.ended_s) for end in ends if end.reason and end.reason.open_s is not None
-    ]
-    if len(broken) < 3:
-        return None
-    open_s, moments_s = map(sorted, zip(*broken))
-    differ_s = open_s[-1] - open_s[0]
-    alike = differ_s < max(0.5, 0.02 * open_s[-1]) and moments_s[-1] - moments_s[0] > max(1.0, 2 * differ_s)
-    return open_s[len(open_s) // 2] if alike else None
+def time_out_in_front(people: People) -> str:
+    """How long all broken websockets were open, or silent; "" when that differs, or they broke together."""
+    ends = [end for row in people.values() for end in row.values() if end.reason and end.reason.lasted_s]
+    moments_s = [end.ended_s for end in ends]
+    for column, state in enumerate(("open", "silent") if len(ends) > 2 else ()):
+        lasted_s = sorted(end.reason.lasted_s[column] for end in ends if end.reason)
+        differ_s, usual_s = lasted_s[-1] - lasted_s[0], lasted_s[len(lasted_s) // 2]
+        apart = max(moments_s) - min(moments_s) > max(1.0, 2 * differ_s)
+        if apart and differ_s < max(0.5, 0.02 * lasted_s[-1]):
+            return f"{state} for {usual_s:.0f} s: something in front has a time-out of {usual_s:.0f} s"
+    return ""
 
 
 KUBERNETES = re.compile(
@@ -5234,7 +5237,7 @@ REFUSED_NAMES = {  # advice by a pattern of the hub's message
 }
 
 
-def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None = None) -> Iterator[str]:
+def advice(results: Results, kinds: Collection[Kind], time_out: str = "") -> Iterator[str]:
     """What to do next, with the setting's name.
 
     The settings are those of Zero to JupyterHub's values.yaml if servers are pods, else the hub's own.
@@ -5309,9 +5312,8 @@ def advice(results: Results, kinds: Collection[Kind], time_out_s: float | None =
         yield "servers were lost (idle culler? memory limit? lost node?): the hub's log says who stopped them"
     if Kind.ROUTE in kinds:
         yield "some pages did not load: see the proxy's log and routes, and the servers' own logs"
-    if time_out_s is not None:
-        open_for = f"{time_out_s:.0f} s: something in front has a time-out of {time_out_s:.0f} s"
-        yield f"all websockets that broke had been open for {open_for}"
+    if time_out:
+        yield f"all websockets that broke had been {time_out}"
     elif Kind.WEBSOCKET in kinds:
         yield "websockets broke: what is in front of the hub has to pass upgrades and keep connections open"
     if results.leaking:

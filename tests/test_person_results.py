@@ -79,20 +79,21 @@ def test_a_person_fails_for_the_first_failed_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "time_out_s"),  # how long each had been open, and when it broke
+    ("broken", "time_out"),  # how long each had been open, how long silent, and when it broke
     [
-        ([(60.1, 100.0), (60.0, 110.0), (60.2, 115.0)], 60.1),
-        ([(60.1, 100.0), (60.0, 110.0), (45.0, 115.0)], None),
-        ([(5.1, 100.0), (5.2, 100.1), (5.0, 100.0)], None),  # came together, and broke together
-        ([(60.1, 100.0), (60.0, 110.0), (None, 115.0)], None),
+        ([(60.1, 9.0, 100.0), (60.0, 1.0, 110.0), (60.2, 5.0, 115.0)], "open for 60 s"),
+        ([(66.1, 60.1, 100.0), (60.0, 60.0, 110.0), (70.2, 60.2, 115.0)], "silent for 60 s"),
+        ([(60.1, 9.0, 100.0), (60.0, 1.0, 110.0), (45.0, 5.0, 115.0)], None),
+        ([(5.1, 5.1, 100.0), (5.2, 5.2, 100.1), (5.0, 5.0, 100.0)], None),  # came together, and broke together
+        ([(60.1, 60.1, 100.0), (60.0, 60.0, 110.0)], None),
     ],
 )
 def test_websockets_that_break_at_one_age_show_a_time_out(
-    broken: list[tuple[float | None, float]], time_out_s: float | None
+    broken: list[tuple[float, float, float]], time_out: str | None
 ) -> None:
-    reasons = [Reason(Kind.WEBSOCKET, "x", open_s) for open_s, _ in broken]
-    cells = [did("cell", n, ended_s, reason) for n, ((_, ended_s), reason) in enumerate(zip(broken, reasons))]
-    assert hst.time_out_in_front(folded(cells).people) == time_out_s
+    cells = [did("cell", n, at_s, Reason(Kind.WEBSOCKET, "x", lasted)) for n, (*lasted, at_s) in enumerate(broken)]
+    said = hst.time_out_in_front(folded(cells).people)
+    assert said.startswith(f"{time_out}: something in front has a time-out of 60 s") if time_out else said == ""
 
 
 def timeline(names: str, more: list[Event]) -> hst.Json:
