@@ -13,7 +13,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb"
 )
-PATIENCE_S = 60.0  # for a page to load, or a script to run
+PATIENCE_S = 120.0  # for a page to load, or a script to run
 
 
 @contextlib.contextmanager

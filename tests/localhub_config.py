@@ -194,6 +194,7 @@ if OPTIONS["real_proxy"]:
 c.JupyterHub.db_url = "sqlite://" if OPTIONS["database"] == "memory" else f"sqlite:///{OPTIONS['database']}"
 c.JupyterHub.cookie_secret = b"0" * 32
 c.JupyterHub.log_level = "INFO"
+c.JupyterHub.last_activity_interval = 3600  # then it also gives routes back that a test has taken away
 c.JupyterHub.concurrent_spawn_limit = OPTIONS["concurrent_spawn_limit"]
 c.JupyterHub.active_server_limit = OPTIONS["active_server_limit"]
 c.JupyterHub.tornado_settings = {

@@ -240,7 +240,7 @@ def stage(record_property: Record, tmp_path: Path) -> Stage:
 
 
 def test_a_server_without_a_route_fails_its_person_alone(labs: LocalHub, stage: Stage) -> None:
-    words = ["-c", "3", "-b", "1", "--visit", "--visit-timeout", "10s"]
+    words = ["-c", "3", "-b", "1", "--visit", "--visit-timeout", "20s"]
     end = stage.rehearse("route deleted", "visit", labs, *words, acts={(2, 1): delete_route})
     end.judge(2, {"the proxy has no route (302 to the hub)": 1})
 
