@@ -132,7 +132,7 @@ def left_behind(hub: LocalHub) -> list[str]:
 # ==== A rehearsal, and what came of it ===============================================================================
 
 
-def until(run: Running, reached: Callable[[], object], within_s: float = 100.0) -> None:
+def until(run: Running, reached: Callable[[], object], within_s: float = 200.0) -> None:
     """Wait for something to happen in a run, which must not end before."""
     wait_until(lambda: reached() or run.poll() is not None, within_s)
     assert run.poll() is None, run.communicate()
