@@ -22,6 +22,7 @@ from test_hub_setup import refusal
 from tool import MODULE, NOWHERE, refused_usage
 
 NO_ROUTE = Reason(Kind.ROUTE, hst.NO_ROUTE)
+NOBODY, SILENT = Reason(Kind.ROUTE, "nobody listens there (503)"), Reason(Kind.ROUTE, "no page: no answer in time")
 TO_HTTP = Reason(Kind.ROUTE, "a redirect to http: the proxy does not pass X-Forwarded-Proto")
 TO_ELSEWHERE = Reason(Kind.ROUTE, "the page redirects elsewhere (302)")
 DIED = Reason(Kind.KERNEL, "the kernel died")
@@ -127,6 +128,23 @@ def test_only_redirects_below_the_servers_url_are_followed(
     asked = [path for _, path, _ in wire.asked if not path.startswith("/hub/api/")]
     assert len(asked) == visited and (failed.value.reason if failed else None) == reason
     assert all(path.startswith("/user/ann/") for path in asked)
+
+
+@pytest.mark.parametrize(("waits_s", "reason"), [(5.0, NOBODY), (20.0, SILENT)])
+def test_a_last_try_without_time_is_not_the_reason(
+    waits_s: float, reason: Reason, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_page(person: hst.Visitor, event: hst.Event, until_s: float) -> hst.Reply:
+        if event.tries > 1:
+            clock.pause(waits_s)
+        raise hst.Failed(reasons[-1].kind, reasons.pop().text)
+
+    reasons, clock = [SILENT, NOBODY], TimeTraveller()
+    monkeypatch.setattr(hst, "open_page", open_page)
+    site = hst.Site(hst.Hub(ENDPOINT, clock), hst.Plan(visit=True), hst.new_recorder())
+    with pytest.raises(hst.Failed) as failed:
+        hst.get_in(hst.Visitor("ann", 0.0, site.plan, site), hst.Event("visit", "ann", 0.0, 0.0), 5.0)
+    assert failed.value.reason == reason
 
 
 # ==== Where the server is, and which token enters it =================================================================
