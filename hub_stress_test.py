@@ -1821,9 +1821,8 @@ class HubSession(requests.Session):
         """Whether the hub refuses the token even for `GET /user`, which is sent at most every 30 s."""
         with self._token_lock:  # others wait for what is being found out
             if self.clock() > self._token_checked_s + TOKEN_CHECK_EVERY_S:
-                self._token_checked_s = self.clock()
                 reply = self.ask("GET", f"{endpoint}/user", call=Call(once=True))
-                self._token_refused = reply.status in (401, 403)
+                self._token_refused, self._token_checked_s = reply.status in (401, 403), self.clock()
             return self._token_refused
 
     def say_if_silent(self, reason: str) -> None:
@@ -2959,10 +2958,16 @@ class Crowd:
         limit, first = self._plan.batch_size, FIRST_STARTS - len(self._failures)
         return len(self.starting) < (limit if self.one_is_ready else min(limit, first))
 
+    @property
+    def nothing_starts(self) -> str:
+        """What to say when three starts have failed before anything was ready; else ""."""
+        failed = not self.one_is_ready and len(self._failures) >= FIRST_STARTS
+        return f"nothing started: the first three starts failed: {self._failures[0]}" if failed else ""
+
     def check(self) -> None:
-        """Raises `CutShort` when nobody else is to start."""
-        if not self.one_is_ready and len(self._failures) >= FIRST_STARTS:
-            raise CutShort(f"nothing started: the first three starts failed: {self._failures[0]}")
+        """Raises `CutShort` when nothing starts; in a search, those who are starting may be all that fit."""
+        if self.nothing_starts and not self._plan.find_capacity:
+            raise CutShort(self.nothing_starts)
 
     def start_ended(self, name: str, failure: Reason | None) -> None:
         """How a start ended. Raises `CutShort` when nobody else is to start."""
@@ -2987,8 +2992,8 @@ class Crowd:
 
     @property
     def failed_too_often(self) -> bool:
-        """Whether as many people have failed in a row as --fail-fast allows; this stays true."""
-        return 0 < self._plan.fail_fast <= self._failed_in_a_row
+        """Whether as many people have failed in a row as --fail-fast allows, for good; or nothing starts."""
+        return bool(self.nothing_starts) or 0 < self._plan.fail_fast <= self._failed_in_a_row
 
     def wait_for_place(self, due_s: float, freed_before: int, until_s: float) -> None:
         """Wait for a place, freed after `freed_before`, for which no earlier start waits; else `until_s`."""
@@ -4204,6 +4209,8 @@ def spread_load(
         resource_tracker.ensure_running()  # or the first child would start it, which unblocks the signals
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for part in range(load.plan.processes):
+            if session.stopping.is_set():
+                break
             ours, theirs = context.Pipe()
             shared = (theirs, load, part, session.token, headers)
             child = context.Process(target=_send_in_process, args=shared, daemon=True)
@@ -4222,6 +4229,8 @@ def spread_load(
                 if session.stopping.is_set():
                     return 0.0
             pipe.recv()  # it is ready
+        if session.stopping.is_set():
+            return 0.0
         for pipe in children:
             pipe.send(session.clock() + 0.2)
         sending, busiest = set(children), 0.0
@@ -4927,7 +4936,7 @@ def without_cold_start(steps: list[CapacityStep]) -> list[CapacityStep]:
 
     Its people may have waited for nodes and images, which are there by now.
     """
-    return steps[1:] if steps[0].held and not steps[-1].held else steps
+    return steps[1:] if len(steps) == 2 and steps[0].held and not steps[1].held else steps
 
 
 def search(run: Run, users: Sequence[str] = ()) -> None:
@@ -4946,6 +4955,8 @@ def search(run: Run, users: Sequence[str] = ()) -> None:
             step, record = try_rate(run, dataclasses.replace(first, rate_per_s=rate, count=count), users)
             if session.stopping.is_set() or session.hub_is_gone:
                 break
+            if of_people and (reason := run.site.crowd.nothing_starts):
+                raise CutShort(reason)
             steps.append(step)
             steps = without_cold_start(steps) if of_people else steps
             people = f"{counted(60 * rate, 'person', 'people')} a minute"
@@ -5191,7 +5202,7 @@ def time_out_in_front(people: People) -> str:
         lasted_s = sorted(end.reason.lasted_s[column] for end in ends if end.reason)
         differ_s, usual_s = lasted_s[-1] - lasted_s[0], lasted_s[len(lasted_s) // 2]
         apart = max(moments_s) - min(moments_s) > max(1.0, 2 * differ_s)
-        if apart and differ_s < max(0.5, 0.02 * lasted_s[-1]):
+        if apart and differ_s < min(max(0.5, 0.02 * lasted_s[-1]), usual_s / 4):
             return f"{state} for {usual_s:.0f} s: something in front has a time-out of {usual_s:.0f} s"
     return ""
 
@@ -5292,7 +5303,8 @@ def advice(results: Results, kinds: Collection[Kind], time_out: str = "") -> Ite
         yield "all starts failed alike: if people choose options before a start, choose them with --profile"
     if no_room:
         lack = r"(Insufficient |no node has .*|requested: \S*)"
-        less = [names for what, names in RESERVED.items() if re.search(lack + what, words)]
+        lacking = words if "quota" in no_room[0] else no_room[0]
+        less = [names for what, names in RESERVED.items() if re.search(lack + what, lacking)]
         place, maximum = "on the nodes", "the node pool's maximum"
         if "quota" in no_room[0]:
             place, maximum = "into the namespace", "its quota"
@@ -6699,8 +6711,12 @@ def write_whole(path: str, text: str) -> None:
             os.unlink(beside)
         if error.errno not in FIXED or not os.path.exists(target):
             raise
-        with open(target, "w", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with open(target, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            os.truncate(target, 0)  # rather nothing than half
+            raise
 
 
 # ==== The three commands ====================================================================================

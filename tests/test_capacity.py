@@ -61,6 +61,7 @@ def test_a_search_ends_within_five_percent_below_the_truth(truth: float) -> None
         # The first step is tried again: its people may have waited for nodes and images.
         ((6, 24, 1.0, 30, math.inf, 1), [6, 3, 6, 12, 24, 30, 27, 26, 25], 24),
         ((6, 4, 1.0), [6, 3, 6, 4, 5], 4),
+        ((24, 7, 1.0), [24, 12, 6, 9, 8, 7], 7),  # but no other step is
     ],
 )
 def test_rates_are_doubled_then_halved_between(
@@ -328,6 +329,18 @@ def test_a_search_starts_nobody_where_three_starts_have_failed(
     assert done.code == 1 and not capacity["finished"] and not tool_users(new_hub)
     assert {step["held"] for step in capacity["steps"]} == {None} and capacity["people_per_minute"] == 120
     assert "nothing started: the first three starts failed: the hub denies this: no pods (403)" in found["warnings"]
+
+
+def test_a_search_finds_a_quota_that_refuses_before_anybody_is_ready(
+    new_hub: LocalHub, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    proxy.rule = every(matching("POST", r"-\d\d/server$"), hub_answer(403, b'{"message": "exceeded quota"}'))
+    words = (*FOUR[:-1], "4", "--profile", '{"spawn_s": 5}')  # eight people, and sixteen, of whom nine have room
+    done, found = run_for_results(tmp_path / "r", *words, hub=new_hub, proxy=proxy)
+    steps = found["capacity"]["steps"]
+    assert not tool_users(new_hub) and (steps[0]["rate_per_s"], steps[0]["held"]) == (4, None), done
+    assert "never came" in steps[1]["held"] or steps[1]["held"] == "failed > 0"
+    assert "exceeded quota" in steps[1]["limited_by"]
 
 
 def test_a_search_ends_when_the_hub_restarts(make_hub: Callable[..., LocalHub], tmp_path: Path) -> None:

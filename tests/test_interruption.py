@@ -179,14 +179,19 @@ def test_a_purge_that_is_left_at_once_counts_who_remains(monkeypatch: pytest.Mon
     assert "Up to 1 user may remain" in str(said[0]) and said[1] == 4
 
 
+def fill(pipe: int) -> None:
+    """Write into a pipe until nobody can who does not read it."""
+    os.set_blocking(pipe, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"x" * 4096)
+    os.set_blocking(pipe, True)
+
+
 def test_leaving_at_once_waits_for_nobody_to_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, standard_error, (reader, writer) = list[int](), os.dup(2), os.pipe()
     monkeypatch.setattr(os, "_exit", codes.append)
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 4096)
-    os.set_blocking(writer, True)
+    fill(writer)
     os.dup2(writer, 2)
     try:
         hst.leave_at_once(signal.SIGTERM, SITE)

@@ -86,6 +86,7 @@ def test_a_person_fails_for_the_first_failed_step() -> None:
         ([(60.1, 9.0, 100.0), (60.0, 1.0, 110.0), (45.0, 5.0, 115.0)], None),
         ([(5.1, 5.1, 100.0), (5.2, 5.2, 100.1), (5.0, 5.0, 100.0)], None),  # came together, and broke together
         ([(60.1, 60.1, 100.0), (60.0, 60.0, 110.0)], None),
+        ([(2.3, 0.1, 100.0), (5.1, 0.2, 110.0), (3.7, 0.0, 115.0)], None),  # they were at work
     ],
 )
 def test_websockets_that_break_at_one_age_show_a_time_out(

@@ -11,7 +11,7 @@ from tool import MODULE
 SOURCE = MODULE.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 BANNERS = [number for number, line in enumerate(SOURCE.splitlines(), 1) if line.startswith("# ====")]
-BUDGET = {"lines": 7719, "kB": 391, "functions": 500, "classes": 73, "lines over 110 columns": 0}
+BUDGET = {"lines": 7735, "kB": 392, "functions": 501, "classes": 73, "lines over 110 columns": 0}
 
 
 def chapter_of(node: ast.stmt) -> int:

@@ -147,7 +147,12 @@ def pods(number: int, new_node: int, pulled: int) -> list[Event]:
             ["did not fit on the nodes"],
         ),
         *(
-            ({Kind.SPAWN}, [failed(1, f"0/1 nodes are available: 1 {lack}.")], {}, [f"({lack}): raise {then}"])
+            (
+                {Kind.SPAWN},
+                [failed(1, f"0/2 nodes are available: 1 {lack}, 1 Insufficient memory.")],
+                {},
+                [f"({lack}): raise {then}"],
+            )
             for lack, then in [
                 ("Insufficient memory", "the node pool's maximum, or reserve less for each (singleuser.memory.g"),
                 ("Insufficient cpu", "the node pool's maximum, or reserve less for each (singleuser.cpu.guarantee)."),
