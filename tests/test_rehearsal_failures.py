@@ -338,10 +338,10 @@ def test_the_end_of_servers_and_kernels_is_told_for_each(servers: LocalHub, stag
 
     cells = ["'the kernel is there'", "open('has-begun', 'w').close()", *["6*7"] * 4]
     words = ["-c", "5", "-b", "2", "--work", "--notebook", script(tmp_path, *cells), "--think", "3s"]
-    words += ["--cell-timeout", "15s", "--server-timeout", "100s"]
+    words += ["--cell-timeout", "30s", "--server-timeout", "100s"]
     what = "server killed, frozen, kernel frozen, deleted"
     end = stage.rehearse(what, "work", servers, *words, meanwhile=act)
-    reasons = {"no result after 15.0 s": 2, ENDED: 1, "somebody shut the kernel down": 1}
+    reasons = {"no result after 30.0 s": 2, ENDED: 1, "somebody shut the kernel down": 1}
     end.judge(5, reasons)
     assert end.results["operations"]["cell"]["errors"] == reasons
 
