@@ -2966,8 +2966,8 @@ class Crowd:
 
     def check(self) -> None:
         """Raises `CutShort` when nothing starts; in a search, those who are starting may be all that fit."""
-        if self.nothing_starts and not self._plan.find_capacity:
-            raise CutShort(self.nothing_starts)
+        if (reason := self.nothing_starts) and not self._plan.find_capacity:
+            raise CutShort(reason)
 
     def start_ended(self, name: str, failure: Reason | None) -> None:
         """How a start ended. Raises `CutShort` when nobody else is to start."""
@@ -4525,7 +4525,7 @@ class LivePage:
         handler = importlib.import_module("prometheus_client").MetricsHandler.factory(registry)
         try:
             self._server = ThreadingHTTPServer(("", run.plan.metrics_port or 0), handler)
-            self._server.handle_error = lambda *request: None  # type: ignore[method-assign]  # it went away
+            self._server.handle_error = lambda *request: None  # type: ignore[method-assign]  # a scraper left
         except (OSError, OverflowError) as error:
             why_not = getattr(error, "strerror", None) or error
             raise UsageError(f"--metrics-port {run.plan.metrics_port}: {why_not}") from None
